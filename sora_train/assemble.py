@@ -1,0 +1,145 @@
+"""Puts a training run together: configuration to shards, plan, network, engine and trainer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sora_train.batch import Clip, Pack, Refusal
+from sora_train.config import Config, to_dict
+from sora_train.cost import cost, geometry
+from sora_train.data.index import expand, index_shards, load_index
+from sora_train.data.loader import Loader, Step, passes_of_rank
+from sora_train.data.plan import Plan, PlanInputs, Position
+from sora_train.data.pool import Pool
+from sora_train.methods import METHODS, write_previews
+from sora_train.training.console import Console
+from sora_train.training.meter import Meter, peak_flops
+from sora_train.training.metrics import Writers
+from sora_train.training.optim import adamw
+from sora_train.training.trainer import Parts, Trainer
+from sora_train.training.zero import Engine
+from sora_train.world import World
+
+
+class Shards:
+    """The shard lists of a run, expanded; made before any process group, so that a missing shard costs a moment."""
+
+    def __init__(self, config: Config) -> None:
+        self.training: list[str] = []
+        self.repeats: list[float] = []
+        for source in config.data.sources.values():
+            found = expand(source.shards)
+            self.training += found
+            self.repeats += [source.repeat] * len(found)
+        self.validation = expand(config.data.validation)
+
+    def index(self) -> None:
+        """Index what has no index yet."""
+        index_shards(self.training + self.validation)
+
+    def plan(self, config: Config) -> Plan:
+        """The plan of the training shards."""
+        return Plan(load_index(self.training), _inputs(config, self.repeats, config.flow.tasks))
+
+    def held_out(self, config: Config) -> Plan | None:
+        """The plan of the validation shards, if there are any."""
+        if not self.validation:
+            return None
+        repeats = [1.0] * len(self.validation)
+        return Plan(load_index(self.validation), _inputs(config, repeats, {"text_to_video": 1.0}))
+
+
+def _inputs(config: Config, repeats: list[float], tasks: dict[str, float]) -> PlanInputs:
+    d = config.data
+    return PlanInputs(
+        seed=config.seed, slots=d.slots, max_tokens=d.max_tokens, fill=d.fill, window=d.window, fps=d.fps,
+        max_frames=d.max_frames, max_pixels=d.max_pixels, fit=d.fit.value, tasks=tuple(sorted(tasks.items())),
+        repeats=tuple(repeats), geometry=geometry(config), cost=cost(config),
+    )  # fmt: skip
+
+
+def build_trainer(config: Config, world: World, device: torch.device, shards: Shards, pool: Pool) -> Trainer:
+    """Everything of one rank's part in a run. The process group is up and the shards are indexed."""
+    d, logging = config.data, config.logging
+    passes = passes_of_rank(d.slots, world.rank, world.size, config.parallel.accumulation)
+    plan, held_out = shards.plan(config), shards.held_out(config)
+    torch.manual_seed(config.seed)
+    method = METHODS[config.method](config, device)
+    method.network.to(device)
+    optimizer = adamw(method.groups, config.optim)
+    engine = Engine(method.network, optimizer, config.precision, len(passes), config.optim.clip, config.deepspeed)
+    peak = peak_flops(device, logging.peak_tflops)
+    meter = Meter(geometry(config), cost(config), device, peak, d.slots * d.max_tokens)
+    console = Console(config.steps, world.is_main, Path(config.run_dir))
+    console.say(_summary(config, world, plan, engine, len(passes)))
+
+    def steps_from(position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
+        return iter(Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, device.type == "cuda"))
+
+    def validation() -> Iterator[Pack]:
+        return _validation(held_out, pool, passes, logging.validation_clips) if held_out else iter(())
+
+    def sample(live: nn.Module, step: int) -> dict[str, Path]:
+        clips = _preview_clips(held_out, pool, logging.sample_clips) if held_out else []
+        folder = Path(config.run_dir) / "samples" / f"step-{step:06d}"
+        return write_previews(method, live, clips, folder, d.fps, world.rank, world.size)
+
+    def open_writers(step: int) -> Writers | None:
+        return _writers(config, step) if world.is_main else None
+
+    parts = Parts(method.task, engine, meter, open_writers, console, plan.hash, steps_from, validation, sample)
+    return Trainer(config, world, device, parts)
+
+
+def _validation(plan: Plan, pool: Pool, passes: list[list[int]], clips: int) -> Iterator[Pack]:
+    """This rank's packs of the first steps that together hold at least `clips` clips, as many on every rank."""
+    steps, count = 0, 0
+    for position, slots in plan.from_position(Position()):
+        if count >= clips or position.epoch > 0:
+            break
+        steps, count = steps + 1, count + sum(map(len, slots))
+    for step in islice(Loader(plan, pool, passes, Position(), prefetch_steps=2), steps):
+        yield from step.packs
+
+
+def _preview_clips(plan: Plan, pool: Pool, count: int) -> list[Clip]:
+    """The first held-out clips that move, the same on every rank."""
+    clips: list[Clip] = []
+    everything = [list(range(plan.inputs.slots))]
+    for step in islice(Loader(plan, pool, everything, Position(), prefetch_steps=1), 8):
+        clips += [clip for pack in step.packs for clip in pack.clips if clip.visit.frames > 1]
+        if len(clips) >= count:
+            break
+    return clips[:count]
+
+
+def _writers(config: Config, step: int) -> Writers:
+    run_dir = Path(config.run_dir).resolve()
+    run_id = run_dir.name + "-" + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
+    logging = config.logging
+    return Writers(run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step)
+
+
+def _summary(config: Config, world: World, plan: Plan, engine: Engine, passes: int) -> str:
+    parameters = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
+    usable, refused = int(plan.index.usable.sum()), int((~plan.index.usable).sum())
+    idle = -(-config.data.slots // world.size) * world.size - config.data.slots
+    lines = [
+        f"{config.method.value}: {parameters / 1e6:.2f}M parameters, {config.precision.value}, "
+        f"ZeRO stage {engine.stage}, {world.size} rank(s), {config.data.slots} slot(s) in {passes} pass(es) per rank",
+        f"data: {usable} samples in {len(plan.index.shards)} shard(s)"
+        + (f", {refused} refused by the index" if refused else ""),
+    ]
+    if idle:
+        share = idle / (config.data.slots + idle)
+        lines.append(
+            f"warning: {config.data.slots} slots don't divide by {world.size} ranks; {share:.0%} of the places idle"
+        )
+    return "\n".join(lines)

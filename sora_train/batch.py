@@ -1,0 +1,120 @@
+"""The typed things that travel from shard to step, and the shape legend used in every tensor name.
+
+    B batch          T frames            C channels       H height      W width
+    N tokens of a pack    P numbers in a patch    D model width    E text width    K heads
+    S clips of a pack     L text tokens of a pack     M distinct timesteps of a pack
+
+Pixels are uint8 until the encoder; latents are normalised by the VAE's measured mean and deviation; times are
+seconds, sizes are bytes, and a timestep t is in [0, 1] with 0 = data and 1 = noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]  # tokens in time, height, width
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One planned use of a sample: what to cut out of it, and the seed of everything random about it."""
+
+    sample: int  # row in the index
+    first: int  # first frame, counted at the clip's own rate `fps`
+    frames: int
+    fps: float  # 0 for an image
+    resize: tuple[int, int]  # height, width the decoder delivers
+    crop: tuple[int, int, int, int]  # top, left, height, width taken from that
+    task: str
+    seed: int  # 64 bits; noise, timestep, caption choice all derive from it
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height, width of the clip."""
+        return self.frames, self.crop[2], self.crop[3]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A sample that could not be used: where it is and why."""
+
+    sample: int
+    shard: str
+    key: str
+    cause: str
+    detail: str
+
+
+@dataclass
+class Clip:
+    """What a visit brought back: pixels `video_TCHW` (uint8) and the caption drawn for this visit."""
+
+    visit: Visit
+    key: str
+    caption: str
+    video_TCHW: Tensor
+
+
+@dataclass
+class Pack:
+    """The clips of one slot (or of several, run together), on their way to one forward pass. May hold no clip."""
+
+    clips: list[Clip]
+    refused: list[Refusal] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Pack:
+        """Copy the pixels to `device`, asynchronously where they are pinned."""
+        clips = [Clip(c.visit, c.key, c.caption, c.video_TCHW.to(device, non_blocking=True)) for c in self.clips]
+        return Pack(clips, self.refused)
+
+    def pin(self) -> Pack:
+        """Move the pixels to page-locked memory, so that the copy to the device can overlap with work."""
+        clips = [Clip(c.visit, c.key, c.caption, c.video_TCHW.pin_memory()) for c in self.clips]
+        return Pack(clips, self.refused)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who stands where in a pack, and who sees whom: tokens attend within their own clip, and to its own caption.
+
+    `grids` holds the token grid of each clip and `texts` the number of its text tokens, both in pack order. Kept as
+    plain integers on the host, so that no layer has to ask the device how long a clip is.
+    """
+
+    grids: tuple[Grid, ...]
+    texts: tuple[int, ...]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each clip."""
+        return tuple(t * h * w for t, h, w in self.grids)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each clip begins, and the total as the last entry (`cu_seqlens` on the host)."""
+        return tuple(accumulate(self.lengths, initial=0))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole pack."""
+        return self.offsets[-1]
+
+
+@dataclass
+class LatentPack:
+    """A pack as the diffusion model sees it: noised tokens, timesteps and captions, with the target and its weights."""
+
+    layout: Layout
+    x_NP: Tensor  # noised latent patches
+    target_NP: Tensor
+    weight_N: Tensor  # loss weight of each token, 0 for given frames
+    t_M: Tensor  # distinct timesteps
+    t_of_N: Tensor  # index of each token's timestep in t_M
+    level_N: Tensor  # timestep of the clip's generated frames, for the loss by noise level
+    text: Any  # ids_L for a text encoder trained along, or text_LE of a frozen one

@@ -1,0 +1,360 @@
+"""The configuration: one dataclass tree that mirrors conf/, and every check that spans several keys.
+
+Longer than most files: the whole tree stands in one place, beside the rules that span it. Imports neither torch nor
+deepspeed, so that a mistake is answered within a moment and before any process group.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from sora_train.cli import InputError, nearest
+
+_SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential)")
+TASKS = ("text_to_video", "image_to_video", "extension", "image")
+DERIVED = {  # DeepSpeed keys that follow from ours
+    "train_batch_size": "data.slots",
+    "train_micro_batch_size_per_gpu": "data.slots",
+    "gradient_accumulation_steps": "parallel.accumulation",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "bf16": "precision",
+    "fp16": "precision",
+    "steps_per_print": "logging.every_steps",
+    "tensorboard": "logging.writers",
+    "wandb": "logging.writers",
+}
+
+
+class Method(Enum):
+    """What a run trains."""
+
+    diffusion = "diffusion"
+    autoencoder = "autoencoder"
+
+
+class Precision(Enum):
+    """Type of weights and activations; fp32 master weights are kept either way."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Fit(Enum):
+    """How a video comes to a size that the patch grid divides."""
+
+    crop = "crop"  # resize to cover, cut the middle out
+    stretch = "stretch"  # resize each side by itself, by less than one patch
+
+
+class Timesteps(Enum):
+    """Distribution that training timesteps are drawn from, before the shift."""
+
+    logit_normal = "logit_normal"
+    uniform = "uniform"
+
+
+class WandbMode(Enum):
+    """Where wandb writes; `auto` is online with an API key and offline without."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+@dataclass
+class ModelConfig:
+    """The diffusion transformer."""
+
+    width: int = MISSING
+    depth: int = MISSING
+    heads: int = MISSING
+    ffn: int = MISSING  # width of the MLP
+    patch: int = 2  # latent pixels a side
+    frequencies: int = 256  # of the timestep embedding
+    rope_theta: float = 10000.0
+    gate_init: float = 0.0  # start of the blocks' gates; 0 is adaLN-zero
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class VaeConfig:
+    """The video autoencoder: a trained one at `path`, or the shape of one to train."""
+
+    path: str | None = None  # folder written by sora_train.export
+    channels: int = 6
+    patch: int = 4
+    widths: list[int] = field(default_factory=lambda: [32, 64])
+    blocks: list[int] = field(default_factory=lambda: [0, 2])
+    strides: list[list[int]] = field(default_factory=lambda: [[4, 1]])  # (time, space) between levels
+    mse_weight: float = 4.0  # beside L1
+    kl_weight: float = 1e-4
+
+    @property
+    def temporal_stride(self) -> int:
+        """Frames to a latent frame."""
+        return math.prod(time for time, _ in self.strides)
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels to a latent pixel, per side."""
+        return self.patch * math.prod(space for _, space in self.strides)
+
+
+@dataclass
+class TextEncoderConfig:
+    """Our own text encoder, trained along with the model."""
+
+    width: int = 128
+    depth: int = 1
+    heads: int = 4
+    buckets: int = 8192  # word ids
+    max_tokens: int = 128
+
+
+@dataclass
+class SourceConfig:
+    """Shards that are drawn from at one rate."""
+
+    shards: list[str] = MISSING  # paths, globs, brace ranges
+    repeat: float = 1.0  # visits of each sample per epoch; the fraction is drawn by hash
+
+
+@dataclass
+class DataConfig:
+    """What a step is made of."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    validation: list[str] = field(default_factory=list)
+    fps: float = 8.0  # frames a second to train at; faster videos are thinned out
+    max_frames: int = 17
+    max_pixels: int = 1024  # height x width; larger videos are scaled down
+    fit: Fit = Fit.crop
+    slots: int = 2  # packs of an optimizer step, shared out over the ranks
+    max_tokens: int = 1024  # of a slot
+    fill: float = 0.85  # share of the token budget that a window's steps aim at
+    window: int = 4096  # samples planned together
+    workers: int = 2  # decode processes per rank
+    prefetch_steps: int = 3
+    decode_timeout_s: float = 60.0
+    decode_memory_gib: float = 8.0
+    max_bad_fraction: float = 0.2  # of the last 1000 samples; more is a stop
+
+
+@dataclass
+class FlowConfig:
+    """The objective and the sampler."""
+
+    tasks: dict[str, float] = field(default_factory=lambda: {"text_to_video": 1.0})  # weights
+    timesteps: Timesteps = Timesteps.logit_normal
+    mean: float = 0.0  # of the logit-normal
+    std: float = 1.0
+    shift: float = 1.0  # t -> shift t / (1 + (shift - 1) t), towards noise
+    caption_dropout: float = 0.1
+    guidance: float = 3.0
+    sampling_steps: int = 20
+    solver: str = "euler"  # or heun
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, its schedule, and the moving average of the weights."""
+
+    lr: float = 1e-3
+    text_lr_scale: float = 1.0  # learning rate of the text encoder relative to the rest
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0  # global gradient norm
+    warmup_steps: int = 20
+    decay_fraction: float = 0.5  # last part of the run over which the rate falls linearly to 0
+    ema_decay: float = 0.99
+
+
+@dataclass
+class ParallelConfig:
+    """How a step is shared out."""
+
+    accumulation: int | None = None  # forward passes per step and rank; null: one per slot
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every_steps: int = 200
+    keep: int = 3
+
+
+@dataclass
+class LoggingConfig:
+    """What a run says, and where."""
+
+    every_steps: int = 10
+    validate_every: int = 200
+    validation_clips: int = 64
+    sample_every: int = 500
+    sample_clips: int = 4
+    writers: list[str] = field(default_factory=lambda: ["tensorboard", "wandb"])  # beside metrics.jsonl
+    wandb_mode: WandbMode = WandbMode.auto
+    project: str = "sora_train"
+    peak_tflops: float | None = None  # of one device, for MFU; null: known for the GPU, measured on a CPU
+
+
+@dataclass
+class Config:
+    """Everything a run needs to know; the resolved tree is written to run_dir/config.yaml."""
+
+    run_dir: str = MISSING
+    method: Method = Method.diffusion
+    seed: int = 0
+    steps: int = MISSING
+    precision: Precision = Precision.fp32
+    threads: int | None = None  # CPU threads per rank; null: the cores of the machine shared out
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # handed on to DeepSpeed
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def build(tree: DictConfig, need_vae: bool = True) -> Config:
+    """The typed, checked configuration of a composed tree. Raises InputError with one line for the first mistake.
+
+    The shape of a VAE at `vae.path` replaces what the tree says of it; `need_vae` False goes on where it isn't there.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
+        assert isinstance(merged, DictConfig)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise InputError(f"{missing[0]} has no value; give {missing[0]}=... or choose an experiment=...")
+        config = OmegaConf.to_object(merged)
+    except (ConfigKeyError, ValidationError, OmegaConfBaseException) as error:
+        raise InputError(_explain(error)) from error
+    assert isinstance(config, Config)
+    if config.vae.path is not None:
+        shape = Path(config.vae.path) / "config.json"
+        if shape.is_file():
+            config.vae = VaeConfig(**json.loads(shape.read_text()) | {"path": config.vae.path})
+        elif need_vae:
+            raise InputError(
+                f"no VAE at vae.path={config.vae.path}; train one (experiment=demo_vae) and export it there"
+            )
+    check(config)
+    return config
+
+
+def load(run_dir: str | Path) -> Config:
+    """The configuration that a run was started with. Raises InputError if the folder holds no run."""
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{run_dir} holds no run (there is no {path}); check run_dir")
+    tree = OmegaConf.load(path)
+    assert isinstance(tree, DictConfig)
+    return build(tree)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, secrets masked."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain values; anything whose key speaks of a secret is masked."""
+    tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return _masked(tree)
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: "***" if v and _SECRET.search(str(k)) else _masked(v) for k, v in value.items()}
+    return [_masked(v) for v in value] if isinstance(value, list) else value
+
+
+def known_keys(tree: Any = None, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    tree = OmegaConf.structured(Config) if tree is None else tree
+    keys: list[str] = []
+    for key in tree:
+        keys.append(prefix + str(key))
+        if not OmegaConf.is_missing(tree, key) and isinstance(tree[key], DictConfig):
+            keys += known_keys(tree[key], f"{prefix}{key}.")
+    return keys
+
+
+def check(config: Config) -> None:
+    """Every rule that spans keys; raises InputError for the first that is broken."""
+    model, vae, data, flow = config.model, config.vae, config.data, config.flow
+    positive = {
+        "steps": config.steps, "data.slots": data.slots, "data.max_frames": data.max_frames, "data.fps": data.fps,
+        "data.max_tokens": data.max_tokens, "data.window": data.window, "data.workers": data.workers,
+        "data.prefetch_steps": data.prefetch_steps, "optim.lr": config.optim.lr, "optim.clip": config.optim.clip,
+        "checkpoint.every_steps": config.checkpoint.every_steps, "checkpoint.keep": config.checkpoint.keep,
+        "logging.every_steps": config.logging.every_steps, "flow.shift": flow.shift,
+        "flow.sampling_steps": flow.sampling_steps, "model.heads": model.heads, "model.patch": model.patch,
+        "text_encoder.buckets": config.text_encoder.buckets - 1, "data.max_bad_fraction": data.max_bad_fraction,
+    }  # fmt: skip
+    for key, value in positive.items():
+        _require(value > 0, f"{key}={value} must be above 0")
+    _require(bool(data.sources), "data.sources is empty; name shards, e.g. +data.sources.mine.shards=[my/*.tar]")
+    _require(0.0 < data.fill <= 1.0, f"data.fill={data.fill} must be in (0, 1]")
+    _require(config.method is not Method.autoencoder or config.deepspeed.get("zero_optimization", {}).get("stage") != 3,
+             "an autoencoder runs each size by itself, which ZeRO-3 can't follow; use stage 0, 1 or 2")  # fmt: skip
+    _require(config.parallel.accumulation is None or config.parallel.accumulation > 0,
+             f"parallel.accumulation={config.parallel.accumulation} must be above 0, or null")  # fmt: skip
+    if config.method is Method.diffusion:
+        _require(model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
+                 f"model.width={model.width} must be an even multiple of model.heads={model.heads}")  # fmt: skip
+        _require(vae.path is not None, "vae.path is not set; train a VAE (experiment=demo_vae) and export it first")
+        unknown = [task for task in flow.tasks if task not in TASKS]
+        _require(not unknown, f"flow.tasks has no {unknown[:1]}; {nearest(unknown[0], list(TASKS)) if unknown else ''}")
+        _require(sum(flow.tasks.values()) > 0, "flow.tasks: at least one task needs a weight above 0")
+        _require(flow.solver in ("euler", "heun"), f"flow.solver={flow.solver!r}; known: euler, heun")
+    text = config.text_encoder
+    _require(text.width % text.heads == 0, f"text_encoder.width={text.width} must be a multiple of its heads")
+    _require(len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
+             "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
+    unknown = [name for name in config.logging.writers if name not in ("tensorboard", "wandb")]
+    _require(not unknown, f"logging.writers has no {unknown}; known: tensorboard, wandb")
+    _check_deepspeed(config.deepspeed)
+
+
+def _check_deepspeed(options: dict[str, Any]) -> None:
+    for key, ours in DERIVED.items():
+        _require(key not in options, f"deepspeed.{key} follows from {ours}; set that instead")
+    zero = options.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    _require(stage in (0, 1, 2, 3), f"deepspeed.zero_optimization.stage={stage}; known: 0, 1, 2, 3")
+    _require(
+        not zero.get("round_robin_gradients"),
+        "deepspeed.zero_optimization.round_robin_gradients breaks the fragment mapping; turn it off",
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _explain(error: Exception) -> str:
+    """One line for an OmegaConf error: the full key, what is wrong, and the nearest key where one is unknown."""
+    key = str(getattr(error, "full_key", "") or "")
+    if isinstance(error, ConfigKeyError):
+        return f"there is no key {key!r}; {nearest(key, known_keys())}"
+    return f"{key}: {str(error).splitlines()[0]}"

@@ -1,0 +1,130 @@
+"""Plan and pool to packs, in order: the slots of one rank, several steps in flight."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from sora_train.batch import Clip, Pack, Refusal, Visit
+from sora_train.cli import InputError
+from sora_train.data.decode import DecodeError
+from sora_train.data.index import Index
+from sora_train.data.plan import Plan, Position, Slots, source_frames
+from sora_train.data.pool import Pool
+from sora_train.data.transforms import to_video
+from sora_train.seeds import CAPTION, below
+
+Known = Mapping[
+    tuple[tuple[int, ...], int], Refusal
+]  # what an earlier attempt at a step refused, by position and sample
+
+
+@dataclass
+class Step:
+    """What one rank gets for one optimizer step: as many packs as every other rank, some perhaps without a clip."""
+
+    position: Position
+    packs: list[Pack]
+
+    @property
+    def samples(self) -> list[int]:
+        """Rows of the clips that arrived."""
+        return [clip.visit.sample for pack in self.packs for clip in pack.clips]
+
+    @property
+    def refused(self) -> list[Refusal]:
+        """The samples that didn't."""
+        return [refusal for pack in self.packs for refusal in pack.refused]
+
+
+def passes_of_rank(slots: int, rank: int, ranks: int, accumulation: int | None) -> list[list[int]]:
+    """The slots that each forward pass of a rank takes; every rank has as many passes, the last may be empty.
+
+    Without `accumulation` a pass is a slot; with it, a rank's slots are shared out over that many passes.
+    Raises InputError if there are fewer slots per rank than passes.
+    """
+    per_rank = -(-slots // ranks)
+    passes = accumulation or per_rank
+    if passes > per_rank:
+        raise InputError(
+            f"parallel.accumulation={passes} passes for {per_rank} slot(s) per rank ({slots} slots, {ranks} ranks); "
+            "raise data.slots or lower parallel.accumulation"
+        )
+    mine = list(range(rank, slots, ranks))
+    return [mine[number::passes] for number in range(passes)]
+
+
+class Loader:
+    """Iterates over this rank's part of every step from a position on, for ever."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        pool: Pool,
+        passes: list[list[int]],
+        start: Position,
+        prefetch_steps: int,
+        known: Known | None = None,
+        pin: bool = False,
+    ) -> None:
+        self.plan, self.index, self.pool = plan, plan.index, pool
+        self.passes, self.known, self.pin = passes, known or {}, pin
+        self._steps = plan.from_position(start)
+        self._flying: deque[_Flying] = deque()
+        self._prefetch = prefetch_steps
+
+    def __iter__(self) -> Iterator[Step]:
+        while True:
+            while len(self._flying) < self._prefetch:
+                self._flying.append(self._launch(*next(self._steps)))
+            yield self._land(self._flying.popleft())
+
+    def _launch(self, position: Position, slots: Slots) -> _Flying:
+        groups = []
+        for numbers in self.passes:
+            visits = sorted((v for n in numbers for v in slots[n]), key=lambda v: v.size)
+            groups.append([(v, self._request(position, v)) for v in visits])
+        return _Flying(position, groups)
+
+    def _request(self, position: Position, visit: Visit) -> Future[np.ndarray] | Refusal:
+        if (position, visit.sample) in self.known:
+            return self.known[position, visit.sample]
+        path, extension, member = self.index.member(visit.sample)
+        frames = source_frames(visit, float(self.index.fps[visit.sample]))
+        return self.pool.decode(path, extension, member, frames, visit.resize, visit.crop)
+
+    def _land(self, flying: _Flying) -> Step:
+        packs = []
+        for group in flying.groups:
+            pack = Pack([])
+            for visit, pending in group:
+                if isinstance(pending, Refusal):
+                    pack.refused.append(pending)
+                    continue
+                try:
+                    pack.clips.append(self._clip(visit, pending.result()))
+                except DecodeError as error:
+                    pack.refused.append(refusal(self.index, visit.sample, error))
+            packs.append(pack.pin() if self.pin else pack)
+        return Step(flying.position, packs)
+
+    def _clip(self, visit: Visit, frames_THWC: np.ndarray) -> Clip:
+        captions, _ = self.index.captions(visit.sample)
+        caption = captions[int(below(len(captions), visit.seed, CAPTION))]
+        return Clip(visit, str(self.index.key[visit.sample]), caption, to_video(frames_THWC))
+
+
+@dataclass
+class _Flying:
+    position: Position
+    groups: list[list[tuple[Visit, Future[np.ndarray] | Refusal]]]
+
+
+def refusal(index: Index, sample: int, error: DecodeError) -> Refusal:
+    """The record of a sample that could not be used."""
+    shard = index.shards[index.shard[sample]]
+    return Refusal(sample, shard, str(index.key[sample]), error.cause, error.detail)

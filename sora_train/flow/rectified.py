@@ -1,0 +1,141 @@
+"""Rectified flow over packs: x_t = (1 - t) x_0 + t noise, the network predicts the velocity noise - x_0.
+
+Liu et al. 2022 (arXiv 2209.03003); logit-normal timesteps and their shift from Esser et al. 2024 (arXiv 2403.03206,
+section 3.1 and 5.3.2). The timestep is set per latent frame: given frames stand at t = 0 and bear no loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import NormalDist
+
+import torch
+from torch import Tensor, nn
+
+from sora_train.batch import Clip, LatentPack, Layout, Pack
+from sora_train.config import FlowConfig, Timesteps
+from sora_train.cost import Geometry
+from sora_train.flow.conditioning import given_frames
+from sora_train.flow.patches import patchify
+from sora_train.seeds import DROP_CAPTION, NOISE, TIMESTEP, stream, uniform
+
+LEVELS = 10  # bins of t for the loss by noise level
+
+Encode = Callable[[Tensor], Tensor]  # video_BCTHW uint8 to normalised latents_BCTHW
+Tokenize = Callable[[Sequence[str]], tuple[Tensor, tuple[int, ...]]]
+
+
+@dataclass
+class Loss:
+    """Summed loss of a pack, and what a dashboard wants to know of it (all on the device)."""
+
+    sum: Tensor
+    level_sum: Tensor  # (LEVELS,) summed loss by noise level
+    level_weight: Tensor  # (LEVELS,) loss-bearing tokens of each level
+
+
+class FlowTask:
+    """What a diffusion step does: encode, noise, predict, compare. `encode` and `tokenize` belong to other parts."""
+
+    def __init__(
+        self, config: FlowConfig, geometry: Geometry, channels: int, encode: Encode, tokenize: Tokenize
+    ) -> None:
+        self.config, self.geometry, self.channels = config, geometry, channels
+        self.encode, self.tokenize = encode, tokenize
+
+    def weight(self, pack: Pack) -> float:
+        """Loss-bearing tokens of a pack, known before anything is encoded."""
+        return float(sum(_generated(clip, self.geometry) for clip in pack.clips))
+
+    def loss(self, network: nn.Module, pack: Pack, device: torch.device) -> Loss:
+        """Squared error of the predicted velocity, averaged over each patch, summed over loss-bearing tokens."""
+        latents = self.prepare(pack, device)
+        velocity_NP = network(latents)
+        error_N = (velocity_NP.float() - latents.target_NP).square().mean(1) * latents.weight_N
+        bins = (latents.level_N * LEVELS).long().clamp(0, LEVELS - 1)
+        zeros = torch.zeros(LEVELS, device=error_N.device)
+        return Loss(
+            error_N.sum(),
+            zeros.index_add(0, bins, error_N.detach()),
+            zeros.index_add(0, bins, latents.weight_N),
+        )
+
+    @torch.no_grad()
+    def prepare(self, pack: Pack, device: torch.device) -> LatentPack:
+        """Encode the clips, and noise each with its visit's own numbers. A pack without clips gets one dead token."""
+        if not pack.clips:
+            return self._nothing(device)
+        xs, targets, weights, levels, t_of, grids = [], [], [], [], [], []
+        table: list[float] = []
+        for clip, latents_CTHW in zip(pack.clips, self._encode(pack, device), strict=True):
+            seed = clip.visit.seed
+            generator = torch.Generator().manual_seed(stream(seed, NOISE))
+            noise = torch.randn(latents_CTHW.shape, generator=generator).to(device, non_blocking=True)
+            grid = self.geometry.grid(*clip.visit.size)
+            given = given_frames(clip.visit.task, grid[0], seed)
+            t = draw_timestep(self.config, seed)
+            t_T = torch.tensor([0.0 if g else t for g in given], device=device)
+            x_CTHW = latents_CTHW + t_T.view(1, -1, 1, 1) * (noise - latents_CTHW)
+            per_frame = grid[1] * grid[2]
+            generate_T = torch.tensor([not g for g in given], dtype=torch.float32, device=device)
+            place_T = torch.tensor([0 if g else 1 for g in given], device=device) + len(table)
+            xs.append(patchify(x_CTHW, self.geometry.patch))
+            targets.append(patchify(noise - latents_CTHW, self.geometry.patch))
+            weights.append(generate_T.repeat_interleave(per_frame))
+            t_of.append(place_T.repeat_interleave(per_frame))
+            levels.append(torch.full((grid[0] * per_frame,), t, device=device))
+            table += [0.0, t]
+            grids.append(grid)
+        ids_L, texts = self.tokenize([self._caption(clip) for clip in pack.clips])
+        return LatentPack(
+            Layout(tuple(grids), texts),
+            torch.cat(xs),
+            torch.cat(targets),
+            torch.cat(weights),
+            torch.tensor(table, device=device),
+            torch.cat(t_of),
+            torch.cat(levels),
+            ids_L.to(device, non_blocking=True),
+        )
+
+    def _encode(self, pack: Pack, device: torch.device) -> list[Tensor]:
+        """Latents of each clip; neighbours of one size go through the encoder together."""
+        latents: list[Tensor] = []
+        for _, run in groupby(pack.clips, key=lambda clip: clip.visit.size):
+            videos = torch.stack([clip.video_TCHW.to(device, non_blocking=True) for clip in run])
+            latents += self.encode(videos.transpose(1, 2)).unbind(0)
+        return latents
+
+    def _caption(self, clip: Clip) -> str:
+        dropped = uniform(clip.visit.seed, DROP_CAPTION) < self.config.caption_dropout
+        return "" if dropped else clip.caption
+
+    def _nothing(self, device: torch.device) -> LatentPack:
+        ids_L, texts = self.tokenize([""])
+        blank_NP = torch.zeros(1, self.channels * self.geometry.patch**2, device=device)
+        zero_N = torch.zeros(1, device=device)
+        place_N = torch.zeros(1, dtype=torch.long, device=device)
+        return LatentPack(
+            Layout(((1, 1, 1),), texts), blank_NP, blank_NP, zero_N, zero_N, place_N, zero_N, ids_L.to(device)
+        )
+
+
+def shifted(t: float, shift: float) -> float:
+    """A timestep moved towards noise: shift t / (1 + (shift - 1) t)."""
+    return shift * t / (1.0 + (shift - 1.0) * t)
+
+
+def draw_timestep(config: FlowConfig, seed: int) -> float:
+    """The timestep of a visit, in (0, 1)."""
+    u = float(uniform(seed, TIMESTEP)) + 2.0**-54  # never 0
+    if config.timesteps is Timesteps.logit_normal:
+        u = 1.0 / (1.0 + math.exp(-NormalDist(config.mean, config.std).inv_cdf(u)))
+    return shifted(u, config.shift)
+
+
+def _generated(clip: Clip, geometry: Geometry) -> int:
+    frames, height, width = geometry.grid(*clip.visit.size)
+    return given_frames(clip.visit.task, frames, clip.visit.seed).count(False) * height * width

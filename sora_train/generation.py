@@ -1,0 +1,132 @@
+"""From prompts to video files: what training, `sample` and `evaluate` share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sora_train.cli import InputError
+from sora_train.config import Config, Method, VaeConfig
+from sora_train.cost import geometry, patch_features
+from sora_train.data.transforms import to_frames, to_unit
+from sora_train.flow.rectified import Tokenize
+from sora_train.flow.sampling import Request, generate
+from sora_train.media import contact_sheet, write_mp4, write_png
+from sora_train.models.dit import DiT
+from sora_train.models.text import TextEncoder, tokenize_captions
+from sora_train.models.vae import VideoVAE
+from sora_train.models.video_model import VideoModel
+from sora_train.training.checkpoint import latest_intact, load_full
+
+
+def build_video_model(config: Config) -> VideoModel:
+    """The diffusion network of a configuration, freshly initialised."""
+    m, t = config.model, config.text_encoder
+    dit = DiT(
+        patch_features(config), m.width, m.depth, m.heads, m.ffn, t.width, m.frequencies, m.rope_theta, m.gate_init,
+        m.activation_checkpointing,
+    )  # fmt: skip
+    return VideoModel(dit, TextEncoder(t.width, t.depth, t.heads, t.buckets, t.max_tokens))
+
+
+def build_vae(config: VaeConfig) -> VideoVAE:
+    """The autoencoder of a configuration, freshly initialised."""
+    return VideoVAE(config.channels, config.patch, config.widths, config.blocks, [(t, s) for t, s in config.strides])
+
+
+def tokenizer(config: Config) -> Tokenize:
+    """Captions to ids, as the network of this configuration was trained with."""
+    t = config.text_encoder
+    return lambda captions: tokenize_captions(captions, t.buckets, t.max_tokens)
+
+
+class FrozenVae:
+    """A trained VAE between pixels and normalised latents."""
+
+    def __init__(self, config: VaeConfig, device: torch.device) -> None:
+        path = Path(config.path or "") / "vae.safetensors"
+        if not path.is_file():
+            raise InputError(f"no VAE weights at {path}; export a VAE run there")
+        self.vae = build_vae(config)
+        self.vae.load_state_dict(load_file(path))
+        self.vae.to(device).eval().requires_grad_(False)
+        self.device = device
+
+    @torch.no_grad()
+    def encode(self, video_BCTHW: Tensor) -> Tensor:
+        """uint8 pixels to normalised latents (the posterior's mean)."""
+        return self.vae.normalise(self.vae.encode(to_unit(video_BCTHW.to(self.device)))[0])
+
+    @torch.no_grad()
+    def decode(self, latents_CTHW: Tensor) -> np.ndarray:
+        """Normalised latents of one clip to frames_THWC uint8."""
+        return to_frames(self.vae.decode(self.vae.denormalise(latents_CTHW.to(self.device).unsqueeze(0)))[0])
+
+
+class Sampler:
+    """Generates videos for requests with one network."""
+
+    def __init__(self, config: Config, network: nn.Module, vae: FrozenVae, device: torch.device) -> None:
+        self.config, self.network, self.vae, self.device = config, network, vae, device
+        self.tokenize = tokenizer(config)
+
+    def videos(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """frames_THWC uint8 of each request, sampled together as one pack."""
+        patch, channels = self.config.model.patch, self.config.vae.channels
+        latents = generate(self.network, requests, self.config.flow, channels, patch, self.tokenize, self.device)
+        return [self.vae.decode(x) for x in latents]
+
+    def in_batches(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """The same for any number of requests, equal sizes together, a few thousand tokens at a time."""
+        grid_tokens = [int(np.prod(r.grid)) for r in requests]
+        order = sorted(range(len(requests)), key=lambda i: requests[i].grid)
+        videos: dict[int, np.ndarray] = {}
+        batch: list[int] = []
+        for place, i in enumerate(order):
+            batch.append(i)
+            full = sum(grid_tokens[j] for j in batch) >= 4 * self.config.data.max_tokens
+            if full or place == len(order) - 1:
+                videos |= zip(batch, self.videos([requests[j] for j in batch]), strict=True)
+                batch = []
+        return [videos[i] for i in range(len(requests))]
+
+
+def trained_weights(run_dir: str | Path) -> dict[str, Tensor]:
+    """The averaged weights of a run's newest intact checkpoint, by parameter name."""
+    return load_full(latest_intact(Path(run_dir) / "checkpoints"), "ema")
+
+
+def load_sampler(config: Config, run_dir: str | Path, device: torch.device) -> Sampler:
+    """A sampler with a run's averaged weights. Raises InputError for a run that isn't a video model's."""
+    if config.method is not Method.diffusion:
+        raise InputError(
+            f"{run_dir} holds a {config.method.value} run; samples come from a video model (experiment=demo)"
+        )
+    network = build_video_model(config)
+    network.load_state_dict(trained_weights(run_dir))
+    network.to(device).eval().requires_grad_(False)
+    return Sampler(config, network, FrozenVae(config.vae, device), device)
+
+
+def request_for(config: Config, caption: str, size: tuple[int, int, int], seed: int) -> Request:
+    """A request for a clip of (frames, height, width); all are rounded to the VAE's and the patch's grid."""
+    return Request(caption, geometry(config).grid(*size), seed)
+
+
+def save_sample(folder: Path, name: str, frames_THWC: np.ndarray, fps: float, about: Mapping[str, object]) -> Path:
+    """Write NAME.mp4 (NAME.png for one frame), a contact sheet NAME-sheet.png, and NAME.json; returns the video."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    scale = max(1, round(128 / frames_THWC.shape[1]))
+    write_png(folder / f"{name}-sheet.png", contact_sheet(frames_THWC, columns=min(8, len(frames_THWC)), scale=scale))
+    if len(frames_THWC) == 1:
+        write_png(folder / f"{name}.png", frames_THWC[0])
+        return folder / f"{name}.png"
+    write_mp4(folder / f"{name}.mp4", frames_THWC, fps, metadata={"comment": "AI-generated video (sora_train)"})
+    return folder / f"{name}.mp4"

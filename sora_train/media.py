@@ -1,0 +1,127 @@
+"""Small videos and pictures to and from files, by PyAV and Pillow. Frames are `(T, H, W, 3)` uint8 RGB.
+
+For samples, demo data and tests; what training reads goes through `data/decode.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image
+
+_BT601 = 6  # H.273 code for primaries and transfer: what swscale converts to, so that every player shows our colours
+
+
+def write_mp4(
+    target: str | os.PathLike[str] | BinaryIO,
+    frames_THWC: np.ndarray,
+    fps: float,
+    crf: int = 18,
+    gop: int = 12,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write frames as H.264 (yuv420p, index in front) to a path, atomically, or to an open binary file.
+
+    Odd sizes are padded by repeating the last row or column. `gop` is the distance of key frames in frames, `metadata`
+    goes into the container. The same frames give the same bytes. Raises ValueError for frames of another form.
+    """
+    if not isinstance(target, (str, os.PathLike)):
+        target.write(encode_mp4(frames_THWC, fps, crf, gop, metadata))
+        return
+    path = Path(target)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _encode(temporary, frames_THWC, fps, crf, gop, metadata or {})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def encode_mp4(
+    frames_THWC: np.ndarray, fps: float, crf: int = 18, gop: int = 12, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The bytes that `write_mp4` writes."""
+    # FFmpeg moves the index to the front by reading its own output again, which takes a file with a name.
+    with tempfile.TemporaryDirectory(prefix="sora_train_") as folder:
+        path = Path(folder) / "clip.mp4"
+        _encode(path, frames_THWC, fps, crf, gop, metadata or {})
+        return path.read_bytes()
+
+
+def read_mp4(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray, float]:
+    """All frames `(T, H, W, 3)` uint8 of a small video (a path, or its bytes), and its frames a second.
+
+    Raises ValueError if there is no video in it.
+    """
+    opened = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
+    try:
+        with av.open(opened, "r") as container:
+            stream = container.streams.video[0]
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            rate = stream.average_rate or stream.guessed_rate
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"no video can be read: {error}") from error
+    if not frames or rate is None:
+        raise ValueError("no video can be read: no frames, or no frame rate")
+    return np.stack(frames), float(rate)
+
+
+def contact_sheet(frames_THWC: np.ndarray, columns: int = 8, scale: float = 1.0) -> Image.Image:
+    """Evenly spaced frames side by side in one row, first and last included; fewer if the clip has fewer."""
+    _check(frames_THWC)
+    count = min(columns, len(frames_THWC))
+    chosen = np.linspace(0, len(frames_THWC) - 1, count).round().astype(int)
+    sheet = Image.fromarray(np.concatenate(list(frames_THWC[chosen]), axis=1))
+    if scale == 1.0:
+        return sheet
+    size = (max(1, round(sheet.width * scale)), max(1, round(sheet.height * scale)))
+    return sheet.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
+
+
+def write_png(path: str | os.PathLike[str], picture: np.ndarray | Image.Image) -> None:
+    """Write a picture, `(H, W, 3)` uint8 or a Pillow image, as PNG, atomically."""
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    try:
+        image.save(temporary, format="PNG")
+        temporary.replace(final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check(frames_THWC: np.ndarray) -> None:
+    if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or frames_THWC.dtype != np.uint8 or not frames_THWC.size:
+        raise ValueError(f"frames must be (T, H, W, 3) uint8, not {frames_THWC.shape} {frames_THWC.dtype}")
+
+
+def _encode(path: Path, frames_THWC: np.ndarray, fps: float, crf: int, gop: int, metadata: Mapping[str, str]) -> None:
+    _check(frames_THWC)
+    height, width = frames_THWC.shape[1:3]
+    even = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    flags = "+faststart+use_metadata_tags" if metadata else "+faststart"
+    with av.open(str(path), "w", format="mp4", options={"movflags": flags}) as container:
+        container.metadata.update(metadata)
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = even.shape[2], even.shape[1], "yuv420p"
+        codec = stream.codec_context
+        codec.thread_count = 1  # several threads would make the bytes depend on their number
+        codec.gop_size = gop
+        # mbtree's vector code gives now and then other bytes for the same frames (1 clip in 40 was seen to differ)
+        codec.options = {"crf": str(crf), "preset": "veryfast", "mbtree": "0"}
+        codec.colorspace, codec.color_range = int(Colorspace.ITU601), int(ColorRange.MPEG)
+        codec.color_primaries = codec.color_trc = _BT601
+        for number, picture in enumerate(even):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))

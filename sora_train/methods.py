@@ -1,0 +1,105 @@
+"""The methods a run can train by: each brings a network, what the optimizer moves, a task, and previews for people.
+
+To add one: a class with these four, a name in `config.Method`, a line in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from sora_train.batch import Clip
+from sora_train.config import Config, Method
+from sora_train.cost import geometry
+from sora_train.data.transforms import to_frames, to_unit
+from sora_train.flow.rectified import FlowTask
+from sora_train.generation import (
+    FrozenVae,
+    Sampler,
+    build_vae,
+    build_video_model,
+    request_for,
+    save_sample,
+    tokenizer,
+)
+from sora_train.models.autoencoding import AutoencodingTask
+from sora_train.training.trainer import Task
+
+
+class MethodParts(Protocol):
+    """What a run needs of its method."""
+
+    network: nn.Module
+    groups: list[tuple[nn.Module, float]]  # what is trained, with a factor on the learning rate
+    task: Task
+
+    def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:
+        """Show what the network makes of a held-out clip, frames_THWC uint8; `live` runs it (under ZeRO)."""
+
+
+class Diffusion:
+    """Rectified flow on the latents of a frozen VAE; a preview is a sample of the clip's caption."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.vae = FrozenVae(config.vae, device)
+        network = build_video_model(config)
+        self.network: nn.Module = network
+        self.groups: list[tuple[nn.Module, float]] = [(network.dit, 1.0), (network.text, config.optim.text_lr_scale)]
+        self.task: Task = FlowTask(
+            config.flow, geometry(config), config.vae.channels, self.vae.encode, tokenizer(config)
+        )
+
+    def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:
+        """A sample of the clip's caption in the clip's size."""
+        request = request_for(self.config, clip.caption, clip.visit.size, clip.visit.seed >> 1)
+        return Sampler(self.config, live, self.vae, self.device).videos([request])[0]
+
+
+class Autoencoding:
+    """The video VAE; a preview shows the clip beside its reconstruction."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.device = device
+        self.network: nn.Module = build_vae(config.vae)
+        self.groups: list[tuple[nn.Module, float]] = [(self.network, 1.0)]
+        self.task: Task = AutoencodingTask(config.vae, geometry(config))
+
+    def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:
+        """Left the clip, right what comes out of the autoencoder."""
+        video = to_unit(clip.video_TCHW.transpose(0, 1).to(self.device))
+        (decoded, _, _), *_ = live([video.unsqueeze(0)], [torch.zeros((), device=self.device)])
+        return np.concatenate((to_frames(video), to_frames(decoded[0])), axis=2)
+
+
+METHODS: dict[Method, Callable[[Config, torch.device], MethodParts]] = {
+    Method.diffusion: Diffusion,
+    Method.autoencoder: Autoencoding,
+}
+
+
+def write_previews(
+    method: MethodParts, live: nn.Module, clips: Sequence[Clip], folder: Path, fps: float, rank: int, ranks: int
+) -> dict[str, Path]:
+    """Write a preview of every clip, the work shared out over the ranks; returns the videos by caption.
+
+    Every rank runs the network equally often, because a partitioned network needs all of them.
+    """
+    paths = {}
+    for number in range(-(-len(clips) // ranks)):
+        place = number * ranks + rank
+        clip = clips[min(place, len(clips) - 1)]
+        with torch.no_grad():
+            frames = method.preview(live, clip)
+        if place < len(clips):
+            about = {"prompt": clip.caption, "seed": clip.visit.seed >> 1, "held_out": clip.key}
+            save_sample(folder, f"{place:02d}", frames, clip.visit.fps or fps, about)
+    for place, clip in enumerate(clips):
+        if clip.visit.frames > 1:
+            paths[clip.caption] = folder / f"{place:02d}.mp4"
+    return paths

@@ -1,0 +1,155 @@
+"""The latent spacetime diffusion transformer: Wan's block over packed clips, with a timestep per latent frame.
+
+Self-attention with 3-D RoPE and QK-RMSNorm, cross-attention to text, adaLN modulation from the timestep and a
+gelu-tanh MLP (Wan Team 2025, arXiv 2503.20314; Peebles and Xie 2022 for adaLN-zero; Chen et al. 2023, PixArt-alpha,
+for one modulation shared by all blocks plus a table per block). The modulation is computed once per distinct
+timestep and looked up per token. Single-device code: whatever splits it works from outside.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sora_train.batch import Layout
+from sora_train.models.attention import packed_attention
+from sora_train.models.rope import rotate, rotations
+
+
+class DiT(nn.Module):
+    """Predicts the velocity of every latent patch of a pack.
+
+    `patch_features` is the number of values in one patch (frames x height x width x channels, channels last).
+    """
+
+    def __init__(
+        self,
+        patch_features: int,
+        width: int,
+        depth: int,
+        heads: int,
+        ffn: int,
+        text_width: int,
+        frequencies: int = 256,
+        rope_theta: float = 10000.0,
+        gate_init: float = 0.0,
+        activation_checkpointing: bool = False,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.frequencies, self.rope_theta = width // heads, frequencies, rope_theta
+        self.activation_checkpointing = activation_checkpointing
+        self.patch_in = nn.Linear(patch_features, width)
+        self.text_in = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.time_in = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        modulation = nn.Linear(width, 6 * width)
+        self.time_modulation = nn.Sequential(nn.SiLU(), modulation)
+        self.blocks = nn.ModuleList(Block(width, heads, ffn, gate_init, eps) for _ in range(depth))
+        self.out = Head(width, patch_features, eps)
+        nn.init.zeros_(modulation.weight)
+        nn.init.zeros_(modulation.bias)
+
+    def forward(self, x_NP: Tensor, text_LE: Tensor, t_M: Tensor, t_of_N: Tensor, layout: Layout) -> Tensor:
+        """Velocity `(N, P)` of the noised patches `x_NP`; token n stands at timestep `t_M[t_of_N[n]]`."""
+        x_ND, text_LD = self.patch_in(x_NP), self.text_in(text_LE)
+        time_MD = self.time_in(timestep_embedding(t_M, self.frequencies).type_as(x_ND))
+        modulation_M6D = self.time_modulation(time_MD).unflatten(-1, (6, -1))
+        rope = rotations(layout.grids, self.head_dim, self.rope_theta, x_ND.device)
+        for block in self.blocks:
+            arguments = (x_ND, text_LD, modulation_M6D, t_of_N, rope, layout)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_ND = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_ND = block(*arguments)
+        return self.out(x_ND, time_MD, t_of_N)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and MLP; the first and last are shifted, scaled and gated by the timestep."""
+
+    def __init__(self, width: int, heads: int, ffn: int, gate_init: float, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.self_attention = Attention(width, heads, eps)
+        self.cross_norm = nn.LayerNorm(width, eps)
+        self.cross_attention = Attention(width, heads, eps)
+        self.mlp = nn.Sequential(nn.Linear(width, ffn), nn.GELU("tanh"), nn.Linear(ffn, width))
+        gates = torch.tensor([0.0, 0.0, gate_init, 0.0, 0.0, gate_init])  # shift, scale, gate of attention, then of MLP
+        self.modulation = nn.Parameter(gates.unsqueeze(1).repeat(1, width))
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        text_LD: Tensor,
+        modulation_M6D: Tensor,
+        t_of_N: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layout: Layout,
+    ) -> Tensor:
+        """One block, `(N, D)` to `(N, D)`."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (modulation_M6D + self.modulation).unbind(1)
+        h_ND = modulated_norm(x_ND, shift, scale, t_of_N, self.eps)
+        x_ND = x_ND + gate[t_of_N] * self.self_attention(h_ND, h_ND, layout.lengths, layout.lengths, rope)
+        x_ND = x_ND + self.cross_attention(self.cross_norm(x_ND), text_LD, layout.lengths, layout.texts)
+        h_ND = modulated_norm(x_ND, mlp_shift, mlp_scale, t_of_N, self.eps)
+        return x_ND + mlp_gate[t_of_N] * self.mlp(h_ND)
+
+
+class Attention(nn.Module):
+    """Multi-head attention between packed sequences, queries and keys normalised over the full width (RMSNorm)."""
+
+    def __init__(self, width: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.q_norm, self.k_norm = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        context_ND: Tensor,
+        lengths: tuple[int, ...],
+        context_lengths: tuple[int, ...],
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend from `x_ND` to `context_ND` group by group; `rope` turns queries and keys."""
+        q, k = self.q_norm(self.q(x_ND)), self.k_norm(self.k(context_ND))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, self.v(context_ND)))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return self.out(packed_attention(q, k, v, lengths, context_lengths).flatten(1))
+
+
+class Head(nn.Module):
+    """The last modulated norm and the projection to patches, zero at the start."""
+
+    def __init__(self, width: int, patch_features: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.modulation = nn.Parameter(torch.zeros(2, width))
+        self.project = nn.Linear(width, patch_features)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, x_ND: Tensor, time_MD: Tensor, t_of_N: Tensor) -> Tensor:
+        """`(N, D)` to `(N, P)`."""
+        shift, scale = (time_MD.unsqueeze(1) + self.modulation).unbind(1)
+        return self.project(modulated_norm(x_ND, shift, scale, t_of_N, self.eps))
+
+
+def modulated_norm(x_ND: Tensor, shift_MD: Tensor, scale_MD: Tensor, t_of_N: Tensor, eps: float) -> Tensor:
+    """LayerNorm without its own scale, then the shift and scale of each token's timestep, in fp32."""
+    normed = F.layer_norm(x_ND.float(), x_ND.shape[-1:], eps=eps)
+    return torch.addcmul(shift_MD[t_of_N].float(), normed, 1 + scale_MD[t_of_N].float()).type_as(x_ND)
+
+
+def timestep_embedding(t_M: Tensor, size: int) -> Tensor:
+    """Cosines then sines of 1000 t at geometric frequencies from 1 to 1/10000 (Vaswani et al. 2017), fp32."""
+    half = size // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t_M.device) / half)
+    angles = 1000.0 * t_M.float().unsqueeze(1) * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1)

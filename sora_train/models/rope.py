@@ -1,0 +1,50 @@
+"""Rotary position embedding over time, height and width (Su et al. 2021, in the three-axis form of Wan)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sora_train.batch import Grid
+
+
+def axis_sizes(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that turn with time, height and width: two even sixths for space, the rest for time."""
+    space = 2 * (head_dim // 6)
+    return head_dim - 2 * space, space, space
+
+
+def frequencies(head_dim: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Angular frequency of each channel pair per axis, float64."""
+    return tuple(theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size) for size in axis_sizes(head_dim))  # type: ignore[return-value]
+
+
+def rotations(grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of each token's angles, `(N, head_dim / 2)` fp32, every clip counted from its own origin."""
+    cached = [_grid_angles(grid, head_dim, theta) for grid in grids]
+    angles = torch.cat(cached) if cached else torch.zeros(0, head_dim // 2)
+    angles = angles.to(device, non_blocking=True)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_NKd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of every head by its token's angle."""
+    pairs = x_NKd.unflatten(-1, (-1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_NKd)
+
+
+_angles: dict[tuple[Grid, int, float], Tensor] = {}
+
+
+def _grid_angles(grid: Grid, head_dim: int, theta: float) -> Tensor:
+    """Angles of one clip's tokens, fp32, remembered per grid (a training set has few)."""
+    key = (grid, head_dim, theta)
+    if key not in _angles:
+        places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).view(-1, 3)
+        axes = [places[:, i : i + 1] * freq for i, freq in enumerate(frequencies(head_dim, theta))]
+        _angles[key] = torch.cat(axes, dim=1).float()
+    return _angles[key]

@@ -1,0 +1,76 @@
+"""A small text encoder trained along with the model: hashed words, so no vocabulary file and no download."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sora_train.models.attention import packed_attention
+
+# A word of letters, a single digit, a single character of a script written without spaces, or a punctuation mark.
+_WORDS = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\d|[^\w\s]"
+)
+_START = 0  # begins every caption, so that an empty one is a token too
+
+
+def tokenize(caption: str, buckets: int, max_tokens: int) -> list[int]:
+    """Ids in [0, buckets): a start token, then the CRC-32 of each lower-cased word folded into the other buckets.
+
+    The hashing trick (Weinberger et al. 2009): two words may share an id, none is unknown.
+    """
+    words = _WORDS.findall(caption.lower())[: max_tokens - 1]
+    return [_START, *(1 + zlib.crc32(word.encode()) % (buckets - 1) for word in words)]
+
+
+def tokenize_captions(captions: Sequence[str], buckets: int, max_tokens: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Ids of all captions end to end, `(L,)` int64 on the host, and the length of each."""
+    ids = [tokenize(caption, buckets, max_tokens) for caption in captions]
+    return torch.tensor([i for row in ids for i in row], dtype=torch.long), tuple(map(len, ids))
+
+
+class TextEncoder(nn.Module):
+    """A pre-norm transformer over packed captions."""
+
+    def __init__(self, width: int, depth: int, heads: int, buckets: int, max_tokens: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(buckets, width)
+        self.places = nn.Embedding(max_tokens, width)
+        self.layers = nn.ModuleList(TextLayer(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.words.weight, std=0.5)
+        nn.init.normal_(self.places.weight, std=0.1)
+
+    def forward(self, ids_L: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Features `(L, E)` of packed captions."""
+        places = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
+        x_LE = self.words(ids_L) + self.places(places.to(ids_L.device, non_blocking=True))
+        for layer in self.layers:
+            x_LE = layer(x_LE, lengths)
+        return self.norm(x_LE)
+
+
+class TextLayer(nn.Module):
+    """Self-attention and MLP, each behind a LayerNorm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q_norm, self.k_norm = nn.RMSNorm(width // heads, 1e-6), nn.RMSNorm(width // heads, 1e-6)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        mlp_out = nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), mlp_out)
+        for last in (self.out, mlp_out):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x_LE: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """`(L, E)` to `(L, E)`."""
+        q, k, v = self.qkv(self.attention_norm(x_LE)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        x_LE = x_LE + self.out(packed_attention(self.q_norm(q), self.k_norm(k), v, lengths, lengths).flatten(1))
+        return x_LE + self.mlp(self.mlp_norm(x_LE))

@@ -1,0 +1,23 @@
+"""The network of a diffusion run: text encoder and transformer as one module, so that one engine holds both."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sora_train.batch import LatentPack
+from sora_train.models.dit import DiT
+from sora_train.models.text import TextEncoder
+
+
+class VideoModel(nn.Module):
+    """Captions and noised patches to velocities."""
+
+    def __init__(self, dit: DiT, text: TextEncoder) -> None:
+        super().__init__()
+        self.dit, self.text = dit, text
+
+    def forward(self, pack: LatentPack) -> Tensor:
+        """Velocity `(N, P)` of every token of the pack."""
+        text_LE = self.text(pack.text, pack.layout.texts)
+        x_NP = pack.x_NP.to(text_LE.dtype)
+        return self.dit(x_NP, text_LE, pack.t_M, pack.t_of_N, pack.layout)

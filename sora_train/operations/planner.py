@@ -1,0 +1,87 @@
+"""What a run will need, from its configuration alone: parameters, memory, batch arithmetic, FLOPs, balance.
+
+Memory is model states (Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054, section 3: weights and gradients in the
+run's precision, fp32 master and two Adam moments, one fp32 EMA) plus an estimate of activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sora_train.config import Config, Precision
+from sora_train.cost import cost, geometry
+from sora_train.data.plan import Plan
+
+_SAVED_PER_TOKEN = 34  # activations of one block that backward needs, in model widths per token (no checkpointing)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Figures of a run on `ranks` ranks."""
+
+    ranks: int
+    parameters: int
+    state_bytes: int  # per rank
+    activation_bytes: int  # per rank, of the largest pack
+    passes: int  # per rank and step
+    idle: float  # share of the places in a step that no slot fills
+    step_flops: int  # of a full step
+    steps_per_epoch: int | None
+    fill: float | None  # share of the token budget that packs use
+    balance: float | None  # mean over max cost of the slots of a step
+
+
+def estimate(config: Config, network: nn.Module, plan: Plan | None, ranks: int) -> Estimate:
+    """Figures for a network (it may live on the meta device) and, where there is data, its plan."""
+    parameters = sum(p.numel() for p in network.parameters())
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    bytes_each = 4 if config.precision is Precision.fp32 else 2
+    weights, gradients, optimizer = bytes_each, bytes_each, 4 + 4 + 4 + (4 if bytes_each == 2 else 0)
+    if bytes_each == 4 and stage:
+        optimizer += 4  # ZeRO keeps a master of its own even in fp32
+    state = parameters * (
+        weights / (ranks if stage == 3 else 1)
+        + gradients / (ranks if stage >= 2 else 1)
+        + optimizer / (ranks if stage else 1)
+    )
+    slots, per_rank = config.data.slots, -(-config.data.slots // ranks)
+    passes = config.parallel.accumulation or per_rank
+    tokens = config.data.max_tokens * -(-per_rank // passes)
+    kept_blocks = (
+        1 + config.model.depth / _SAVED_PER_TOKEN if config.model.activation_checkpointing else config.model.depth
+    )
+    activations = int(tokens * _SAVED_PER_TOKEN * config.model.width * kept_blocks * bytes_each)
+    longest = geometry(config).tokens(config.data.max_frames, *_square(config))
+    clips = max(1, config.data.max_tokens // longest)
+    flops = slots * cost(config).training([min(longest, config.data.max_tokens)] * clips)
+    figures = _of_plan(plan) if plan is not None else (None, None, None)
+    return Estimate(ranks, parameters, int(state), activations, passes, 1 - slots / (per_rank * ranks), flops, *figures)
+
+
+def _square(config: Config) -> tuple[int, int]:
+    multiple = geometry(config).multiple
+    side = max(1, round(config.data.max_pixels**0.5 / multiple)) * multiple
+    return side, side
+
+
+def _of_plan(plan: Plan) -> tuple[int, float, float]:
+    """Steps of an epoch, and fill and balance over its first window."""
+    steps = plan.steps(0, 0)
+    grid, cost_of, capacity = plan.inputs.geometry, plan.inputs.cost, plan.inputs.slots * plan.inputs.max_tokens
+    used, balance = 0, 0.0
+    for slots in steps:
+        lengths = [[grid.tokens(*visit.size) for visit in slot] for slot in slots]
+        used += sum(map(sum, lengths))
+        loads = [cost_of.training(slot) for slot in lengths]
+        balance += sum(loads) / len(loads) / max(loads)
+    count = sum(len(plan.steps(0, window)) for window in range(len(plan.windows(0))))
+    return count, used / (capacity * len(steps)), balance / len(steps)
+
+
+def meta_network(build: type[nn.Module] | object, *arguments: object) -> nn.Module:
+    """Build a network without memory for its weights."""
+    with torch.device("meta"):
+        return build(*arguments)  # type: ignore[operator]

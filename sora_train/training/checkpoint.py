@@ -1,0 +1,248 @@
+"""Checkpoints that fit any cluster: tensors by parameter name, JSON, hashed, published by one rename.
+
+    checkpoints/step-00001000/
+        rank-0.safetensors ...   this rank's pieces: `KIND/PARAMETER`, KIND = master, exp_avg, exp_avg_sq, ema
+        state.json               step, position, counters, shapes
+        manifest.json            size and SHA-256 of every file, where every piece begins; written last
+
+Written in the background from a copy. A folder counts only if its manifest is there and every byte agrees; the
+newest that counts on every rank is loaded, at any number of ranks and any ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sora_train.cli import InputError
+from sora_train.training.zero import Fragment
+
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+_log = logging.getLogger(__name__)
+
+Pieces = dict[str, tuple[int, Tensor]]  # KIND/PARAMETER: first element, values
+
+
+def pieces(fragments: Sequence[Fragment], ema: Mapping[str, Tensor], split: tuple[int, int] | None) -> Pieces:
+    """What this rank saves. `split` (rank, ranks) shares tensors out that every rank holds whole (no ZeRO)."""
+    mine: Pieces = {}
+    for f in fragments:
+        for kind, values in zip(KINDS, (f.master, f.exp_avg, f.exp_avg_sq, ema[f.name]), strict=True):
+            start, stop = 0, values.numel()
+            if split is not None:
+                start, stop = (stop * split[0] // split[1], stop * (split[0] + 1) // split[1])
+            if stop > start:
+                mine[f"{kind}/{f.name}"] = (f.start + start, values[start:stop])
+    return mine
+
+
+class Checkpoints:
+    """The checkpoint folder of a run. All methods are called by all ranks together."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo")  # the writer thread's own, so that it can't mix with the loop's
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".tmp-*"):  # of a save that was killed
+                shutil.rmtree(leftover)
+        dist.barrier()
+
+    def save(self, step: int, mine: Pieces, state: dict[str, Any]) -> None:
+        """Copy now, write in the background. Waits for the save before this one; a failed save is logged, not fatal."""
+        self.wait()
+        staged = {key: (start, values.detach().to("cpu", copy=True)) for key, (start, values) in mine.items()}
+        self._thread = threading.Thread(target=self._write, args=(step, staged, state), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Wait for the save under way; whether it succeeded."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            _log.error("checkpoint not written: %s; training goes on, older checkpoints are untouched", failure)
+        return failure is None
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is intact in the eyes of every rank; None if there are none at all.
+
+        Raises InputError if there are checkpoints but every one is damaged.
+        """
+        found = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        for path in reversed(found):
+            damage = verify(path, self.rank, self.ranks)
+            intact = torch.tensor([damage is None], dtype=torch.int32)
+            dist.all_reduce(intact, op=dist.ReduceOp.MIN, group=self._group)
+            if intact.item():
+                return path
+            _log.error(
+                "checkpoint %s is damaged (%s); trying an older one", path.name, damage or "found by another rank"
+            )
+        if found:
+            raise InputError(
+                f"every checkpoint in {self.folder} is damaged; restore one, or move the folder away to start anew"
+            )
+        return None
+
+    def _write(self, step: int, staged: Pieces, state: dict[str, Any]) -> None:
+        temporary = self.folder / f".tmp-step-{step:08d}"
+        record: dict[str, Any] = {}
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            record = _write_pieces(temporary / f"rank-{self.rank}.safetensors", staged)
+        except Exception as error:  # reported to all ranks below: a rank that stays silent would hang the others
+            record = {"error": f"rank {self.rank}: {error}"}
+        records: list[dict[str, Any]] = [{}] * self.ranks
+        dist.all_gather_object(records, record, group=self._group)
+        errors = [r["error"] for r in records if "error" in r]
+        if not errors and self.rank == 0:
+            try:
+                self._publish(temporary, step, records, state)
+            except Exception as error:  # same
+                errors = [f"rank 0: {error}"]
+        outcome = [errors]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0]:
+            self._failure = OSError("; ".join(outcome[0]))
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _publish(self, temporary: Path, step: int, records: list[dict[str, Any]], state: dict[str, Any]) -> None:
+        files = {record["file"]: record for record in records}
+        files["state.json"] = _write_json(temporary / "state.json", state)
+        _write_json(temporary / "manifest.json", {"version": 1, "step": step, "files": files})
+        _sync_folder(temporary)
+        final = self.folder / f"step-{step:08d}"
+        if final.exists():  # damaged, or it would have been loaded
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(self.folder)
+        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint."""
+    return json.loads((path / "state.json").read_text())
+
+
+def load_into(path: Path, targets: Pieces) -> None:
+    """Fill every target (first element, 1-D tensor) from the pieces of a verified checkpoint.
+
+    Raises InputError if a target isn't covered: another model, or other parameter names.
+    """
+    manifest = json.loads((path / "manifest.json").read_text())
+    where: dict[str, list[tuple[int, int, str]]] = {}
+    for file, record in manifest["files"].items():
+        for key, (start, numel) in record.get("pieces", {}).items():
+            where.setdefault(key, []).append((start, numel, file))
+    with _Files(path) as files:
+        for key, (first, target) in targets.items():
+            done = 0
+            for start, numel, file in where.get(key, []):
+                low, high = max(first, start), min(first + target.numel(), start + numel)
+                if low < high:
+                    target[low - first : high - first].copy_(files[file].get_slice(key)[low - start : high - start])
+                    done += high - low
+            if done != target.numel():
+                raise InputError(
+                    f"{path.name} holds {done} of {target.numel()} values of {key}; was it another model's?"
+                )
+
+
+def load_full(path: Path, kind: str) -> dict[str, Tensor]:
+    """Whole tensors of one kind by parameter name, for export and for sampling outside a run."""
+    shapes = read_state(path)["shapes"]
+    full = {name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
+    load_into(path, {f"{kind}/{name}": (0, values) for name, values in full.items()})
+    return {name: values.view(shapes[name]) for name, values in full.items()}
+
+
+def latest_intact(folder: Path) -> Path:
+    """The newest intact checkpoint of a run, looked for by one process. Raises InputError if there is none."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if verify(path) is None:
+            return path
+    raise InputError(f"no intact checkpoint in {folder}; train first")
+
+
+def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None. Each of several ranks hashes its share of the files."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        for number, (name, record) in enumerate(sorted(files.items())):
+            file = path / name
+            if file.stat().st_size != record["size"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {record['size']}"
+            if number % ranks == rank and _sha256(file) != record["sha256"]:
+                return f"{name} differs from its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+class _Files:
+    """The safetensors files of a checkpoint, opened on first use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.open: dict[str, Any] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.open:
+            self.open[name] = safe_open(self.path / name, "pt").__enter__()
+        return self.open[name]
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.open.values():
+            file.__exit__(None, None, None)
+
+
+def _write_pieces(path: Path, staged: Pieces) -> dict[str, Any]:
+    save_file({key: values.contiguous() for key, (_, values) in staged.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    places = {key: (start, values.numel()) for key, (start, values) in staged.items()}
+    return {"file": path.name, "size": path.stat().st_size, "sha256": _sha256(path), "pieces": places}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+    with path.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

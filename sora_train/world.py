@@ -1,0 +1,39 @@
+"""Who am I: the one reader of the environment that torchrun sets."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """Places of this process in the job; a lone process is rank 0 of 1."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    restarts: int = 0  # how often torchrun has restarted this worker group
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that speaks for all."""
+        return self.rank == 0
+
+    @property
+    def launched(self) -> bool:
+        """Whether a launcher (torchrun) started this process."""
+        return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def from_environment() -> World:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; a plain `python -m` start has none of them."""
+    env = os.environ
+    return World(
+        rank=int(env.get("RANK", 0)),
+        size=int(env.get("WORLD_SIZE", 1)),
+        local_rank=int(env.get("LOCAL_RANK", 0)),
+        local_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
+        restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
+    )
