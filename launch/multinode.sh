@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Train on several machines. Start it on every one of them, with the same settings:
+#
+#   NNODES=4 MASTER_ADDR=node-0 RUN_ID=first-try ./launch/multinode.sh experiment=... run_dir=/shared/runs/x key=value ...
+#
+#   NNODES            number of machines; 2:4 lets the run start with two and take up to four
+#   MASTER_ADDR       one of the machines, by a name or address that all can reach
+#   MASTER_PORT       a free port on it (29400)
+#   RUN_ID            a name for this launch, the same on all machines, another one for the next launch
+#   MAX_RESTARTS      how often to start all processes again after a failure, or after a machine has left or joined (0)
+#   NPROC             processes per machine: one per GPU, or 2 on a CPU
+#   LOCAL_ADDR        this machine's address, where its host name does not resolve on the others
+#   SHUTDOWN_TIMEOUT  seconds that a stop signal leaves for the save (300)
+#
+# run_dir must be in a folder that all machines share. Exit codes are those of torchrun.sh. A stop signal need reach only one
+# machine. On Slurm use slurm.sbatch, which calls this script.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+for setting in NNODES MASTER_ADDR RUN_ID; do
+    if [[ -z ${!setting:-} ]]; then
+        say "error: $setting is not set; the head of $0 says what it means"
+        exit 2
+    fi
+done
+processes=${NPROC:-$(processes_here)}
+limit_threads "$processes"
+use_private_extensions
+remove_stale_build_locks
+export SORA_RUN_ID=$RUN_ID
+run_dir=$(run_dir_of "$@")
+
+command=(torchrun --nnodes "$NNODES" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}"
+    --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-id "$RUN_ID"
+    ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"}
+    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "${SHUTDOWN_TIMEOUT:-300}"
+    -m sora_train.train "$@")
+
+before=$(exit_mark "$run_dir")
+show "${command[@]}"
+run_and_forward "${command[@]}"
+code=$(final_code "$run_dir" "$before" "$status")
+explain "$code"
+exit "$code"
