@@ -16,18 +16,18 @@ import numpy as np
 from sora_train.evaluation.shapes import COLOURS, DIRECTIONS, SHAPES, coverage
 
 KINDS = {"one": 0.7, "two": 0.08, "behind": 0.06, "return": 0.08, "image": 0.08}  # share of the scenes
-SIZES = {"small": 0.17, "large": 0.25}  # radius
-SPEEDS = {"slow": 0.14, "quick": 0.29}  # shorter sides a second
+SIZES = {"small": 0.18, "large": 0.27}  # radius
+SPEEDS = {"slow": 0.13, "quick": 0.26}  # shorter sides a second
 BACKGROUNDS = {"dark": 28, "grey": 118, "light": 225}
 FRAME_SIZES = ((96, 96), (96, 144), (144, 96), (64, 64))  # height, width
-FRAMES = ((9, 8), (17, 8), (17, 8), (25, 8), (33, 16))  # frames, frames a second
+FRAMES = ((9, 8), (17, 8), (17, 8), (33, 16))  # frames, frames a second
 STILL = "still"  # direction and speed of what doesn't move
 
 _GAP = 0.03  # between objects, and between an object and the frame's edge
 _HELD_OUT_EVERY = 6  # one in this many combinations is only in the held-out split
 _TWO_SECONDS = ((17, 8), (33, 16))  # for what must be seen from beginning to end
-_SPREAD = 0.4  # share of its free room over which an object's place varies; the rest is kept on both sides
-_AWAY = (0.4, 0.6)  # an object that returns is out of the frame between these parts of the clip
+_SPREAD = 0.1  # share of its free room over which an object's place varies; the rest is kept on both sides
+_AWAY = (0.3, 0.7)  # an object that returns, or passes behind another, is out of sight between these parts of the clip
 
 _VERBS = {
     "slow": ("drifts", "glides slowly", "moves slowly", "creeps", "floats gently"),
@@ -245,13 +245,14 @@ def _two(
 def _behind(
     rng: np.random.Generator, area: np.ndarray, what: Combination, colour: str, seconds: float
 ) -> tuple[Thing, ...]:
-    """A small object passes behind a large square that stands still; it is seen whole at the start and the end."""
+    """A small object goes behind a large square that stands still, stays there for a moment, and goes on."""
     axis, step = _axis(what[2]), np.array(DIRECTIONS[what[2]])
     middle = area / 2
     middle[1 - axis] += (_near_middle(rng) - 0.5) * (area[1 - axis] - 2 * (SIZES["large"] + _GAP))
     reach = area[axis] / 2 - SIZES["small"] - _GAP
-    speed = min(SPEEDS, key=lambda name: abs(SPEEDS[name] - 2 * reach / seconds))
-    mover = _straight(what, "small", speed, middle - step * reach, middle + step * reach)
+    speed = min(SPEEDS, key=lambda name: abs(SPEEDS[name] - reach / (_AWAY[0] * seconds)))
+    places = (middle - step * reach, middle, middle, middle + step * reach)
+    mover = Thing(what[0], what[1], "small", what[2], speed, _corners(places))
     return mover, _straight((colour, "square", STILL), "large", STILL, middle, middle)
 
 
@@ -262,9 +263,12 @@ def _returning(rng: np.random.Generator, area: np.ndarray, what: Combination) ->
     inside = margin + np.array([_near_middle(rng), _near_middle(rng)]) * (area - 2 * margin)
     inside[axis] = area[axis] / 2 + step[axis] * (area[axis] / 2 - 0.5)  # half a side from where it leaves
     outside = inside + step * (0.5 + SIZES[size] + 2 * _GAP)
-    corners = zip((0.0, *_AWAY, 1.0), (inside, outside, outside, inside), strict=True)
-    path = tuple((time, float(place[0]), float(place[1])) for time, place in corners)
-    return (Thing(what[0], what[1], size, what[2], "quick", path),)
+    return (Thing(what[0], what[1], size, what[2], "quick", _corners((inside, outside, outside, inside))),)
+
+
+def _corners(places: tuple[np.ndarray, ...]) -> tuple[tuple[float, float, float], ...]:
+    """The path of an object that is at four places at the beginning, from and to its absence, and at the end."""
+    return tuple((t, float(y), float(x)) for t, (y, x) in zip((0.0, *_AWAY, 1.0), places, strict=True))
 
 
 def _still(rng: np.random.Generator, area: np.ndarray, what: Combination) -> tuple[Thing, ...]:

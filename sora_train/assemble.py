@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -122,7 +123,7 @@ def _preview_clips(plan: Plan, pool: Pool, count: int) -> list[Clip]:
 
 def _writers(config: Config, step: int) -> Writers:
     run_dir = Path(config.run_dir).resolve()
-    run_id = run_dir.name + "-" + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
+    run_id = re.sub(r"[^\w.-]+", "-", run_dir.name) + "-" + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
     logging = config.logging
     return Writers(run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step)
 

@@ -84,9 +84,10 @@ def _refuse_sweep_under_torchrun() -> None:
 
 
 def _job_name() -> str:
-    """Number and overrides of one job of a sweep, as a folder name."""
-    job = HydraConfig.get().job
-    return f"{job.num}-" + re.sub(r"[^\w.=,-]+", "_", job.override_dirname)[:80].strip("_,")
+    """Number of one job of a sweep and what sets it apart from the others, as a folder name."""
+    hydra_config = HydraConfig.get()
+    swept = [override for override in hydra_config.overrides.task if override not in sys.argv]
+    return f"{hydra_config.job.num}-" + re.sub(r"[^\w.=,-]+", "_", ",".join(swept))[:80].strip("_,")
 
 
 def _one_line(error: Exception) -> str:

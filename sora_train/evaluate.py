@@ -125,7 +125,7 @@ def _count(videos: list[np.ndarray], cases: list[Case]) -> Counts:
     total: Counter[str] = Counter()
     for video, case in zip(videos, cases, strict=True):
         marks = judge(video, case.scene)
-        total.update(marks)
+        total.update(marks.keys())
         right.update(name for name, is_right in marks.items() if is_right)
     return {name: (right[name], total[name]) for name in total}
 

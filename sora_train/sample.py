@@ -5,12 +5,14 @@
     python -m sora_train.sample run_dir=runs/demo [count=8]
 
 Without a prompt, held-out captions are sampled into run_dir/samples/held_out. An image is the first frame; a video is
-extended in time. Beside each video stand a contact sheet (PNG) and what it was made from (JSON).
+extended: what follows its end is generated. `seconds` is the length of the generated clip. Beside each video stand a
+contact sheet (PNG) and what it was made from (JSON).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,8 @@ from sora_train.flow.sampling import Request
 from sora_train.generation import Sampler, load_sampler, request_for, save_sample
 from sora_train.media import read_mp4
 
+_HELD_OUT = 8  # captions sampled when none is given
+
 
 @dataclass
 class Options:
@@ -42,7 +46,7 @@ class Options:
     height: int | None = None  # default: a square of the trained area
     width: int | None = None
     seed: int = 0
-    count: int = 1
+    count: int | None = None  # videos; default: one of a prompt, eight of held-out captions
     guidance: float | None = None
     steps: int | None = None
 
@@ -60,12 +64,14 @@ def main() -> int:
         return _held_out(config, sampler, o)
     given = _given(config, o)
     size = _size(config, o, given)
-    requests = [_request(config, sampler, o.prompt, size, o.seed + n, given) for n in range(o.count)]
+    before, kept = _split(config, given, size)
+    requests = [_request(config, sampler, o.prompt, size, o.seed + n, kept) for n in range(o.count or 1)]
     out = Path(o.out or Path(o.run_dir) / "samples" / "prompt" / f"{o.seed}.mp4")
     for n, (request, frames) in enumerate(zip(requests, sampler.in_batches(requests), strict=True)):
-        name = out.stem if o.count == 1 else f"{out.stem}-{n}"
+        name = out.stem if len(requests) == 1 else f"{out.stem}-{n}"
         about = {"prompt": o.prompt, "seed": request.seed, "run": o.run_dir, "image": o.image, "video": o.video}
-        print(save_sample(out.parent, name, frames, config.data.fps, about))
+        whole = np.concatenate((before, frames)) if before is not None else frames
+        print(save_sample(out.parent, name, whole, config.data.fps, about))
     return 0
 
 
@@ -73,12 +79,8 @@ def _held_out(config: Config, sampler: Sampler, o: Options) -> int:
     plan = Shards(config).held_out(config)
     if plan is None:
         raise InputError('the run has no held-out shards; give prompt="..."')
-    visits = [visit for slot in plan.steps(Position().epoch, 0)[0] for visit in slot] if o.count <= 1 else []
-    for slots in plan.steps(0, 0):
-        if len(visits) >= max(8, o.count):
-            break
-        visits += [visit for slot in slots for visit in slot if visit not in visits]
-    visits = [visit for visit in visits if visit.frames > 1][: o.count if o.count > 1 else 8]
+    every = (visit for _, slots in plan.from_position(Position()) for slot in slots for visit in slot)
+    visits = list(islice((visit for visit in every if visit.frames > 1), o.count or _HELD_OUT))
     captions = [plan.index.captions(visit.sample)[0][0] for visit in visits]
     requests = [
         request_for(config, caption, visit.size, o.seed + n)
@@ -122,18 +124,30 @@ def _size(config: Config, o: Options, given: np.ndarray | None) -> tuple[int, in
     return 1 + (frames - 1) // grid.temporal_stride * grid.temporal_stride, height, width
 
 
+def _split(
+    config: Config, given: np.ndarray | None, size: tuple[int, int, int]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The prompt's frames at the clip's size: those that come before the clip, and those at its beginning.
+
+    An image is the first frame. Of a video, the end (up to half a clip) is the beginning of what is generated.
+    """
+    if given is None:
+        return None, None
+    stride = config.vae.temporal_stride
+    resized = np.stack(
+        [np.asarray(Image.fromarray(f).resize((size[2], size[1]), Image.Resampling.BICUBIC)) for f in given]
+    )
+    kept = 1 + (min(len(given), (size[0] + 1) // 2) - 1) // stride * stride
+    return resized[: len(given) - kept], resized[len(given) - kept :]
+
+
 def _request(
     config: Config, sampler: Sampler, prompt: str, size: tuple[int, int, int], seed: int, given: np.ndarray | None
 ) -> Request:
     request = request_for(config, prompt, size, seed)
     if given is None:
         return request
-    stride = config.vae.temporal_stride
-    frames = given[: 1 + (min(len(given), size[0] - 1) - 1) // stride * stride]
-    resized = np.stack(
-        [np.asarray(Image.fromarray(f).resize((size[2], size[1]), Image.Resampling.BICUBIC)) for f in frames]
-    )
-    latents = sampler.vae.encode(to_video(resized).transpose(0, 1).unsqueeze(0))[0]
+    latents = sampler.vae.encode(to_video(given).transpose(0, 1).unsqueeze(0))[0]
     return Request(request.caption, request.grid, seed, latents)
 
 

@@ -13,16 +13,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from sora_train.assemble import Shards, build_trainer
 from sora_train.cli import BAD_INPUT, InputError, run
 from sora_train.compose import run_hydra, write_exit
 from sora_train.config import Config, to_yaml
-from sora_train.data.pool import Pool
-from sora_train.training.console import setup_logging
-from sora_train.training.zero import connect
 from sora_train.world import World, from_environment
 
 
@@ -43,6 +36,15 @@ def train(config: Config) -> int:
 
 
 def _train(config: Config, world: World) -> int:
+    # imported only now: they take seconds, and a mistake in the configuration is answered before
+    import torch
+    import torch.distributed as dist
+
+    from sora_train.assemble import Shards, build_trainer
+    from sora_train.data.pool import Pool
+    from sora_train.training.console import setup_logging
+    from sora_train.training.zero import connect, disconnect
+
     shards = Shards(config)
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ def _train(config: Config, world: World) -> int:
             finally:
                 trainer.close()
     finally:
-        dist.destroy_process_group()
+        disconnect()
 
 
 if __name__ == "__main__":

@@ -67,9 +67,13 @@ def decode(data: bytes, extension: str, frames: list[int], resize: tuple[int, in
     except Exception as error:
         if "from_size == to_size" not in str(error):
             raise
-    # decord can't hand over frames of some small widths (24, 48, 72) that it resized; resize them here
-    full = _video(data, None).get_batch(frames).asnumpy()
-    return np.stack([_resized(Image.fromarray(frame), resize) for frame in full])
+    # decord can't batch frames of some small widths (16, 24, 48, 72), whose rows it pads; cut the padding off here
+    return np.stack([_unpadded(reader[number].asnumpy(), resize[1]) for number in frames])
+
+
+def _unpadded(frame: np.ndarray, width: int) -> np.ndarray:
+    rows = len(frame)
+    return frame.reshape(rows, -1)[:, : 3 * width].reshape(rows, width, 3)
 
 
 def _resized(image: Image.Image, resize: tuple[int, int]) -> np.ndarray:

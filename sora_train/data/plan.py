@@ -171,7 +171,10 @@ def fit_sizes(
     """
     height, width = height.astype(np.int64), width.astype(np.int64)
     scale = np.minimum(1.0, np.sqrt(max_pixels / (height * width)))
-    rounded = [np.maximum(1, np.rint(side * scale / multiple)).astype(np.int64) for side in (height, width)]
+    rounded = [
+        np.maximum(1, np.minimum(np.rint(side * scale / multiple), side // multiple)).astype(np.int64)
+        for side in (height, width)
+    ]
     while (over := rounded[0] * rounded[1] * multiple**2 > np.maximum(max_pixels, multiple**2)).any():
         taller = rounded[0] >= rounded[1]
         rounded[0] = np.where(over & taller, np.maximum(1, rounded[0] - 1), rounded[0])

@@ -77,7 +77,7 @@ class Pool:
         """Kill the children and drop what waits."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for child in self._children:
-            child.kill()
+            child.close()
         self._threads.shutdown(wait=True)
 
     def __enter__(self) -> Pool:
@@ -112,6 +112,7 @@ class _Child:
         folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.memory = tempfile.TemporaryFile(prefix="sora_train_", dir=folder)  # noqa: SIM115 (unlinked at once: nothing to leak)
         self.process: subprocess.Popen[bytes] | None = None
+        self._closed, self._lock = False, threading.Lock()
 
     def ask(self, request: dict[str, Any], nbytes: int, timeout_s: float) -> dict[str, Any]:
         """Send a request and wait for its answer; raises _Gone if none comes in time."""
@@ -162,7 +163,19 @@ class _Child:
             self.process.kill()
             self.process.wait()
 
+    def close(self) -> None:
+        """End the process for good: the request that it works on fails, and isn't tried again."""
+        with self._lock:
+            self._closed = True
+            self.kill()
+
     def _running(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._closed:
+                raise _Gone("is closed")
+            return self._started()
+
+    def _started(self) -> subprocess.Popen[bytes]:
         if self.process is not None and self.process.poll() is None and self.asked < _RECYCLE_AFTER:
             return self.process
         self.kill()

@@ -105,9 +105,13 @@ def _gap(seen: list[list[Sighting]]) -> tuple[int, int]:
 
 
 def _is_thing(stage: list[list[Sighting]], thing: Thing) -> bool:
-    """Whether the one object of these frames, where enough of it is visible, has the thing's colour and shape."""
-    alone = _alone(stage)
-    if len(alone) < _AGREE * len(stage):
+    """Whether the one object of these frames, where enough of it is visible, has the thing's colour and shape.
+
+    Frames that show an object whole are judged where there are any: one that is half out of sight may be anything.
+    """
+    telling = [frame for frame in stage if any(s.whole for s in frame)] or stage
+    alone = _alone(telling)
+    if len(alone) < _AGREE * len(telling):
         return False
     most = max(s.pixels for s in alone)
     clear = [s for s in alone if s.pixels >= _CLEAR * most]
@@ -117,8 +121,9 @@ def _is_thing(stage: list[list[Sighting]], thing: Thing) -> bool:
 def _passes_behind(seen: list[list[Sighting]], mover: Thing, cover: Thing) -> bool:
     """Whether the mover vanishes behind the cover and comes out on the other side, and the cover stays."""
     covers = [_largest(frame, cover["colour"]) for frame in seen]
-    stays = [s for s in covers if s is not None and s.shape == cover["shape"]]
-    if len(stays) < _AGREE * len(seen):
+    stays = [s for s in covers if s is not None]
+    clear = [s for s in stays if s.whole]  # nothing touches it
+    if len(stays) < _AGREE * len(seen) or not clear or shape_of(clear) != cover["shape"]:
         return False
     others = [[s for s in frame if s is not one] for frame, one in zip(seen, covers, strict=True)]
     stages = _survives(others, mover)

@@ -135,7 +135,8 @@ class Checkpoints:
             shutil.rmtree(final)
         temporary.rename(final)
         _sync_folder(self.folder)
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+        older = [path for path in sorted(self.folder.glob("step-*")) if path.name <= final.name]
+        for old in older[: -self.keep]:  # a newer one is damaged (see above) and doesn't count as kept
             shutil.rmtree(old)
 
 

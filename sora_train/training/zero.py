@@ -53,6 +53,11 @@ def connect(world: World) -> torch.device:
     return torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
 
 
+def disconnect() -> None:
+    """Leave the process group, so that another run can follow in this process."""
+    deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
+
+
 class Engine:
     """A network under ZeRO: call it, `backward`, `step`."""
 
@@ -74,7 +79,7 @@ class Engine:
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": passes,
-            "gradient_clipping": clip,
+            "gradient_clipping": 0.0 if self.stage == 0 and self.fp32 else clip,  # there we clip
             "steps_per_print": 1 << 62,
             "bf16": {"enabled": not self.fp32},
             "zero_force_ds_cpu_optimizer": False,
@@ -112,10 +117,12 @@ class Engine:
 
     def _step_fp32(self) -> bool:
         """Without ZeRO in fp32 DeepSpeed would let a NaN into the weights, and doesn't keep the norm."""
-        grads = [p.grad for p in self.names if p.grad is not None]
-        self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        self._grad_norm = float(norm)
         finite = self._grad_norm < float("inf")  # False for NaN too
-        if not finite:
+        if finite:
+            torch.nn.utils.clip_grads_with_norm_(list(self.names), self.clip, norm)
+        else:
             for p in self.names:
                 p.grad = None
         self.engine.step()
@@ -139,7 +146,7 @@ class Engine:
     @contextmanager
     def weights(self, values: dict[str, Tensor]) -> Iterator[None]:
         """Run with other weights (EMA): `values` holds them by fragment; all ranks together."""
-        shared = self.stage == 0 and self.fp32  # forward uses the masters themselves
+        shared = self.stage in (0, 3) and self.fp32  # forward uses the masters themselves
         kept = {f.name: f.master.clone() if shared else f.master for f in self.fragments}
         self.write_weights(values)
         try:
@@ -165,13 +172,12 @@ class Engine:
             p.data.copy_(full.view_as(p))
 
     def _write_partitions(self, values: dict[str, Tensor]) -> None:
+        z = self.engine.optimizer
+        z.checkpoint_event_prologue()  # lets go of what is still gathered
         for p, name in self.names.items():
             if name in values:
                 p.ds_tensor.data[: values[name].numel()].copy_(values[name])
-        kept = self.engine.optimizer.persistent_parameters
-        if kept:  # small parameters stay gathered between steps; gather them anew
-            kept[0].partition(kept, has_been_updated=False)
-            kept[0].all_gather(kept)
+        z.checkpoint_event_epilogue()  # small parameters stay gathered between steps; gather them anew
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -181,14 +187,19 @@ class Engine:
     def _create_moments(self) -> None:
         """Adam makes its state at the first step; a checkpoint needs a place to be loaded to before that."""
         z, inner = self.engine.optimizer, self._inner
-        for group in inner.param_groups:
-            for p in group["params"]:
-                state = inner.state[p]
-                if "exp_avg" not in state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state |= {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in _MOMENTS}
+        for p in self._masters():
+            state = inner.state[p]
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state |= {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in _MOMENTS}
         if self.stage in (1, 2) and hasattr(z, "_lazy_init_hp_params_optimizer_state"):
             z._lazy_init_hp_params_optimizer_state()
+
+    def _masters(self) -> list[Tensor]:
+        """The tensors that Adam itself works on."""
+        if self.stage == 3:  # its groups stand empty between steps
+            return self.engine.optimizer.fp32_partitioned_groups_flat
+        return [p for group in self._inner.param_groups for p in group["params"]]
 
     def _fragments(self) -> Iterator[Fragment]:
         for p, name in self.names.items():

@@ -1,0 +1,86 @@
+"""CPU seconds per clip of the loader against a bare decord loop over the same clips.
+
+    python -m benchmarks.loader_cpu SHARDS... [rounds=10]
+
+Both read the same members and decode the same frames at the same size. The loader also checks every checksum, reads
+captions, decodes in a child process that can be killed, and hands the pixels over; its CPU time is that of the parent
+and its child. In turns in one process; CPU time of processes, not wall time.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import sys
+import time
+from itertools import islice
+
+import decord
+import numpy as np
+import psutil
+from PIL import Image
+
+from benchmarks.report import write
+from sora_train.cost import Cost, Geometry
+from sora_train.data.decode import read_member
+from sora_train.data.index import expand, index_shards, load_index
+from sora_train.data.loader import Loader
+from sora_train.data.plan import Plan, PlanInputs, Position, source_frames
+from sora_train.data.pool import Pool
+
+_STEPS = 12
+
+
+def main() -> None:
+    """Measure and write the table."""
+    patterns = [a for a in sys.argv[1:] if "=" not in a]
+    options = dict(a.split("=") for a in sys.argv[1:] if "=" in a)
+    shards = expand(patterns)
+    index_shards(shards)
+    inputs = PlanInputs(
+        seed=0, slots=1, max_tokens=4096, fill=0.9, window=4096, fps=8.0, max_frames=17, max_pixels=4096, fit="crop",
+        tasks=(("text_to_video", 1.0),), repeats=(1.0,) * len(shards), geometry=Geometry(4, 16, 2), cost=Cost(1, 0),
+    )  # fmt: skip
+    plan = Plan(load_index(shards), inputs)
+    steps = list(islice(plan.from_position(Position()), _STEPS))
+    visits = [visit for _, slots in steps for visit in slots[0]]
+    ours: list[float] = []
+    bare: list[float] = []
+    with Pool(1) as pool:
+        clips = sum(len(step.packs[0].clips) for step in islice(Loader(plan, pool, [[0]], Position(), 2), _STEPS))
+        for _ in range(int(options.get("rounds", 10))):
+            before = _cpu()
+            list(islice(Loader(plan, pool, [[0]], Position(), 2), _STEPS))
+            ours.append((_cpu() - before) / clips)
+            before = _cpu()
+            for visit in visits:
+                path, _, (offset, size, _) = plan.index.member(visit.sample)
+                data = io.BytesIO(read_member(path, offset, size, None))
+                height, width = visit.resize
+                if not visit.fps:
+                    np.asarray(Image.open(data).convert("RGB").resize((width, height)))
+                    continue
+                reader = decord.VideoReader(data, width=width, height=height, num_threads=1)
+                reader.get_batch(source_frames(visit, float(plan.index.fps[visit.sample]))).asnumpy()
+            bare.append((_cpu() - before) / len(visits))
+    ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
+    rows = [
+        (name, f"{1e3 * statistics.median(v):.2f} ms", f"{1e3 * min(v):.2f} to {1e3 * max(v):.2f}")
+        for name, v in (("this loader, all checks on", ours), ("bare decord", bare))
+    ]
+    write(
+        f"CPU per clip of the loader against bare decord ({clips} clips)",
+        f"Ratio of the medians of {len(ours)} rounds in turns: {ratio:.3f}.",
+        ("", "CPU per clip", "range"),
+        rows,
+    )
+
+
+def _cpu() -> float:
+    """CPU seconds of this process and its children so far."""
+    me = psutil.Process()
+    return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in me.children(recursive=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Writes a benchmark's table to RESULTS.md: each section is replaced by its latest run."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import deepspeed
+import torch
+
+_FILE = Path(__file__).with_name("RESULTS.md")
+
+
+def write(title: str, about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, and put it in RESULTS.md under `title`, with date, machine and versions."""
+    lines = [" | ".join(("", *row, "")).strip() for row in (header, ["---"] * len(header), *rows)]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
+    section = "\n".join((f"## {title}", "", about, "", *lines, "", f"{date.today()}, {device}, {versions}", ""))
+    old = _FILE.read_text() if _FILE.exists() else "# Benchmarks\n\nWritten by the scripts beside this file.\n"
+    kept = re.sub(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", "", old, flags=re.S).rstrip()
+    _FILE.write_text(f"{kept}\n\n{section}")
+    print(section)

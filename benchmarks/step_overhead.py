@@ -1,0 +1,155 @@
+"""Step time of the trainer against the same model in a bare forward, backward, clip, AdamW loop.
+
+    python -m benchmarks.step_overhead [rounds=5]
+
+Both train the same 20M-parameter model in fp32 on the same packs, in turns in one process: a round is a few steps of
+one, then of the other. The trainer does everything it does in a run: decoding, VAE, ledger, ZeRO, EMA, metrics. The
+bare loop gets its packs ready in memory; beside it stands a bare loop that doesn't encode with the VAE either. Peak
+memory is that of one process each.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from benchmarks.report import write
+from sora_train import config as configuration
+from sora_train.assemble import Shards, build_trainer
+from sora_train.batch import Pack
+from sora_train.compose import CONF
+from sora_train.config import Config
+from sora_train.data.loader import Loader
+from sora_train.data.plan import Position
+from sora_train.data.pool import Pool
+from sora_train.methods import Diffusion
+from sora_train.training.trainer import Trainer
+from sora_train.training.zero import connect
+from sora_train.world import World
+
+_STEPS = 3  # of each in a round, after one that isn't counted
+_OVERRIDES = (
+    "experiment=demo", "model=20m", "data.slots=1", "data.max_tokens=4096", "data.max_pixels=4096", "steps=100000",
+    "logging.every_steps=1", "logging.validate_every=0", "logging.sample_every=0", "checkpoint.every_steps=100000",
+    "logging.writers=[]", "optim.lr=1e-5",
+)  # fmt: skip
+
+
+def _config(run_dir: str, stage: int) -> Config:
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return configuration.build(compose("train", [*_OVERRIDES, f"run_dir={run_dir}", f"deepspeed=zero{stage}"]))
+
+
+def _trainer(config: Config, pool: Pool, device: torch.device) -> Trainer:
+    shards = Shards(config)
+    shards.index()
+    return build_trainer(config, World(), device, shards, pool)
+
+
+def _run_trainer(trainer: Trainer) -> list[float]:
+    """Times of a few more steps of a run, from its own metrics."""
+    trainer.config.steps = trainer.step + _STEPS + 1
+    trainer.train()
+    lines = (trainer.run_dir / "metrics.jsonl").read_text().splitlines()[-_STEPS:]
+    return [json.loads(line)["step_time"] for line in lines]
+
+
+def _running(run_dir: str, stage: int, pool: Pool, device: torch.device) -> Callable[[], list[float]]:
+    return partial(_run_trainer, _trainer(_config(run_dir, stage), pool, device))
+
+
+def _bare(config: Config, device: torch.device, packs: list[Pack], encode: bool) -> Callable[[], list[float]]:
+    """A bare loop over packs in memory, with the VAE in the step or before it."""
+    torch.manual_seed(config.seed)
+    method = Diffusion(config, device)
+    method.network.to(device)
+    optimizer = torch.optim.AdamW(method.network.parameters(), lr=config.optim.lr)
+    task = method.task
+    ready = [task.prepare(pack, device) for pack in packs] if not encode else []  # type: ignore[attr-defined]
+    turn = iter(range(10**9))
+
+    def step() -> None:
+        number = next(turn) % len(packs)
+        if encode:
+            loss = task.loss(method.network, packs[number], device).sum / task.weight(packs[number])
+        else:
+            latents = ready[number]
+            error = (method.network(latents) - latents.target_NP).square().mean(1)
+            loss = (error * latents.weight_N).sum() / latents.weight_N.sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(method.network.parameters(), config.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def run() -> list[float]:
+        times = []
+        for _ in range(_STEPS + 1):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        return times[1:]
+
+    return run
+
+
+def _packs(trainer_config: Config, pool: Pool) -> list[Pack]:
+    plan = Shards(trainer_config).plan(trainer_config)
+    return [step.packs[0] for step in islice(Loader(plan, pool, [[0]], Position(), 2), 4)]
+
+
+def main() -> None:
+    """Run in turns, or (with `only=NAME`) one of them alone for its peak memory."""
+    arguments = dict(a.split("=") for a in sys.argv[1:])
+    device = connect(World())
+    with tempfile.TemporaryDirectory() as folder, Pool(1) as pool:
+        makers: dict[str, Callable[[], Callable[[], list[float]]]] = {
+            f"trainer, ZeRO {stage}": partial(_running, f"{folder}/{stage}", stage, pool, device) for stage in (0, 1)
+        }
+        config = _config(f"{folder}/bare", 0)
+        makers["bare loop"] = lambda: _bare(config, device, _packs(config, pool), encode=True)
+        makers["bare loop, latents ready"] = lambda: _bare(config, device, _packs(config, pool), encode=False)
+        if "only" in arguments:
+            makers[arguments["only"]]()()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            return
+        runs = {name: make() for name, make in makers.items()}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(int(arguments.get("rounds", 5))):
+            for name, run in runs.items():
+                times[name] += run()
+    base = statistics.median(times["bare loop"])
+    rows = []
+    for name, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        rows.append(
+            (name, f"{middle:.3f} s", f"{low:.3f} to {high:.3f}", f"{middle / base - 1:+.1%}", f"{_peak(name):.0f} MiB")
+        )
+    write(
+        "Step time of the trainer against a bare loop",
+        "20M parameters, fp32, one pack of up to 4,096 tokens per step; the same packs for all, in turns in one process.",
+        ("loop", "median step", "middle half", "against bare", "peak memory of the process"),
+        rows,
+    )
+
+
+def _peak(name: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.step_overhead", f"only={name}"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    return int(out.stdout.split()[-1]) / 1024
+
+
+if __name__ == "__main__":
+    main()

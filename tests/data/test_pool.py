@@ -1,0 +1,185 @@
+"""Decode processes that crash, hang or are killed: the answer still comes, or a cause does, and no process stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import decord
+import numpy as np
+import pytest
+from PIL import Image
+
+from sora_train.data.decode import DecodeError
+from sora_train.data.index import load_index
+from sora_train.data.pool import Pool
+from sora_train.media import encode_mp4, read_mp4
+
+VIDEO = 2  # rows of the corpus: 17 frames of 64x64 at 8 fps
+LONG = 7  # 33 frames of 48x96 at 16 fps
+IMAGE = 0
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    with Pool(1, timeout_s=30) as pool:
+        yield pool
+
+
+def pid_of(pool: Pool) -> int:
+    process = pool._children[0].process
+    assert process is not None
+    return process.pid
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ask(pool: Pool, corpus: list[str], row: int, frames: list[int], size: tuple[int, int] = (64, 64)) -> np.ndarray:
+    return pool.decode(*load_index(corpus).member(row), frames, size, (0, 0, *size)).result()
+
+
+def test_a_decode_in_a_child_equals_decord_itself(pool: Pool, corpus: list[str], tmp_path: Path) -> None:
+    path, _, (offset, size, _) = load_index(corpus).member(LONG)
+    (tmp_path / "clip.mp4").write_bytes(Path(path).read_bytes()[offset : offset + size])
+    reader = decord.VideoReader(str(tmp_path / "clip.mp4"))
+    frames = [0, 2, 4, 30, 32]
+    whole = pool.decode(*load_index(corpus).member(LONG), frames, (48, 96), (0, 0, 48, 96)).result()
+    assert np.array_equal(whole, reader.get_batch(frames).asnumpy())
+    cut = pool.decode(*load_index(corpus).member(LONG), frames, (48, 96), (8, 16, 32, 64)).result()
+    assert np.array_equal(cut, whole[:, 8:40, 16:80])
+    smaller = decord.VideoReader(str(tmp_path / "clip.mp4"), width=64, height=32).get_batch(frames).asnumpy()
+    assert np.array_equal(ask(pool, corpus, LONG, frames, (32, 64)), smaller)
+
+
+@pytest.mark.parametrize("width", [16, 24, 40, 48, 72])
+def test_small_widths_that_decord_pads_come_whole(pool: Pool, tmp_path: Path, width: int) -> None:
+    ramp = np.linspace(0, 255, width).astype(np.uint8)
+    video = np.broadcast_to(ramp[None, None, :, None], (9, 32, width, 3)) // 8 * np.arange(9)[:, None, None, None]
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode_mp4(video.astype(np.uint8), 8))
+    whole, _ = read_mp4(path)
+    native = pool.decode(str(path), "mp4", (0, -1, None), [0, 4, 8], (32, width), (0, 0, 32, width)).result()  # type: ignore[arg-type]
+    assert np.abs(native.astype(int) - whole[[0, 4, 8]]).max() <= 3
+    path.write_bytes(encode_mp4(np.repeat(np.repeat(video.astype(np.uint8), 2, 1), 2, 2), 8))
+    halved = pool.decode(str(path), "mp4", (0, -1, None), [0, 4, 8], (32, width), (0, 0, 32, width)).result()  # type: ignore[arg-type]
+    assert np.abs(halved.astype(int) - whole[[0, 4, 8]]).mean() < 3
+
+
+def test_an_image_is_one_frame(pool: Pool, corpus: list[str]) -> None:
+    assert ask(pool, corpus, IMAGE, [0]).shape == (1, 64, 64, 3)
+    path, extension, (offset, size, crc32) = load_index(corpus).member(IMAGE)
+    probed = pool.probe(path, extension, offset, size).result()
+    assert probed == {"frames": 1, "fps": 0.0, "width": 64, "height": 64, "crc32": crc32}
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"member": (0, 100, 0)}, "checksum"),
+        ({"member": (1 << 40, 100, None)}, "truncated"),
+        ({"path": "/nowhere.tar"}, "missing"),
+        ({"frames": [0, 17]}, "short"),
+        ({"crop": (0, 0, 80, 80)}, "size"),
+    ],
+)
+def test_what_goes_wrong_has_one_word(pool: Pool, corpus: list[str], change: dict[str, object], cause: str) -> None:
+    path, extension, member = load_index(corpus).member(VIDEO)
+    request = {"path": path, "extension": extension, "member": member, "frames": [0], "resize": (64, 64)}
+    with pytest.raises(DecodeError) as caught:
+        pool.decode(**request | {"crop": (0, 0, 64, 64)} | change).result()  # type: ignore[arg-type]
+    assert caught.value.cause == cause
+    assert ask(pool, corpus, VIDEO, [0]).shape == (1, 64, 64, 3), "the next request is unharmed"
+
+
+def test_a_child_killed_during_a_request_is_replaced_and_the_request_answered(pool: Pool, corpus: list[str]) -> None:
+    before = ask(pool, corpus, VIDEO, [0, 1])
+    first = pid_of(pool)
+    os.kill(first, signal.SIGSTOP)  # so that the request is surely under way when the child dies
+    waiting = pool.decode(*load_index(corpus).member(VIDEO), [0, 1], (64, 64), (0, 0, 64, 64))
+    time.sleep(0.2)
+    assert not waiting.done()
+    os.kill(first, signal.SIGKILL)
+    assert np.array_equal(waiting.result(timeout=20), before)
+    assert pid_of(pool) != first and not is_running(first)
+
+
+def test_a_child_that_hangs_is_killed_at_its_deadline_and_the_request_answered(corpus: list[str]) -> None:
+    with Pool(1, timeout_s=3) as pool:
+        before = ask(pool, corpus, VIDEO, [3])
+        first = pid_of(pool)
+        os.kill(first, signal.SIGSTOP)
+        start = time.monotonic()
+        assert np.array_equal(ask(pool, corpus, VIDEO, [3]), before)
+        assert 2.9 < time.monotonic() - start < 8
+        assert pid_of(pool) != first and not is_running(first)
+
+
+def test_a_sample_that_hangs_twice_is_at_fault_and_the_next_is_unharmed(corpus: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hangs.mp4")  # opening it waits for a writer that never comes
+    with Pool(1, timeout_s=2) as pool:
+        with pytest.raises(DecodeError, match="no answer within 2 s, twice") as caught:
+            pool.probe(str(tmp_path / "hangs.mp4"), "mp4").result()
+        assert caught.value.cause == "timeout"
+        pool.timeout_s = 30
+        assert ask(pool, corpus, VIDEO, [0]).shape == (1, 64, 64, 3)
+
+
+def test_a_decoder_out_of_memory_is_a_cause_and_not_a_stop(pool: Pool, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    Image.fromarray(np.zeros((12000, 12000), np.uint8)).save(path, compress_level=1)
+    pool.memory_bytes = 512 << 20  # taken over by a child when it starts
+    with pytest.raises(DecodeError, match="memory"):
+        pool.probe(str(path), "png").result()
+
+
+def test_a_child_sees_no_credentials_and_imports_no_torch(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "hush-hush")
+    with Pool(1) as pool:
+        ask(pool, corpus, VIDEO, [0])
+        environment = Path(f"/proc/{pid_of(pool)}/environ").read_bytes()
+        loaded = Path(f"/proc/{pid_of(pool)}/maps").read_text()
+    assert b"PATH=" in environment
+    assert b"hush-hush" not in environment
+    assert "decord" in loaded and "libtorch" not in loaded
+
+
+def test_a_child_inherits_no_open_file_beside_its_own(pool: Pool, corpus: list[str], tmp_path: Path) -> None:
+    with (tmp_path / "secret").open("w") as secret:
+        os.set_inheritable(secret.fileno(), True)
+        ask(pool, corpus, VIDEO, [0])
+        open_files = [str(link.readlink()) for link in Path(f"/proc/{pid_of(pool)}/fd").iterdir()]
+    assert not [name for name in open_files if "secret" in name]
+
+
+def test_a_closed_pool_leaves_no_process(corpus: list[str]) -> None:
+    with Pool(3, timeout_s=30) as pool:
+        member = load_index(corpus).member(VIDEO)
+        for done in [pool.decode(*member, [0], (64, 64), (0, 0, 64, 64)) for _ in range(12)]:
+            done.result()
+        pids = [child.process.pid for child in pool._children if child.process]
+        assert pids and all(map(is_running, pids))
+    assert not any(map(is_running, pids))
+
+
+def test_closing_does_not_wait_for_a_decoder_that_hangs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hangs.mp4")
+    pool = Pool(1, timeout_s=60)
+    pending = pool.probe(str(tmp_path / "hangs.mp4"), "mp4")
+    while not pool._children or pool._children[0].process is None:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    first = pid_of(pool)
+    start = time.monotonic()
+    pool.close()
+    assert time.monotonic() - start < 5
+    assert not is_running(first) and not is_running(pid_of(pool))
+    assert isinstance(pending.exception(timeout=1), Exception)

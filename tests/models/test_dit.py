@@ -1,0 +1,125 @@
+"""The transformer over packs: clips in one pack are as good as alone, and know nothing of each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sora_train.batch import Layout
+from sora_train.models.dit import DiT, modulated_norm, timestep_embedding
+
+GRIDS, TEXTS = ((2, 2, 3), (1, 1, 1), (3, 2, 2), (2, 2, 3)), (4, 1, 6, 2)
+TIMES = (0.3, 0.0, 0.7, 1.0, 0.5)
+P, E = 8, 12
+
+
+def make_dit(**changes: Any) -> DiT:
+    """A small network with every weight alive (the real one starts with a head and modulations of zero)."""
+    torch.manual_seed(0)
+    dit = DiT(**{"patch_features": P, "width": 24, "depth": 2, "heads": 2, "ffn": 48, "text_width": E} | changes)
+    with torch.no_grad():
+        for p in dit.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return dit
+
+
+def make_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor, Layout]:
+    layout = Layout(GRIDS, TEXTS)
+    generator = torch.Generator().manual_seed(1)
+    x_NP = torch.randn(layout.tokens, P, generator=generator)
+    text_LE = torch.randn(sum(TEXTS), E, generator=generator)
+    t_of_N = torch.randint(0, len(TIMES), (layout.tokens,), generator=generator)
+    return x_NP, text_LE, torch.tensor(TIMES), t_of_N, layout
+
+
+def alone(clip: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Layout]:
+    x_NP, text_LE, t_M, t_of_N, layout = make_inputs()
+    tokens = slice(layout.offsets[clip], layout.offsets[clip + 1])
+    text = slice(sum(TEXTS[:clip]), sum(TEXTS[: clip + 1]))
+    return x_NP[tokens], text_LE[text], t_M, t_of_N[tokens], Layout((GRIDS[clip],), (TEXTS[clip],))
+
+
+def test_a_pack_equals_its_clips_run_apart_in_output_and_gradients() -> None:
+    packed, apart = make_dit(), make_dit()
+    out = packed(*make_inputs())
+    separate = torch.cat([apart(*alone(clip)) for clip in range(len(GRIDS))])
+    torch.testing.assert_close(out, separate, rtol=1e-4, atol=1e-5)
+    out.square().sum().backward()
+    for clip in range(len(GRIDS)):
+        apart.zero_grad() if clip == 0 else None
+        apart(*alone(clip)).square().sum().backward()
+    for (name, one), two in zip(packed.named_parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-3 * float(two.grad.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("clip", range(len(GRIDS)))
+def test_changing_one_clip_changes_nothing_in_another(clip: int) -> None:
+    dit = make_dit()
+    x_NP, text_LE, t_M, t_of_N, layout = make_inputs()
+    before = dit(x_NP, text_LE, t_M, t_of_N, layout)
+    tokens = slice(layout.offsets[clip], layout.offsets[clip + 1])
+    x_NP[tokens] += 1.0
+    text_LE[sum(TEXTS[:clip]) : sum(TEXTS[: clip + 1])] -= 1.0
+    t_of_N[tokens] = (t_of_N[tokens] + 1) % len(TIMES)
+    changed = (dit(x_NP, text_LE, t_M, t_of_N, layout) != before).any(1)
+    assert changed[tokens].all()
+    changed[tokens] = False
+    assert not changed.any()
+
+
+def test_every_token_of_a_clip_sees_every_other() -> None:
+    dit, (x_NP, *rest) = make_dit(), alone(0)
+    x_NP.requires_grad_()
+    dit(x_NP, *rest)[0].sum().backward()
+    assert (x_NP.grad.abs().sum(1) > 0).all()
+
+
+def test_text_and_timestep_matter() -> None:
+    dit, (x_NP, text_LE, t_M, t_of_N, layout) = make_dit(), alone(0)
+    before = dit(x_NP, text_LE, t_M, t_of_N, layout)
+    assert ((dit(x_NP, text_LE + 1, t_M, t_of_N, layout) - before).abs() > 1e-4).any()
+    assert ((dit(x_NP, text_LE, t_M + 0.1, t_of_N, layout) - before).abs() > 1e-4).any()
+
+
+def test_a_timestep_is_looked_up_per_token() -> None:
+    """The same times in another order of the table give the same output."""
+    dit, (x_NP, text_LE, t_M, t_of_N, layout) = make_dit(), make_inputs()
+    order = torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(
+        dit(x_NP, text_LE, t_M, t_of_N, layout), dit(x_NP, text_LE, t_M[order], order.argsort()[t_of_N], layout)
+    )
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    plain, checkpointed = make_dit(), make_dit(activation_checkpointing=True)
+    outs = [dit(*make_inputs()) for dit in (plain, checkpointed)]
+    assert torch.equal(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    for one, two in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
+
+
+def test_a_fresh_network_predicts_zero_and_its_gates_are_as_configured() -> None:
+    dit = DiT(P, 24, 2, 2, 48, E, gate_init=0.3)
+    assert torch.equal(dit(*make_inputs()), torch.zeros(Layout(GRIDS, TEXTS).tokens, P))
+    assert dit.blocks[1].modulation[:, 0].tolist() == pytest.approx([0.0, 0.0, 0.3, 0.0, 0.0, 0.3])
+
+
+def test_the_timestep_embedding_is_cosines_then_sines_of_1000_t() -> None:
+    embedded = timestep_embedding(torch.tensor([0.0, 0.5]), 8)
+    assert embedded[0].tolist() == [1.0] * 4 + [0.0] * 4
+    angles = 500.0 * torch.tensor([1.0, 0.1, 0.01, 0.001])
+    torch.testing.assert_close(embedded[1], torch.cat((angles.cos(), angles.sin())), rtol=1e-3, atol=1e-3)
+
+
+def test_the_modulated_norm_shifts_and_scales_by_each_tokens_timestep() -> None:
+    x = torch.randn(3, 6)
+    shift, scale = torch.tensor([[0.0] * 6, [2.0] * 6]), torch.tensor([[0.0] * 6, [1.0] * 6])
+    out = modulated_norm(x, shift, scale, torch.tensor([0, 1, 1]), 1e-6)
+    torch.testing.assert_close(out.mean(1), torch.tensor([0.0, 2.0, 2.0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.std(1, correction=0), torch.tensor([1.0, 2.0, 2.0]), atol=1e-3, rtol=0)
+    assert modulated_norm(x.bfloat16(), shift, scale, torch.tensor([0, 1, 1]), 1e-6).dtype == torch.bfloat16

@@ -1,0 +1,191 @@
+"""The launch scripts, with stand-ins for torchrun, srun and scontrol."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), ROOT / ".ci/run"])
+
+# Notes how it was called, writes exit.json as rank 0 would, and exits with 1 whatever the run's code, as torchrun does.
+TORCHRUN = """#!/usr/bin/env bash
+echo "$@" >>"$CALLS"
+if [[ -n $RUN_CODE ]]; then
+    mkdir -p "$RUN_DIR"
+    printf '{\\n  "code": %s,\\n  "reason": "code 7"\\n}\\n' "$RUN_CODE" >"$RUN_DIR/exit.json.new"
+    mv "$RUN_DIR/exit.json.new" "$RUN_DIR/exit.json"
+fi
+exit 1
+"""
+# Saves when it is told to stop, which takes a moment.
+STOPPABLE = """#!/usr/bin/env bash
+trap 'echo SIGNAL >>"$CALLS"; sleep 0.5; echo "{\\"code\\": 75}" >"$RUN_DIR/exit.json"; exit 1' USR1 TERM
+mkdir -p "$RUN_DIR"
+echo started >>"$CALLS"
+while true; do sleep 0.1; done
+"""
+SRUN = """#!/usr/bin/env bash
+echo "srun $@" >>"$CALLS"
+exit "$RUN_CODE"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then printf 'node-a\\nnode-b\\n'; else echo "scontrol $@" >>"$CALLS"; fi
+"""
+
+
+class Sandbox:
+    """A copy of the launch scripts, without an environment of its own, and a PATH with stand-ins first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run_dir = folder / "run"
+        self.calls_file = folder / "calls"
+        shutil.copytree(ROOT / "launch", folder / "launch")
+        (folder / "bin").mkdir()
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SORA_", "SLURM_"))}
+        self.environment = inherited | {
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "CALLS": str(self.calls_file),
+            "RUN_DIR": str(self.run_dir),
+            "RUN_CODE": "",
+        }
+
+    def stand_in(self, name: str, text: str) -> None:
+        path = self.folder / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        command = ["bash", str(self.folder / "launch" / script), *arguments, f"run_dir={self.run_dir}"]
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment | environment, start_new_session=True)
+
+    def code(self, script: str, *arguments: str, **environment: str) -> int:
+        return self.start(script, *arguments, **environment).wait(timeout=60)
+
+    def calls(self) -> list[str]:
+        return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+
+    def wait_for(self, call: str) -> None:
+        end = time.monotonic() + 30
+        while call not in self.calls():
+            assert time.monotonic() < end, f"{call!r} never came; calls: {self.calls()}"
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    box = Sandbox(tmp_path)
+    box.stand_in("torchrun", TORCHRUN)
+    box.stand_in("srun", SRUN)
+    box.stand_in("scontrol", SCONTROL)
+    return box
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.read_text().startswith("#!/usr/bin/env bash\n") or script.name == "common.sh"
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_torchrun_returns_the_code_of_the_run(sandbox: Sandbox, code: int) -> None:
+    assert sandbox.code("torchrun.sh", "NPROC=3", "experiment=demo", MAX_RESTARTS="5", RUN_CODE=str(code)) == code
+    (call,) = sandbox.calls()  # none of these is started again
+    assert "--nproc-per-node 3" in call
+    assert "--signals-to-handle SIGTERM,SIGINT,SIGUSR1" in call
+    assert call.endswith(f"-m sora_train.train experiment=demo run_dir={sandbox.run_dir}")
+
+
+def test_torchrun_ignores_the_exit_file_of_an_earlier_run(sandbox: Sandbox) -> None:
+    sandbox.run_dir.mkdir()
+    (sandbox.run_dir / "exit.json").write_text('{"code": 0, "reason": "done"}')
+    assert sandbox.code("torchrun.sh") == 1
+
+
+def test_torchrun_restarts_after_a_failure(sandbox: Sandbox) -> None:
+    assert sandbox.code("torchrun.sh", "MAX_RESTARTS=2", RUN_CODE="1") == 1
+    assert len(sandbox.calls()) == 3
+
+
+@pytest.mark.parametrize("stop", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_torchrun_waits_for_the_save(sandbox: Sandbox, stop: signal.Signals) -> None:
+    sandbox.stand_in("torchrun", STOPPABLE)
+    process = sandbox.start("torchrun.sh", MAX_RESTARTS="5")
+    sandbox.wait_for("started")
+    os.killpg(process.pid, stop)  # as a terminal does, and a second time while it saves
+    sandbox.wait_for("SIGNAL")
+    os.killpg(process.pid, stop)
+    assert process.wait(timeout=30) == 75
+    assert sandbox.calls() == ["started", "SIGNAL"]
+
+
+def test_multinode_names_a_missing_setting(sandbox: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
+    assert sandbox.code("multinode.sh", NNODES="2", MASTER_ADDR="node-a", RUN_ID="") == 2
+    assert "RUN_ID is not set" in capfd.readouterr().err
+
+
+def test_multinode_meets_at_the_master(sandbox: Sandbox) -> None:
+    settings = {"NNODES": "1:2", "MASTER_ADDR": "node-a", "MASTER_PORT": "1234", "RUN_ID": "x"}
+    assert sandbox.code("multinode.sh", RUN_CODE="75", **settings) == 75
+    (call,) = sandbox.calls()
+    assert "--nnodes 1:2" in call and "--rdzv-endpoint node-a:1234 --rdzv-id x" in call
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True)])
+def test_slurm_requeues_only_what_was_stopped(sandbox: Sandbox, code: int, requeued: bool) -> None:
+    slurm = {
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_SUBMIT_DIR": str(sandbox.folder),
+    }
+    assert sandbox.code("slurm.sbatch", "experiment=demo", RUN_CODE=str(code), **slurm) == code
+    assert sandbox.calls()[0].startswith("srun --nodes 2 ")
+    assert ("scontrol requeue 42" in sandbox.calls()) == requeued
+
+
+def test_stale_build_lock_is_removed_and_a_held_one_is_not(sandbox: Sandbox) -> None:
+    extensions = sandbox.folder / "extensions"
+    for name in ("stale", "held"):
+        (extensions / name).mkdir(parents=True)
+        (extensions / name / "lock").touch()
+    with (extensions / "held" / "lock").open():
+        sandbox.code("torchrun.sh", TORCH_EXTENSIONS_DIR=str(extensions))
+        assert not (extensions / "stale" / "lock").exists()
+        assert (extensions / "held" / "lock").exists()
+
+
+def test_quickstart_takes_no_arguments(sandbox: Sandbox) -> None:
+    assert sandbox.code("quickstart.sh") == 2
+
+
+def test_setup_refuses_an_old_python(sandbox: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, sandbox.folder)
+    sandbox.stand_in("old-python", '#!/usr/bin/env bash\n[[ $1 == --version ]] && echo "Python 3.9.1"\n')
+    assert sandbox.code("setup.sh", SORA_PYTHON="old-python") == 2
+    assert "Python 3.9.1; 3.11 or newer is needed" in capfd.readouterr().err
+
+
+def test_second_setup_is_quick() -> None:
+    if not (ROOT / ".venv/.sora-setup").exists():
+        pytest.skip("the environment in use was not made by setup.sh")
+    subprocess.run([str(ROOT / "launch/setup.sh")], check=True, timeout=10)
+
+
+def test_every_package_ships() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = [
+        ".".join(init.parent.relative_to(ROOT).parts)
+        for package in ("sora_train", "data_tools")
+        for init in ROOT.glob(f"{package}/**/__init__.py")
+    ]
+    assert sorted(listed) == sorted([*found, "sora_train.conf"])

@@ -1,0 +1,107 @@
+"""Imports run one way, one heavy dependency has one file, and what must start fast imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BASE = {"batch", "config", "world", "cost", "seeds", "cli", "media"}
+FIVE = {"data", "models", "flow", "parallel", "evaluation"}
+MAY_IMPORT = {  # beside themselves
+    "base": {"base"},
+    **{name: {"base"} for name in FIVE},
+    "training": {"base"},
+    "operations": {"base", "training", *FIVE},
+    "top": {"base", "training", "operations", *FIVE},
+    "data_tools": {"base", "data", "models", "evaluation"},
+}
+HEAVY = {
+    "decord": {"sora_train/data/decode.py"},
+    "deepspeed": {"sora_train/training/zero.py"},
+    "wandb": {"sora_train/training/metrics.py"},
+    "hydra": {"sora_train/compose.py"},
+}
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """Every name that each of our files imports anywhere in it, in full (`from a import b` counts as a and a.b)."""
+    found = {}
+    for path in sorted([*ROOT.glob("sora_train/**/*.py"), *ROOT.glob("data_tools/**/*.py")]):
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative imports hide where they lead"
+                names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+        found[path.relative_to(ROOT).as_posix()] = names
+    return found
+
+
+def module(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def ours() -> dict[str, set[str]]:
+    """Our modules, and which of our modules each imports."""
+    modules = {module(file) for file in imports()}
+    return {module(file): (names & modules) - {"sora_train", "data_tools"} for file, names in imports().items()}
+
+
+def layer(name: str) -> str:
+    if name.startswith("data_tools"):
+        return "data_tools"
+    part = name.split(".")[1]
+    return "base" if part in BASE else part if part in MAY_IMPORT else "top"
+
+
+def test_imports_run_one_way() -> None:
+    wrong = [
+        f"{name} imports {other}: {layer(name)} must not know {layer(other)}"
+        for name, others in ours().items()
+        for other in others
+        if name not in ("sora_train", "data_tools")
+        and layer(other) != layer(name)
+        and layer(other) not in MAY_IMPORT[layer(name)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_layer_has_modules_and_imports_to_hold_to_it() -> None:
+    layers = {layer(name) for name in ours() if name not in ("sora_train", "data_tools")}
+    assert layers == set(MAY_IMPORT)
+    assert {"sora_train.cost", "sora_train.seeds", "sora_train.data.index"} <= ours()["sora_train.data.plan"]
+
+
+def test_there_are_no_circles() -> None:
+    try:
+        TopologicalSorter(ours()).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("library", HEAVY)
+def test_a_heavy_dependency_has_one_file(library: str) -> None:
+    users = {file for file, names in imports().items() if any(n.split(".")[0] == library for n in names)}
+    assert users == HEAVY[library]
+
+
+def test_packages_have_no_facades() -> None:
+    files = [*ROOT.glob("sora_train/**/__init__.py"), *ROOT.glob("data_tools/**/__init__.py")]
+    assert len(files) >= 8
+    assert not [str(path) for path in files if path.read_text()]
+
+
+@pytest.mark.parametrize("name", ["config", "world", "cost", "seeds", "data.decode", "data.pool"])
+def test_it_starts_without_torch(name: str) -> None:
+    code = f"import sora_train.{name}, sys; print({{m.split('.')[0] for m in sys.modules}} & {{'torch', 'deepspeed'}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
