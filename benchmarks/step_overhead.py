@@ -139,7 +139,7 @@ def main() -> None:
         )
     write(
         "Step time of the trainer against a bare loop",
-        "20M parameters, fp32, one pack of up to 4,096 tokens per step; the same packs for all, in turns in one process.",
+        "20M parameters, fp32, one pack of up to 4,096 tokens per step; the same packs for all, in turns.",
         ("loop", "median step", "middle half", "against bare", "peak memory of the process"),
         rows,
     )

@@ -64,14 +64,6 @@ class Timesteps(Enum):
     uniform = "uniform"
 
 
-class WandbMode(Enum):
-    """Where wandb writes; `auto` is online with an API key and offline without."""
-
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-
-
 @dataclass
 class ModelConfig:
     """The diffusion transformer."""
@@ -84,6 +76,7 @@ class ModelConfig:
     frequencies: int = 256  # of the timestep embedding
     rope_theta: float = 10000.0
     gate_init: float = 0.0  # start of the blocks' gates; 0 is adaLN-zero
+    absolute_positions: bool = False  # tell each token its place in the clip, beside RoPE; helps small models
     activation_checkpointing: bool = False
 
 
@@ -206,7 +199,6 @@ class LoggingConfig:
     sample_every: int = 500
     sample_clips: int = 4
     writers: list[str] = field(default_factory=lambda: ["tensorboard", "wandb"])  # beside metrics.jsonl
-    wandb_mode: WandbMode = WandbMode.auto
     project: str = "sora_train"
     peak_tflops: float | None = None  # of one device, for MFU; null: known for the GPU, measured on a CPU
 

@@ -30,7 +30,7 @@ def build_video_model(config: Config) -> VideoModel:
     m, t = config.model, config.text_encoder
     dit = DiT(
         patch_features(config), m.width, m.depth, m.heads, m.ffn, t.width, m.frequencies, m.rope_theta, m.gate_init,
-        m.activation_checkpointing,
+        m.absolute_positions, m.activation_checkpointing,
     )  # fmt: skip
     return VideoModel(dit, TextEncoder(t.width, t.depth, t.heads, t.buckets, t.max_tokens))
 

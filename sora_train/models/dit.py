@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sora_train.batch import Layout
 from sora_train.models.attention import packed_attention
-from sora_train.models.rope import rotate, rotations
+from sora_train.models.rope import PLACE_FEATURES, place_features, rotate, rotations
 
 
 class DiT(nn.Module):
@@ -37,6 +37,7 @@ class DiT(nn.Module):
         frequencies: int = 256,
         rope_theta: float = 10000.0,
         gate_init: float = 0.0,
+        absolute_positions: bool = False,
         activation_checkpointing: bool = False,
         eps: float = 1e-6,
     ) -> None:
@@ -44,6 +45,7 @@ class DiT(nn.Module):
         self.head_dim, self.frequencies, self.rope_theta = width // heads, frequencies, rope_theta
         self.activation_checkpointing = activation_checkpointing
         self.patch_in = nn.Linear(patch_features, width)
+        self.place_in = nn.Linear(PLACE_FEATURES, width) if absolute_positions else None
         self.text_in = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
         self.time_in = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         modulation = nn.Linear(width, 6 * width)
@@ -56,6 +58,8 @@ class DiT(nn.Module):
     def forward(self, x_NP: Tensor, text_LE: Tensor, t_M: Tensor, t_of_N: Tensor, layout: Layout) -> Tensor:
         """Velocity `(N, P)` of the noised patches `x_NP`; token n stands at timestep `t_M[t_of_N[n]]`."""
         x_ND, text_LD = self.patch_in(x_NP), self.text_in(text_LE)
+        if self.place_in is not None:
+            x_ND = x_ND + self.place_in(place_features(layout.grids, x_ND.device).type_as(x_ND))
         time_MD = self.time_in(timestep_embedding(t_M, self.frequencies).type_as(x_ND))
         modulation_M6D = self.time_modulation(time_MD).unflatten(-1, (6, -1))
         rope = rotations(layout.grids, self.head_dim, self.rope_theta, x_ND.device)

@@ -1,8 +1,14 @@
-"""Rotary position embedding over time, height and width (Su et al. 2021, in the three-axis form of Wan)."""
+"""Where a token is: rotary embedding over time, height and width, and features of its absolute place.
+
+Rotary: Su et al. 2021 (arXiv 2104.09864), in the three-axis form of Wan. It tells two tokens how far apart they are,
+and from that alone a small model is slow to learn where a token lies in the frame; the features say it outright.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,14 +43,26 @@ def rotate(x_NKd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_NKd)
 
 
-_angles: dict[tuple[Grid, int, float], Tensor] = {}
+_WAVES = 4  # half waves of the finest feature along an axis
+PLACE_FEATURES = 3 * _WAVES * 2
 
 
+def place_features(grids: Sequence[Grid], device: torch.device) -> Tensor:
+    """`(N, PLACE_FEATURES)` fp32: sine and cosine of 1 to 4 half waves along each axis of the token's clip."""
+    cached = [_grid_features(grid) for grid in grids]
+    return (torch.cat(cached) if cached else torch.zeros(0, PLACE_FEATURES)).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=4096)
+def _grid_features(grid: Grid) -> Tensor:
+    axes = [(torch.arange(n) + 0.5) / n for n in grid]
+    phases = torch.cartesian_prod(*axes).view(-1, 3, 1) * (torch.arange(1, _WAVES + 1) * math.pi)
+    return math.sqrt(2.0) * torch.cat((phases.sin(), phases.cos()), dim=1).flatten(1)  # unit variance
+
+
+@lru_cache(maxsize=4096)
 def _grid_angles(grid: Grid, head_dim: int, theta: float) -> Tensor:
     """Angles of one clip's tokens, fp32, remembered per grid (a training set has few)."""
-    key = (grid, head_dim, theta)
-    if key not in _angles:
-        places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).view(-1, 3)
-        axes = [places[:, i : i + 1] * freq for i, freq in enumerate(frequencies(head_dim, theta))]
-        _angles[key] = torch.cat(axes, dim=1).float()
-    return _angles[key]
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).view(-1, 3)
+    axes = [places[:, i : i + 1] * freq for i, freq in enumerate(frequencies(head_dim, theta))]
+    return torch.cat(axes, dim=1).float()

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from sora_train.models.rope import axis_sizes, frequencies, rotate, rotations
+from sora_train.models.rope import PLACE_FEATURES, axis_sizes, frequencies, place_features, rotate, rotations
 
 
 @pytest.mark.parametrize(("head", "sizes"), [(128, (44, 42, 42)), (16, (8, 4, 4)), (64, (24, 20, 20)), (24, (8, 8, 8))])
@@ -61,3 +61,14 @@ def test_scores_depend_on_relative_place_alone() -> None:
     assert len(by_offset) == 5 * 5 * 7
     assert max(max(values) - min(values) for values in by_offset.values()) < 1e-4
     assert len({round(values[0], 4) for values in by_offset.values()}) > 150, "and it does depend on it"
+
+
+def test_place_features_tell_every_token_of_a_clip_apart_and_scale_with_the_clip() -> None:
+    cpu = torch.device("cpu")
+    small, large = place_features([(2, 2, 4)], cpu), place_features([(2, 2, 4), (4, 2, 4)], cpu)
+    assert small.shape == (16, PLACE_FEATURES)
+    assert torch.equal(large[:16], small)  # a clip's features don't depend on its neighbours
+    assert torch.cdist(small, small).fill_diagonal_(1.0).min() > 0.1
+    middle = place_features([(1, 1, 1)], cpu)[0]
+    half_wave = math.sqrt(2.0) * torch.tensor([1.0, 0.0, -1.0, 0.0])  # sines at the middle of every axis
+    assert torch.allclose(middle[:4], half_wave, atol=1e-6)
