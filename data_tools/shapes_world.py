@@ -16,10 +16,10 @@ import numpy as np
 from sora_train.evaluation.shapes import COLOURS, DIRECTIONS, SHAPES, coverage
 
 KINDS = {"one": 0.7, "two": 0.08, "behind": 0.06, "return": 0.08, "image": 0.08}  # share of the scenes
-SIZES = {"small": 0.18, "large": 0.27}  # radius
+SIZES = {"small": 0.2, "large": 0.3}  # radius
 SPEEDS = {"slow": 0.13, "quick": 0.26}  # shorter sides a second
 BACKGROUNDS = {"dark": 28, "grey": 118, "light": 225}
-FRAME_SIZES = ((96, 96), (96, 144), (144, 96), (64, 64))  # height, width
+FRAME_SIZES = ((96, 96), (64, 64), (96, 96), (64, 64), (80, 160), (160, 80))  # height, width
 FRAMES = ((9, 8), (17, 8), (17, 8), (33, 16))  # frames, frames a second
 STILL = "still"  # direction and speed of what doesn't move
 

@@ -85,6 +85,7 @@ class VaeConfig:
     """The video autoencoder: a trained one at `path`, or the shape of one to train."""
 
     path: str | None = None  # folder written by sora_train.export
+    cache_mib: int = 0  # latents that each rank remembers, for small data sets seen many times
     channels: int = 6
     patch: int = 4
     widths: list[int] = field(default_factory=lambda: [32, 64])
@@ -243,7 +244,9 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
     if config.vae.path is not None:
         shape = Path(config.vae.path) / "config.json"
         if shape.is_file():
-            config.vae = VaeConfig(**json.loads(shape.read_text()) | {"path": config.vae.path})
+            config.vae = VaeConfig(
+                **json.loads(shape.read_text()) | {"path": config.vae.path, "cache_mib": config.vae.cache_mib}
+            )
         elif need_vae:
             raise InputError(
                 f"no VAE at vae.path={config.vae.path}; train one (experiment=demo_vae) and export it there"

@@ -53,7 +53,7 @@ def main() -> int:
         vae.load_state_dict(weights, strict=False)  # the statistics are not parameters
         _measure(vae, config)
         save_file(vae.state_dict(), out / "vae.safetensors")
-        shape = {key: value for key, value in asdict(config.vae).items() if key != "path"}
+        shape = {key: value for key, value in asdict(config.vae).items() if key not in ("path", "cache_mib")}
         (out / "config.json").write_text(json.dumps(shape, indent=1) + "\n")
     else:
         save_file(weights, out / "model.safetensors")

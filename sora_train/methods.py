@@ -51,8 +51,9 @@ class Diffusion:
         network = build_video_model(config)
         self.network: nn.Module = network
         self.groups: list[tuple[nn.Module, float]] = [(network.dit, 1.0), (network.text, config.optim.text_lr_scale)]
+        cache_bytes = config.vae.cache_mib << 20
         self.task: Task = FlowTask(
-            config.flow, geometry(config), config.vae.channels, self.vae.encode, tokenizer(config)
+            config.flow, geometry(config), config.vae.channels, self.vae.encode, tokenizer(config), cache_bytes
         )
 
     def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:

@@ -15,6 +15,8 @@ from sora_train.config import Config, build
 from sora_train.cost import TEXT_TOKENS, Cost, Geometry, cost, geometry, patch_features
 from sora_train.generation import build_vae, build_video_model
 
+SHAPE = ("vae.patch=4", "vae.widths=[32,64]", "vae.blocks=[0,2]", "vae.strides=[[4,1]]")  # whatever the demo's may be
+
 
 @pytest.mark.parametrize(
     ("size", "grid"),
@@ -37,12 +39,12 @@ def test_training_costs_three_forward_passes_and_attention_stays_inside_a_clip()
 
 @pytest.fixture
 def demo(compose_tree: Callable[..., DictConfig]) -> Config:
-    return build(compose_tree("experiment=demo", "vae.path=nowhere", "vae.strides=[[4,1]]"), need_vae=False)
+    return build(compose_tree("experiment=demo", "vae.path=nowhere", "model.patch=2", *SHAPE), need_vae=False)
 
 
 def test_the_geometry_follows_the_method(compose_tree: Callable[..., DictConfig], demo: Config) -> None:
     assert geometry(demo) == Geometry(4, 4, 2)
-    vae = build(compose_tree("experiment=demo_vae", "vae.strides=[[4,1]]"))
+    vae = build(compose_tree("experiment=demo_vae", *SHAPE))
     assert geometry(vae) == Geometry(4, 4, 1)
     assert patch_features(demo) == 6 * 2 * 2
     assert all(isinstance(n, int) for c in (cost(demo), cost(vae)) for n in (c.per_token, c.per_pair))
@@ -61,7 +63,7 @@ def test_flops_of_the_transformer_are_those_that_torch_counts(demo: Config) -> N
 
 
 def test_flops_of_the_autoencoder_are_those_that_torch_counts(compose_tree: Callable[..., DictConfig]) -> None:
-    config = build(compose_tree("experiment=demo_vae", "vae.strides=[[4,1]]"))
+    config = build(compose_tree("experiment=demo_vae", *SHAPE))
     network = build_vae(config.vae)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():

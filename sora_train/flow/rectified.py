@@ -41,10 +41,18 @@ class FlowTask:
     """What a diffusion step does: encode, noise, predict, compare. `encode` and `tokenize` belong to other parts."""
 
     def __init__(
-        self, config: FlowConfig, geometry: Geometry, channels: int, encode: Encode, tokenize: Tokenize
+        self,
+        config: FlowConfig,
+        geometry: Geometry,
+        channels: int,
+        encode: Encode,
+        tokenize: Tokenize,
+        cache_bytes: int = 0,
     ) -> None:
         self.config, self.geometry, self.channels = config, geometry, channels
         self.encode, self.tokenize = encode, tokenize
+        self._cache: dict[tuple[object, ...], Tensor] = {}
+        self._cache_room = cache_bytes
 
     def weight(self, pack: Pack) -> float:
         """Loss-bearing tokens of a pack, known before anything is encoded."""
@@ -102,12 +110,30 @@ class FlowTask:
         )
 
     def _encode(self, pack: Pack, device: torch.device) -> list[Tensor]:
-        """Latents of each clip; neighbours of one size go through the encoder together."""
+        """Latents of each clip; neighbours of one size go through the encoder together.
+
+        With a cache each goes alone: what a clip is encoded beside would show in its last bits, and a resumed run,
+        whose cache is cold, must see the same latents.
+        """
+        if self._cache_room or self._cache:
+            return [self._remembered(clip, device) for clip in pack.clips]
         latents: list[Tensor] = []
         for _, run in groupby(pack.clips, key=lambda clip: clip.visit.size):
             videos = torch.stack([clip.video_TCHW.to(device, non_blocking=True) for clip in run])
             latents += self.encode(videos.transpose(1, 2)).unbind(0)
         return latents
+
+    def _remembered(self, clip: Clip, device: torch.device) -> Tensor:
+        visit = clip.visit
+        key = (visit.sample, visit.first, visit.frames, visit.fps, visit.resize, visit.crop)
+        if key not in self._cache:
+            video_TCHW = clip.video_TCHW.to(device, non_blocking=True)
+            latents_CTHW = self.encode(video_TCHW.transpose(0, 1).unsqueeze(0))[0]
+            if self._cache_room < latents_CTHW.nbytes:
+                return latents_CTHW
+            self._cache_room -= latents_CTHW.nbytes
+            self._cache[key] = latents_CTHW
+        return self._cache[key]
 
     def _caption(self, clip: Clip) -> str:
         dropped = uniform(clip.visit.seed, DROP_CAPTION) < self.config.caption_dropout

@@ -93,7 +93,8 @@ def test_object_that_turns_into_another_is_wrong() -> None:
     for scene in scenes("one", 3):
         thing = scene.things[0]
         turned = late(scene, colour=other(thing.colour, COLOURS), shape=other(thing.shape, SHAPES))
-        assert judge(turned, asdict(scene)) == {"colour": False, "shape": False, "direction": True}
+        verdict = judge(turned, asdict(scene))  # its centre may jump, so the direction may be lost too
+        assert not verdict["colour"] and not verdict["shape"]
 
 
 @pytest.mark.parametrize("kind", ["return", "behind"])

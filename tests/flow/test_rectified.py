@@ -156,3 +156,25 @@ def test_timesteps_follow_their_distribution() -> None:
     shifted_up = draw(timesteps=Timesteps.uniform, shift=3.0)
     np.testing.assert_allclose(shifted_up, 3 * uniform / (1 + 2 * uniform))
     assert all(values.min() > 0 and values.max() < 1 for values in (uniform, shifted_up))
+
+
+def test_a_cache_encodes_each_clip_once_and_keeps_to_its_room(clips: list[Clip]) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def counted(video_BCTHW: Tensor) -> Tensor:
+        calls.append(tuple(video_BCTHW.shape))
+        return encode(video_BCTHW)
+
+    def task(room: int) -> FlowTask:
+        return FlowTask(FlowConfig(), GEOMETRY, 3, counted, lambda texts: tokenize_captions(texts, 64, 32), room)
+
+    cached, plain = task(1 << 20), task(0)
+    first, again = cached.prepare(Pack(clips), CPU), cached.prepare(Pack(clips), CPU)
+    assert calls == [(1, 3, *clip.video_TCHW.shape[:1], *clip.video_TCHW.shape[2:]) for clip in clips]
+    assert torch.equal(first.x_NP, again.x_NP)
+    assert torch.equal(first.x_NP, plain.prepare(Pack(clips), CPU).x_NP)
+    calls.clear()
+    cramped = task(1)  # no room for anything: everything is encoded anew
+    cramped.prepare(Pack(clips), CPU)
+    cramped.prepare(Pack(clips), CPU)
+    assert len(calls) == 2 * len(clips)
