@@ -65,7 +65,13 @@ class Sandbox:
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         command = ["bash", str(self.folder / "launch" / script), *arguments, f"run_dir={self.run_dir}"]
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment | environment, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment | environment,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+        )
 
     def code(self, script: str, *arguments: str, **environment: str) -> int:
         return self.start(script, *arguments, **environment).wait(timeout=60)
