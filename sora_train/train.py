@@ -16,6 +16,7 @@ from pathlib import Path
 from sora_train.cli import BAD_INPUT, InputError, run
 from sora_train.compose import run_hydra, write_exit
 from sora_train.config import Config, to_yaml
+from sora_train.data.index import expand
 from sora_train.world import World, from_environment
 
 
@@ -36,7 +37,8 @@ def train(config: Config) -> int:
 
 
 def _train(config: Config, world: World) -> int:
-    # imported only now: they take seconds, and a mistake in the configuration is answered before
+    for patterns in (config.data.validation, *(source.shards for source in config.data.sources.values())):
+        expand(patterns)  # a missing shard is answered now: what follows takes seconds to import
     import torch
     import torch.distributed as dist
 
