@@ -37,7 +37,7 @@ def train(config: Config) -> int:
 
 
 def _train(config: Config, world: World) -> int:
-    for patterns in (config.data.validation, *(source.shards for source in config.data.sources.values())):
+    for patterns in (*(source.shards for source in config.data.sources.values()), config.data.validation):
         expand(patterns)  # a missing shard is answered now: what follows takes seconds to import
     import torch
     import torch.distributed as dist

@@ -38,6 +38,9 @@ def test_a_share_under_the_limit_goes_on_for_ever() -> None:
     bad = BadShare(0.2)
     for _ in range(300):
         bad.add(8, 2, {"checksum": 2})
+    with pytest.raises(InputError, match="of the last 1000 samples"):  # and is still watched
+        for _ in range(300):
+            bad.add(7, 3, {"checksum": 3})
 
 
 def test_a_share_over_the_limit_stops_and_names_the_causes() -> None:
