@@ -70,7 +70,10 @@ def test_only_the_last_thousand_samples_count() -> None:
             bad.add(0, 100, {"missing": 100})
 
 
-def test_bad_samples_of_long_ago_are_forgiven() -> None:
+def test_good_samples_of_long_ago_excuse_nothing() -> None:
     bad = BadShare(0.2)
-    for n in range(100):
-        bad.add(0, 100, {}) if n % 10 == 9 else bad.add(100, 0, {})
+    for _ in range(100):
+        bad.add(100, 0, {})
+    with pytest.raises(InputError, match="300 of the last 1000 samples"):
+        for _ in range(3):
+            bad.add(0, 100, {})
