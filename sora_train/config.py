@@ -136,7 +136,7 @@ class DataConfig:
     fit: Fit = Fit.crop
     slots: int = 2  # packs of an optimizer step, shared out over the ranks
     max_tokens: int = 1024  # of a slot
-    fill: float = 0.85  # share of the token budget that a window's steps aim at
+    fill: float = 0.9  # share of the token budget that a window's steps aim at
     window: int = 4096  # samples planned together
     workers: int = 2  # decode processes per rank
     prefetch_steps: int = 3

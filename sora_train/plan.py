@@ -57,6 +57,7 @@ def plan(config: Config, ranks: int) -> int:
             ("steps per epoch", f"{e.steps_per_epoch}"),
             ("token budget used", f"{e.fill:.1%}"),
             ("balance of the slots", f"{e.balance:.1%}"),
+            ("a step's departure from the mix, at most", f"{e.departure:.1%} of its tokens"),
         ]
     else:
         rows.append(("data", note))

@@ -20,6 +20,7 @@ from sora_train.batch import Visit
 from sora_train.cli import InputError
 from sora_train.cost import Cost, Geometry
 from sora_train.data.index import Index
+from sora_train.data.packing import pack
 from sora_train.seeds import FIRST_FRAME, TASK, below, hash64, order, uniform
 
 _SHARDS, _SAMPLES, _REPEATS, _DEAL = (1 << 32) + np.arange(4)  # streams of the plan's own hashes
@@ -74,9 +75,10 @@ class Plan:
         i = self.inputs
         shards = order(i.seed, epoch, _SHARDS, np.arange(len(self.index.shards)))
         expected = np.diff(self.index.first)[shards] * np.maximum(np.asarray(i.repeats)[shards], 1e-9)
-        starts = np.concatenate(([0.0], np.cumsum(expected)))[:-1]
-        groups = [shards[starts // i.window == number] for number in range(int(starts[-1] // i.window) + 1)]
-        return [group for group in groups if len(group)]
+        ends = np.cumsum(expected)
+        size = ends[-1] / max(1, math.ceil(ends[-1] / i.window - 0.25))  # equal windows: no small one at the end
+        number = ((ends - expected) // size).astype(np.int64)
+        return np.split(shards, np.flatnonzero(np.diff(number)) + 1)
 
     def steps(self, epoch: int, window: int) -> list[Slots]:
         """The steps of one window; the last one asked for is remembered."""
@@ -188,40 +190,3 @@ def fit_sizes(
     ]
     top, left = (resized[0] - out_h) // 2, (resized[1] - out_w) // 2
     return np.stack(resized, 1), np.stack((top, left, out_h, out_w), 1)
-
-
-def pack(
-    tokens: np.ndarray, costs: np.ndarray, slots: int, max_tokens: int, fill: float, seed: int
-) -> list[list[list[int]]]:
-    """Deal all items to the fewest steps of `slots` packs under `max_tokens` that `fill` allows.
-
-    Items sorted by cost are dealt in blocks, one item of each block to each step (so every step has the whole mix),
-    and inside a step each goes to the cheapest slot with room, dearest first (Graham 1969, longest processing time).
-    """
-    count = max(1, math.ceil(int(tokens.sum()) / (slots * max_tokens * fill)))
-    by_cost = np.lexsort((np.arange(len(costs)), -costs))
-    while True:
-        step_of = np.empty(len(costs), dtype=np.int64)
-        for start in range(0, len(costs), count):
-            block = by_cost[start : start + count]
-            step_of[block] = order(seed, start, np.arange(count))[: len(block)]
-        steps = [_deal(by_cost[step_of[by_cost] == s], tokens, costs, slots, max_tokens) for s in range(count)]
-        if all(step is not None for step in steps):
-            return [step for step in steps if step is not None and any(step)]
-        count += 1
-
-
-def _deal(
-    items: np.ndarray, tokens: np.ndarray, costs: np.ndarray, slots: int, max_tokens: int
-) -> list[list[int]] | None:
-    packs: list[list[int]] = [[] for _ in range(slots)]
-    room, load = [max_tokens] * slots, [0] * slots
-    for item in items.tolist():
-        open_slots = [s for s in range(slots) if room[s] >= tokens[item]]
-        if not open_slots:
-            return None
-        best = min(open_slots, key=lambda s: (load[s], s))
-        packs[best].append(item)
-        room[best] -= int(tokens[item])
-        load[best] += int(costs[item])
-    return packs

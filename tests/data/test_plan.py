@@ -18,7 +18,7 @@ from sora_train.cli import InputError
 from sora_train.cost import Cost, Geometry
 from sora_train.data.index import Index
 from sora_train.data.loader import passes_of_rank
-from sora_train.data.plan import Plan, PlanInputs, Position, fit_sizes, pack, source_frames
+from sora_train.data.plan import Plan, PlanInputs, Position, fit_sizes, source_frames
 
 MakePlan = Callable[..., Plan]
 
@@ -253,22 +253,3 @@ def test_any_size_fits_the_grid_the_limit_and_the_source(height: int, width: int
     assert h % multiple == 0 and w % multiple == 0 and multiple**2 <= h * w <= limit
     assert h <= max(height, multiple) and w <= max(width, multiple), "never larger than the source"
     assert 0 <= top <= resize[0] - h and 0 <= left <= resize[1] - w
-
-
-@hypothesis_settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.integers(1, 100), min_size=1, max_size=120),
-    st.integers(1, 9),
-    st.integers(100, 300),
-    st.floats(0.3, 1.0),
-    st.integers(0, 2**64 - 1),
-)
-def test_packing_loses_nothing_and_keeps_every_slot_under_the_cap(
-    sizes: list[int], slots: int, cap: int, fill: float, seed: int
-) -> None:
-    tokens = np.array(sizes, dtype=np.int64)
-    steps = pack(tokens, 7 * tokens + tokens**2, slots, cap, fill, seed)
-    assert sorted(item for step in steps for slot in step for item in slot) == list(range(len(sizes)))
-    assert all(len(step) == slots and any(step) for step in steps)
-    assert max(sum(sizes[i] for i in slot) for step in steps for slot in step) <= cap
-    assert steps == pack(tokens, 7 * tokens + tokens**2, slots, cap, fill, seed)
