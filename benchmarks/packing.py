@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.report import write
 from sora_train.cost import Cost, Geometry
 from sora_train.data.packing import pack
-from sora_train.data.plan import fit_sizes
+from sora_train.data.visits import fit_sizes
 from sora_train.seeds import uniform
 
 SLOTS, WINDOW, FILL = 64, 4096, 0.9

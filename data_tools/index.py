@@ -2,7 +2,11 @@
 
     python -m data_tools.index SHARD [SHARD ...]      paths, globs ('data/*.tar') or brace ranges ('{000..012}.tar')
 
-Shards whose index is current are left as they are.
+    python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER
+
+Shards whose index is current are left as they are. With `consolidate` the columns that plans and filters need are also
+written to one memory-mapped index (19 bytes a sample) for data.index=FOLDER; name the shards in the order in which
+data.sources does.
 """
 
 from __future__ import annotations
@@ -13,22 +17,28 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from data_tools.progress import progress
 from sora_train.cli import InputError, run
+from sora_train.data.consolidated import consolidate
 from sora_train.data.index import expand, index_path, index_shards
 
 
 def main() -> int:
     """Index the shards named on the command line and print one line for each."""
-    patterns = sys.argv[1:]
-    if {"-h", "--help"} & set(patterns):
+    if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
+    patterns = [argument for argument in sys.argv[1:] if not argument.startswith("consolidate=")]
     if not patterns:
         raise InputError("no shard given; --help shows how to name them")
     shards = expand(patterns)
     index_shards(shards)
     for shard in shards:
         print(_summary(shard))
+    for folder in (a.partition("=")[2] for a in sys.argv[1:] if a.startswith("consolidate=")):
+        with progress(len(shards), "consolidating shards") as advance:
+            count = consolidate(shards, folder, advance)
+        print(f"{folder}: {count} samples of {len(shards)} shard(s)")
     return 0
 
 

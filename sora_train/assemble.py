@@ -15,10 +15,13 @@ from torch import nn
 from sora_train.batch import Clip, Pack, Refusal
 from sora_train.config import Config, to_dict
 from sora_train.cost import cost, geometry
+from sora_train.data.consolidated import load_consolidated
+from sora_train.data.filters import Filter, both
 from sora_train.data.index import expand, index_shards, load_index
 from sora_train.data.loader import Loader, Step, passes_of_rank
 from sora_train.data.plan import Plan, PlanInputs, Position
 from sora_train.data.pool import Pool
+from sora_train.data.stages import Stages, build_stages
 from sora_train.methods import METHODS, write_previews
 from sora_train.training.console import Console
 from sora_train.training.meter import Meter, peak_flops
@@ -34,35 +37,43 @@ class Shards:
 
     def __init__(self, config: Config) -> None:
         self.training: list[str] = []
-        self.repeats: list[float] = []
-        for source in config.data.sources.values():
+        self.source_of: list[str] = []  # each training shard's
+        self.filters: list[str] = []
+        for name, source in config.data.sources.items():
+            Filter(config.data.filter)  # wrong ones are answered here
+            Filter(source.filter, f"data.sources.{name}.filter")
             found = expand(source.shards)
             self.training += found
-            self.repeats += [source.repeat] * len(found)
+            self.source_of += [name] * len(found)
+            self.filters += [both(config.data.filter, source.filter)] * len(found)
         self.validation = expand(config.data.validation)
 
     def index(self) -> None:
         """Index what has no index yet."""
         index_shards(self.training + self.validation)
 
-    def plan(self, config: Config) -> Plan:
+    def plan(self, config: Config) -> Stages:
         """The plan of the training shards."""
-        return Plan(load_index(self.training), _inputs(config, self.repeats, config.flow.tasks))
+        inputs = _inputs(config, self.filters, config.flow.tasks)
+        path = config.data.index
+        index = load_consolidated(path, self.training) if path else load_index(self.training)
+        return build_stages(index, self.source_of, config.data, inputs)
 
     def held_out(self, config: Config) -> Plan | None:
         """The plan of the validation shards, if there are any."""
         if not self.validation:
             return None
-        repeats = [1.0] * len(self.validation)
-        return Plan(load_index(self.validation), _inputs(config, repeats, {"text_to_video": 1.0}))
+        filters = [config.data.filter] * len(self.validation)
+        return Plan(load_index(self.validation), _inputs(config, filters, {"text_to_video": 1.0}))
 
 
-def _inputs(config: Config, repeats: list[float], tasks: dict[str, float]) -> PlanInputs:
+def _inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> PlanInputs:
     d = config.data
     return PlanInputs(
         seed=config.seed, slots=d.slots, max_tokens=d.max_tokens, fill=d.fill, window=d.window, fps=d.fps,
         max_frames=d.max_frames, max_pixels=d.max_pixels, fit=d.fit.value, tasks=tuple(sorted(tasks.items())),
-        repeats=tuple(repeats), geometry=geometry(config), cost=cost(config),
+        repeats=(1.0,) * len(filters), geometry=geometry(config), cost=cost(config), filters=tuple(filters),
+        captions=tuple(sorted(d.captions.items())),
     )  # fmt: skip
 
 
@@ -81,8 +92,9 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     console = Console(config.steps, world.is_main, Path(config.run_dir))
     console.say(_summary(config, world, plan, engine, len(passes)))
 
-    def steps_from(position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
-        return iter(Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, device.type == "cuda"))
+    def steps_from(taken: int, position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
+        pin = device.type == "cuda"
+        return iter(Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, pin, taken))
 
     def validation() -> Iterator[Pack]:
         return _validation(held_out, pool, passes, logging.validation_clips) if held_out else iter(())
@@ -95,7 +107,7 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     def open_writers(step: int) -> Writers | None:
         return _writers(config, step) if world.is_main else None
 
-    parts = Parts(method.task, engine, meter, open_writers, console, plan.hash, steps_from, validation, sample)
+    parts = Parts(method.task, engine, meter, open_writers, console, plan, steps_from, validation, sample)
     return Trainer(config, world, device, parts)
 
 
@@ -128,14 +140,15 @@ def _writers(config: Config, step: int) -> Writers:
     return Writers(run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step)
 
 
-def _summary(config: Config, world: World, plan: Plan, engine: Engine, passes: int) -> str:
+def _summary(config: Config, world: World, plan: Stages, engine: Engine, passes: int) -> str:
     parameters = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
     usable, refused = int(plan.index.usable.sum()), int((~plan.index.usable).sum())
     idle = -(-config.data.slots // world.size) * world.size - config.data.slots
     lines = [
         f"{config.method.value}: {parameters / 1e6:.2f}M parameters, {config.precision.value}, "
         f"ZeRO stage {engine.stage}, {world.size} rank(s), {config.data.slots} slot(s) in {passes} pass(es) per rank",
-        f"data: {usable} samples in {len(plan.index.shards)} shard(s)"
+        f"data: {usable - plan.filtered} samples in {len(plan.index.shards)} shard(s)"
+        + (f", {plan.filtered} left out by filters" if plan.filtered else "")
         + (f", {refused} refused by the index" if refused else ""),
     ]
     if idle:

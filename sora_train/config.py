@@ -122,6 +122,19 @@ class SourceConfig:
 
     shards: list[str] = MISSING  # paths, globs, brace ranges
     repeat: float = 1.0  # visits of each sample per epoch; the fraction is drawn by hash
+    weight: float | None = None  # instead: share of an epoch's visits, relative to the other sources' weights
+    filter: str = ""  # beside data.filter
+
+
+@dataclass
+class StageConfig:
+    """A part of training with a plan of its own; what is null stays as data has it."""
+
+    until_step: int | None = None  # null: to the end
+    fps: float | None = None
+    max_frames: int | None = None
+    max_pixels: int | None = None
+    weights: dict[str, float] = field(default_factory=dict)  # of sources, those not named 0; empty: theirs
 
 
 @dataclass
@@ -130,6 +143,11 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     validation: list[str] = field(default_factory=list)
+    filter: str = ""  # which samples may be used, e.g. duration >= 2 and height >= 240; validation too
+    stages: list[StageConfig] = field(default_factory=list)  # one after the other; empty: one
+    captions: dict[str, float] = field(default_factory=dict)  # weights of named captions; empty: all alike
+    index: str | None = None  # consolidated index of the training shards, for large sets
+    drop_refused: bool = False  # leave samples that were refused out of later epochs
     fps: float = 8.0  # frames a second to train at; faster videos are thinned out
     max_frames: int = 17
     max_pixels: int = 1024  # height x width; larger videos are scaled down
@@ -328,6 +346,7 @@ def check(config: Config) -> None:
     unknown = [name for name in config.logging.writers if name not in ("tensorboard", "wandb")]
     _require(not unknown, f"logging.writers has no {unknown}; known: tensorboard, wandb")
     _check_deepspeed(config.deepspeed)
+    _check_mixing(data)
 
 
 def _check_deepspeed(options: dict[str, Any]) -> None:
@@ -340,6 +359,35 @@ def _check_deepspeed(options: dict[str, Any]) -> None:
         not zero.get("round_robin_gradients"),
         "deepspeed.zero_optimization.round_robin_gradients breaks the fragment mapping; turn it off",
     )
+
+
+def _check_mixing(data: DataConfig) -> None:
+    weights = {name: source.weight for name, source in data.sources.items() if source.weight is not None}
+    _require(not weights or len(weights) == len(data.sources),
+             f"data.sources: {sorted(weights)} have a weight and others none; give it to all or none")  # fmt: skip
+    _require(not weights or all(data.sources[name].repeat == 1.0 for name in weights),
+             "data.sources: a source has a weight or a repeat, not both")  # fmt: skip
+    named = [("data.captions", data.captions)] if data.captions else []
+    named += [("data.sources.*.weight", weights)] if weights else []
+    last = 0
+    for number, stage in enumerate(data.stages):
+        key = f"data.stages[{number}]"
+        named += [(f"{key}.weights", stage.weights)] if stage.weights else []
+        unknown = sorted(set(stage.weights) - set(data.sources))
+        _require(not unknown, f"{key}.weights: there is no source {unknown[:1]}; "
+                              + (nearest(unknown[0], list(data.sources)) if unknown else ""))  # fmt: skip
+        is_last = number == len(data.stages) - 1
+        _require((stage.until_step is None) == is_last,
+                 f"{key}.until_step={stage.until_step}: the last stage alone has none (null)")  # fmt: skip
+        _require(is_last or (stage.until_step or 0) > last,
+                 f"{key}.until_step={stage.until_step} must be above {last}, where the stage begins")  # fmt: skip
+        last = stage.until_step or last
+        for name in ("fps", "max_frames", "max_pixels"):
+            value = getattr(stage, name)
+            _require(value is None or value > 0, f"{key}.{name}={value} must be above 0")
+    for key, values in named:
+        _require(min(values.values()) >= 0 and sum(values.values()) > 0,
+                 f"{key}: no weight may be below 0, and one must be above")  # fmt: skip
 
 
 def _require(condition: bool, message: str) -> None:

@@ -70,7 +70,7 @@ def plan(config: Config, ranks: int) -> int:
 def _data(config: Config) -> tuple[Plan | None, str]:
     """The plan of the shards, where they are there and indexed; else why not."""
     try:
-        return Shards(config).plan(config), ""
+        return Shards(config).plan(config).plans[0], ""
     except InputError as error:
         return None, str(error)
 

@@ -191,3 +191,24 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(name: str, tmp_path: P
     note = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert note["code"] == 2 and errors[-1] == f"error: {note['reason']}"
     assert took <= 10.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.filter='height >'"], "data.filter='height >' is no expression"),
+        (["+data.sources.demo.filter='os.listdir()'"], ".demo.filter='os.listdir()': 'os.listdir()' is not"),
+        (["+data.sources.demo.weight=1", "+data.sources.b.shards=[x]"], "have a weight and others none; give it to"),
+        (["+data.sources.demo.weight=1", "+data.sources.demo.repeat=2"], "a source has a weight or a repeat, not both"),
+        (["+data.sources.demo.weight=-1"], "data.sources.*.weight: no weight may be below 0"),
+        (["+data.captions.plain=0"], "data.captions: no weight may be below 0, and one must be above"),
+        (["data.stages=[{until_step: 5}]"], "data.stages[0].until_step=5: the last stage alone has none"),
+        (["data.stages=[{},{}]"], "data.stages[0].until_step=None: the last stage alone has none"),
+        (["data.stages=[{until_step: 5},{until_step: 5},{}]"], "data.stages[1].until_step=5 must be above 5"),
+        (["data.stages=[{max_pixels: 0}]"], "data.stages[0].max_pixels=0 must be above 0"),
+        (["data.stages=[{weights: {demmo: 1}}]"], "there is no source ['demmo']; did you mean 'demo'?"),
+        (["data.stages=[{max_pixel: 1}]"], "max_pixel"),
+    ],
+)
+def test_a_mistake_in_the_mix_names_its_key(answer: Answer, arguments: list[str], message: str) -> None:
+    assert message in answer("experiment=demo_vae", *arguments)

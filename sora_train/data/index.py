@@ -226,8 +226,9 @@ def _is_current(shard: str) -> bool:
     )
 
 
-def load_index(shards: Sequence[str]) -> Index:
-    """The rows of all shards' indexes. Raises InputError for a shard without one, or if no row is usable."""
+def load_index(shards: Sequence[str], allow_empty: bool = False) -> Index:
+    """The rows of all shards' indexes. Raises InputError for a shard without one, or if no row is usable (unless
+    `allow_empty`)."""
     tables = []
     for shard in shards:
         if not _is_current(shard):
@@ -248,7 +249,7 @@ def load_index(shards: Sequence[str]) -> Index:
         columns,
         digest.hexdigest(),
     )
-    if not index.usable.any():
+    if not allow_empty and not index.usable.any():
         causes = sorted(set(columns["refused"])) or ["no samples"]
         raise InputError(f"no usable sample in {len(shards)} shard(s) such as {shards[0]}: {', '.join(causes)}")
     return index

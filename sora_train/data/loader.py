@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -15,8 +15,9 @@ from sora_train.data.decode import DecodeError
 from sora_train.data.index import Index
 from sora_train.data.plan import Plan, Position, Slots, source_frames
 from sora_train.data.pool import Pool
+from sora_train.data.stages import Stages
 from sora_train.data.transforms import to_video
-from sora_train.seeds import CAPTION, below
+from sora_train.seeds import CAPTION, below, uniform
 
 Known = Mapping[
     tuple[tuple[int, ...], int], Refusal
@@ -63,17 +64,18 @@ class Loader:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | Stages,
         pool: Pool,
         passes: list[list[int]],
         start: Position,
         prefetch_steps: int,
         known: Known | None = None,
         pin: bool = False,
+        taken: int = 0,
     ) -> None:
         self.plan, self.index, self.pool = plan, plan.index, pool
         self.passes, self.known, self.pin = passes, known or {}, pin
-        self._steps = plan.from_position(start)
+        self._steps = plan.from_position(start, taken)
         self._flying: deque[_Flying] = deque()
         self._prefetch = prefetch_steps
 
@@ -113,9 +115,17 @@ class Loader:
         return Step(flying.position, packs)
 
     def _clip(self, visit: Visit, frames_THWC: np.ndarray) -> Clip:
-        captions, _ = self.index.captions(visit.sample)
-        caption = captions[int(below(len(captions), visit.seed, CAPTION))]
+        captions, fields = self.index.captions(visit.sample)
+        caption = captions[draw_caption(list(fields.get("captions", ())), self.plan.inputs.captions, visit.seed)]
         return Clip(visit, str(self.index.key[visit.sample]), caption, to_video(frames_THWC))
+
+
+def draw_caption(names: list[str], weights: Sequence[tuple[str, float]], seed: int) -> int:
+    """Which of the captions with these names a visit uses: by weight, those without one never, unless none has one."""
+    shares = np.cumsum([dict(weights).get(name, 0.0) for name in names])
+    if not len(names) or shares[-1] == 0.0:
+        return int(below(max(1, len(names)), seed, CAPTION))
+    return int(np.searchsorted(shares / shares[-1], uniform(seed, CAPTION), side="right"))
 
 
 @dataclass

@@ -37,7 +37,8 @@ def pack(
     sizes, prices = tokens.tolist(), costs.tolist()
     while True:
         step_of = _deal_to_steps(tokens, costs, by_cost, count, slots)
-        steps, left = [], []
+        steps: list[list[list[int]]] = []
+        left: list[int] = []
         for step in order(seed, _STEPS, np.arange(count)).tolist():
             items = by_cost[step_of[by_cost] == step].tolist()
             items = sorted(items + left, key=lambda i: (-prices[i], i)) if left else items

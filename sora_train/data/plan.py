@@ -2,7 +2,8 @@
 
 Shards are shuffled by the hash of (seed, epoch, shard) and cut into windows of consecutive shards. A window's samples
 are shuffled, cut to clips, packed into steps of equal make-up and dealt to the slots of each step by cost. Neither
-ranks nor workers nor time enter, so every rank computes the same plan, and any window can be planned alone.
+ranks nor workers nor time enter, so every rank computes the same plan, and any window can be planned alone. What is
+left out on the way is an amendment: from an epoch on, without these samples.
 """
 
 from __future__ import annotations
@@ -10,22 +11,42 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sora_train.batch import Visit
 from sora_train.cli import InputError
 from sora_train.cost import Cost, Geometry
+from sora_train.data.filters import Filter
 from sora_train.data.index import Index
 from sora_train.data.packing import pack
-from sora_train.seeds import FIRST_FRAME, TASK, below, hash64, order, uniform
+from sora_train.data.visits import Visits, cut_pieces, fit_sizes
+from sora_train.seeds import FIRST_FRAME, TASK, hash64, order, uniform
 
 _SHARDS, _SAMPLES, _REPEATS, _DEAL = (1 << 32) + np.arange(4)  # streams of the plan's own hashes
+_REMEMBERED = 3  # windows
+_SCANNED = 1 << 22  # rows that a scan of the whole index takes at once
 
-Slots = list[list[Visit]]  # the visits of each slot of one step
+
+class Slots(Sequence[list[Visit]]):
+    """The slots of one step; the visits of a slot are made when it is asked for."""
+
+    def __init__(self, visits: Visits, packs: list[list[int]]) -> None:
+        self.visits, self.packs = visits, packs
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, slot: int) -> list[Visit]:  # type: ignore[override]
+        return sorted((self.visits[i] for i in self.packs[slot]), key=lambda v: v.size)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Slots) and list(self) == list(other)
 
 
 class Position(NamedTuple):
@@ -36,9 +57,16 @@ class Position(NamedTuple):
     step: int = 0
 
 
+class Amendment(NamedTuple):
+    """Samples (rows of the index) that are left out from an epoch on."""
+
+    epoch: int
+    samples: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class PlanInputs:
-    """Everything a plan depends on, beside the index."""
+    """Everything a plan depends on, beside the index and the amendments."""
 
     seed: int
     slots: int
@@ -53,10 +81,12 @@ class PlanInputs:
     repeats: tuple[float, ...]  # of each shard
     geometry: Geometry
     cost: Cost
+    filters: tuple[str, ...] = ()  # of each shard, or none at all
+    captions: tuple[tuple[str, float], ...] = ()  # weights by name; drawn by the loader
 
 
 class Plan:
-    """Steps of visits over an index. Raises InputError if even one clip can't fit a slot."""
+    """Steps of visits over an index. Raises InputError if even one clip can't fit a slot, or for a wrong filter."""
 
     def __init__(self, index: Index, inputs: PlanInputs) -> None:
         self.index, self.inputs = index, inputs
@@ -68,26 +98,39 @@ class Plan:
                 f"data.max_tokens={inputs.max_tokens} can't hold one frame of data.max_pixels={inputs.max_pixels} "
                 f"(a token is {multiple}x{multiple} pixels); raise data.max_tokens"
             )
-        self._window: tuple[tuple[int, int], list[Slots]] | None = None
+        self.amendments: list[Amendment] = []
+        self._selection = Selection(index, inputs.filters)
+        self._handed_out = -1  # the latest epoch of which a step was given away
+        self._planned: OrderedDict[tuple[int, int], list[Slots]] = OrderedDict()
+        self._windows: tuple[int, list[np.ndarray]] | None = None
+
+    @cached_property
+    def filtered(self) -> int:
+        """How many samples that could be used the filters leave out."""
+        return int(self.index.usable.sum() - self._selection.per_shard().sum()) if any(self.inputs.filters) else 0
 
     def windows(self, epoch: int) -> list[np.ndarray]:
         """The shards of each window of an epoch, in order."""
-        i = self.inputs
-        shards = order(i.seed, epoch, _SHARDS, np.arange(len(self.index.shards)))
-        expected = np.diff(self.index.first)[shards] * np.maximum(np.asarray(i.repeats)[shards], 1e-9)
-        ends = np.cumsum(expected)
-        size = ends[-1] / max(1, math.ceil(ends[-1] / i.window - 0.25))  # equal windows: no small one at the end
-        number = ((ends - expected) // size).astype(np.int64)
-        return np.split(shards, np.flatnonzero(np.diff(number)) + 1)
+        if self._windows is None or self._windows[0] != epoch:
+            i = self.inputs
+            shards = order(i.seed, epoch, _SHARDS, np.arange(len(self.index.shards)))
+            expected = np.diff(self.index.first)[shards] * np.maximum(np.asarray(i.repeats)[shards], 1e-9)
+            ends = np.cumsum(expected)
+            size = ends[-1] / max(1, math.ceil(ends[-1] / i.window - 0.25))  # equal windows: no small one at the end
+            number = ((ends - expected) // size).astype(np.int64)
+            self._windows = epoch, np.split(shards, np.flatnonzero(np.diff(number)) + 1)
+        return self._windows[1]
 
     def steps(self, epoch: int, window: int) -> list[Slots]:
-        """The steps of one window; the last one asked for is remembered."""
-        if self._window is None or self._window[0] != (epoch, window):
-            self._window = (epoch, window), self._plan_window(epoch, self.windows(epoch)[window])
-        return self._window[1]
+        """The steps of one window; the last few are remembered."""
+        found = self._planned.pop((epoch, window), None)
+        self._planned[epoch, window] = self._plan_window(epoch, window) if found is None else found
+        if len(self._planned) > _REMEMBERED:
+            self._planned.popitem(last=False)
+        return self._planned[epoch, window]
 
-    def from_position(self, at: Position) -> Iterator[tuple[Position, Slots]]:
-        """Steps from `at` on, for ever, each with its own position."""
+    def from_position(self, at: Position, taken: int = 0) -> Iterator[tuple[Position, Slots]]:
+        """Steps from `at` on, for ever, each with its own position; how many were taken before is all the same."""
         epoch, window, step = at.epoch, at.window, at.step
         empty = 0
         while True:
@@ -95,98 +138,114 @@ class Plan:
             for w in range(window, count):
                 steps = self.steps(epoch, w)
                 for s in range(step, len(steps)):
+                    self._handed_out = max(self._handed_out, epoch)
                     yield Position(epoch, w, s), steps[s]
                 empty, step = (0 if steps else empty + 1), 0
                 if empty > count:
-                    raise InputError("the plan holds no step: no sample is usable; look at the index's refusals")
+                    raise InputError(
+                        "the plan holds no step: no sample is usable; look at the index's refusals"
+                        + (f" and data.filter, which leaves out {self.filtered}" if self.filtered else "")
+                    )
             epoch, window, step = epoch + 1, 0, 0
 
-    def _plan_window(self, epoch: int, shards: np.ndarray) -> list[Slots]:
-        rows, repeat = self._rows(epoch, shards)
+    def epoch_after(self, at: Position, ahead: int) -> int:
+        """The epoch of the step that is `ahead` steps after the one at `at`."""
+        epoch, window, left = at.epoch, at.window, at.step + ahead
+        while left >= (count := len(self.steps(epoch, window))):
+            left, window = left - count, window + 1
+            if window == len(self.windows(epoch)):
+                epoch, window = epoch + 1, 0
+        return epoch
+
+    def restore(self, amendments: Iterable[Any]) -> None:
+        """Take over amendments: pairs of an epoch and rows, as a checkpoint kept them or with more behind."""
+        merged: dict[int, set[int]] = {}
+        for epoch, samples in amendments:
+            merged.setdefault(epoch, set()).update(samples)
+        new = [Amendment(epoch, tuple(sorted(samples))) for epoch, samples in sorted(merged.items())]
+        changed = [a.epoch for a in new if a not in self.amendments]
+        if changed and min(changed) <= self._handed_out:
+            raise RuntimeError(f"steps of epoch {self._handed_out} were given away; epoch {min(changed)} can't change")
+        self.amendments = new
+        self._planned = OrderedDict((k, v) for k, v in self._planned.items() if not changed or k[0] < min(changed))
+
+    def _plan_window(self, epoch: int, window: int) -> list[Slots]:
+        i, shards = self.inputs, self.windows(epoch)[window]
+        rows, repeat, rates = self._rows(epoch, shards)
         if not len(rows):
             return []
-        visits = self._visits(epoch, rows, repeat)
-        shuffled = order(self.inputs.seed, epoch, _SAMPLES, rows, repeat)
-        visits = [visits[i] for i in shuffled]
-        tokens = np.array([self.inputs.geometry.tokens(*v.size) for v in visits], dtype=np.int64)
-        costs = self.inputs.cost.per_token * tokens + self.inputs.cost.per_pair * tokens**2
-        seed = int(hash64(self.inputs.seed, epoch, _DEAL, int(shards[0])))
-        steps = pack(tokens, costs, self.inputs.slots, self.inputs.max_tokens, self.inputs.fill, seed)
-        return [[sorted((visits[i] for i in slot), key=lambda v: v.size) for slot in step] for step in steps]
+        shuffled = order(i.seed, epoch, _SAMPLES, rows, repeat)
+        visits = self._visits(epoch, rows[shuffled], repeat[shuffled], rates[shuffled])
+        costs = i.cost.per_token * visits.tokens + i.cost.per_pair * visits.tokens**2
+        seed = int(hash64(i.seed, epoch, _DEAL, int(shards[0])))
+        packed = pack(visits.tokens, costs, i.slots, i.max_tokens, i.fill, seed)
+        return [Slots(visits, packs) for packs in packed]
 
-    def _rows(self, epoch: int, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Usable rows of the shards, each as often as its shard repeats, and the number of the repeat."""
-        rows, repeats = [], []
-        for shard in shards:
-            mine = np.arange(self.index.first[shard], self.index.first[shard + 1])
-            mine = mine[self.index.usable[mine]]
-            rate = self.inputs.repeats[shard]
-            whole = math.floor(rate)
-            extra = uniform(self.inputs.seed, epoch, _REPEATS, mine) < rate - whole
-            for number in range(whole + 1):
-                chosen = mine if number < whole else mine[extra]
-                rows.append(chosen)
-                repeats.append(np.full(len(chosen), number))
-        return np.concatenate(rows), np.concatenate(repeats)
+    def _rows(self, epoch: int, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of the shards that may be used, as often as the shard repeats; the number of the repeat; the rate."""
+        rows, of_shard = self._selection.rows(shards)
+        left_out = [np.asarray(a.samples, dtype=np.int64) for a in self.amendments if a.epoch <= epoch]
+        if left_out:
+            kept = ~np.isin(rows, np.concatenate(left_out))
+            rows, of_shard = rows[kept], of_shard[kept]
+        rates = np.asarray(self.inputs.repeats)[of_shard]
+        whole = np.floor(rates).astype(np.int64)
+        times = whole + (uniform(self.inputs.seed, epoch, _REPEATS, rows) < rates - whole)
+        repeat = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+        return np.repeat(rows, times), repeat, np.repeat(rates, times)
 
-    def _visits(self, epoch: int, rows: np.ndarray, repeat: np.ndarray) -> list[Visit]:
+    def _visits(self, epoch: int, rows: np.ndarray, repeat: np.ndarray, rates: np.ndarray) -> Visits:
         i, index = self.inputs, self.index
         seeds = hash64(i.seed, epoch, rows, repeat)
-        frames, fps = index.frames[rows].astype(np.int64), index.fps[rows]
+        frames, fps = index.frames[rows].astype(np.int64), index.fps[rows].astype(np.float64)
         stride = np.maximum(1, np.rint(fps / i.fps)).astype(np.int64)
         available = 1 + (frames - 1) // stride
         resize, crop = fit_sizes(index.height[rows], index.width[rows], i.max_pixels, i.geometry.multiple, i.fit)
         per_frame = crop[:, 2] * crop[:, 3] // i.geometry.multiple**2
         longest = np.minimum(i.max_frames, 1 + (i.max_tokens // per_frame - 1) * i.geometry.temporal_stride)
         wanted = 1 + (np.minimum(available, longest) - 1) // i.geometry.temporal_stride * i.geometry.temporal_stride
-        first = below(available - wanted + 1, seeds, FIRST_FRAME)
+        turn = epoch * np.ceil(rates).astype(np.int64) + repeat  # how many visits this sample has had before
+        first = cut_pieces(available, wanted, turn, hash64(i.seed, rows, FIRST_FRAME))
         names = [name for name, weight in i.tasks if weight > 0]
         weights = np.array([weight for _, weight in i.tasks if weight > 0])
         drawn = np.searchsorted(np.cumsum(weights) / weights.sum(), uniform(seeds, TASK), side="right")
-        return [
-            Visit(
-                sample=int(rows[n]),
-                first=int(first[n]),
-                frames=int(wanted[n]),
-                fps=float(fps[n] / stride[n]),
-                resize=(int(resize[n, 0]), int(resize[n, 1])),
-                crop=tuple(map(int, crop[n])),  # type: ignore[arg-type]
-                task="image" if wanted[n] == 1 else names[drawn[n]],
-                seed=int(seeds[n]),
-            )
-            for n in range(len(rows))
-        ]
+        tokens = (1 + (wanted - 1) // i.geometry.temporal_stride) * per_frame
+        return Visits(rows, first, wanted, fps / stride, resize, crop, (*names, "image"),
+                      np.where(wanted == 1, len(names), drawn), seeds, tokens)  # fmt: skip
+
+
+class Selection:
+    """Which rows of an index may be used: those without a cause against them that pass their shard's filter."""
+
+    def __init__(self, index: Index, filters: Sequence[str]) -> None:
+        self.index, self.filters = index, np.asarray(filters, dtype=object)
+        self._usable = index.usable
+        self._parsed = {text: Filter(text) for text in sorted(set(filters)) if text}
+        for parsed in self._parsed.values():
+            parsed.check(index.columns)
+
+    def rows(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Usable rows of some shards, in the order of the shards, and the shard of each."""
+        first, counts = self.index.first[shards], np.diff(self.index.first)[shards]
+        rows = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        of_shard = np.repeat(shards, counts)
+        kept = np.array(self._usable[rows], dtype=bool)
+        for text, parsed in self._parsed.items():
+            mine = np.flatnonzero(self.filters[of_shard] == text)
+            picked = rows[mine]
+            kept[mine] &= parsed(lambda name, picked=picked: self.index.columns[name][picked], len(mine))
+        return rows[kept], of_shard[kept]
+
+    def per_shard(self) -> np.ndarray:
+        """How many rows of each shard may be used."""
+        counts = np.zeros(len(self.index.shards), dtype=np.int64)
+        sizes = np.cumsum(np.diff(self.index.first))
+        for part in np.split(np.arange(len(counts)), np.flatnonzero(np.diff(sizes // _SCANNED)) + 1):
+            counts += np.bincount(self.rows(part)[1], minlength=len(counts))
+        return counts
 
 
 def source_frames(visit: Visit, fps: float) -> list[int]:
     """Indexes of a visit's frames in a video that runs at `fps`."""
     stride = round(fps / visit.fps) if visit.fps else 1
     return [(visit.first + n) * stride for n in range(visit.frames)]
-
-
-def fit_sizes(
-    height: np.ndarray, width: np.ndarray, max_pixels: int, multiple: int, fit: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes on the patch grid with at most `max_pixels`, never larger than the source (but at least one patch).
-
-    Returns what to resize to, `(n, 2)`, and what to cut from that, `(n, 4)` as top, left, height, width.
-    """
-    height, width = height.astype(np.int64), width.astype(np.int64)
-    scale = np.minimum(1.0, np.sqrt(max_pixels / (height * width)))
-    rounded = [
-        np.maximum(1, np.minimum(np.rint(side * scale / multiple), side // multiple)).astype(np.int64)
-        for side in (height, width)
-    ]
-    while (over := rounded[0] * rounded[1] * multiple**2 > np.maximum(max_pixels, multiple**2)).any():
-        taller = rounded[0] >= rounded[1]
-        rounded[0] = np.where(over & taller, np.maximum(1, rounded[0] - 1), rounded[0])
-        rounded[1] = np.where(over & ~taller, np.maximum(1, rounded[1] - 1), rounded[1])
-    out_h, out_w = rounded[0] * multiple, rounded[1] * multiple
-    if fit == "stretch":
-        return np.stack((out_h, out_w), 1), np.stack((0 * out_h, 0 * out_w, out_h, out_w), 1)
-    cover = np.maximum(out_h / height, out_w / width)
-    resized = [
-        np.maximum(out, np.rint(side * cover)).astype(np.int64) for out, side in ((out_h, height), (out_w, width))
-    ]
-    top, left = (resized[0] - out_h) // 2, (resized[1] - out_w) // 2
-    return np.stack(resized, 1), np.stack((top, left, out_h, out_w), 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +54,22 @@ class Step(Protocol):
         """Samples that did not."""
 
 
+class Plan(Protocol):
+    """Which samples come when."""
+
+    hash: str
+
+    @property
+    def amendments(self) -> Sequence[Any]:
+        """What is left out, and from when on."""
+
+    def amend(self, at: Any, taken: int, ahead: int, samples: Sequence[int]) -> None:
+        """Leave samples out of later epochs."""
+
+    def restore(self, amendments: Sequence[Any]) -> None:
+        """Take over what a checkpoint kept."""
+
+
 @dataclass
 class Parts:
     """What the trainer is given."""
@@ -63,8 +79,9 @@ class Parts:
     meter: Meter
     open_writers: Callable[[int], Writers | None]  # by the step that the run goes on from; None off the main rank
     console: Console
-    plan_hash: str
-    steps_from: Callable[[tuple[int, ...], dict[Any, Refusal]], Iterator[Any]]  # position, refusals known from before
+    plan: Plan
+    # steps taken, position, refusals known from before
+    steps_from: Callable[[int, tuple[int, ...], dict[Any, Refusal]], Iterator[Any]]
     validation: Callable[[], Iterator[Pack]]  # this rank's share of the held-out packs
     sample: Callable[[Any, int], dict[str, Path]]  # network, step to videos by caption (main rank)
 
@@ -87,13 +104,14 @@ class Trainer:
 
     def train(self) -> int:
         """Run to the end; returns the exit code."""
-        steps = self.parts.steps_from(self.position, self.known)
+        steps = self.parts.steps_from(self.step, self.position, self.known)
         self.meter.start()
         while self.step < self.config.steps:
             with self.meter.waiting():
                 batch = next(steps)
             self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
             agreed = self.agree(batch)  # an all-reduce on the CPU
+            self.leave_out(batch, agreed)
             for pack in batch.packs:
                 loss = self.parts.task.loss(self.engine, pack, self.device)
                 self.engine.backward(loss.sum, agreed.weight)
@@ -136,6 +154,17 @@ class Trainer:
         dist.all_reduce(total)
         weight, arrived, refused, tokens, stop = total.tolist()
         return Agreement(max(weight, 1.0), int(arrived), int(refused), int(tokens), stop > 0)
+
+    def leave_out(self, batch: Step, agreed: Agreement) -> None:
+        """What any rank refused is left out of later epochs, if the run is told so."""
+        if not self.config.data.drop_refused or not agreed.refused:
+            return
+        rows = torch.zeros(self.world.size, agreed.refused, dtype=torch.int64)
+        mine = [refusal.sample + 1 for refusal in batch.refused]
+        rows[self.world.rank, : len(mine)] = torch.tensor(mine, dtype=torch.int64)
+        dist.all_reduce(rows)
+        samples = sorted((rows[rows > 0] - 1).tolist())
+        self.parts.plan.amend(batch.position, self.step, self.config.data.prefetch_steps, samples)
 
     def advance(self, batch: Step, applied: bool) -> None:
         """Count the step and stand behind it in the plan."""
@@ -184,7 +213,8 @@ class Trainer:
             mine = pieces(self.engine.fragments, self.ema.values, split)
             state = {
                 "step": self.step, "applied": self.applied,
-                "position": self.position, "plan_hash": self.parts.plan_hash,
+                "position": self.position, "plan_hash": self.parts.plan.hash,
+                "amendments": self.parts.plan.amendments,
                 "ema_updates": self.ema.updates, "totals": asdict(self.meter.totals), "shapes": self.engine.shapes,
                 "ranks": self.world.size, "stage": self.engine.stage, "time": time.time(),
             }  # fmt: skip
@@ -201,7 +231,9 @@ class Trainer:
             self.ema.updates = state["ema_updates"]
             self.engine.set_optimizer_steps(self.applied)
             self.meter.restore(state["totals"])
-            if state["plan_hash"] != self.parts.plan_hash:
+            if state["plan_hash"] == self.parts.plan.hash:
+                self.parts.plan.restore(state["amendments"])
+            else:
                 self.console.say(
                     "the data or its packing changed since the checkpoint: going on at the same place of a new plan"
                 )

@@ -14,7 +14,7 @@ import pytest
 from sora_train.batch import Clip, Refusal
 from sora_train.cost import Cost, Geometry
 from sora_train.data.index import load_index
-from sora_train.data.loader import Loader, Step, passes_of_rank
+from sora_train.data.loader import Loader, Step, draw_caption, passes_of_rank
 from sora_train.data.plan import Plan, PlanInputs, Position, source_frames
 from sora_train.data.pool import Pool
 
@@ -139,3 +139,13 @@ def test_what_an_earlier_attempt_refused_is_refused_again(corpus: list[str], poo
     assert again[0].refused == list(known.values())
     assert sorted(again[0].samples) == sorted(set(first.samples) - {row})
     assert again[1].refused == [], "only that step"
+
+
+def test_captions_are_drawn_by_weight() -> None:
+    weights = (("long", 3.0), ("short", 1.0))
+    drawn = [draw_caption(["short", "long", "other"], weights, seed) for seed in range(2000)]
+    assert 0.22 < drawn.count(0) / 2000 < 0.28 and drawn.count(2) == 0
+    alike = [draw_caption(["short", "long"], (), seed) for seed in range(2000)]
+    assert 0.46 < np.mean(alike) < 0.54
+    assert {draw_caption(["a", "b"], weights, seed) for seed in range(50)} == {0, 1}, "none of them has a weight"
+    assert {draw_caption([], weights, seed) for seed in range(50)} == {0}, "a single caption, in a txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice, pairwise
@@ -15,10 +16,13 @@ from hypothesis import strategies as st
 
 from sora_train.batch import Visit
 from sora_train.cli import InputError
+from sora_train.config import DataConfig, SourceConfig, StageConfig
 from sora_train.cost import Cost, Geometry
 from sora_train.data.index import Index
 from sora_train.data.loader import passes_of_rank
-from sora_train.data.plan import Plan, PlanInputs, Position, fit_sizes, source_frames
+from sora_train.data.plan import Plan, PlanInputs, Position, source_frames
+from sora_train.data.stages import Stages, build_stages
+from sora_train.data.visits import cut_pieces, fit_sizes
 
 MakePlan = Callable[..., Plan]
 
@@ -36,7 +40,8 @@ def make_index(shards: int = 12, per_shard: int = 40, fingerprint: str = "f", **
         "width": sizes[:, 1],
         "refused": np.where(np.arange(n) % 50 == 7, "checksum", "").astype(object),
     }
-    columns |= {name: np.full(n, value) for name, value in fixed.items()}
+    for name, value in fixed.items():
+        columns[name] = np.full(n, value, dtype=object if isinstance(value, str) else None)
     shard = np.repeat(np.arange(shards), per_shard)
     first = np.arange(0, n + 1, per_shard)
     return Index(tuple(f"s{i}" for i in range(shards)), shard, first, columns, fingerprint)
@@ -253,3 +258,134 @@ def test_any_size_fits_the_grid_the_limit_and_the_source(height: int, width: int
     assert h % multiple == 0 and w % multiple == 0 and multiple**2 <= h * w <= limit
     assert h <= max(height, multiple) and w <= max(width, multiple), "never larger than the source"
     assert 0 <= top <= resize[0] - h and 0 <= left <= resize[1] - w
+
+
+def test_the_visits_of_a_long_clip_cover_all_of_it() -> None:
+    """Any P + 1 visits in a row show every frame that P pieces of a clip can hold."""
+    for available, wanted in ((20, 17), (34, 17), (100, 17), (101, 9), (17, 17), (1, 1)):
+        pieces = -(-available // wanted)
+        for seed in range(20):
+            turns = np.arange(3 * (pieces + 1))
+            one = np.ones_like(turns)
+            first = cut_pieces(available * one, wanted * one, turns, seed * one)
+            assert first.min() >= 0 and first.max() <= available - wanted
+            for lap in range(2):  # whole rounds begin at another visit for each clip
+                seen = {int(f) + n for f in first[lap * (pieces + 1) : (lap + 2) * (pieces + 1)] for n in range(wanted)}
+                assert seen == set(range(available)), (available, wanted, seed)
+
+
+def test_successive_epochs_show_all_of_a_long_video() -> None:
+    plan = make_plan(make_index(2, 20, fps=8.0, frames=60, height=32, width=32, refused=""))
+    seen: dict[int, set[int]] = {}
+    for epoch in range(2 * (4 + 1)):
+        for v in visits_of(epoch_of(plan, epoch)):
+            seen.setdefault(v.sample, set()).update(range(v.first, v.first + v.frames))
+    assert all(frames == set(range(60)) for frames in seen.values()) and len(seen) == 40
+
+
+def test_a_filter_leaves_out_what_it_says_and_counts_it() -> None:
+    index = make_index()
+    plan = make_plan(index, filters=("height >= 48 and frames > 1",) * 12)
+    kept = np.flatnonzero(index.usable & (index.height >= 48) & (index.frames > 1)).tolist()
+    assert sorted(v.sample for v in visits_of(epoch_of(plan))) == kept
+    assert plan.filtered == index.usable.sum() - len(kept) > 0
+    assert plan.hash != make_plan(index).hash
+    by_source = make_plan(index, filters=("",) * 6 + ("height == 32",) * 6)
+    rows = np.array(sorted(v.sample for v in visits_of(epoch_of(by_source))))
+    assert (rows < 240).sum() == index.usable[:240].sum() and set(index.height[rows[rows >= 240]].tolist()) == {32}
+
+
+def test_a_filter_that_leaves_nothing_says_so() -> None:
+    with pytest.raises(InputError, match=r"no sample is usable.*data.filter, which leaves out 470"):
+        next(make_plan(filters=("height > 5000",) * 12).from_position(Position()))
+
+
+def test_amended_samples_are_left_out_from_a_later_epoch_on() -> None:
+    plan = Stages([make_plan()], [])
+    before = [epoch_of(make_plan(), epoch) for epoch in (0, 1)]
+    at = Position(0, 0, 1)
+    plan.amend(at, 0, 3, [5, 9, 5])
+    plan.amend(Position(0, 0, 2), 1, 3, [11])
+    assert plan.amendments == [(1, (5, 9, 11))]
+    assert epoch_of(plan.plans[0], 0) == before[0], "what was planned stays"
+    rows = sorted(v.sample for v in visits_of(epoch_of(plan.plans[0], 1)))
+    assert rows == sorted({v.sample for v in visits_of(before[1])} - {5, 9, 11})
+
+
+def test_an_amendment_waits_for_steps_that_were_given_away() -> None:
+    plan = Stages([make_plan()], [])
+    last = len(plan.plans[0].windows(0)) - 1
+    at = Position(0, last, len(plan.plans[0].steps(0, last)) - 2)
+    given = list(islice(plan.from_position(at), 4))
+    assert given[-1][0].epoch == 1
+    plan.amend(at, 7, 3, [5])
+    assert plan.amendments == [(2, (5,))]
+    with pytest.raises(RuntimeError, match="given away"):
+        plan.restore([(1, (6,))])
+
+
+def run_of(plan: Stages, at: Position, taken: int, count: int) -> list[tuple[Position, list[list[Visit]]]]:
+    """Take steps as a trainer does, and leave out the first samples of every epoch from later ones."""
+    steps, done = plan.from_position(at, taken), []
+    for number in range(taken, taken + count):
+        position, slots = next(steps)
+        done.append((position, list(slots)))
+        if position.window == position.step == 0:
+            plan.amend(position, number, 1, [v.sample for slot in slots for v in slot][:3])
+    return done
+
+
+@pytest.mark.parametrize("ends", [[], [5, 9], [20]])
+def test_stages_and_amendments_resume_as_if_never_stopped(ends: list[int]) -> None:
+    def staged() -> Stages:
+        return Stages([make_plan(max_pixels=p) for p in (1024, 256, 2304)[: len(ends) + 1]], ends)
+
+    plan, kept = staged(), []
+    whole = []
+    for number in range(40):
+        kept.append((list(map(tuple, plan.amendments)), whole[-1][0] if whole else None))
+        before = whole[-1][0] if whole else Position(0, 0, -1)
+        whole += run_of(plan, Position(before.epoch, before.window, before.step + 1), number, 1)
+        plan = staged()
+        plan.restore([[epoch, list(rows)] for epoch, rows in kept[-1][0]])
+        plan_again = run_of(plan, Position(before.epoch, before.window, before.step + 1), number, 1)
+        assert plan_again == whole[-1:], "saved after every step, and loaded"
+    plan = staged()
+    assert run_of(plan, Position(), 0, 40) == whole, "never stopped"
+    assert len({position for position, _ in whole}) == 40
+    assert plan.amendments and kept[-1][0]
+
+
+def test_a_stage_changes_sizes_at_its_step_and_covers_its_epoch() -> None:
+    plan = Stages([make_plan(), make_plan(max_pixels=256)], [4])
+    taken = list(islice(plan.from_position(Position()), 4 + len(epoch_of(make_plan(max_pixels=256), 1))))
+    assert all(max(v.crop[2] * v.crop[3] for slot in slots for v in slot) == 1024 for _, slots in taken[:4])
+    later = [v for _, slots in taken[4:] for slot in slots for v in slot]
+    assert {v.crop[2] * v.crop[3] for v in later} <= {64, 128, 192, 256} and {p.epoch for p, _ in taken[4:]} == {1}
+    assert sorted(v.sample for v in later) == np.flatnonzero(plan.index.usable).tolist()
+    assert plan.hash != Stages([make_plan(), make_plan(max_pixels=256)], [5]).hash
+
+
+def test_weights_are_shares_of_the_visits() -> None:
+    index = make_index(10, 100, refused="")
+    shards = [f"s{n}" for n in range(10)]
+    sources = {"few": SourceConfig(shards[:2], weight=3.0), "many": SourceConfig(shards[2:], weight=1.0)}
+    source_of = ["few"] * 2 + ["many"] * 8
+    data = DataConfig(sources, stages=[StageConfig(5), StageConfig(None, weights={"many": 1.0}, max_frames=9)])
+    plan = build_stages(index, source_of, data, make_plan(index).inputs)
+    visits = visits_of(epoch_of(plan.plans[0]))
+    assert len(visits) == pytest.approx(1000, abs=60)
+    assert np.mean([v.sample < 200 for v in visits]) == pytest.approx(0.75, abs=0.03)
+    later = visits_of(epoch_of(plan.plans[1]))
+    assert sorted(v.sample for v in later) == list(range(200, 1000)) and max(v.frames for v in later) == 9
+    half = make_index(10, 100, refused="")
+    half.columns["refused"][:200] = "bad"
+    with pytest.raises(InputError, match=r"data.sources.few has a weight and no usable sample"):
+        build_stages(half, source_of, data, make_plan(index).inputs)
+
+
+def test_no_library_changes_a_plan() -> None:
+    """By value: the same visits on every machine and with every version of everything."""
+    step = make_plan().steps(0, 1)[0]
+    text = repr([[(v.sample, v.first, v.frames, v.crop, v.task, v.seed) for v in slot] for slot in step])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "a3333b12db59b561"
