@@ -82,6 +82,9 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     d, logging = config.data, config.logging
     passes = passes_of_rank(d.slots, world.rank, world.size, config.parallel.accumulation)
     plan, held_out = shards.plan(config), shards.held_out(config)
+    if world.local_size > 1:
+        run = hashlib.sha256(str(Path(config.run_dir).resolve()).encode()).hexdigest()[:8]
+        plan.share(run, owner=world.local_rank == 0)
     torch.manual_seed(config.seed)
     method = METHODS[config.method](config, device)
     method.network.to(device)

@@ -99,9 +99,9 @@ def consolidate(shards: Sequence[str], folder: str | Path, advance: Callable[[in
             index = load_index([shard], allow_empty=True)
             for name, file in files.items():
                 values = index.usable if name == "usable" else index.columns[name]
-                limits = np.iinfo(COLUMNS[name]) if np.issubdtype(COLUMNS[name], np.integer) else None
-                values = values if limits is None else np.minimum(values, limits.max)
-                file.write(values.astype(COLUMNS[name]).tobytes())
+                kind = np.dtype(COLUMNS[name])
+                values = np.minimum(values, np.iinfo(kind).max) if kind.kind in "iu" else values
+                file.write(values.astype(kind).tobytes())
             counts.append(len(index))
             prints.append(index.fingerprint[:16])
             advance(1)
@@ -133,7 +133,7 @@ def load_consolidated(folder: str | Path, shards: Sequence[str]) -> Consolidated
             f"data.index={folder} is of {len(meta['shards'])} shard(s), not the {len(shards)} of data.sources; {again}"
         )
     first = np.concatenate(([0], np.cumsum(meta["counts"]))).astype(np.int64)
-    columns = {}
+    columns: dict[str, np.ndarray] = {}
     for name, kind in COLUMNS.items():
         path = folder / f"{name}.bin"
         if not path.is_file() or path.stat().st_size != int(first[-1]) * np.dtype(kind).itemsize:

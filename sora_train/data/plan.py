@@ -13,8 +13,10 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from threading import RLock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,27 +24,28 @@ import numpy as np
 from sora_train.batch import Visit
 from sora_train.cli import InputError
 from sora_train.cost import Cost, Geometry
-from sora_train.data.filters import Filter
 from sora_train.data.index import Index
 from sora_train.data.packing import pack
+from sora_train.data.selection import Selection
+from sora_train.data.shared import SharedWindows
 from sora_train.data.visits import Visits, cut_pieces, fit_sizes
 from sora_train.seeds import FIRST_FRAME, TASK, hash64, order, uniform
 
 _SHARDS, _SAMPLES, _REPEATS, _DEAL = (1 << 32) + np.arange(4)  # streams of the plan's own hashes
 _REMEMBERED = 3  # windows
-_SCANNED = 1 << 22  # rows that a scan of the whole index takes at once
 
 
 class Slots(Sequence[list[Visit]]):
     """The slots of one step; the visits of a slot are made when it is asked for."""
 
-    def __init__(self, visits: Visits, packs: list[list[int]]) -> None:
+    def __init__(self, visits: Visits | None, packs: list[list[int]]) -> None:
         self.visits, self.packs = visits, packs
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, slot: int) -> list[Visit]:  # type: ignore[override]
+        assert self.visits is not None, "a step has visits"
         return sorted((self.visits[i] for i in self.packs[slot]), key=lambda v: v.size)
 
     def __eq__(self, other: object) -> bool:
@@ -102,7 +105,10 @@ class Plan:
         self._selection = Selection(index, inputs.filters)
         self._handed_out = -1  # the latest epoch of which a step was given away
         self._planned: OrderedDict[tuple[int, int], list[Slots]] = OrderedDict()
-        self._windows: tuple[int, list[np.ndarray]] | None = None
+        self._windows: dict[int, list[np.ndarray]] = {}  # of the last epochs asked for
+        self._lock = RLock()  # a thread plans the next window meanwhile
+        self._planner: ThreadPoolExecutor | None = None
+        self.shared: SharedWindows | None = None  # where the ranks of a node share what they plan
 
     @cached_property
     def filtered(self) -> int:
@@ -111,23 +117,28 @@ class Plan:
 
     def windows(self, epoch: int) -> list[np.ndarray]:
         """The shards of each window of an epoch, in order."""
-        if self._windows is None or self._windows[0] != epoch:
+        if epoch not in self._windows:
             i = self.inputs
             shards = order(i.seed, epoch, _SHARDS, np.arange(len(self.index.shards)))
             expected = np.diff(self.index.first)[shards] * np.maximum(np.asarray(i.repeats)[shards], 1e-9)
             ends = np.cumsum(expected)
             size = ends[-1] / max(1, math.ceil(ends[-1] / i.window - 0.25))  # equal windows: no small one at the end
             number = ((ends - expected) // size).astype(np.int64)
-            self._windows = epoch, np.split(shards, np.flatnonzero(np.diff(number)) + 1)
-        return self._windows[1]
+            kept = dict(list(self._windows.items())[-1:])  # the epoch before, at the turn of two
+            self._windows = kept | {epoch: np.split(shards, np.flatnonzero(np.diff(number)) + 1)}
+        return self._windows[epoch]
 
     def steps(self, epoch: int, window: int) -> list[Slots]:
         """The steps of one window; the last few are remembered."""
-        found = self._planned.pop((epoch, window), None)
-        self._planned[epoch, window] = self._plan_window(epoch, window) if found is None else found
-        if len(self._planned) > _REMEMBERED:
-            self._planned.popitem(last=False)
-        return self._planned[epoch, window]
+        with self._lock:
+            steps = self._planned.pop((epoch, window), None)
+            if steps is None:
+                visits, packed = self._get_window(epoch, window)
+                steps = [Slots(visits, packs) for packs in packed]
+            self._planned[epoch, window] = steps
+            if len(self._planned) > _REMEMBERED:
+                self._planned.popitem(last=False)
+            return steps
 
     def from_position(self, at: Position, taken: int = 0) -> Iterator[tuple[Position, Slots]]:
         """Steps from `at` on, for ever, each with its own position; how many were taken before is all the same."""
@@ -137,6 +148,7 @@ class Plan:
             count = len(self.windows(epoch))
             for w in range(window, count):
                 steps = self.steps(epoch, w)
+                self._plan_ahead(*((epoch, w + 1) if w + 1 < count else (epoch + 1, 0)))
                 for s in range(step, len(steps)):
                     self._handed_out = max(self._handed_out, epoch)
                     yield Position(epoch, w, s), steps[s]
@@ -159,6 +171,10 @@ class Plan:
 
     def restore(self, amendments: Iterable[Any]) -> None:
         """Take over amendments: pairs of an epoch and rows, as a checkpoint kept them or with more behind."""
+        with self._lock:
+            self._restore(amendments)
+
+    def _restore(self, amendments: Iterable[Any]) -> None:
         merged: dict[int, set[int]] = {}
         for epoch, samples in amendments:
             merged.setdefault(epoch, set()).update(samples)
@@ -169,17 +185,29 @@ class Plan:
         self.amendments = new
         self._planned = OrderedDict((k, v) for k, v in self._planned.items() if not changed or k[0] < min(changed))
 
-    def _plan_window(self, epoch: int, window: int) -> list[Slots]:
+    def _plan_ahead(self, epoch: int, window: int) -> None:
+        """Plan a window in the background, where the step doesn't wait for it."""
+        if (epoch, window) not in self._planned:
+            self._planner = self._planner or ThreadPoolExecutor(1, thread_name_prefix="planner")
+            self._planner.submit(self.steps, epoch, window)  # an error comes again when the window is needed
+
+    def _get_window(self, epoch: int, window: int) -> tuple[Visits | None, list[list[list[int]]]]:
+        if self.shared is None:
+            return self._plan_window(epoch, window)
+        without = [a for a in self.amendments if a.epoch <= epoch]
+        tag = hashlib.sha256(json.dumps(without).encode()).hexdigest()[:16]
+        return self.shared.get(f"{epoch}-{window}-{tag}", lambda: self._plan_window(epoch, window))
+
+    def _plan_window(self, epoch: int, window: int) -> tuple[Visits | None, list[list[list[int]]]]:
         i, shards = self.inputs, self.windows(epoch)[window]
         rows, repeat, rates = self._rows(epoch, shards)
         if not len(rows):
-            return []
+            return None, []
         shuffled = order(i.seed, epoch, _SAMPLES, rows, repeat)
         visits = self._visits(epoch, rows[shuffled], repeat[shuffled], rates[shuffled])
         costs = i.cost.per_token * visits.tokens + i.cost.per_pair * visits.tokens**2
         seed = int(hash64(i.seed, epoch, _DEAL, int(shards[0])))
-        packed = pack(visits.tokens, costs, i.slots, i.max_tokens, i.fill, seed)
-        return [Slots(visits, packs) for packs in packed]
+        return visits, pack(visits.tokens, costs, i.slots, i.max_tokens, i.fill, seed)
 
     def _rows(self, epoch: int, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows of the shards that may be used, as often as the shard repeats; the number of the repeat; the rate."""
@@ -212,37 +240,6 @@ class Plan:
         tokens = (1 + (wanted - 1) // i.geometry.temporal_stride) * per_frame
         return Visits(rows, first, wanted, fps / stride, resize, crop, (*names, "image"),
                       np.where(wanted == 1, len(names), drawn), seeds, tokens)  # fmt: skip
-
-
-class Selection:
-    """Which rows of an index may be used: those without a cause against them that pass their shard's filter."""
-
-    def __init__(self, index: Index, filters: Sequence[str]) -> None:
-        self.index, self.filters = index, np.asarray(filters, dtype=object)
-        self._usable = index.usable
-        self._parsed = {text: Filter(text) for text in sorted(set(filters)) if text}
-        for parsed in self._parsed.values():
-            parsed.check(index.columns)
-
-    def rows(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Usable rows of some shards, in the order of the shards, and the shard of each."""
-        first, counts = self.index.first[shards], np.diff(self.index.first)[shards]
-        rows = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-        of_shard = np.repeat(shards, counts)
-        kept = np.array(self._usable[rows], dtype=bool)
-        for text, parsed in self._parsed.items():
-            mine = np.flatnonzero(self.filters[of_shard] == text)
-            picked = rows[mine]
-            kept[mine] &= parsed(lambda name, picked=picked: self.index.columns[name][picked], len(mine))
-        return rows[kept], of_shard[kept]
-
-    def per_shard(self) -> np.ndarray:
-        """How many rows of each shard may be used."""
-        counts = np.zeros(len(self.index.shards), dtype=np.int64)
-        sizes = np.cumsum(np.diff(self.index.first))
-        for part in np.split(np.arange(len(counts)), np.flatnonzero(np.diff(sizes // _SCANNED)) + 1):
-            counts += np.bincount(self.rows(part)[1], minlength=len(counts))
-        return counts
 
 
 def source_frames(visit: Visit, fps: float) -> list[int]:

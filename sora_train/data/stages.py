@@ -15,7 +15,9 @@ import numpy as np
 from sora_train.cli import InputError
 from sora_train.config import DataConfig, StageConfig
 from sora_train.data.index import Index
-from sora_train.data.plan import Amendment, Plan, PlanInputs, Position, Selection, Slots
+from sora_train.data.plan import Amendment, Plan, PlanInputs, Position, Slots
+from sora_train.data.selection import Selection
+from sora_train.data.shared import SharedWindows
 
 
 class Stages:
@@ -27,6 +29,11 @@ class Stages:
         self.hash = plans[0].hash
         if len(plans) > 1:
             self.hash = sha256(repr(([plan.hash for plan in plans], list(ends))).encode()).hexdigest()
+
+    def share(self, run: str, owner: bool) -> None:
+        """Let the ranks of a node share what they plan; `run` is the same on all of them, and one owns the files."""
+        for plan in self.plans:
+            plan.shared = SharedWindows(f"{run}-{plan.hash[:16]}", owner)
 
     @property
     def amendments(self) -> list[Amendment]:

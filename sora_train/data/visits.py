@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,16 @@ class Visits:
     task: np.ndarray  # which of `tasks`
     seed: np.ndarray
     tokens: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every column by name, to be written to a file; `Visits(**...)` of what is read back is the same."""
+        return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
+
+    @staticmethod
+    def of_arrays(arrays: Any) -> Visits:
+        """The visits whose columns these are."""
+        columns = {field.name: arrays[field.name] for field in fields(Visits)}
+        return Visits(**columns | {"tasks": tuple(columns["tasks"].tolist())})
 
     def __getitem__(self, n: int) -> Visit:
         return Visit(
