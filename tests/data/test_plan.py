@@ -389,3 +389,35 @@ def test_no_library_changes_a_plan() -> None:
     step = make_plan().steps(0, 1)[0]
     text = repr([[(v.sample, v.first, v.frames, v.crop, v.task, v.seed) for v in slot] for slot in step])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "a3333b12db59b561"
+
+
+@pytest.mark.parametrize("shards", range(1, 10))
+def test_few_shards_and_any_ranks_take_the_same_number_of_steps(shards: int) -> None:
+    """144 cases of shards 1-9, ranks 1-4 and workers 0-3: workers are no input, and no rank waits for another."""
+    plan = make_plan(make_index(shards, 1 + shards % 3 * 5, refused=""), slots=4)
+    steps = epoch_of(plan)
+    for ranks in range(1, 5):
+        passes = [passes_of_rank(4, rank, ranks, None) for rank in range(ranks)]
+        taken = [[[v for slot in mine for n in slot for v in step[n]] for step in steps] for mine in passes]
+        assert {(len(steps_of_rank), len(mine)) for steps_of_rank, mine in zip(taken, passes, strict=True)} == {
+            (len(steps), -(-4 // ranks))
+        }
+        visited = sorted(v.sample for steps_of_rank in taken for step in steps_of_rank for v in step)
+        assert visited == list(range(len(plan.index)))
+
+
+@hypothesis_settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_plan_covers_its_samples_once_and_resumes_at_any_position(data: st.DataObject) -> None:
+    draw = data.draw
+    index = make_index(draw(st.integers(1, 9)), draw(st.integers(1, 30)), refused="")
+    settings = {
+        "slots": draw(st.integers(1, 12)), "max_tokens": draw(st.integers(80, 900)), "fill": draw(st.floats(0.3, 1.0)),
+        "window": draw(st.integers(1, 200)), "seed": draw(st.integers(0, 2**40)),
+    }  # fmt: skip
+    epoch = draw(st.integers(0, 3))
+    plan = make_plan(index, **settings)
+    assert sorted(v.sample for v in visits_of(epoch_of(plan, epoch))) == list(range(len(index)))
+    whole = list(islice(plan.from_position(Position(epoch, 0, 0)), 12))
+    at = draw(st.integers(0, len(whole) - 1))
+    assert list(islice(make_plan(index, **settings).from_position(whole[at][0]), 12 - at)) == whole[at:]
