@@ -15,10 +15,12 @@ from torch import nn
 from sora_train.batch import Clip, Pack, Refusal
 from sora_train.config import Config, to_dict
 from sora_train.cost import cost, geometry
+from sora_train.data.decode import Limits
 from sora_train.data.index import expand, index_shards, load_index
 from sora_train.data.loader import Loader, Step, passes_of_rank
 from sora_train.data.plan import Plan, PlanInputs, Position
 from sora_train.data.pool import Pool
+from sora_train.data.source import Store
 from sora_train.methods import METHODS, write_previews
 from sora_train.training.console import Console
 from sora_train.training.meter import Meter, peak_flops
@@ -33,28 +35,31 @@ class Shards:
     """The shard lists of a run, expanded; made before any process group, so that a missing shard costs a moment."""
 
     def __init__(self, config: Config) -> None:
+        self.store, limits = Store.of(config.data), config.data.limits
+        self.limits = Limits(limits.pixels, limits.frames, limits.bytes)
         self.training: list[str] = []
         self.repeats: list[float] = []
         for source in config.data.sources.values():
-            found = expand(source.shards)
+            found = expand(source.shards, self.store)
             self.training += found
             self.repeats += [source.repeat] * len(found)
-        self.validation = expand(config.data.validation)
+        self.validation = expand(config.data.validation, self.store)
 
     def index(self) -> None:
         """Index what has no index yet."""
-        index_shards(self.training + self.validation)
+        index_shards(self.training + self.validation, None, self.store, self.limits)
 
     def plan(self, config: Config) -> Plan:
         """The plan of the training shards."""
-        return Plan(load_index(self.training), _inputs(config, self.repeats, config.flow.tasks))
+        index = load_index(self.training, self.store, config.data.max_bad_fraction)
+        return Plan(index, _inputs(config, self.repeats, config.flow.tasks))
 
     def held_out(self, config: Config) -> Plan | None:
         """The plan of the validation shards, if there are any."""
         if not self.validation:
             return None
         repeats = [1.0] * len(self.validation)
-        return Plan(load_index(self.validation), _inputs(config, repeats, {"text_to_video": 1.0}))
+        return Plan(load_index(self.validation, self.store), _inputs(config, repeats, {"text_to_video": 1.0}))
 
 
 def _inputs(config: Config, repeats: list[float], tasks: dict[str, float]) -> PlanInputs:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_train.data.decode import DecodeError
+from sora_train.data.decode import DecodeError, Limits
 from sora_train.data.index import load_index
 from sora_train.data.pool import Pool
 from sora_train.media import encode_mp4, read_mp4
@@ -77,7 +77,10 @@ def test_an_image_is_one_frame(pool: Pool, corpus: list[str]) -> None:
     assert ask(pool, corpus, IMAGE, [0]).shape == (1, 64, 64, 3)
     path, extension, (offset, size, crc32) = load_index(corpus).member(IMAGE)
     probed = pool.probe(path, extension, offset, size).result()
-    assert probed == {"frames": 1, "fps": 0.0, "width": 64, "height": 64, "crc32": crc32}
+    assert probed == {
+        "frames": 1, "fps": 0.0, "duration": 0.0, "vfr": False, "careful": False, "rotation": 0,
+        "width": 64, "height": 64, "codec": "png", "pixel_format": "RGB", "crc32": crc32,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_a_sample_that_hangs_twice_is_at_fault_and_the_next_is_unharmed(corpus: 
 def test_a_decoder_out_of_memory_is_a_cause_and_not_a_stop(pool: Pool, tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     Image.fromarray(np.zeros((12000, 12000), np.uint8)).save(path, compress_level=1)
-    pool.memory_bytes = 512 << 20  # taken over by a child when it starts
+    pool.memory_bytes, pool.limits = 512 << 20, Limits(pixels=1 << 30)  # taken over by a child when it starts
     with pytest.raises(DecodeError, match="memory"):
         pool.probe(str(path), "png").result()
 
