@@ -126,13 +126,16 @@ def check_pixels(height: int, width: int, limits: Limits) -> None:
 
 def open_image(data: bytes, limits: Limits, resize: tuple[int, int] | None = None) -> np.ndarray:
     """An image, `(H, W, 3)` uint8, upright. JPEG, PNG or WebP, whatever its name says."""
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        check_pixels(image.height, image.width, limits)
-        rgb = ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            check_pixels(image.height, image.width, limits)
+            rgb = ImageOps.exif_transpose(image).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise DecodeError("pixels", str(error)) from error
     return np.asarray(rgb if resize is None else rgb.resize(resize[::-1], Image.Resampling.BICUBIC))
 
 
-def shown_at(times: np.ndarray, frames: Sequence[int], fps: float) -> list[int]:
+def shown_at(times: np.ndarray, frames: Sequence[int] | np.ndarray, fps: float) -> list[int]:
     """Which frame is on the screen in the middle of each numbered interval; `times` are seconds, ascending."""
     middle = times[0] + (np.asarray(frames, dtype=np.float64) + 0.5) / fps
     return (np.searchsorted(times, middle, side="right") - 1).tolist()
@@ -217,7 +220,8 @@ def timeline(file: Any, stream: Any) -> tuple[list[int], list[int], bool]:
 
 def _walk(file: Any, stream: Any, wanted: list[int], keys: list[int]) -> Iterator[Any]:
     """Yield the frames with the wanted stamps, ascending; seeks where a key frame lies between two of them."""
-    left, source = set(wanted), iter(())
+    left = set(wanted)
+    source: Iterator[Any] = iter(())
     at: int | None = None  # stamp of the last frame that came out
     for stamp in sorted(left):
         key = bisect_right(keys, stamp) - 1
@@ -243,7 +247,7 @@ def _torchcodec(data: bytes, frames: list[int], resize: tuple[int, int], timing:
     if timing.careful:
         raise DecodeError("undecodable", "has an edit list or open groups of pictures, which torchcodec may not follow")
     decoder = VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-    check_pixels(decoder.metadata.height, decoder.metadata.width, limits)
+    check_pixels(decoder.metadata.height or 0, decoder.metadata.width or 0, limits)
     count = len(decoder)
     if timing.vfr:
         times = np.array([float(decoder.get_frame_at(n).pts_seconds) for n in range(count)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -104,7 +105,7 @@ def expand(patterns: Sequence[str], store: Store | None = None) -> list[str]:
     Raises InputError for a pattern that names no file, or a local file that isn't there. A remote shard that is named
     without wildcards is looked for when it is first read.
     """
-    from braceexpand import UnbalancedBracesError, braceexpand  # comes with webdataset
+    from braceexpand import braceexpand  # comes with webdataset
 
     store = store or Store()
     found: list[str] = []
@@ -112,7 +113,7 @@ def expand(patterns: Sequence[str], store: Store | None = None) -> list[str]:
         kind = scheme(pattern)
         try:
             paths = list(braceexpand(pattern))
-        except UnbalancedBracesError as error:
+        except ValueError as error:  # unbalanced braces
             raise InputError(f"shard {pattern!r}: {error}") from error
         for path in paths:
             matches = store.list(path) if kind else _local_files(path)
@@ -135,7 +136,7 @@ def index_shards(
 ) -> None:
     """Index every shard that has no index, or one that was made from another file or with other limits."""
     store = store or Store()
-    stale = [shard for shard in shards if not is_current(shard, store, limits)]
+    stale = [s for s in shards if not is_current(s, store, limits) and not _adopted(s, store, limits)]
     if not stale:
         return
     count = workers or len(os.sched_getaffinity(0))
@@ -189,6 +190,23 @@ def _index(shard: str, pool: Pool, store: Store, advance: Callable[[int], None])
     _write(table, index_path(shard, store))
 
 
+def _adopted(shard: str, store: Store, limits: Limits) -> bool:
+    """Take over the index that lies beside a remote shard, if there is one and it was made from that very shard."""
+    if scheme(shard) is None:
+        return False
+    beside = shard.removesuffix(".tar") + ".index.parquet"
+    try:
+        table = pq.read_table(io.BytesIO(store.fetch(beside, 0, store.size(beside))))
+    except (InputError, DecodeError, pa.ArrowException):
+        return False
+    known = _metadata(table.schema)
+    if not _fits(known, limits) or known["sora_train.shard"] != _mark_in(shard, store, known):
+        return False
+    about = known | {"sora_train.identity": store.identity(shard)}
+    _write(table.replace_schema_metadata(about), index_path(shard, store))
+    return True
+
+
 def _write(table: pa.Table, final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
@@ -208,24 +226,31 @@ def is_current(shard: str, store: Store, limits: Limits | None = None) -> bool:
     if not path.is_file():
         return False
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        known = _metadata(pq.read_schema(path))
     except (pa.ArrowException, OSError):
         return False
-    if b"sora_train.version" not in metadata:
+    if "sora_train.version" not in known:
         raise InputError(f"{path} is in the place of the index of {shard} and is none; move it away")
-    known = {key.decode(): value.decode() for key, value in metadata.items()}
-    return (
-        known["sora_train.version"] == str(VERSION)
-        and (limits is None or known.get("sora_train.limits") == json.dumps(limits))
-        and _is_of(shard, store, known)
+    if not _fits(known, limits):
+        return False
+    if scheme(shard) is not None:
+        return known["sora_train.identity"] == store.identity(shard)
+    return known["sora_train.shard"] == _mark_in(shard, store, known)
+
+
+def _metadata(schema: pa.Schema) -> dict[str, str]:
+    return {key.decode(): value.decode("utf-8", "replace") for key, value in (schema.metadata or {}).items()}
+
+
+def _fits(known: dict[str, str], limits: Limits | None) -> bool:
+    """Whether an index was made by this version, and with these limits."""
+    return known.get("sora_train.version") == str(VERSION) and (
+        limits is None or known["sora_train.limits"] == json.dumps(limits)
     )
 
 
-def _is_of(shard: str, store: Store, known: dict[str, str]) -> bool:
-    """Whether an index that says `known` was made from this very shard."""
-    if scheme(shard) is not None and known["sora_train.identity"]:
-        return known["sora_train.identity"] == store.identity(shard)
-    return known["sora_train.shard"] == shard_mark(shard, store, json.loads(known["sora_train.headers"]))
+def _mark_in(shard: str, store: Store, known: dict[str, str]) -> str:
+    return shard_mark(shard, store, json.loads(known["sora_train.headers"]))
 
 
 def shard_mark(shard: str, store: Store, headers: Sequence[int]) -> str:

@@ -118,7 +118,8 @@ def _row(
     file: BinaryIO, key: str, members: Members, double: list[str], probed: Future[dict[str, Any]] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One row of the index, and the plain fields of the sample's json."""
-    row, extension, fields = _empty() | {"key": key}, _media(members), {}
+    row, extension = _empty() | {"key": key}, _media(members)
+    fields: dict[str, Any] = {}
     try:
         if extension is None:
             raise DecodeError("no_media", f"members {sorted(members)[:8]}, none of them a video or an image")

@@ -40,7 +40,8 @@ class Fault:
 def walk(file: BinaryIO) -> Iterator[Member | Fault]:
     """Every regular member and every fault, in order. Links, folders and devices are passed over."""
     descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
-    at, extended = 0, {}
+    extended: dict[str, str] = {}
+    at = 0
     if end == 0:
         yield Fault("empty", 0, 0, "the shard has no bytes")
         return
