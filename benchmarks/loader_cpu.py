@@ -56,7 +56,7 @@ def main() -> None:
             before = _cpu()
             for visit in visits:
                 path, _, (offset, size, _) = plan.index.member(visit.sample)
-                data = io.BytesIO(read_member(path, offset, size, None))
+                data = io.BytesIO(read_member(path, offset, size))
                 height, width = visit.resize
                 if not visit.fps:
                     np.asarray(Image.open(data).convert("RGB").resize((width, height)))

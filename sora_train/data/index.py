@@ -3,6 +3,8 @@
 `train-000000.tar` has `train-000000.index.parquet`. A shard without one is indexed on first use (`scan.py`). Frames are
 counted, not believed; a sample that can't be used stays in the index with its cause, so that it is reported and never
 planned. What the json of a sample says in plain numbers and words becomes columns for filters.
+
+Longer than most files: what is written and what is believed of it stand side by side.
 """
 
 from __future__ import annotations
@@ -272,7 +274,7 @@ def load_index(shards: Sequence[str], store: Store | None = None, max_bad_fracti
     """
     store = store or Store()
     with ThreadPoolExecutor(8) as threads:
-        tables = list(threads.map(lambda shard: _read(shard, store), shards))
+        tables = list(threads.map(lambda shard: load_rows(shard, store), shards))
     table = pa.concat_tables(_of_one_kind(tables), promote_options="permissive")
     columns = {name: _column(table[name]) for name in table.column_names}
     columns |= {
@@ -298,7 +300,8 @@ def load_index(shards: Sequence[str], store: Store | None = None, max_bad_fracti
     return index
 
 
-def _read(shard: str, store: Store) -> pa.Table:
+def load_rows(shard: str, store: Store) -> pa.Table:
+    """The rows of one shard's index; raises InputError if it has no current one."""
     if not is_current(shard, store):
         raise InputError(f"{shard} has no current index; run: python -m data_tools.index {shard}")
     return pq.read_table(index_path(shard, store))

@@ -19,12 +19,13 @@ _SCAN = 1 << 20
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar."""
+    """A file in a tar."""
 
     name: str
     offset: int  # of its data
     size: int
     header: int  # where its own header block is
+    kind: str = "file"  # or "other": a link, a device
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Fault:
     detail: str
 
 
-def walk(file: BinaryIO) -> Iterator[Member | Fault]:
-    """Every regular member and every fault, in order. Links, folders and devices are passed over."""
+def walk(file: BinaryIO, others: bool = False) -> Iterator[Member | Fault]:
+    """Every regular member and every fault, in order. Links and devices only if `others`; folders are passed over."""
     descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
     extended: dict[str, str] = {}
     at = 0
@@ -80,6 +81,8 @@ def walk(file: BinaryIO) -> Iterator[Member | Fault]:
         elif kind != b"g":
             if kind in _REGULAR:
                 yield Member(extended.get("path", name), data, size, at)
+            elif others and kind != b"5":
+                yield Member(extended.get("path", name), data, 0, at, "other")
             extended = {}
         at = data + -(-stored // BLOCK) * BLOCK
 
