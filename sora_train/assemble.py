@@ -17,12 +17,13 @@ from sora_train.config import Config, to_dict
 from sora_train.cost import cost, geometry
 from sora_train.data.decode import Limits
 from sora_train.data.index import expand, index_shards, load_index
-from sora_train.data.loader import Loader, Step, passes_of_rank
+from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
 from sora_train.data.plan import Plan, PlanInputs, Position
 from sora_train.data.pool import Pool
 from sora_train.data.source import Store
 from sora_train.methods import METHODS, write_previews
 from sora_train.training.console import Console
+from sora_train.training.ledger import Ledger
 from sora_train.training.meter import Meter, peak_flops
 from sora_train.training.metrics import Writers
 from sora_train.training.optim import adamw
@@ -76,6 +77,9 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     d, logging = config.data, config.logging
     passes = passes_of_rank(d.slots, world.rank, world.size, config.parallel.accumulation)
     plan, held_out = shards.plan(config), shards.held_out(config)
+    if world.is_main:  # before the engine's first collective, so that no rank has refused anything yet
+        refused = [refusal for p in (plan, held_out) if p for refusal in refusals(p.index)]
+        Ledger(Path(config.run_dir), world.rank).refused_before(refused)
     torch.manual_seed(config.seed)
     method = METHODS[config.method](config, device)
     method.network.to(device)

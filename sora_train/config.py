@@ -364,7 +364,7 @@ def _check_data(data: DataConfig) -> None:
     for key, value in positive.items():
         _require(value > 0, f"data.{key}={value} must be above 0")
     wrong = [kind for kind, options in data.storage.items() if not isinstance(options, dict)]
-    _require(not wrong, f"data.storage.{(wrong or [''])[0]} must be a map of options, e.g. data.storage.s3.anon=true")
+    _require(not wrong, f"data.storage.{(wrong or [''])[0]} must be a map of options, e.g. +data.storage.s3.anon=true")
 
 
 def _check_deepspeed(options: dict[str, Any]) -> None:

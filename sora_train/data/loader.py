@@ -135,6 +135,13 @@ class _Request:
     captions: Future[tuple[list[str], dict[str, Any]]]
 
 
+def refusals(index: Index) -> list[Refusal]:
+    """What the index itself refuses, tars that are damaged included."""
+    c = index.columns
+    rows = np.flatnonzero(~index.usable)
+    return [refusal(index, int(row), DecodeError(str(c["refused"][row]), str(c["detail"][row]))) for row in rows]
+
+
 def refusal(index: Index, sample: int, error: DecodeError) -> Refusal:
     """The record of a sample that could not be used."""
     shard = index.shards[index.shard[sample]]
