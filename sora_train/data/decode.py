@@ -248,14 +248,14 @@ def _torchcodec(data: bytes, frames: list[int], resize: tuple[int, int], timing:
         raise DecodeError("undecodable", "has an edit list or open groups of pictures, which torchcodec may not follow")
     decoder = VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
     check_pixels(decoder.metadata.height or 0, decoder.metadata.width or 0, limits)
-    count = len(decoder)
+    if frames[-1] >= len(decoder):
+        raise DecodeError("short", f"frame {frames[-1]} wanted of {len(decoder)}")
     if timing.vfr:
-        times = np.array([float(decoder.get_frame_at(n).pts_seconds) for n in range(count)])
-        frames = shown_at(times, frames, timing.fps)
-    if frames[-1] >= count:
-        raise DecodeError("short", f"frame {frames[-1]} wanted of {count}")
-    pictures = decoder.get_frames_at(frames).data.numpy()
-    size = resize[::-1]
+        start = float(decoder.metadata.begin_stream_seconds or 0.0)
+        batch = decoder.get_frames_played_at([start + (number + 0.5) / timing.fps for number in frames])
+    else:
+        batch = decoder.get_frames_at(frames)
+    pictures, size = batch.data.numpy(), resize[::-1]
     return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures])
 
 

@@ -15,6 +15,10 @@ from tests.data.videos import HEIGHT, WIDTH, cut, number_of, turned, write_video
 STEADY = [k / 30 for k in range(60)]
 BURSTS = np.cumsum([0.0] + [1 / 30 if k // 10 % 2 else 1 / 10 for k in range(59)]).tolist()
 BACK_ENDS = ("decord", "pyav")
+EACH = [
+    *BACK_ENDS,
+    pytest.param("torchcodec", marks=pytest.mark.skipif(bool(load_error("torchcodec")), reason="it doesn't load here")),
+]
 
 
 def timing(data: bytes, extension: str = "mp4") -> Timing:
@@ -32,7 +36,7 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return write_video(tmp_path_factory.mktemp("v") / "steady.mp4", STEADY)
 
 
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("back_end", EACH)
 def test_a_steady_video_gives_frame_k_for_number_k(steady: bytes, back_end: str) -> None:
     frames = [0, 1, 5, 11, 12, 13, 40, 59]
     assert timing(steady) == (30.0, False, False)
@@ -47,7 +51,7 @@ def test_back_ends_agree_on_the_pixels(steady: bytes) -> None:
     assert np.abs(small.astype(int) - other).mean() < 2
 
 
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("back_end", EACH)
 @pytest.mark.parametrize("name", ["bursts.mp4", "bursts.mkv"])
 def test_a_variable_rate_gives_the_frame_on_the_screen_at_that_time(tmp_path: Path, name: str, back_end: str) -> None:
     data = write_video(tmp_path / name, BURSTS)
@@ -73,7 +77,7 @@ def test_frames_that_an_edit_list_hides_are_neither_counted_nor_shown(tmp_path: 
     assert [number_of(picture) for picture in both] == [21, 59]
 
 
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("back_end", EACH)
 @pytest.mark.parametrize(("degrees", "quarters"), [(90, 3), (180, 2), (270, 1)])
 def test_turned_videos_come_upright(steady: bytes, degrees: int, quarters: int, back_end: str) -> None:
     data = turned(steady, degrees)
