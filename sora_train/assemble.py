@@ -89,6 +89,9 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     meter = Meter(geometry(config), cost(config), device, peak, d.slots * d.max_tokens)
     console = Console(config.steps, world.is_main, Path(config.run_dir))
     console.say(_summary(config, world, plan, engine, len(passes)))
+    for name, error in pool.load_errors().items():
+        if error:
+            console.say(f"warning: the decoder {name} can't be loaded here and is left out: {error}")
 
     def steps_from(position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
         return iter(Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, device.type == "cuda"))
