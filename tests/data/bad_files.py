@@ -1,14 +1,13 @@
 """Bad input of every kind we know of, made from a seed: broken videos, captions, tars, bombs, playlists, malice.
 
-`SAMPLES` makes members of one sample, `TARS` damages a finished shard, `AFTER` damages a shard behind its index's back.
-What a kind promises stands in its name's set: `HARMLESS` may decode, all other samples must be refused by the index.
+`Corpus.samples` makes the members of one sample, `damaged_tar` damages a finished shard (`TARS`), `hostile_names` adds
+names that point elsewhere. What is not in `HARMLESS` must be refused by the index.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
-import json
 import pickle
 import random
 import struct
@@ -206,8 +205,3 @@ def hostile_names(path: Path, samples: list[tuple[str, Members]]) -> None:
             info = tarfile.TarInfo("link.mp4")
             info.type, info.linkname = kind, target
             tar.addfile(info)
-
-
-def summary(causes: dict[str, int]) -> str:
-    """Causes and counts as one line."""
-    return json.dumps(dict(sorted(causes.items())))
