@@ -267,10 +267,13 @@ def shard_mark(shard: str, store: Store, headers: Sequence[int]) -> str:
     return f"{size}|{mark}"
 
 
-def load_index(shards: Sequence[str], store: Store | None = None, max_bad_fraction: float = 1.0) -> Index:
+def load_index(
+    shards: Sequence[str], store: Store | None = None, max_bad_fraction: float = 1.0, allow_empty: bool = False
+) -> Index:
     """The rows of all shards' indexes.
 
-    Raises InputError for a shard without one, if no row is usable, or if a larger share than `max_bad_fraction` isn't.
+    Raises InputError for a shard without one, if no row is usable (unless `allow_empty`), or if a larger share than
+    `max_bad_fraction` isn't.
     """
     store = store or Store()
     with ThreadPoolExecutor(8) as threads:
@@ -296,7 +299,8 @@ def load_index(shards: Sequence[str], store: Store | None = None, max_bad_fracti
         digest.hexdigest(),
         store,
     )
-    _check_share(index, max_bad_fraction)
+    if not allow_empty:
+        _check_share(index, max_bad_fraction)
     return index
 
 

@@ -126,6 +126,7 @@ def test_a_shard_of_nothing_usable_is_an_error_with_the_causes(tmp_path: Path, w
     shard = write_samples(tmp_path / "s.tar", [{"__key__": "a", "mp4": b"no", "txt": b"x"}])
     with pytest.raises(InputError, match=r"no usable sample in 1 shard.*s\.tar: not_a_video 1"):
         indexed(shard)
+    assert len(load_index([shard], allow_empty=True)) == 1
 
 
 @pytest.mark.parametrize("keep", [0, 100, 600, 2000])
