@@ -16,14 +16,17 @@ from sora_train.batch import Clip, Pack, Refusal
 from sora_train.config import Config, to_dict
 from sora_train.cost import cost, geometry
 from sora_train.data.consolidated import load_consolidated
+from sora_train.data.decode import Limits
 from sora_train.data.filters import Filter, both
 from sora_train.data.index import expand, index_shards, load_index
-from sora_train.data.loader import Loader, Step, passes_of_rank
+from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
 from sora_train.data.plan import Plan, PlanInputs, Position
 from sora_train.data.pool import Pool
+from sora_train.data.source import Store
 from sora_train.data.stages import Stages, build_stages
 from sora_train.methods import METHODS, write_previews
 from sora_train.training.console import Console
+from sora_train.training.ledger import Ledger
 from sora_train.training.meter import Meter, peak_flops
 from sora_train.training.metrics import Writers
 from sora_train.training.optim import adamw
@@ -36,27 +39,32 @@ class Shards:
     """The shard lists of a run, expanded; made before any process group, so that a missing shard costs a moment."""
 
     def __init__(self, config: Config) -> None:
+        self.store, limits = Store.of(config.data), config.data.limits
+        self.limits = Limits(limits.pixels, limits.frames, limits.bytes)
         self.training: list[str] = []
         self.source_of: list[str] = []  # each training shard's
         self.filters: list[str] = []
         for name, source in config.data.sources.items():
             Filter(config.data.filter)  # wrong ones are answered here
             Filter(source.filter, f"data.sources.{name}.filter")
-            found = expand(source.shards)
+            found = expand(source.shards, self.store)
             self.training += found
             self.source_of += [name] * len(found)
             self.filters += [both(config.data.filter, source.filter)] * len(found)
-        self.validation = expand(config.data.validation)
+        self.validation = expand(config.data.validation, self.store)
 
     def index(self) -> None:
         """Index what has no index yet."""
-        index_shards(self.training + self.validation)
+        index_shards(self.training + self.validation, None, self.store, self.limits)
 
     def plan(self, config: Config) -> Stages:
         """The plan of the training shards."""
         inputs = _inputs(config, self.filters, config.flow.tasks)
-        path = config.data.index
-        index = load_consolidated(path, self.training) if path else load_index(self.training)
+        path, bad = config.data.index, config.data.max_bad_fraction
+        if path:
+            index = load_consolidated(path, self.training, self.store)
+        else:
+            index = load_index(self.training, self.store, bad)
         return build_stages(index, self.source_of, config.data, inputs)
 
     def held_out(self, config: Config) -> Plan | None:
@@ -64,7 +72,7 @@ class Shards:
         if not self.validation:
             return None
         filters = [config.data.filter] * len(self.validation)
-        return Plan(load_index(self.validation), _inputs(config, filters, {"text_to_video": 1.0}))
+        return Plan(load_index(self.validation, self.store), _inputs(config, filters, {"text_to_video": 1.0}))
 
 
 def _inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> PlanInputs:
@@ -85,6 +93,9 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     if world.local_size > 1:
         run = hashlib.sha256(str(Path(config.run_dir).resolve()).encode()).hexdigest()[:8]
         plan.share(run, owner=world.local_rank == 0)
+    if world.is_main:  # before the engine's first collective, so that no rank has refused anything yet
+        indexes = [plan.index, *([held_out.index] if held_out else [])]
+        Ledger(Path(config.run_dir), world.rank).refused_before([r for index in indexes for r in refusals(index)])
     torch.manual_seed(config.seed)
     method = METHODS[config.method](config, device)
     method.network.to(device)
@@ -94,6 +105,9 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     meter = Meter(geometry(config), cost(config), device, peak, d.slots * d.max_tokens)
     console = Console(config.steps, world.is_main, Path(config.run_dir))
     console.say(_summary(config, world, plan, engine, len(passes)))
+    for name, error in pool.load_errors().items():
+        if error:
+            console.say(f"warning: the decoder {name} can't be loaded here and is left out: {error}")
 
     def steps_from(taken: int, position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
         pin = device.type == "cuda"

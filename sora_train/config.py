@@ -19,7 +19,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from sora_train.cli import InputError, nearest
 
-_SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential)")
+_SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential|^key$|^token$|account_?key)")
+DECODERS = ("decord", "pyav", "torchcodec")
 TASKS = ("text_to_video", "image_to_video", "extension", "image")
 DERIVED = {  # DeepSpeed keys that follow from ours
     "train_batch_size": "data.slots",
@@ -138,6 +139,23 @@ class StageConfig:
 
 
 @dataclass
+class LimitsConfig:
+    """What a video or image may be at most; more is refused before anything of it is decoded."""
+
+    pixels: int = 33554432  # of a frame; 8K UHD fits
+    frames: int = 1048576
+    bytes: int = 2147483648
+
+
+@dataclass
+class CacheConfig:
+    """Where remote shards are kept on a node, for all of its ranks."""
+
+    folder: str | None = None  # null: sora_train-UID in the system's temporary folder
+    gib: float = 32.0  # never more than this
+
+
+@dataclass
 class DataConfig:
     """What a step is made of."""
 
@@ -161,6 +179,10 @@ class DataConfig:
     decode_timeout_s: float = 60.0
     decode_memory_gib: float = 8.0
     max_bad_fraction: float = 0.2  # of the last 1000 samples; more is a stop
+    decoders: list[str] = field(default_factory=lambda: ["decord", "pyav"])  # in turn; a failure goes to the next
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    storage: dict[str, Any] = field(default_factory=dict)  # fsspec options by scheme, e.g. s3: {anon: true}
 
 
 @dataclass
@@ -345,8 +367,23 @@ def check(config: Config) -> None:
              "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
     unknown = [name for name in config.logging.writers if name not in ("tensorboard", "wandb")]
     _require(not unknown, f"logging.writers has no {unknown}; known: tensorboard, wandb")
+    _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)
+
+
+def _check_data(data: DataConfig) -> None:
+    unknown = [name for name in data.decoders if name not in DECODERS]
+    _require(not unknown, f"data.decoders has no {unknown[:1]}; {nearest(str((unknown or [''])[0]), list(DECODERS))}")
+    _require(bool(data.decoders) and len(set(data.decoders)) == len(data.decoders),
+             f"data.decoders={data.decoders}: name at least one, and each once")  # fmt: skip
+    positive = {"limits.pixels": data.limits.pixels, "limits.frames": data.limits.frames,
+                "limits.bytes": data.limits.bytes, "cache.gib": data.cache.gib,
+                "decode_timeout_s": data.decode_timeout_s, "decode_memory_gib": data.decode_memory_gib}  # fmt: skip
+    for key, value in positive.items():
+        _require(value > 0, f"data.{key}={value} must be above 0")
+    wrong = [kind for kind, options in data.storage.items() if not isinstance(options, dict)]
+    _require(not wrong, f"data.storage.{(wrong or [''])[0]} must be a map of options, e.g. +data.storage.s3.anon=true")
 
 
 def _check_deepspeed(options: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def _cases(config: Config, plan: Plan, count: int) -> Iterator[Case]:
     """The first held-out clips whose json describes a demo scene, cut as in training."""
     everything = [list(range(plan.inputs.slots))]
     found = 0
-    with Pool(config.data.workers) as pool:
+    with Pool.of(config.data) as pool:
         for step in Loader(plan, pool, everything, Position(), prefetch_steps=8):
             if step.position.epoch > 0:
                 return

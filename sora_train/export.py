@@ -70,7 +70,7 @@ def _measure(vae: VideoVAE, config: Config) -> None:
     """Set the mean and deviation of the latents, per channel, over training clips."""
     plan = Shards(config).plan(config)
     latents: list[torch.Tensor] = []
-    with Pool(config.data.workers) as pool:
+    with Pool.of(config.data) as pool:
         everything = [list(range(plan.inputs.slots))]
         for step in islice(Loader(plan, pool, everything, Position(), prefetch_steps=4), _CLIPS_MEASURED):
             for clip in step.packs[0].clips:

@@ -17,6 +17,7 @@ from sora_train.cli import BAD_INPUT, InputError, run
 from sora_train.compose import run_hydra, write_exit
 from sora_train.config import Config, to_yaml
 from sora_train.data.index import expand
+from sora_train.data.source import scheme
 from sora_train.world import World, from_environment
 
 
@@ -38,7 +39,7 @@ def train(config: Config) -> int:
 
 def _train(config: Config, world: World) -> int:
     for patterns in (*(source.shards for source in config.data.sources.values()), config.data.validation):
-        expand(patterns)  # a missing shard is answered now: what follows takes seconds to import
+        expand([p for p in patterns if scheme(p) is None])  # a missing shard is answered now, before slow imports
     import torch
     import torch.distributed as dist
 
@@ -58,8 +59,7 @@ def _train(config: Config, world: World) -> int:
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     device = connect(world)
     try:
-        d = config.data
-        with Pool(d.workers, d.decode_timeout_s, int(d.decode_memory_gib * 2**30)) as pool:
+        with Pool.of(config.data, shards.store) as pool:
             dist.barrier()  # the main rank has indexed the shards
             trainer = build_trainer(config, world, device, shards, pool)
             try:

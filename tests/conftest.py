@@ -21,6 +21,18 @@ from sora_train.batch import Clip, Visit
 from sora_train.data.index import index_shards
 from sora_train.media import encode_mp4
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--campaign", action="store_true", help="run the long fault campaigns too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--campaign"):
+        for item in items:
+            if item.get_closest_marker("campaign"):
+                item.add_marker(pytest.mark.skip(reason="a long campaign; --campaign runs it"))
+
+
 SIZES = ((64, 64), (48, 96), (96, 48))
 KINDS = ((1, 0.0), (9, 8.0), (17, 8.0), (33, 16.0))  # frames, fps; one frame is an image
 

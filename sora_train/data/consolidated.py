@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from sora_train.cli import InputError
+from sora_train.data.decode import DecodeError, Timing
 from sora_train.data.index import Index, load_index
+from sora_train.data.source import Store
 
 VERSION = 1
 COLUMNS = {  # 19 bytes
@@ -50,14 +52,15 @@ class Consolidated(Index):
         columns: dict[str, np.ndarray],
         prints: Sequence[str],
         fingerprint: str,
+        store: Store,
     ) -> None:
         count = int(first[-1])
         by_row: Any = _ByRow(count, lambda row: int(np.searchsorted(first, row, side="right")) - 1)
-        super().__init__(tuple(shards), by_row, first, columns, fingerprint)
+        super().__init__(tuple(shards), by_row, first, columns, fingerprint, store)
         object.__setattr__(self, "key", _ByRow(count, lambda row: self._at(row)[0].key[self._at(row)[1]]))
 
         def load(shard: int) -> Index:
-            index = load_index([shards[shard]], allow_empty=True)
+            index = load_index([shards[shard]], store, allow_empty=True)
             if index.fingerprint[:16] != prints[shard]:
                 raise InputError(f"{shards[shard]} changed after it was consolidated; consolidate the index again")
             return index
@@ -78,13 +81,28 @@ class Consolidated(Index):
         index, at = self._at(row)
         return index.member(at)
 
+    def refusal(self, row: int) -> DecodeError:
+        """As of `Index`."""
+        index, at = self._at(row)
+        return index.refusal(at)
+
+    def timing(self, row: int) -> Timing:
+        """As of `Index`."""
+        index, at = self._at(row)
+        return index.timing(at)
+
     def captions(self, row: int) -> tuple[list[str], dict[str, Any]]:
         """As of `Index`."""
         index, at = self._at(row)
         return index.captions(at)
 
 
-def consolidate(shards: Sequence[str], folder: str | Path, advance: Callable[[int], None] = lambda done: None) -> int:
+def consolidate(
+    shards: Sequence[str],
+    folder: str | Path,
+    advance: Callable[[int], None] = lambda done: None,
+    store: Store | None = None,
+) -> int:
     """Write the consolidated index of shards that have their own; returns the number of samples.
 
     `meta.json` is written last: a folder without it is not an index.
@@ -96,7 +114,7 @@ def consolidate(shards: Sequence[str], folder: str | Path, advance: Callable[[in
     files = {name: (folder / f"{name}.bin").open("wb") for name in COLUMNS}
     try:
         for shard in shards:
-            index = load_index([shard], allow_empty=True)
+            index = load_index([shard], store, allow_empty=True)
             for name, file in files.items():
                 values = index.usable if name == "usable" else index.columns[name]
                 kind = np.dtype(COLUMNS[name])
@@ -120,7 +138,7 @@ def write_meta(folder: Path, shards: Sequence[str], counts: Sequence[int], print
     temporary.replace(folder / "meta.json")
 
 
-def load_consolidated(folder: str | Path, shards: Sequence[str]) -> Consolidated:
+def load_consolidated(folder: str | Path, shards: Sequence[str], store: Store | None = None) -> Consolidated:
     """Map an index. Raises InputError where there is none, it is torn, or it is of other shards."""
     folder = Path(folder)
     again = f"make it: python -m data_tools.index SHARDS... consolidate={folder}"
@@ -141,4 +159,5 @@ def load_consolidated(folder: str | Path, shards: Sequence[str]) -> Consolidated
         columns[name] = np.memmap(path, dtype=kind, mode="r")
     if not columns["usable"].any():
         raise InputError(f"data.index={folder} holds no usable sample")
-    return Consolidated(shards, first, columns, meta["fingerprints"], sha256(text.encode()).hexdigest())
+    fingerprint = sha256(text.encode()).hexdigest()
+    return Consolidated(shards, first, columns, meta["fingerprints"], fingerprint, store or Store())

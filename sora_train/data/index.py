@@ -1,52 +1,42 @@
-"""The index of a shard: where every sample lies in the tar, and what it is. Parquet beside the shard.
+"""The index of shards: where every sample lies, and what it is. Parquet beside the shard, read into plain columns.
 
-`train-000000.tar` has `train-000000.index.parquet`. A shard without one is indexed on first use. Frames are counted,
-not believed; a sample that can't be used stays in the index with its cause, so that it is reported and never planned.
+`train-000000.tar` has `train-000000.index.parquet`. A shard without one is indexed on first use (`scan.py`). Frames are
+counted, not believed; a sample that can't be used stays in the index with its cause, so that it is reported and never
+planned. What the json of a sample says in plain numbers and words becomes columns for filters.
+
+Longer than most files: what is written and what is believed of it stand side by side.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import io
 import json
 import os
-import tarfile
-from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.progress import track
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from sora_train.cli import InputError
-from sora_train.data.decode import IMAGES, VIDEOS, DecodeError
+from sora_train.data.decode import LIMITS, DecodeError, Limits, Timing
 from sora_train.data.pool import Pool
+from sora_train.data.scan import META, parse_captions, scan_shard
+from sora_train.data.source import Store, scheme
+from sora_train.data.tar import BLOCK
 
-VERSION = 1
-CAPTIONS = ("json", "txt")  # in order of preference
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("extension", pa.string()),  # of the video or image
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("crc32", pa.int64()),
-        ("frames", pa.int32()),
-        ("fps", pa.float64()),  # 0 for an image
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("duration", pa.float64()),  # seconds
-        ("caption_extension", pa.string()),
-        ("caption_offset", pa.int64()),
-        ("caption_size", pa.int64()),
-        ("caption_chars", pa.int32()),
-        ("refused", pa.string()),  # cause, or empty
-        ("detail", pa.string()),
-    ]
-)
+VERSION = 2
+_HASHED = ("key", "crc32", "frames", "fps", "width", "height", "vfr", "careful", "refused", "caption_crc32")
 
 
 @dataclass(frozen=True)
@@ -58,6 +48,7 @@ class Index:
     first: np.ndarray  # (shards + 1,) rows of shard s are first[s] .. first[s + 1]
     columns: dict[str, np.ndarray]
     fingerprint: str  # changes with any sample's content, order or place
+    store: Store = field(default_factory=Store)  # what captions are read through
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -82,27 +73,56 @@ class Index:
             (int(c["offset"][row]), int(c["size"][row]), int(c["crc32"][row])),
         )
 
+    def refusal(self, row: int) -> DecodeError:
+        """Why a row isn't usable."""
+        return DecodeError(str(self.columns["refused"][row]), str(self.columns["detail"][row]))
+
+    def timing(self, row: int) -> Timing:
+        """What a decoder has to know of a video's time line."""
+        c = self.columns
+        return Timing(float(c["fps"][row]), bool(c["vfr"][row]), bool(c["careful"][row]))
+
     def captions(self, row: int) -> tuple[list[str], dict[str, Any]]:
         """The captions of a sample (read from the shard now) and the fields of its json; raises DecodeError."""
-        c = self.columns
-        with Path(self.shards[self.shard[row]]).open("rb") as file:
-            data = os.pread(file.fileno(), int(c["caption_size"][row]), int(c["caption_offset"][row]))
+        c, shard = self.columns, self.shards[self.shard[row]]
+        place = int(c["caption_offset"][row]), int(c["caption_size"][row])
+        data = self.store.read(shard, *place)
+        if zlib.crc32(data) != int(c["caption_crc32"][row]):
+            self.store.forget(shard, *place)  # the copy in the cache may be at fault
+            data = self.store.read(shard, *place)
+            if zlib.crc32(data) != int(c["caption_crc32"][row]):
+                raise DecodeError("checksum", f"the caption at {place[0]} is not the one that was indexed")
         return parse_captions(data, str(c["caption_extension"][row]))
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
-    """Shard paths of glob patterns (`*`, `?`, `[...]`) and brace ranges (`{000..012}`, `{a,b}`), sorted per pattern.
+def index_path(shard: str, store: Store | None = None) -> Path:
+    """Where a shard's index stands: beside a local shard, in the cache for a remote one."""
+    if scheme(shard) is None:
+        return Path(shard).with_suffix(".index.parquet")
+    folder = store.cache.folder if store and store.cache else None
+    if folder is None:
+        raise InputError(f"{shard}: a remote shard needs a folder for its index; set data.cache.folder")
+    return folder / "index" / f"{hashlib.sha256(shard.encode()).hexdigest()[:32]}.index.parquet"
 
-    Raises InputError for a pattern that names no file, or a file that isn't there.
+
+def expand(patterns: Sequence[str], store: Store | None = None) -> list[str]:
+    """Shards of glob patterns (`*`, `?`, `[...]`) and brace ranges (`{000..012}`, `{a,b}`), sorted per pattern.
+
+    Raises InputError for a pattern that names no file, or a local file that isn't there. A remote shard that is named
+    without wildcards is looked for when it is first read.
     """
     from braceexpand import braceexpand  # comes with webdataset
 
+    store = store or Store()
     found: list[str] = []
     for pattern in patterns:
-        if pattern.startswith("pipe:"):
-            raise InputError(f"shard {pattern!r} is a command; commands in shard names are not run")
-        for path in braceexpand(pattern):
-            matches = sorted(str(p) for p in _glob(path))
+        kind = scheme(pattern)
+        try:
+            paths = list(braceexpand(pattern))
+        except ValueError as error:  # unbalanced braces
+            raise InputError(f"shard {pattern!r}: {error}") from error
+        for path in paths:
+            matches = store.list(path) if kind else _local_files(path)
             if not matches:
                 raise InputError(f"no shard at {path!r} (from {pattern!r}); check data.sources and data.validation")
             found += matches
@@ -112,133 +132,166 @@ def expand(patterns: Sequence[str]) -> list[str]:
     return found
 
 
-def _glob(path: str) -> list[Path]:
-    if not any(c in path for c in "*?["):
-        return [Path(path)] if Path(path).is_file() else []
-    base = Path(path)
-    root = Path(base.anchor) if base.is_absolute() else Path()
-    return list(root.glob(str(base.relative_to(root) if base.is_absolute() else base)))
+def _local_files(path: str) -> list[str]:
+    names = glob.glob(path, recursive=True) if any(c in path for c in "*?[") else [path]  # noqa: PTH207
+    return sorted(str(Path(name)) for name in names if Path(name).is_file())
 
 
-def index_path(shard: str) -> Path:
-    """Where a shard's index stands."""
-    return Path(shard).with_suffix(".index.parquet")
-
-
-def index_shards(shards: Sequence[str], workers: int | None = None) -> None:
-    """Index every shard that has no index, or an older one than itself; each index appears whole or not at all."""
-    stale = [shard for shard in shards if not _is_current(shard)]
+def index_shards(
+    shards: Sequence[str], workers: int | None = None, store: Store | None = None, limits: Limits = LIMITS
+) -> None:
+    """Index every shard that has no index, or one that was made from another file or with other limits."""
+    store = store or Store()
+    stale = [s for s in shards if not is_current(s, store, limits) and not _adopted(s, store, limits)]
     if not stale:
         return
-    with Pool(workers or os.cpu_count() or 1) as pool:
-        for shard in track(stale, description="indexing shards", transient=True):
-            table = scan_shard(shard, pool)
-            path = index_path(shard)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            pq.write_table(table, temporary, compression="zstd")
-            temporary.replace(path)
-
-
-def scan_shard(shard: str, pool: Pool) -> pa.Table:
-    """Walk one tar: pair its members to samples, probe every video and image in the pool, check every caption."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, extension = name.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    samples.setdefault(key, {})[extension.lower()] = member
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{shard} is not a readable tar ({error}); rebuild it or take it out of the list") from error
-    pending = [(key, members, _start_probe(shard, members, pool)) for key, members in samples.items()]
-    rows = [_row(shard, key, members, probed) for key, members, probed in pending]
-    size = Path(shard).stat().st_size
-    schema = SCHEMA.with_metadata({"sora_train.version": str(VERSION), "sora_train.shard_bytes": str(size)})
-    return pa.Table.from_pylist(rows, schema=schema)
-
-
-def _media(members: dict[str, tarfile.TarInfo]) -> str | None:
-    return next((extension for extension in VIDEOS + IMAGES if extension in members), None)
-
-
-def _start_probe(shard: str, members: dict[str, tarfile.TarInfo], pool: Pool) -> Future[dict[str, Any]] | None:
-    extension = _media(members)
-    if extension is None:
-        return None
-    return pool.probe(shard, extension, members[extension].offset_data, members[extension].size)
-
-
-def _row(
-    shard: str, key: str, members: dict[str, tarfile.TarInfo], probed: Future[dict[str, Any]] | None
-) -> dict[str, Any]:
-    row: dict[str, Any] = {field.name: "" if field.type == pa.string() else 0 for field in SCHEMA}
-    row["key"], extension = key, _media(members)
-    try:
-        if extension is None or probed is None:
-            raise DecodeError("no_media", f"members {sorted(members)}, none of them a video or an image")
-        media = members[extension]
-        row |= {"extension": extension, "offset": media.offset_data, "size": media.size}
-        row |= probed.result()
-        row["duration"] = row["frames"] / row["fps"] if row["fps"] else 0.0
-        text = next((e for e in CAPTIONS if e in members), None)
-        if text is None:
-            raise DecodeError("no_caption", f"members {sorted(members)}, neither {key}.txt nor {key}.json")
-        caption = members[text]
-        row |= {"caption_extension": text, "caption_offset": caption.offset_data, "caption_size": caption.size}
-        with Path(shard).open("rb") as file:
-            captions, _ = parse_captions(os.pread(file.fileno(), caption.size, caption.offset_data), text)
-        row["caption_chars"] = max(map(len, captions))
-    except DecodeError as error:
-        row |= {"refused": error.cause, "detail": error.detail}
-    return row
-
-
-def parse_captions(data: bytes, extension: str) -> tuple[list[str], dict[str, Any]]:
-    """Captions of a txt or json member, and the json's fields. Raises DecodeError if there is none to be had."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DecodeError("caption_not_utf8", f"byte {error.start} of the caption is not UTF-8") from error
-    if extension == "txt":
-        fields: dict[str, Any] = {}
-        captions = [text.strip()]
-    else:
+    count = workers or len(os.sched_getaffinity(0))
+    with (
+        Pool(count, limits=limits) as pool,
+        _Bar(sum(map(store.size, stale))) as advance,
+        ThreadPoolExecutor(min(count + 1, len(stale))) as threads,  # one more: a shard ends while another begins
+    ):
+        done = [threads.submit(_index, shard, pool, store, advance) for shard in stale]
         try:
-            fields = json.loads(text)
-            captions = [str(c).strip() for c in fields.get("captions", {"": fields.get("caption", "")}).values()]
-        except (ValueError, AttributeError) as error:
-            raise DecodeError("caption_json", f"the json holds no caption: {error}") from error
-    if not captions or not all(captions):
-        raise DecodeError("no_caption", "the caption is empty")
-    return captions, fields
+            for future in done:
+                future.result()
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _is_current(shard: str) -> bool:
-    path = index_path(shard)
+class _Bar:
+    """A progress bar over bytes, on a terminal; a line at the end where there is none."""
+
+    def __init__(self, total: int) -> None:
+        console = Console(stderr=True)
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._bars = Progress(
+            TextColumn("indexing shards"), *columns, console=console, transient=True, disable=not console.is_terminal
+        )
+        self._total = total
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._bars.start()
+        task = self._bars.add_task("indexing", total=self._total)
+        return lambda count: self._bars.advance(task, count)
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+
+def _index(shard: str, pool: Pool, store: Store, advance: Callable[[int], None]) -> None:
+    try:
+        identity = store.identity(shard)
+        with store.local(shard) as path:
+            table, headers = scan_shard(str(path), pool, advance)
+        mark = shard_mark(shard, store, headers)
+    except OSError as error:
+        raise InputError(f"{shard} can't be read: {error.strerror or error}") from error
+    about = {
+        "version": VERSION, "shard": mark, "headers": json.dumps(headers), "limits": json.dumps(pool.limits),
+        "identity": identity,
+    }  # fmt: skip
+    table = table.replace_schema_metadata({f"sora_train.{key}": str(value) for key, value in about.items()})
+    _write(table, index_path(shard, store))
+
+
+def _adopted(shard: str, store: Store, limits: Limits) -> bool:
+    """Take over the index that lies beside a remote shard, if there is one and it was made from that very shard."""
+    if scheme(shard) is None:
+        return False
+    beside = shard.removesuffix(".tar") + ".index.parquet"
+    try:
+        table = pq.read_table(io.BytesIO(store.fetch(beside, 0, store.size(beside))))
+    except (InputError, DecodeError, pa.ArrowException):
+        return False
+    known = _metadata(table.schema)
+    if not _fits(known, limits) or known["sora_train.shard"] != _mark_in(shard, store, known):
+        return False
+    about = known | {"sora_train.identity": store.identity(shard)}
+    _write(table.replace_schema_metadata(about), index_path(shard, store))
+    return True
+
+
+def _write(table: pa.Table, final: Path) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        temporary.replace(final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_current(shard: str, store: Store, limits: Limits | None = None) -> bool:
+    """Whether a shard has an index that was made from it as it is now, by this version (and with these limits).
+
+    Raises InputError for a file in the index's place that isn't one of ours.
+    """
+    path = index_path(shard, store)
     if not path.is_file():
         return False
-    metadata = pq.read_schema(path).metadata or {}
-    return (metadata.get(b"sora_train.version"), metadata.get(b"sora_train.shard_bytes")) == (
-        str(VERSION).encode(),
-        str(Path(shard).stat().st_size).encode(),
+    try:
+        known = _metadata(pq.read_schema(path))
+    except (pa.ArrowException, OSError):
+        return False
+    if "sora_train.version" not in known:
+        raise InputError(f"{path} is in the place of the index of {shard} and is none; move it away")
+    if not _fits(known, limits):
+        return False
+    if scheme(shard) is not None:
+        return known["sora_train.identity"] == store.identity(shard)
+    return known["sora_train.shard"] == _mark_in(shard, store, known)
+
+
+def _metadata(schema: pa.Schema) -> dict[str, str]:
+    return {key.decode(): value.decode("utf-8", "replace") for key, value in (schema.metadata or {}).items()}
+
+
+def _fits(known: dict[str, str], limits: Limits | None) -> bool:
+    """Whether an index was made by this version, and with these limits."""
+    return known.get("sora_train.version") == str(VERSION) and (
+        limits is None or known["sora_train.limits"] == json.dumps(limits)
     )
 
 
-def load_index(shards: Sequence[str], allow_empty: bool = False) -> Index:
-    """The rows of all shards' indexes. Raises InputError for a shard without one, or if no row is usable (unless
-    `allow_empty`)."""
-    tables = []
-    for shard in shards:
-        if not _is_current(shard):
-            raise InputError(f"{shard} has no current index; run: python -m data_tools.index {shard}")
-        tables.append(pq.read_table(index_path(shard)))
-    table = pa.concat_tables(tables)
-    columns = {name: table[name].to_numpy() for name in SCHEMA.names}
+def _mark_in(shard: str, store: Store, known: dict[str, str]) -> str:
+    return shard_mark(shard, store, json.loads(known["sora_train.headers"]))
+
+
+def shard_mark(shard: str, store: Store, headers: Sequence[int]) -> str:
+    """What tells a shard from another one and from what replaced it: its size and some of its member headers.
+
+    Headers, not contents: a shard whose videos were damaged later keeps its index, and with it its checksums.
+    """
+    size = store.size(shard)
+    mark = 0
+    for at in headers:
+        mark = zlib.crc32(store.fetch(shard, at, BLOCK), mark)
+    return f"{size}|{mark}"
+
+
+def load_index(
+    shards: Sequence[str], store: Store | None = None, max_bad_fraction: float = 1.0, allow_empty: bool = False
+) -> Index:
+    """The rows of all shards' indexes.
+
+    Raises InputError for a shard without one, if no row is usable (unless `allow_empty`), or if a larger share than
+    `max_bad_fraction` isn't.
+    """
+    store = store or Store()
+    with ThreadPoolExecutor(8) as threads:
+        tables = list(threads.map(lambda shard: load_rows(shard, store), shards))
+    table = pa.concat_tables(_of_one_kind(tables), promote_options="permissive")
+    columns = {name: _column(table[name]) for name in table.column_names}
+    columns |= {
+        name.removeprefix(META): values
+        for name, values in columns.items()
+        if name.startswith(META) and name.removeprefix(META) not in columns
+    }
     counts = [len(t) for t in tables]
     digest = hashlib.sha256()
-    for name in ("key", "crc32", "frames", "fps", "width", "height", "refused", "caption_chars"):
+    for name in (*_HASHED, *sorted(name for name in columns if name.startswith(META))):
         values = columns[name]
         digest.update("\n".join(values).encode() if values.dtype == object else values.tobytes())
     digest.update(json.dumps(counts).encode())
@@ -248,8 +301,48 @@ def load_index(shards: Sequence[str], allow_empty: bool = False) -> Index:
         np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
         columns,
         digest.hexdigest(),
+        store,
     )
-    if not allow_empty and not index.usable.any():
-        causes = sorted(set(columns["refused"])) or ["no samples"]
-        raise InputError(f"no usable sample in {len(shards)} shard(s) such as {shards[0]}: {', '.join(causes)}")
+    if not allow_empty:
+        _check_share(index, max_bad_fraction)
     return index
+
+
+def load_rows(shard: str, store: Store) -> pa.Table:
+    """The rows of one shard's index; raises InputError if it has no current one."""
+    if not is_current(shard, store):
+        raise InputError(f"{shard} has no current index; run: python -m data_tools.index {shard}")
+    return pq.read_table(index_path(shard, store))
+
+
+def _of_one_kind(tables: list[pa.Table]) -> list[pa.Table]:
+    """The tables, with columns from jsons as words wherever a shard has words there."""
+    words = {f.name for t in tables for f in t.schema if f.name.startswith(META) and f.type == pa.string()}
+    for number, table in enumerate(tables):
+        for name in words & {f.name for f in table.schema if f.type == pa.float64()}:
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, name, table[name].cast(pa.string()))
+        tables[number] = table
+    return tables
+
+
+def _column(values: pa.ChunkedArray) -> np.ndarray:
+    """A column as numpy: missing numbers become NaN, missing words empty."""
+    if pa.types.is_string(values.type):
+        return values.fill_null("").to_numpy()
+    return values.to_numpy()
+
+
+def _check_share(index: Index, max_bad_fraction: float) -> None:
+    causes = Counter(index.columns["refused"].tolist())
+    usable = causes.pop("", 0)
+    named = ", ".join(f"{cause} {count}" for cause, count in causes.most_common(3)) or "no samples"
+    if not usable:
+        first = next((str(d) for d in index.columns["detail"] if d), "")
+        where = f"{len(index.shards)} shard(s) such as {index.shards[0]}"
+        raise InputError(f"no usable sample in {where}: {named}; {first}")
+    if causes.total() > max_bad_fraction * len(index) and len(index) >= 100:
+        raise InputError(
+            f"{causes.total()} of {len(index)} samples can't be used: {named} (data.max_bad_fraction is "
+            f"{max_bad_fraction}); python -m data_tools.lint {index.shards[0]} names each"
+        )

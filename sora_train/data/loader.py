@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -92,12 +93,14 @@ class Loader:
             groups.append([(v, self._request(position, v)) for v in visits])
         return _Flying(position, groups)
 
-    def _request(self, position: Position, visit: Visit) -> Future[np.ndarray] | Refusal:
+    def _request(self, position: Position, visit: Visit) -> _Request | Refusal:
         if (position, visit.sample) in self.known:
             return self.known[position, visit.sample]
         path, extension, member = self.index.member(visit.sample)
-        frames = source_frames(visit, float(self.index.fps[visit.sample]))
-        return self.pool.decode(path, extension, member, frames, visit.resize, visit.crop)
+        timing = self.index.timing(visit.sample)
+        frames = source_frames(visit, timing.fps)
+        pixels = self.pool.decode(path, extension, member, frames, visit.resize, visit.crop, timing)
+        return _Request(pixels, self.pool.submit(self.index.captions, visit.sample))
 
     def _land(self, flying: _Flying) -> Step:
         packs = []
@@ -108,16 +111,16 @@ class Loader:
                     pack.refused.append(pending)
                     continue
                 try:
-                    pack.clips.append(self._clip(visit, pending.result()))
+                    pack.clips.append(self._clip(visit, pending))
                 except DecodeError as error:
                     pack.refused.append(refusal(self.index, visit.sample, error))
             packs.append(pack.pin() if self.pin else pack)
         return Step(flying.position, packs)
 
-    def _clip(self, visit: Visit, frames_THWC: np.ndarray) -> Clip:
-        captions, fields = self.index.captions(visit.sample)
+    def _clip(self, visit: Visit, request: _Request) -> Clip:
+        captions, fields = request.captions.result()
         caption = captions[draw_caption(list(fields.get("captions", ())), self.plan.inputs.captions, visit.seed)]
-        return Clip(visit, str(self.index.key[visit.sample]), caption, to_video(frames_THWC))
+        return Clip(visit, str(self.index.key[visit.sample]), caption, to_video(request.pixels.result()))
 
 
 def draw_caption(names: list[str], weights: Sequence[tuple[str, float]], seed: int) -> int:
@@ -131,7 +134,20 @@ def draw_caption(names: list[str], weights: Sequence[tuple[str, float]], seed: i
 @dataclass
 class _Flying:
     position: Position
-    groups: list[list[tuple[Visit, Future[np.ndarray] | Refusal]]]
+    groups: list[list[tuple[Visit, _Request | Refusal]]]
+
+
+@dataclass
+class _Request:
+    """What is on its way for one visit."""
+
+    pixels: Future[np.ndarray]
+    captions: Future[tuple[list[str], dict[str, Any]]]
+
+
+def refusals(index: Index) -> list[Refusal]:
+    """What the index itself refuses, tars that are damaged included."""
+    return [refusal(index, int(row), index.refusal(int(row))) for row in np.flatnonzero(~index.usable)]
 
 
 def refusal(index: Index, sample: int, error: DecodeError) -> Refusal:

@@ -1,12 +1,14 @@
 """A pool of decode processes that can be killed: one thread and one child each, a deadline for every request.
 
-The child (`decode.py`) is a fresh interpreter without torch, without inherited descriptors other than its pipes and
-the shared memory, and with an environment that holds no credentials. A child that misses the deadline is killed and
-replaced; the request is tried once more before it counts as failed.
+The child (`child.py`) is a fresh interpreter without torch, without inherited descriptors other than its pipes and
+the shared memory, without network, and with an environment that holds no credentials: bytes of remote shards are
+fetched here and handed over. A child that misses the deadline or dies is replaced, and the request tried again, the
+last time without the first decoder, before it counts as failed.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -16,35 +18,59 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from sora_train.data.decode import DecodeError
+from sora_train.cli import InputError
+from sora_train.config import DataConfig
+from sora_train.data.decode import LIMITS, STEADY, DecodeError, Limits, Timing
+from sora_train.data.source import Store, scheme
 
-_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "HOME", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH")
+_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH")
 _RECYCLE_AFTER = 5000  # requests; decoders leak a little
 _ROOT = Path(__file__).parents[2]
+_PIECE = 16 << 20  # bytes of pixels handed over at once; containers often have no more than 64 MiB of shared memory
+_PAUSES = (0.5, 2.0)  # seconds before a read that failed is tried again
+T = TypeVar("T")
 
 
 class Pool:
-    """`workers` decode processes. Use as a context manager, or call `close`."""
+    """`workers` decode processes. Use as a context manager, or call `close`.
 
-    def __init__(self, workers: int = 2, timeout_s: float = 60.0, memory_bytes: int = 8 << 30) -> None:
+    Futures raise DecodeError with a one-word cause where a sample isn't usable, and InputError where none of the
+    `decoders` can be loaded on this machine.
+    """
+
+    def __init__(
+        self,
+        workers: int = 2,
+        timeout_s: float = 60.0,
+        memory_bytes: int = 8 << 30,
+        decoders: Sequence[str] = ("decord", "pyav"),
+        limits: Limits = LIMITS,
+        store: Store | None = None,
+    ) -> None:
         self.workers, self.timeout_s, self.memory_bytes = workers, timeout_s, memory_bytes
+        self.decoders, self.limits, self.store = tuple(decoders), limits, store or Store()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._local = threading.local()
         self._children: list[_Child] = []
 
-    def probe(self, path: str, extension: str, offset: int = 0, size: int = -1) -> Future[dict[str, Any]]:
-        """Frames, fps, width, height and crc32 of a video or image in a file (or in part of it).
+    @classmethod
+    def of(cls, data: DataConfig, store: Store | None = None) -> Pool:
+        """The pool that a run's configuration asks for."""
+        limits = Limits(data.limits.pixels, data.limits.frames, data.limits.bytes)
+        memory = int(data.decode_memory_gib * 2**30)
+        return cls(data.workers, data.decode_timeout_s, memory, data.decoders, limits, store or Store.of(data))
 
-        The future raises DecodeError with a one-word cause if the file isn't usable.
-        """
+    def probe(self, path: str, extension: str, offset: int = 0, size: int = -1) -> Future[dict[str, Any]]:
+        """The index's figures and the crc32 of a video or image in a file (or in part of it); see `probe.py`."""
         request = {"op": "probe", "path": path, "offset": offset, "size": size, "crc32": None, "extension": extension}
-        return self._threads.submit(self._ask, request, 0)
+        return self._threads.submit(self._ask, request)
 
     def decode(
         self,
@@ -54,11 +80,9 @@ class Pool:
         frames: list[int],
         resize: tuple[int, int],
         crop: tuple[int, int, int, int],
+        timing: Timing = STEADY,
     ) -> Future[np.ndarray]:
-        """Frames `(T, H, W, 3)` uint8 of a member (offset, size, crc32), resized, then cut to (top, left, H, W).
-
-        The future raises DecodeError with a one-word cause if the sample isn't usable.
-        """
+        """Frames `(T, H, W, 3)` uint8 of a member (offset, size, crc32), resized, then cut to (top, left, H, W)."""
         offset, size, crc32 = member
         request = {
             "op": "decode",
@@ -70,8 +94,17 @@ class Pool:
             "frames": frames,
             "resize": resize,
             "crop": crop,
+            "timing": timing,
         }
-        return self._threads.submit(self._ask, request, len(frames) * crop[2] * crop[3] * 3)
+        return self._threads.submit(self._ask, request)
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Do something small in a thread of the pool, in turn with the requests."""
+        return self._threads.submit(work, *arguments)
+
+    def load_errors(self) -> dict[str, str]:
+        """Why each decoder can't be loaded here; empty for those that can."""
+        return self._threads.submit(self._ask, {"op": "decoders", "path": ""}).result()["errors"]
 
     def close(self) -> None:
         """Kill the children and drop what waits."""
@@ -86,18 +119,42 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, request: dict[str, Any], nbytes: int) -> Any:
+    def _ask(self, request: dict[str, Any]) -> Any:
         child = getattr(self._local, "child", None)
         if child is None:
-            child = self._local.child = _Child(self.memory_bytes)
+            child = self._local.child = _Child(self)
             self._children.append(child)
-        try:
-            reply = child.ask(request, nbytes, self.timeout_s)
-        except _Gone:
-            reply = child.ask_again(request, nbytes, self.timeout_s)
+        handed = self._fetched(request)
+        reply = self._answer(child, request, handed)
+        if reply.get("cause") == "checksum" and handed is not None:  # the copy in the cache may be at fault
+            self.store.forget(request["path"], request["offset"], request["size"])
+            reply = self._answer(child, request, self._fetched(request))
+        for pause in _PAUSES:
+            if reply.get("cause") == "io":
+                time.sleep(pause)
+                reply = self._answer(child, request, handed)
+        if reply.get("cause") == "no_decoder":
+            raise InputError(f"none of data.decoders={list(self.decoders)} can be loaded: {reply['detail']}")
         if "cause" in reply:
             raise DecodeError(reply["cause"], reply["detail"])
-        return child.pixels(reply["shape"]) if request["op"] == "decode" else reply
+        return reply["pixels"] if request["op"] == "decode" else reply
+
+    def _fetched(self, request: dict[str, Any]) -> bytes | None:
+        """The bytes of a remote member; None for a local one, which the child reads itself."""
+        if scheme(request["path"]) is None:
+            return None
+        return self.store.read(request["path"], request["offset"], request["size"])
+
+    def _answer(self, child: _Child, request: dict[str, Any], handed: bytes | None) -> dict[str, Any]:
+        """Ask a child, and fresh ones after it; what no child survives is at fault itself."""
+        spares = [False, False, True] if request["op"] == "decode" and len(self.decoders) > 1 else [False, False]
+        for spare in spares:
+            try:
+                return child.ask({**request, "spare": spare}, handed, self.timeout_s)
+            except _Gone as error:
+                last = error
+        cause = "timeout" if "no answer" in str(last) else "crash"
+        return {"cause": cause, "detail": f"the decoder {last}, {'twice' if len(spares) == 2 else 'three times'}"}
 
 
 class _Gone(Exception):
@@ -107,55 +164,43 @@ class _Gone(Exception):
 class _Child:
     """One decode process, started on first use and again whenever it has been killed."""
 
-    def __init__(self, memory_limit: int) -> None:
-        self.memory_limit, self.asked = memory_limit, 0
-        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self.memory = tempfile.TemporaryFile(prefix="sora_train_", dir=folder)  # noqa: SIM115 (unlinked at once: nothing to leak)
+    module = "sora_train.data.child"
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.asked = pool, 0
+        self.memory = _shared_memory("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
         self.process: subprocess.Popen[bytes] | None = None
         self._closed, self._lock = False, threading.Lock()
 
-    def ask(self, request: dict[str, Any], nbytes: int, timeout_s: float) -> dict[str, Any]:
-        """Send a request and wait for its answer; raises _Gone if none comes in time."""
+    def ask(self, request: dict[str, Any], handed: bytes | None, timeout_s: float) -> dict[str, Any]:
+        """Send a request and wait for its answer, pixels and all; raises _Gone if none comes in time."""
+        out, piece = None, 0
+        if request["op"] == "decode":
+            frame = request["crop"][2] * request["crop"][3] * 3
+            out = np.empty((len(request["frames"]), request["crop"][2], request["crop"][3], 3), np.uint8)
+            piece = max(1, min(len(out), _PIECE // frame))
+            self._reserve(piece * frame)
+        if handed is not None:
+            self._reserve(len(handed))
         process = self._running()
-        if os.fstat(self.memory.fileno()).st_size < nbytes:
-            os.posix_fallocate(self.memory.fileno(), 0, nbytes)  # a full /dev/shm is an error here, not a SIGBUS later
-        assert process.stdin and process.stdout
-        try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError as error:
-            self.kill()
-            raise _Gone("died") from error
-        line, deadline = b"", time.monotonic() + timeout_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while not line.endswith(b"\n"):
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    self.kill()
-                    raise _Gone(f"no answer within {timeout_s:.0f} s")
-                part = os.read(process.stdout.fileno(), 1 << 16)
-                if not part:
-                    self.kill()
-                    raise _Gone(f"died with {process.returncode}")
-                line += part
+        if handed is not None:
+            os.pwrite(self.memory.fileno(), handed, 0)
+            request = {**request, "size": len(handed)}
+        self._write(process, json.dumps({**request, "handed": handed is not None, "piece": piece}).encode())
+        deadline = time.monotonic() + timeout_s
+        while True:
+            reply = json.loads(self._line(process, deadline, timeout_s))
+            if out is None or "cause" in reply:
+                break
+            part = out[reply["first"] : reply["first"] + reply["frames"]]
+            with mmap.mmap(self.memory.fileno(), part.nbytes, prot=mmap.PROT_READ) as view:
+                part[:] = np.frombuffer(view, np.uint8, part.size).reshape(part.shape)
+            if not reply["more"]:
+                reply["pixels"] = out
+                break
+            self._write(process, b"taken")
         self.asked += 1
-        return json.loads(line)
-
-    def ask_again(self, request: dict[str, Any], nbytes: int, timeout_s: float) -> dict[str, Any]:
-        """Ask a fresh child; if it goes too, the sample is at fault."""
-        try:
-            return self.ask(request, nbytes, timeout_s)
-        except _Gone as error:
-            return {
-                "cause": "timeout" if "no answer" in str(error) else "crash",
-                "detail": f"the decoder {error}, twice",
-            }
-
-    def pixels(self, shape: list[int]) -> np.ndarray:
-        """A copy of the frames that the child left in the shared memory."""
-        count = int(np.prod(shape))
-        with mmap.mmap(self.memory.fileno(), count, prot=mmap.PROT_READ) as view:
-            return np.frombuffer(view, np.uint8, count).reshape(shape).copy()
+        return reply
 
     def kill(self) -> None:
         """End the process now, whatever it does."""
@@ -168,6 +213,48 @@ class _Child:
         with self._lock:
             self._closed = True
             self.kill()
+
+    def _write(self, process: subprocess.Popen[bytes], line: bytes) -> None:
+        assert process.stdin
+        try:
+            process.stdin.write(line + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError as error:
+            self.kill()
+            raise _Gone("died") from error
+
+    def _line(self, process: subprocess.Popen[bytes], deadline: float, timeout_s: float) -> bytes:
+        assert process.stdout
+        line = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    self.kill()
+                    raise _Gone(f"gave no answer within {timeout_s:.0f} s")
+                part = os.read(process.stdout.fileno(), 1 << 16)
+                if not part:
+                    self.kill()
+                    raise _Gone(f"died with {process.returncode}")
+                line += part
+        return line
+
+    def _reserve(self, nbytes: int) -> None:
+        """Make the shared memory large enough; where /dev/shm is full it becomes a file on disk."""
+        if os.fstat(self.memory.fileno()).st_size >= nbytes:
+            return
+        try:
+            os.posix_fallocate(self.memory.fileno(), 0, nbytes)  # a full /dev/shm is an error here, not a SIGBUS later
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.kill()  # the next child gets the new file
+            self.memory.close()
+            self.memory = _shared_memory(None)
+            try:
+                os.posix_fallocate(self.memory.fileno(), 0, nbytes)
+            except OSError as full:
+                raise DecodeError("shared_memory", f"no room for {nbytes} bytes: {full.strerror}") from full
 
     def _running(self) -> subprocess.Popen[bytes]:
         with self._lock:
@@ -183,8 +270,14 @@ class _Child:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         environment["OMP_NUM_THREADS"] = "1"
         descriptor = self.memory.fileno()
+        pool = self.pool
+        options = {
+            "memory_bytes": pool.memory_bytes,
+            "decoders": pool.decoders,
+            "limits": pool.limits._asdict(),
+        }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sora_train.data.decode", str(descriptor), str(self.memory_limit)],
+            [sys.executable, "-m", self.module, str(descriptor), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # decord prints raw bytes of bad files
@@ -194,3 +287,8 @@ class _Child:
         )
         self.asked = 0
         return self.process
+
+
+def _shared_memory(folder: str | None) -> Any:
+    """An open file without a name: nothing to leak, whoever is killed."""
+    return tempfile.TemporaryFile(prefix="sora_train_", dir=folder)

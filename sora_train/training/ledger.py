@@ -37,6 +37,14 @@ class Ledger:
                 self.quarantine, {"step": step, "shard": r.shard, "key": r.key, "cause": r.cause, "detail": r.detail}
             )
 
+    def refused_before(self, refused: Sequence[Refusal]) -> None:
+        """Record once, as step 0, what was refused before any step: by the index."""
+        if not self.quarantine.exists():
+            for r in refused:
+                _append(
+                    self.quarantine, {"step": 0, "shard": r.shard, "key": r.key, "cause": r.cause, "detail": r.detail}
+                )
+
     def replayed(self, after_step: int) -> dict[tuple[tuple[int, ...], int], Refusal]:
         """Refusals of steps later than `after_step`, by (position, sample), from the files of all ranks."""
         known: dict[tuple[tuple[int, ...], int], Refusal] = {}

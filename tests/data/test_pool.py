@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_train.data.decode import DecodeError
+from sora_train.cli import InputError
+from sora_train.data.decode import DecodeError, Limits
 from sora_train.data.index import load_index
 from sora_train.data.pool import Pool
 from sora_train.media import encode_mp4, read_mp4
@@ -77,7 +81,10 @@ def test_an_image_is_one_frame(pool: Pool, corpus: list[str]) -> None:
     assert ask(pool, corpus, IMAGE, [0]).shape == (1, 64, 64, 3)
     path, extension, (offset, size, crc32) = load_index(corpus).member(IMAGE)
     probed = pool.probe(path, extension, offset, size).result()
-    assert probed == {"frames": 1, "fps": 0.0, "width": 64, "height": 64, "crc32": crc32}
+    assert probed == {
+        "frames": 1, "fps": 0.0, "duration": 0.0, "vfr": False, "careful": False, "rotation": 0,
+        "width": 64, "height": 64, "codec": "png", "pixel_format": "RGB", "crc32": crc32,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -97,6 +104,96 @@ def test_what_goes_wrong_has_one_word(pool: Pool, corpus: list[str], change: dic
         pool.decode(**request | {"crop": (0, 0, 64, 64)} | change).result()  # type: ignore[arg-type]
     assert caught.value.cause == cause
     assert ask(pool, corpus, VIDEO, [0]).shape == (1, 64, 64, 3), "the next request is unharmed"
+
+
+def test_a_long_clip_comes_in_pieces(pool: Pool, corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = list(range(17))
+    whole = ask(pool, corpus, VIDEO, frames)
+    for in_one in (1, 5, 16):
+        monkeypatch.setattr("sora_train.data.pool._PIECE", in_one * 64 * 64 * 3 + 100)
+        assert np.array_equal(ask(pool, corpus, VIDEO, frames), whole)
+    with Pool(1, timeout_s=30) as fresh:
+        ask(fresh, corpus, VIDEO, frames)
+        assert os.fstat(fresh._children[0].memory.fileno()).st_size == 16 * 64 * 64 * 3
+
+
+def test_where_shared_memory_is_full_a_file_on_disk_takes_its_place(
+    pool: Pool, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ask(pool, corpus, VIDEO, [0])
+    real, failures = os.posix_fallocate, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def full(*arguments: int) -> None:
+        if failures:
+            raise failures.pop()
+        real(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert np.array_equal(ask(pool, corpus, VIDEO, [0, 1, 2])[:1], whole) and not failures
+    failures += [OSError(errno.ENOSPC, "full"), OSError(errno.ENOSPC, "full")]
+    with pytest.raises(DecodeError, match="shared_memory: no room"):
+        ask(pool, corpus, VIDEO, list(range(17)))
+    assert np.array_equal(ask(pool, corpus, VIDEO, [0]), whole)
+
+
+def test_reading_that_fails_is_tried_again_before_it_counts(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sora_train.data.pool._PAUSES", (0.0, 0.0))
+    path = tmp_path / "clip.mp4"
+    path.mkdir()  # opens, and can't be read
+    with pytest.raises(DecodeError) as caught:
+        pool.probe(str(path), "mp4").result()
+    assert caught.value.cause == "io"
+    assert pool._children[0].asked == 3
+
+
+def test_decoders_that_do_not_load_are_named_and_without_any_it_is_an_input_error(corpus: list[str]) -> None:
+    with Pool(1, decoders=("nothing", "pyav")) as pool:
+        errors = pool.load_errors()
+        assert "nothing" in errors["nothing"] and errors["pyav"] == ""
+        assert ask(pool, corpus, VIDEO, [0]).shape == (1, 64, 64, 3)
+    with Pool(1, decoders=("nothing",)) as pool, pytest.raises(InputError, match=r"data.decoders=\['nothing'\]"):
+        ask(pool, corpus, VIDEO, [0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")
+def test_a_decoder_that_is_taken_over_has_no_network_and_starts_no_program() -> None:
+    code = """
+import socket, subprocess
+from sora_train.data.child import shut_in
+shut_in()
+call = lambda: socket.create_connection(("127.0.0.1", 9))
+for deed in (socket.socket, lambda: subprocess.run(["true"]), call):
+    try:
+        deed()
+    except PermissionError:
+        print("refused")
+print(open("/etc/hostname").readable())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["refused", "refused", "refused", "True"]
+
+
+@pytest.mark.campaign
+def test_memory_stays_flat_over_five_thousand_clips(corpus: list[str]) -> None:
+    index = load_index(corpus)
+    with Pool(1, timeout_s=60) as pool:
+
+        def megabytes() -> float:
+            pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in (os.getpid(), pid_of(pool))]
+            return sum(pages) * 4096 / 2**20
+
+        sizes = []
+        for number in range(4900):  # below the recycling, so that it is one child's memory
+            row = (1, 2, 3, 5, 6, 7)[number % 6]
+            height, width = int(index.height[row]), int(index.width[row])
+            pool.decode(*index.member(row), [0, 4, 8], (height, width), (0, 0, height, width)).result()
+            if number % 100 == 99:
+                sizes.append(megabytes())
+    half = sizes[len(sizes) // 2 :]
+    print(f"\n{sizes[0]:.1f} MiB after 100 clips, {half[0]:.1f} after 2,500, {half[-1]:.1f} after 4,900")
+    assert half[-1] - half[0] < 8, sizes
 
 
 def test_a_child_killed_during_a_request_is_replaced_and_the_request_answered(pool: Pool, corpus: list[str]) -> None:
@@ -135,7 +232,7 @@ def test_a_sample_that_hangs_twice_is_at_fault_and_the_next_is_unharmed(corpus: 
 def test_a_decoder_out_of_memory_is_a_cause_and_not_a_stop(pool: Pool, tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     Image.fromarray(np.zeros((12000, 12000), np.uint8)).save(path, compress_level=1)
-    pool.memory_bytes = 512 << 20  # taken over by a child when it starts
+    pool.memory_bytes, pool.limits = 512 << 20, Limits(pixels=1 << 30)  # taken over by a child when it starts
     with pytest.raises(DecodeError, match="memory"):
         pool.probe(str(path), "png").result()
 

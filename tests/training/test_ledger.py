@@ -37,6 +37,14 @@ def test_every_rank_writes_its_samples_and_refusals(tmp_path: Path) -> None:
     assert quarantine == [{"step": 2, **named}, {"step": 3, **named}]
 
 
+def test_what_the_index_refused_stands_first_and_once(tmp_path: Path) -> None:
+    for _ in range(2):  # as a resumed run does
+        Ledger(tmp_path, 0).refused_before([BAD])
+    written(tmp_path).cut(2)
+    Ledger(tmp_path, 0).refused_before([BAD])
+    assert steps_in(tmp_path / "quarantine.jsonl") == [0, 2]
+
+
 def test_a_replay_knows_the_refusals_of_all_ranks_after_its_checkpoint(tmp_path: Path) -> None:
     ledger = written(tmp_path)
     assert ledger.replayed(0) == {((0, 0, 1), 7): BAD, ((0, 0, 2), 7): BAD}

@@ -1,0 +1,221 @@
+"""Look at shards: one HTML page with pictures, captions, histograms, and what a configuration would make of them.
+
+    python -m data_tools.inspect SHARD [SHARD ...] out=page.html [run_dir=RUN] [samples=48]
+        [fps=16 max_frames=81 max_pixels=102400 multiple=16 temporal_stride=4]
+
+The page needs no network and no other file. Tokens and cuts are those of the run at `run_dir`, or of the figures given:
+`multiple` is the side of a token in pixels, `temporal_stride` the frames of a latent frame. Shards without an index are
+indexed first.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sora_train import config as configuration
+from sora_train.cli import InputError, run
+from sora_train.config import DataConfig
+from sora_train.cost import geometry
+from sora_train.data.decode import VIDEOS, DecodeError
+from sora_train.data.index import Index, expand, index_shards, load_index
+from sora_train.data.plan import fit_sizes
+from sora_train.data.pool import Pool
+from sora_train.data.source import Store
+
+_SIDE = 192  # pixels of a thumbnail's longer side
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #6b7280; --line: #e3e5e8; --bar: #4f7cac; --bad: #b3452f;
+  --page: #fbfbfa; --card: #fff }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e6e3; --soft: #9aa0a6; --line: #33363b; --bar: #7aa5d2;
+  --bad: #e08a76; --page: #17181a; --card: #1f2124 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
+  max-width: 72rem; padding: 0 1rem }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 2rem 0 .6rem } p, small { color: var(--soft) }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem; overflow: hidden }
+.card img { width: 100%; border-radius: 4px; display: block; image-rendering: auto }
+.card p { margin: .5rem 0 .2rem; color: var(--ink); overflow-wrap: anywhere; max-height: 6em; overflow: auto }
+svg { width: 100%; height: 7rem } svg rect { fill: var(--bar) } svg text { fill: var(--soft); font-size: 9px }
+table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top;
+  border-bottom: 1px solid var(--line) } .bad { color: var(--bad) }
+"""
+
+
+@dataclass
+class View:
+    """What a configuration makes of a sample."""
+
+    fps: float = 16.0
+    max_frames: int = 81
+    max_pixels: int = 102400
+    multiple: int = 16
+    temporal_stride: int = 4
+    fit: str = "crop"
+    max_tokens: int = 1 << 40
+
+
+def main() -> int:
+    """Write the page that the command line asks for."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    names = {"out", "run_dir", "samples", *(f.name for f in fields(View))}
+    given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in names)
+    patterns = [a for a in sys.argv[1:] if a.partition("=")[0] not in names]
+    if not patterns or "out" not in given or not given.get("samples", "48").isdigit():
+        raise InputError("give shards and out=page.html; --help shows the rest")
+    store = Store.of(DataConfig())
+    shards = expand(patterns, store)
+    index_shards(shards, None, store)
+    index = load_index(shards, store)
+    with Pool(store=store) as pool:
+        page = render(index, _view(given), pool, int(given.get("samples", "48")))
+    out = Path(given["out"])
+    try:
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write out={out}: {error.strerror}") from error
+    print(f"wrote {out}: {int(index.usable.sum())} usable samples of {len(index)}")
+    return 0
+
+
+def _view(given: dict[str, str]) -> View:
+    if "run_dir" in given:
+        loaded = configuration.load(given["run_dir"])
+        d, grid = loaded.data, geometry(loaded)
+        return View(d.fps, d.max_frames, d.max_pixels, grid.multiple, grid.temporal_stride, d.fit.value, d.max_tokens)
+    view = View()
+    for name, value in given.items():
+        if hasattr(view, name):
+            kind = type(getattr(view, name))
+            try:
+                setattr(view, name, kind(value))
+            except ValueError as error:
+                raise InputError(f"{name}={value} is not a {kind.__name__}") from error
+    if min(view.fps, view.max_frames, view.max_pixels, view.multiple, view.temporal_stride) <= 0:
+        raise InputError("fps, max_frames, max_pixels, multiple and temporal_stride must be above 0")
+    return view
+
+
+def seen(index: Index, view: View) -> dict[str, np.ndarray]:
+    """Of each usable sample: `frames` and `tokens` of its longest clip, and the share of its seconds in that clip."""
+    rows = np.flatnonzero(index.usable)
+    _, crop = fit_sizes(index.height[rows], index.width[rows], view.max_pixels, view.multiple, view.fit)
+    stride = np.maximum(1, np.rint(index.fps[rows] / view.fps)).astype(np.int64)
+    available = 1 + (index.frames[rows].astype(np.int64) - 1) // stride
+    per_frame = crop[:, 2] * crop[:, 3] // view.multiple**2
+    longest = np.minimum(view.max_frames, 1 + (view.max_tokens // per_frame - 1) * view.temporal_stride)
+    frames = 1 + (np.minimum(available, longest) - 1) // view.temporal_stride * view.temporal_stride
+    latent = 1 + (frames - 1) // view.temporal_stride
+    return {"frames": frames, "tokens": latent * per_frame, "share": frames / available}
+
+
+def render(index: Index, view: View, pool: Pool, samples: int) -> str:
+    """The page."""
+    rows = np.flatnonzero(index.usable)
+    made = seen(index, view)
+    moving = np.isin(index.extension[rows], VIDEOS)
+    c = {name: index.columns[name][rows] for name in ("duration", "width", "height", "fps", "caption_chars")}
+    charts = [
+        ("duration of videos, seconds", c["duration"][moving]),
+        ("frames a second", c["fps"][moving]),
+        ("height, pixels", c["height"]),
+        ("width, pixels", c["width"]),
+        ("longest caption, characters", c["caption_chars"]),
+        ("tokens of a clip", made["tokens"]),
+    ]
+    hours = c["duration"].sum() / 3600
+    head = (
+        f"<h1>{len(index.shards)} shard{'s' * (len(index.shards) != 1)}, {len(rows):,} usable samples</h1>"
+        f"<p>{int(moving.sum()):,} videos ({hours:.2f} hours), {int((~moving).sum()):,} images, "
+        f"{index.size[rows].sum() / 2**20:,.1f} MiB of media</p>"
+    )
+    chosen = rows[np.linspace(0, len(rows) - 1, min(samples, len(rows))).astype(int)]
+    body = [
+        head,
+        "<h2>Distributions</h2><div class=row>",
+        *(f"<div class=card><small>{title}</small>{histogram(values)}</div>" for title, values in charts),
+        "</div>",
+        _dropped(index, view, made, c["duration"], moving),
+        "<h2>Samples</h2><div class=row>",
+        *(_card(index, int(row), pool) for row in chosen),
+        "</div>",
+    ]
+    title = "<!doctype html><html lang=en><meta charset=utf-8><title>shards</title>"
+    return f"{title}<meta name=viewport content='width=device-width'><style>{_STYLE}</style>{''.join(body)}</html>\n"
+
+
+def histogram(values: np.ndarray, bins: int = 24) -> str:
+    """A bar chart as SVG, with its extremes and median."""
+    if not len(values):
+        return "<p>none</p>"
+    low, high = float(values.min()), float(values.max())
+    counts, _ = np.histogram(values, bins, (low, high if high > low else low + 1))
+    bars = "".join(
+        f"<rect x={10 * n} y={80 - 78 * count / counts.max():.1f} width=9 height={78 * count / counts.max():.1f}>"
+        f"<title>{count}</title></rect>"
+        for n, count in enumerate(counts)
+    )
+    text = f"<text x=0 y=94>{low:,.4g}</text><text x={10 * bins} y=94 text-anchor=end>{high:,.4g}</text>"
+    middle = f"<text x={5 * bins} y=94 text-anchor=middle>median {float(np.median(values)):,.4g}</text>"
+    return f"<svg viewBox='0 0 {10 * bins} 98' preserveAspectRatio=none role=img>{bars}{text}{middle}</svg>"
+
+
+def _dropped(index: Index, view: View, made: dict[str, np.ndarray], seconds: np.ndarray, moving: np.ndarray) -> str:
+    causes = Counter(index.columns["refused"].tolist())
+    causes.pop("", None)
+    details = {str(c): str(d) for c, d in zip(index.columns["refused"], index.columns["detail"], strict=True)}
+    refused = "".join(
+        f"<tr><td class=bad>{html.escape(cause)}</td><td>{count}</td><td>{html.escape(details[cause][:160])}</td></tr>"
+        for cause, count in causes.most_common()
+    )
+    total = seconds[moving].sum()
+    kept = (seconds * made["share"])[moving].sum() / total if total else 1.0
+    whole = float((made["share"][moving] == 1).mean()) if moving.any() else 1.0
+    figures = ", ".join(f"{key} {value}" for key, value in asdict(view).items())
+    return (
+        f"<h2>With this configuration</h2><p>{html.escape(figures)}</p><table>"
+        f"<tr><td>samples that can't be used</td><td>{causes.total():,} of {len(index):,}</td><td></td></tr>{refused}"
+        f"<tr><td>seconds of video in one visit of each</td><td>{kept:.1%}</td>"
+        f"<td>{whole:.1%} of the videos whole</td></tr>"
+        f"<tr><td>videos that become one frame</td><td>{int((made['frames'][moving] == 1).sum()):,}</td><td></td></tr>"
+        f"<tr><td>tokens of an epoch</td><td>{int(made['tokens'].sum()):,}</td><td></td></tr></table>"
+    )
+
+
+def _card(index: Index, row: int, pool: Pool) -> str:
+    """A sample: the frame in its middle, what it is, and its captions."""
+    names = ("frames", "fps", "width", "height", "duration", "codec")
+    c: dict[str, Any] = {name: index.columns[name][row] for name in names}
+    key = html.escape(str(index.key[row]))
+    scale = min(1.0, _SIDE / max(c["width"], c["height"]))
+    size = max(1, round(c["height"] * scale)), max(1, round(c["width"] * scale))
+    try:
+        path, extension, member = index.member(row)
+        wanted = [int(c["frames"]) // 2]
+        picture = pool.decode(path, extension, member, wanted, size, (0, 0, *size), index.timing(row)).result()[0]
+        captions, _ = index.captions(row)
+    except DecodeError as error:
+        return f"<div class=card><p class=bad>{html.escape(str(error))}</p><small>{key}</small></div>"
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=80)
+    source = base64.b64encode(buffer.getvalue()).decode()
+    said = "<br>".join(html.escape(caption) for caption in captions)
+    about = f"{key}<br>{c['width']}x{c['height']}, {c['frames']} frames, {html.escape(str(c['codec']))}"
+    about += f", {c['fps']:.4g} fps, {c['duration']:.2f} s" if c["fps"] else ""
+    image = f"<img alt='' src='data:image/jpeg;base64,{source}'>"
+    return f"<div class=card>{image}<p>{said}</p><small>{about}</small></div>"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,231 @@
+"""Check shards: every fault of the tar, the names, the media, the captions and the index, counted by cause.
+
+    python -m data_tools.lint SHARD [SHARD ...] [format=table|json] [examples=3]
+
+Shards are paths, globs, brace ranges or URLs. Videos and images are checked as for the index, and where a shard has an
+index, every member is compared with its checksum. Nothing is written. Exit code: 0 nothing found, 1 faults that lose
+samples (errors), 2 wrong usage. Warnings alone give 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from data_tools.progress import progress
+from sora_train.cli import InputError, run
+from sora_train.config import DataConfig
+from sora_train.data.decode import IMAGES, VIDEOS
+from sora_train.data.index import expand, index_path, is_current, load_rows
+from sora_train.data.pool import Pool
+from sora_train.data.scan import CAPTIONS, scan_shard
+from sora_train.data.source import Store
+from sora_train.data.tar import Fault, Member, walk
+
+MEANING = {  # cause -> what it means and what to do; those in WARNINGS lose nothing
+    "interleaved": "members of a sample are not adjacent; readers that stream see half samples: rebuild the shard",
+    "dots_in_name": "the key ends at the first dot, so these files fall together: rename them",
+    "hostile_name": "an absolute name, or one with ..; names are never paths here: harmless, but look who made it",
+    "link": "a link or a device; it is passed over",
+    "executable": "a pickle or an archive, which other loaders would execute or unpack; it is passed over",
+    "no_index": "no index; it is made on first use, or by data_tools.index",
+    "stale_index": "the index is of another file or version; it is made anew on first use, or by data_tools.index",
+    "foreign_index": "a file that is not an index lies in its place: move it away",
+    "checksum": "the bytes are not those that were indexed: fetch the shard again",
+    "key_twice": "the same key in two shards",
+    "same_media": "the same video or image under several keys",
+    "duplicate": "a member comes twice in a shard",
+    "tar_no_end_mark": "the tar has no end mark: it may have been cut between two members; fetch or build it again",
+    "tar_truncated": "the tar is cut inside a member: fetch or build it again",
+    "tar_bad_header": "a member header is damaged; what follows up to the next intact one is lost",
+    "tar_zeros": "zeros where a member should be",
+    "tar_not_a_tar": "not a tar: perhaps an error page or a compressed file",
+    "tar_empty": "no bytes",
+    "no_samples": "not one sample in it",
+    "variable_rate": "frames come at a variable rate; they are taken by time",
+    "careful": "an edit list or open groups of pictures; read by PyAV, which is slower than decord",
+    "still": "a video of one frame",
+}
+WARNINGS = {
+    "hostile_name", "link", "executable", "no_index", "stale_index", "key_twice", "same_media", "variable_rate",
+    "careful", "still",
+}  # fmt: skip
+_EXECUTABLE = ("pkl", "pickle", "pyd", "pth", "pt", "ckpt", "dill", "joblib", "gz", "zip", "exe", "so", "py", "sh")
+
+
+@dataclass
+class Findings:
+    """What was found, by shard and cause."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    examples: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+    samples: int = 0
+    usable: int = 0
+
+    def add(self, shard: str, cause: str, what: str) -> None:
+        """Take down one fault; `what` names the sample or the place."""
+        self.counts[shard, cause] += 1
+        self.examples[shard, cause].append(what)
+
+    @property
+    def errors(self) -> int:
+        """Faults that lose samples."""
+        return sum(count for (_, cause), count in self.counts.items() if cause not in WARNINGS)
+
+    def as_json(self, examples: int) -> dict[str, Any]:
+        """Everything as plain values."""
+        faults = [
+            {
+                "shard": shard,
+                "cause": cause,
+                "severity": "warning" if cause in WARNINGS else "error",
+                "count": count,
+                "meaning": MEANING.get(cause, ""),
+                "examples": self.examples[shard, cause][:examples],
+            }
+            for (shard, cause), count in self.counts.most_common()
+        ]
+        return {"samples": self.samples, "usable": self.usable, "errors": self.errors, "faults": faults}
+
+
+def main() -> int:
+    """Check the shards named on the command line."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in ("format", "examples"))
+    patterns = [a for a in sys.argv[1:] if a.partition("=")[0] not in ("format", "examples")]
+    form, examples = given.get("format", "table"), given.get("examples", "3")
+    if not patterns or form not in ("table", "json") or not examples.isdigit():
+        raise InputError("give shards, and format=table or json, examples=N; --help shows how")
+    store = Store.of(DataConfig())
+    found = lint(expand(patterns, store), store)
+    if form == "json":
+        print(json.dumps(found.as_json(int(examples)), indent=1))
+    else:
+        _print(found, int(examples))
+    return 1 if found.errors else 0
+
+
+def lint(shards: list[str], store: Store) -> Findings:
+    """Check every shard by itself, then all against each other."""
+    found = Findings()
+    keys: dict[str, str] = {}
+    media: dict[tuple[int, int], str] = {}
+    with Pool(len(os.sched_getaffinity(0))) as pool, progress(len(shards), "checking shards") as advance:
+        for shard in shards:
+            with store.local(shard) as path:
+                _members(shard, path, found)
+                rows = scan_shard(str(path), pool)[0].to_pylist()
+            _rows(shard, rows, found)
+            _index(shard, store, rows, found)
+            for row in rows:
+                name = f"{shard}:{row['key']}"
+                if row["key"] and keys.setdefault(row["key"], shard) != shard:
+                    found.add(shard, "key_twice", f"{row['key']}, also in {keys[row['key']]}")
+                if row["crc32"] and media.setdefault((row["size"], row["crc32"]), name) != name:
+                    found.add(shard, "same_media", f"{row['key']}, as {media[row['size'], row['crc32']]}")
+            advance(1)
+    return found
+
+
+def _members(shard: str, path: Path, found: Findings) -> None:
+    """What the names and the order of the members show."""
+    finished: set[str] = set()
+    current = ""
+    with path.open("rb") as file:
+        for member in walk(file, others=True):
+            if isinstance(member, Fault):
+                continue  # they are rows of the index too
+            if member.kind != "file":
+                found.add(shard, "link", member.name)
+                continue
+            key, parts = _split(member)
+            if key != current:
+                if key in finished:
+                    found.add(shard, "interleaved", member.name)
+                finished.add(current)
+                current = key
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                found.add(shard, "hostile_name", member.name)
+            if parts[-1] in _EXECUTABLE:
+                found.add(shard, "executable", member.name)
+            if len(parts) > 1 and parts[-1] in VIDEOS + IMAGES + CAPTIONS and not _is_further(parts):
+                found.add(shard, "dots_in_name", member.name)
+
+
+def _split(member: Member) -> tuple[str, list[str]]:
+    folder, _, name = member.name.rpartition("/")
+    stem, *parts = name.split(".")
+    return f"{folder}/{stem}", [part.lower() for part in parts] or [""]
+
+
+def _is_further(parts: list[str]) -> bool:
+    """Whether `KEY.ref0.mp4` is meant: one lower-case word before the extension."""
+    return len(parts) == 2 and parts[0].isidentifier()
+
+
+def _rows(shard: str, rows: list[dict[str, Any]], found: Findings) -> None:
+    """What the samples themselves show."""
+    found.samples += sum(bool(row["key"]) for row in rows)
+    found.usable += sum(not row["refused"] for row in rows)
+    if not any(row["key"] for row in rows):
+        found.add(shard, "no_samples", "")
+    for row in rows:
+        if row["refused"]:
+            found.add(shard, row["refused"], f"{row['key'] or 'the tar'}: {row['detail']}")
+            continue
+        video = row["extension"] in VIDEOS
+        for cause, holds in (
+            ("variable_rate", row["vfr"]), ("careful", row["careful"]), ("still", video and row["frames"] == 1)
+        ):  # fmt: skip
+            if holds:
+                found.add(shard, cause, row["key"])
+
+
+def _index(shard: str, store: Store, rows: list[dict[str, Any]], found: Findings) -> None:
+    """Whether the index is of this shard, and every member what it says."""
+    try:
+        current, there = is_current(shard, store), index_path(shard, store).is_file()
+    except InputError as error:
+        found.add(shard, "foreign_index", str(error))
+        return
+    if not current:
+        found.add(shard, "stale_index" if there else "no_index", str(index_path(shard, store)))
+        return
+    now = {row["key"]: row for row in rows}
+    for row in load_rows(shard, store).to_pylist():
+        other = now.get(row["key"])
+        if other is None:
+            found.add(shard, "checksum", f"{row['key']} is indexed and not in the shard")
+        elif not row["refused"]:
+            changed = [n for n in ("crc32", "caption_crc32", "more") if row[n] != other[n]]
+            if changed:
+                found.add(shard, "checksum", f"{row['key']}: {', '.join(changed)}")
+
+
+def _print(found: Findings, examples: int) -> None:
+    console = Console()
+    if found.counts:
+        table = Table("shard", "cause", "count", "for example", "what it means")
+        for fault in found.as_json(examples)["faults"]:
+            colour = "yellow" if fault["severity"] == "warning" else "red"
+            shown = "\n".join(str(example)[:100] for example in fault["examples"])
+            cells = (Path(fault["shard"]).name, fault["cause"], str(fault["count"]), shown, fault["meaning"])
+            table.add_row(*(escape(cell) for cell in cells), style=colour)
+        console.print(table)
+    warnings = found.counts.total() - found.errors
+    console.print(f"{found.usable} of {found.samples} samples usable; {found.errors} errors, {warnings} warnings")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,23 @@
+"""What the network's output means: velocity itself, or a residual from which the velocity follows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sora_train.batch import LatentPack
+from sora_train.config import Prediction
+
+
+def velocity(prediction: Prediction, output_NP: Tensor, pack: LatentPack) -> Tensor:
+    """The velocity noise - x_0 of every token, `(N, P)` fp32, from the network's output for the pack.
+
+    Preconditioned: with x_0 of unit variance the best linear guess of the velocity from x_t is (2t - 1) x_t / s^2,
+    s^2 = (1 - t)^2 + t^2, and what it leaves has variance 1 / s^2; the network predicts that rest, scaled to unit
+    variance (Karras et al. 2022, arXiv 2206.00364, section 5, carried over to the straight path).
+    """
+    output_NP = output_NP.float()
+    if prediction is Prediction.velocity:
+        return output_NP
+    t_N1 = pack.t_M[pack.t_of_N].unsqueeze(1)
+    variance = (1.0 - t_N1).square() + t_N1.square()
+    return pack.x_NP * ((2.0 * t_N1 - 1.0) / variance) - output_NP * variance.rsqrt()

@@ -1,0 +1,66 @@
+"""A web server over a folder, with byte ranges, and with the faults that servers have."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class WebServer(ThreadingHTTPServer):
+    """Serves a folder. `faults` are used up one per GET of a shard: a status, "reset", "short" or seconds to wait."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, ranges: bool = True) -> None:
+        self.ranges, self.faults, self.asked = ranges, [], []
+        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    faults: list[Any]
+    asked: list[tuple[str, str]]  # path and range of each GET
+
+    @property
+    def url(self) -> str:
+        """Where the folder is."""
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    server: WebServer
+
+    def do_GET(self) -> None:
+        """Answer with a range, the whole file, or the next fault."""
+        wanted = self.headers.get("Range", "")
+        self.server.asked.append((self.path, wanted))
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        if isinstance(fault, int):
+            self.send_error(fault)
+            return
+        if isinstance(fault, float):
+            time.sleep(fault)
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted) if self.server.ranges else None
+        part = data[int(found[1]) : int(found[2]) + 1] if found else data
+        self.send_response(206 if found else 200)
+        if found:
+            self.send_header("Content-Range", f"bytes {found[1]}-{found[2]}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if fault == "reset":
+            self.connection.close()
+        else:
+            self.wfile.write(part[: len(part) // 2] if fault == "short" else part)
+            if fault == "short":
+                self.connection.close()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""

@@ -1,0 +1,67 @@
+"""The page shows what is in the shards, names what is dropped, and needs nothing from outside."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools import inspect as inspecting
+from data_tools.inspect import View, histogram, seen
+from sora_train.cli import InputError
+from sora_train.data.index import load_index
+
+Write = Callable[[Path, list[dict[str, Any]]], str]
+Make = Callable[[int], dict[str, Any]]
+
+
+def page(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["inspect", *arguments, f"out={out}"])
+    assert inspecting.main() == 0
+    return out.read_text()
+
+
+def test_a_page_stands_alone_and_shows_every_sample(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = page(monkeypatch, tmp_path / "page.html", *corpus, "max_pixels=1024", "multiple=8")
+    assert "3 shards, 24 usable samples" in text and "18 videos" in text and "6 images" in text
+    assert text.count("<img") == 24 and "block number 2" in text and "a block of light, number 1" in text
+    assert not re.search(r"(src|href)=['\"]?(?!data:)\w", text) and "http" not in text.replace("</html>", "")
+
+
+def test_what_is_refused_is_named_and_captions_are_only_text(
+    tmp_path: Path, write_samples: Write, make_sample: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = make_sample(0) | {"txt": b"<script>alert(1)</script>"}
+    shard = write_samples(tmp_path / "s.tar", [evil, {"__key__": "bad", "mp4": b"no", "txt": b"x"}])
+    text = page(monkeypatch, tmp_path / "page.html", shard, "samples=5")
+    assert "not_a_video" in text and "1 of 2" in text
+    assert "<script>" not in text and "&lt;script&gt;alert(1)" in text
+
+
+def test_tokens_and_cuts_are_those_of_the_figures_given(corpus: list[str]) -> None:
+    made = seen(load_index(corpus), View(fps=8.0, max_frames=9, max_pixels=4096, multiple=16, temporal_stride=4))
+    assert made["frames"][:4].tolist() == [1, 9, 9, 9]
+    assert made["tokens"][:4].tolist() == [16, 48, 48, 48]
+    assert made["share"][:4].tolist() == [1.0, 1.0, 9 / 17, 9 / 17]
+
+
+def test_a_histogram_of_one_value_or_none_is_no_error() -> None:
+    assert histogram(np.array([3.0, 3.0])).count("<rect") == 24
+    assert histogram(np.array([])) == "<p>none</p>"
+
+
+@pytest.mark.parametrize("arguments", [[], ["x.tar"], ["fps=fast"]])
+def test_wrong_use_is_one_line(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    shards = [] if not arguments else arguments if "x.tar" in arguments else [corpus[0], "out=/nowhere/p", *arguments]
+    monkeypatch.setattr(sys, "argv", ["inspect", *shards])
+    with pytest.raises(InputError):
+        inspecting.main()
