@@ -1,0 +1,70 @@
+"""What the training loop is given, as it sees it: a task, steps of packs, an engine, and places to report to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sora_train.batch import Pack, Refusal
+from sora_train.training.console import Console
+from sora_train.training.guard import Guard
+from sora_train.training.meter import Meter
+from sora_train.training.metrics import Writers
+from sora_train.training.watch import Watch
+from sora_train.training.zero import Engine
+
+
+class Task(Protocol):
+    """What a step does with a pack."""
+
+    def weight(self, pack: Pack) -> float:
+        """Loss-bearing units of a pack."""
+
+    def loss(self, network: Any, pack: Pack, device: torch.device) -> Any:
+        """An object with `sum`, and `level_sum`, `level_weight` (or None)."""
+
+
+class Step(Protocol):
+    """What the loader yields."""
+
+    position: Any
+    packs: list[Pack]
+
+    @property
+    def samples(self) -> list[int]:
+        """Rows of the clips that arrived."""
+
+    @property
+    def refused(self) -> list[Refusal]:
+        """Samples that did not."""
+
+
+@dataclass
+class Parts:
+    """What the trainer is given."""
+
+    task: Task
+    engine: Engine
+    meter: Meter
+    open_writers: Callable[[int], Writers | None]  # by the step that the run goes on from; None off the main rank
+    console: Console
+    plan_hash: str
+    steps_from: Callable[[tuple[int, ...], dict[Any, Refusal]], Iterator[Any]]  # position, refusals known from before
+    validation: Callable[[], Iterator[Pack]]  # this rank's share of the held-out packs
+    sample: Callable[[Any, int, Callable[[], bool]], dict[str, Path]]  # network, step, whether to break off: videos
+    guard: Guard  # it has listened since before the heavy imports
+    watch: Watch
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of a step: loss-bearing weight, samples, refusals, tokens."""
+
+    weight: float
+    arrived: int
+    refused: int
+    tokens: int
