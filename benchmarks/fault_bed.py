@@ -7,6 +7,7 @@ function that a rank calls before it starts, to break something in itself.
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -42,9 +44,9 @@ Sabotage = Callable[[Config, int], None]  # configuration, rank
 _TINY = (
     "experiment=demo", "model.width=16", "model.depth=1", "model.heads=2", "model.ffn=32", "model.frequencies=16",
     "text_encoder.width=16", "text_encoder.heads=2", "text_encoder.buckets=64", "threads=1", "logging.writers=[]",
-    "logging.every_steps=1", "logging.validate_every=4", "logging.validation_clips=2", "logging.sample_every=8",
+    "logging.every_steps=1", "logging.validate_every=0", "logging.validation_clips=2", "logging.sample_every=0",
     "logging.sample_clips=1", "logging.peak_tflops=1", "flow.sampling_steps=2", "data.slots=4", "data.max_tokens=64",
-    "data.max_pixels=256", "data.max_frames=5", "data.workers=1", "data.prefetch_steps=2", "checkpoint.every_steps=3",
+    "data.max_pixels=256", "data.max_frames=5", "data.workers=1", "data.prefetch_steps=2", "checkpoint.every_steps=2",
     "checkpoint.keep=2", "vae.widths=[4,4]", "vae.blocks=[0,0]",
 )  # fmt: skip
 
@@ -52,7 +54,7 @@ _TINY = (
 class Bed:
     """A folder with shards and a VAE, and the configuration of a run of `steps` steps on them."""
 
-    def __init__(self, folder: Path, steps: int = 12) -> None:
+    def __init__(self, folder: Path, steps: int = 8) -> None:
         self.folder, self.steps = folder, steps
         folder.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)  # a process with threads can't be forked
@@ -117,15 +119,15 @@ class Job:
                     self.codes[rank] = os.waitstatus_to_exitcode(status)
         return len(self.codes) == len(self.pids)
 
-    def wait(self, timeout_s: float = 120.0, grace_s: float = 15.0) -> int:
+    def wait(self, timeout_s: float = 600.0, grace_s: float = 15.0) -> int:
         """Wait for all ranks: the code of exit.json where the main rank left one, as the launch scripts see it."""
-        failed = None
+        failed, asked = None, time.monotonic()
         while not self.poll():
             now = time.monotonic()
             if failed is None and any(code not in (0, 75) for code in self.codes.values()):
                 failed = now
                 self.send(signal.SIGTERM)
-            if now - self.started > timeout_s or (failed is not None and now - failed > grace_s):
+            if now - asked > timeout_s or (failed is not None and now - failed > grace_s):
                 self.send(signal.SIGKILL)
             time.sleep(0.01)
         self.seconds = time.monotonic() - self.started
@@ -149,6 +151,7 @@ class Job:
             return pid
         code = 1
         try:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the campaign
             output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -158,6 +161,7 @@ class Job:
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "faults",
                 "SORA_RESTARTS": str(restarts),
             }  # fmt: skip
+            warnings.simplefilter("ignore")  # deprecations of DeepSpeed's calls, thousands of lines
             mine = copy.deepcopy(self.config)
             if sabotage is not None:
                 sabotage(mine, rank)

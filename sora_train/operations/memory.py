@@ -60,9 +60,11 @@ def _smaller(config: Config, ranks: int) -> Iterator[str]:
     while config.data.max_tokens >= 512:
         config.data.max_tokens //= 2
         config.data.slots *= 2
-        yield f"data.max_tokens={config.data.max_tokens} data.slots={config.data.slots}"
+        config.parallel.accumulation = None  # one pass per slot
+        yield f"data.max_tokens={config.data.max_tokens} data.slots={config.data.slots} parallel.accumulation=null"
 
 
 def _last(overrides: list[str]) -> list[str]:
     """The last value of each key."""
-    return list({override.partition("=")[0]: override for override in overrides}.values())
+    words = [word for override in overrides for word in override.split()]
+    return list({word.partition("=")[0]: word for word in words}.values())
