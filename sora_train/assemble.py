@@ -78,9 +78,7 @@ def _inputs(config: Config, repeats: list[float], tasks: dict[str, float]) -> Pl
     )  # fmt: skip
 
 
-def build_trainer(
-    config: Config, world: World, device: torch.device, shards: Shards, pool: Pool, guard: Guard | None = None
-) -> Trainer:
+def build_trainer(config: Config, world: World, device: torch.device, shards: Shards, pool: Pool) -> Trainer:
     """Everything of one rank's part in a run. The process group is up and the shards are indexed."""
     d, logging = config.data, config.logging
     passes = passes_of_rank(d.slots, world.rank, world.size, config.parallel.accumulation)
@@ -114,7 +112,7 @@ def build_trainer(
     watch = Watch(run_dir / "logs", limits.timeout_s, limits.slow_timeout_s, partial(write_exit, run_dir, 1))
     parts = Parts(
         method.task, engine, meter, open_writers, console, plan.hash, steps_from, validation, sample,
-        guard or Guard(), watch,
+        Guard(), watch,
     )  # fmt: skip
     return Trainer(config, world, device, parts)
 

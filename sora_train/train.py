@@ -20,7 +20,6 @@ from sora_train.config import Config, to_yaml
 from sora_train.data.index import expand
 from sora_train.operations.lock import RunLock
 from sora_train.operations.preflight import changes, count_restart
-from sora_train.training.guard import Guard
 from sora_train.world import World, from_environment
 
 
@@ -42,24 +41,23 @@ def train(config: Config) -> int:
 
 
 def _start(config: Config, world: World) -> int:
-    """What costs no import: signals, shards, the lock, what changed."""
-    guard = Guard()  # from here on a signal is remembered, and served after the first step
+    """What costs no import: shards, the lock, what changed."""
     for patterns in (*(source.shards for source in config.data.sources.values()), config.data.validation):
         expand(patterns)  # a missing shard is answered now: what follows takes seconds to import
     if not world.is_main:
-        return _train(config, world, guard, [])
+        return _train(config, world, [])
     run_dir = Path(config.run_dir)
     lock = RunLock(run_dir)
     try:
         (run_dir / "exit.json").unlink(missing_ok=True)
         changed = changes(config)
         count_restart(config, world)
-        return _train(config, world, guard, changed)
+        return _train(config, world, changed)
     finally:
         lock.release()
 
 
-def _train(config: Config, world: World, guard: Guard, changed: list[str]) -> int:
+def _train(config: Config, world: World, changed: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
@@ -84,7 +82,7 @@ def _train(config: Config, world: World, guard: Guard, changed: list[str]) -> in
         workers = Pool(d.workers, d.decode_timeout_s, int(d.decode_memory_gib * 2**30))
         with workers as pool, out_of_memory(config, world):
             dist.barrier()  # the main rank has indexed the shards
-            trainer = build_trainer(config, world, device, shards, pool, guard)
+            trainer = build_trainer(config, world, device, shards, pool)
             try:
                 return trainer.train()
             finally:

@@ -56,7 +56,7 @@ class Parts:
     steps_from: Callable[[tuple[int, ...], dict[Any, Refusal]], Iterator[Any]]  # position, refusals known from before
     validation: Callable[[], Iterator[Pack]]  # this rank's share of the held-out packs
     sample: Callable[[Any, int, Callable[[], bool]], dict[str, Path]]  # network, step, whether to break off: videos
-    guard: Guard  # it has listened since before the heavy imports
+    guard: Guard  # listens from now on; before, a signal ends the process at once, as nothing is to be saved
     watch: Watch
 
 

@@ -172,6 +172,7 @@ class Trainer:
         self.checkpoints.discard_after(back_to)
         self.console.say(f"warning: {verdict.reason}; back to step {back_to}, {len(places)} step(s) are left out")
         self.resume(older)
+        self.left_out |= set(places)  # known here, whenever a shared folder shows what the main rank wrote
         self.meter.start()
         if self.writers:
             self.writers.close()
