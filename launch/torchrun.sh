@@ -33,6 +33,7 @@ restarts=0
 while true; do
     remove_stale_build_locks
     before=$(exit_mark "$run_dir")
+    export SORA_RESTARTS=$restarts # restarts that bring no new checkpoint end with code 2
     show "${command[@]}"
     run_and_forward "${command[@]}"
     code=$(final_code "$run_dir" "$before" "$status")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from sora_train.batch import Clip, Pack, Refusal
-from sora_train.config import Config, to_dict
+from sora_train.cli import InputError
+from sora_train.compose import write_exit
+from sora_train.config import Config, Method, to_dict
 from sora_train.cost import cost, geometry
 from sora_train.data.consolidated import load_consolidated
 from sora_train.data.decode import Limits
@@ -24,13 +29,20 @@ from sora_train.data.plan import Plan, PlanInputs, Position
 from sora_train.data.pool import Pool
 from sora_train.data.source import Store
 from sora_train.data.stages import Stages, build_stages
+from sora_train.generation import build_vae, build_video_model
 from sora_train.methods import METHODS, write_previews
+from sora_train.operations.memory import is_out_of_memory, suggestion
+from sora_train.operations.planner import meta_network
+from sora_train.operations.preflight import facts, require_agreement
 from sora_train.training.console import Console
+from sora_train.training.guard import Guard
 from sora_train.training.ledger import Ledger
 from sora_train.training.meter import Meter, peak_flops
 from sora_train.training.metrics import Writers
 from sora_train.training.optim import adamw
-from sora_train.training.trainer import Parts, Trainer
+from sora_train.training.parts import Parts
+from sora_train.training.trainer import Trainer
+from sora_train.training.watch import Watch
 from sora_train.training.zero import Engine
 from sora_train.world import World
 
@@ -61,10 +73,7 @@ class Shards:
         """The plan of the training shards."""
         inputs = _inputs(config, self.filters, config.flow.tasks)
         path, bad = config.data.index, config.data.max_bad_fraction
-        if path:
-            index = load_consolidated(path, self.training, self.store)
-        else:
-            index = load_index(self.training, self.store, bad)
+        index = load_consolidated(path, self.training, self.store) if path else load_index(self.training, self.store, bad)
         return build_stages(index, self.source_of, config.data, inputs)
 
     def held_out(self, config: Config) -> Plan | None:
@@ -90,6 +99,7 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     d, logging = config.data, config.logging
     passes = passes_of_rank(d.slots, world.rank, world.size, config.parallel.accumulation)
     plan, held_out = shards.plan(config), shards.held_out(config)
+    require_agreement(facts(config, _name(device), plan.index.fingerprint))
     if world.local_size > 1:
         run = hashlib.sha256(str(Path(config.run_dir).resolve()).encode()).hexdigest()[:8]
         plan.share(run, owner=world.local_rank == 0)
@@ -116,16 +126,45 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     def validation() -> Iterator[Pack]:
         return _validation(held_out, pool, passes, logging.validation_clips) if held_out else iter(())
 
-    def sample(live: nn.Module, step: int) -> dict[str, Path]:
+    def sample(live: nn.Module, step: int, break_off: Callable[[], bool]) -> dict[str, Path]:
         clips = _preview_clips(held_out, pool, logging.sample_clips) if held_out else []
         folder = Path(config.run_dir) / "samples" / f"step-{step:06d}"
-        return write_previews(method, live, clips, folder, d.fps, world.rank, world.size)
+        return write_previews(method, live, clips, folder, d.fps, world.rank, world.size, break_off)
 
     def open_writers(step: int) -> Writers | None:
         return _writers(config, step) if world.is_main else None
 
-    parts = Parts(method.task, engine, meter, open_writers, console, plan, steps_from, validation, sample)
+    run_dir, limits = Path(config.run_dir), config.guard
+    watch = Watch(run_dir / "logs", limits.timeout_s, limits.slow_timeout_s, partial(write_exit, run_dir, 1))
+    parts = Parts(
+        method.task, engine, meter, open_writers, console, plan, steps_from, validation, sample, Guard(), watch
+    )
     return Trainer(config, world, device, parts)
+
+
+@contextmanager
+def out_of_memory(config: Config, world: World) -> Iterator[None]:
+    """Turn running out of memory into an InputError that says what should fit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        network = (
+            meta_network(build_video_model, config)
+            if config.method is Method.diffusion
+            else meta_network(build_vae, config.vae)
+        )
+        available = (
+            torch.cuda.mem_get_info()[1]
+            if torch.cuda.is_available()
+            else psutil.virtual_memory().total // world.local_size
+        )
+        raise InputError(suggestion(config, network, world.size, available)) from error
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _validation(plan: Plan, pool: Pool, passes: list[list[int]], clips: int) -> Iterator[Pack]:

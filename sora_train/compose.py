@@ -63,10 +63,13 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True) -> int:
 def write_exit(run_dir: str | Path, code: int, reason: str) -> None:
     """Leave the exit code where a launch script finds it."""
     path = Path(run_dir) / "exit.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"code": code, "reason": reason, "time": time.time()}) + "\n")
-    temporary.replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"code": code, "reason": reason, "time": time.time()}) + "\n")
+        temporary.replace(path)
+    except OSError as error:  # a full disk must not hide how the run ended
+        print(f"warning: {path} can't be written ({error}): code {code}, {reason}", file=sys.stderr, flush=True)
 
 
 def _leave_note(message: str) -> None:

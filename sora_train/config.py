@@ -227,7 +227,25 @@ class CheckpointConfig:
     """When to save, and what to keep."""
 
     every_steps: int = 200
-    keep: int = 3
+    keep: int = 3  # the newest
+    keep_every: int = 0  # and for ever every one whose step this divides; 0 is none
+
+
+@dataclass
+class GuardConfig:
+    """What protects a run from bad steps, hanging ranks and itself."""
+
+    max_bad_steps: int = 10  # steps in a row that aren't finite, and were skipped, before a rollback
+    spike: float = 12.0  # robust deviations (1.4826 MAD) above the median loss that count as a spike; 0 is off
+    spike_steps: int = 3  # in a row, before a rollback
+    spike_window: int = 100  # losses that median and MAD are taken over
+    leave_out_before: int = 2  # steps before the first bad one that a rollback leaves out along with the bad ones
+    max_rollbacks: int = 3  # of a run
+    hash_every: int = 500  # steps between comparisons of the ranks' weights; 0 is only before a save
+    timeout_s: float = 600.0  # without progress before a rank counts as hanging
+    slow_timeout_s: float = 3600.0  # the same in the first step, validation, sampling and while a save is waited for
+    max_futile_restarts: int = 3  # automatic restarts without a new checkpoint between them
+    accept_changes: bool = False  # go on from a checkpoint although the model or what it is trained on changed
 
 
 @dataclass
@@ -263,6 +281,7 @@ class Config:
     deepspeed: dict[str, Any] = field(default_factory=dict)  # handed on to DeepSpeed
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
@@ -344,9 +363,19 @@ def check(config: Config) -> None:
         "logging.every_steps": config.logging.every_steps, "flow.shift": flow.shift,
         "flow.sampling_steps": flow.sampling_steps, "model.heads": model.heads, "model.patch": model.patch,
         "text_encoder.buckets": config.text_encoder.buckets - 1, "data.max_bad_fraction": data.max_bad_fraction,
+        "guard.max_bad_steps": config.guard.max_bad_steps, "guard.spike_steps": config.guard.spike_steps,
+        "guard.spike_window": config.guard.spike_window, "guard.timeout_s": config.guard.timeout_s,
+        "guard.slow_timeout_s": config.guard.slow_timeout_s,
     }  # fmt: skip
     for key, value in positive.items():
         _require(value > 0, f"{key}={value} must be above 0")
+    for key, count in {
+        "checkpoint.keep_every": config.checkpoint.keep_every, "guard.hash_every": config.guard.hash_every,
+        "guard.spike": config.guard.spike, "guard.leave_out_before": config.guard.leave_out_before,
+        "guard.max_rollbacks": config.guard.max_rollbacks,
+        "guard.max_futile_restarts": config.guard.max_futile_restarts,
+    }.items():  # fmt: skip
+        _require(count >= 0, f"{key}={count} must not be below 0")
     _require(bool(data.sources), "data.sources is empty; name shards, e.g. +data.sources.mine.shards=[my/*.tar]")
     _require(0.0 < data.fill <= 1.0, f"data.fill={data.fill} must be in (0, 1]")
     _require(config.method is not Method.autoencoder or config.deepspeed.get("zero_optimization", {}).get("stage") != 3,

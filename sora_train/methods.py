@@ -28,7 +28,7 @@ from sora_train.generation import (
     tokenizer,
 )
 from sora_train.models.autoencoding import AutoencodingTask
-from sora_train.training.trainer import Task
+from sora_train.training.parts import Task
 
 
 class MethodParts(Protocol):
@@ -85,14 +85,24 @@ METHODS: dict[Method, Callable[[Config, torch.device], MethodParts]] = {
 
 
 def write_previews(
-    method: MethodParts, live: nn.Module, clips: Sequence[Clip], folder: Path, fps: float, rank: int, ranks: int
+    method: MethodParts,
+    live: nn.Module,
+    clips: Sequence[Clip],
+    folder: Path,
+    fps: float,
+    rank: int,
+    ranks: int,
+    break_off: Callable[[], bool],
 ) -> dict[str, Path]:
     """Write a preview of every clip, the work shared out over the ranks; returns the videos by caption.
 
-    Every rank runs the network equally often, because a partitioned network needs all of them.
+    Every rank runs the network equally often, because a partitioned network needs all of them. `break_off` is asked
+    before each preview, by all ranks together; then the rest is left, and no video returned.
     """
     paths = {}
     for number in range(-(-len(clips) // ranks)):
+        if break_off():
+            return {}
         place = number * ranks + rank
         clip = clips[min(place, len(clips) - 1)]
         with torch.no_grad():

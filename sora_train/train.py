@@ -10,6 +10,7 @@ The same command goes on where a stopped or killed run was. Exit codes: 0 done, 
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from sora_train.compose import run_hydra, write_exit
 from sora_train.config import Config, to_yaml
 from sora_train.data.index import expand
 from sora_train.data.source import scheme
+from sora_train.operations.lock import RunLock
+from sora_train.operations.preflight import changes, count_restart
 from sora_train.world import World, from_environment
 
 
@@ -26,24 +29,40 @@ def train(config: Config) -> int:
     world = from_environment()
     code, reason = 1, "failed; see the logs"
     try:
-        code = _train(config, world)
+        code = _start(config, world)
         reason = {0: "done", 75: "stopped by a signal after saving"}.get(code, reason)
     except InputError as error:
         code, reason = BAD_INPUT, str(error)
         raise
     finally:
-        if world.is_main:
+        told = (Path(config.run_dir) / "exit.json").exists()  # by the rank that failed first, and knows why
+        if code == BAD_INPUT or (world.is_main and not (code == 1 and told)):
             write_exit(config.run_dir, code, reason)
     return code
 
 
-def _train(config: Config, world: World) -> int:
+def _start(config: Config, world: World) -> int:
+    """What costs no import: shards, the lock, what changed."""
     for patterns in (*(source.shards for source in config.data.sources.values()), config.data.validation):
         expand([p for p in patterns if scheme(p) is None])  # a missing shard is answered now, before slow imports
+    if not world.is_main:
+        return _train(config, world, [])
+    run_dir = Path(config.run_dir)
+    lock = RunLock(run_dir)
+    try:
+        (run_dir / "exit.json").unlink(missing_ok=True)
+        changed = changes(config)
+        count_restart(config, world)
+        return _train(config, world, changed)
+    finally:
+        lock.release()
+
+
+def _train(config: Config, world: World, changed: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
-    from sora_train.assemble import Shards, build_trainer
+    from sora_train.assemble import Shards, build_trainer, out_of_memory
     from sora_train.data.pool import Pool
     from sora_train.training.console import setup_logging
     from sora_train.training.zero import connect, disconnect
@@ -52,14 +71,15 @@ def _train(config: Config, world: World) -> int:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     setup_logging(run_dir, world.rank)
+    for line in changed:
+        logging.getLogger(__name__).warning("changed since the last start: %s", line)
     if world.is_main:
-        (run_dir / "exit.json").unlink(missing_ok=True)
         shards.index()
         (run_dir / "config.yaml").write_text(to_yaml(config))
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     device = connect(world)
     try:
-        with Pool.of(config.data, shards.store) as pool:
+        with Pool.of(config.data, shards.store) as pool, out_of_memory(config, world):
             dist.barrier()  # the main rank has indexed the shards
             trainer = build_trainer(config, world, device, shards, pool)
             try:

@@ -14,7 +14,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    restarts: int = 0  # how often torchrun has restarted this worker group
+    restarts: int = 0  # how often torchrun or the launch script has started this again by itself
 
     @property
     def is_main(self) -> bool:
@@ -35,5 +35,5 @@ def from_environment() -> World:
         size=int(env.get("WORLD_SIZE", 1)),
         local_rank=int(env.get("LOCAL_RANK", 0)),
         local_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
-        restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(env.get("SORA_RESTARTS", 0)),
     )

@@ -22,7 +22,7 @@ from sora_train.flow.rectified import FlowTask
 from sora_train.generation import build_vae, build_video_model, tokenizer
 from sora_train.models.autoencoding import AutoencodingTask
 from sora_train.operations.planner import estimate, meta_network
-from sora_train.training.trainer import Task
+from sora_train.training.parts import Task
 
 Compose = Callable[..., DictConfig]
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))

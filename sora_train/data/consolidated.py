@@ -117,7 +117,7 @@ def consolidate(
             index = load_index([shard], store, allow_empty=True)
             for name, file in files.items():
                 values = index.usable if name == "usable" else index.columns[name]
-                kind = np.dtype(COLUMNS[name])
+                kind: np.dtype = np.dtype(COLUMNS[name])
                 values = np.minimum(values, np.iinfo(kind).max) if kind.kind in "iu" else values
                 file.write(values.astype(kind).tobytes())
             counts.append(len(index))

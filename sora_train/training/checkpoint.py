@@ -3,15 +3,15 @@
     checkpoints/step-00001000/
         rank-0.safetensors ...   this rank's pieces: `KIND/PARAMETER`, KIND = master, exp_avg, exp_avg_sq, ema
         state.json               step, position, counters, shapes
-        manifest.json            size and SHA-256 of every file, where every piece begins; written last
+        manifest.json            size and SHA-256 of every file and of itself, where every piece begins; written last
 
 Written in the background from a copy. A folder counts only if its manifest is there and every byte agrees; the
-newest that counts on every rank is loaded, at any number of ranks and any ZeRO stage.
+newest that counts on every rank is loaded, at any number of ranks and any ZeRO stage. There is no pointer file to be
+wrong, and nothing on disk is ever unpickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -23,14 +23,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sora_train.cli import InputError
+from sora_train.training.files import digest_of, remove_folder, sha256, sync_folder, write_json
 from sora_train.training.zero import Fragment
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+VERSION = 2  # of the manifest; 1 had no checksum of itself
+_SPARE = 16 << 20  # bytes that must stay free beside a checkpoint: JSON, logs, what others write meanwhile
 _log = logging.getLogger(__name__)
 
 Pieces = dict[str, tuple[int, Tensor]]  # KIND/PARAMETER: first element, values
@@ -52,12 +55,14 @@ def pieces(fragments: Sequence[Fragment], ema: Mapping[str, Tensor], split: tupl
 class Checkpoints:
     """The checkpoint folder of a run. All methods are called by all ranks together."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.failed = 0  # saves that could not be written
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")  # the writer thread's own, so that it can't mix with the loop's
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._staging: dict[str, Tensor] = {}  # copies of the last save, overwritten by the next
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".tmp-*"):  # of a save that was killed
@@ -67,7 +72,9 @@ class Checkpoints:
     def save(self, step: int, mine: Pieces, state: dict[str, Any]) -> None:
         """Copy now, write in the background. Waits for the save before this one; a failed save is logged, not fatal."""
         self.wait()
-        staged = {key: (start, values.detach().to("cpu", copy=True)) for key, (start, values) in mine.items()}
+        staged = {key: (start, self._stage(key, values)) for key, (start, values) in mine.items()}
+        if any(values.is_cuda for _, values in mine.values()):
+            torch.cuda.synchronize()  # the copies to pinned memory were only queued
         self._thread = threading.Thread(target=self._write, args=(step, staged, state), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -77,16 +84,14 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, None
-        if failure is not None:
-            _log.error("checkpoint not written: %s; training goes on, older checkpoints are untouched", failure)
         return failure is None
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that is intact in the eyes of every rank; None if there are none at all.
+    def newest(self, before: int | None = None) -> Path | None:
+        """The newest checkpoint (of a step below `before`) that is intact in the eyes of every rank; None without any.
 
         Raises InputError if there are checkpoints but every one is damaged.
         """
-        found = sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        found = [p for p in _folders(self.folder) if before is None or p.name < f"step-{before:08d}"]
         for path in reversed(found):
             damage = verify(path, self.rank, self.ranks)
             intact = torch.tensor([damage is None], dtype=torch.int32)
@@ -102,10 +107,26 @@ class Checkpoints:
             )
         return None
 
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: they hold what a rollback undoes."""
+        if self.rank == 0:
+            for path in _folders(self.folder):
+                if path.name > f"step-{step:08d}":
+                    remove_folder(path)
+        dist.barrier(group=self._group)
+
+    def _stage(self, key: str, values: Tensor) -> Tensor:
+        """A copy in host memory that is kept and used again, page-locked where it comes from a GPU."""
+        kept = self._staging.get(key)
+        if kept is None or kept.shape != values.shape or kept.dtype != values.dtype:
+            kept = self._staging[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        return kept.copy_(values.detach(), non_blocking=True)
+
     def _write(self, step: int, staged: Pieces, state: dict[str, Any]) -> None:
         temporary = self.folder / f".tmp-step-{step:08d}"
         record: dict[str, Any] = {}
         try:
+            self._check_space(staged)
             temporary.mkdir(parents=True, exist_ok=True)
             record = _write_pieces(temporary / f"rank-{self.rank}.safetensors", staged)
         except Exception as error:  # reported to all ranks below: a rank that stays silent would hang the others
@@ -121,23 +142,37 @@ class Checkpoints:
         outcome = [errors]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0]:
-            self._failure = OSError("; ".join(outcome[0]))
+            self._failure, self.failed = OSError("; ".join(outcome[0])), self.failed + 1
+            _log.error(
+                "checkpoint of step %d not written: %s; training goes on, older checkpoints are untouched",
+                step, self._failure,
+            )  # fmt: skip
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
 
+    def _check_space(self, staged: Pieces) -> None:
+        """Raise OSError where the whole checkpoint will not fit; all ranks together."""
+        total = torch.tensor([sum(values.nbytes for _, values in staged.values())], dtype=torch.int64)
+        dist.all_reduce(total, group=self._group)
+        needed, free = int(total.item()) + _SPARE, shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(f"{free / 2**30:.2f} GiB free in {self.folder}, {needed / 2**30:.2f} GiB needed")
+
     def _publish(self, temporary: Path, step: int, records: list[dict[str, Any]], state: dict[str, Any]) -> None:
         files = {record["file"]: record for record in records}
-        files["state.json"] = _write_json(temporary / "state.json", state)
-        _write_json(temporary / "manifest.json", {"version": 1, "step": step, "files": files})
-        _sync_folder(temporary)
+        files["state.json"] = write_json(temporary / "state.json", state)
+        manifest: dict[str, Any] = {"version": VERSION, "step": step, "files": files}
+        write_json(temporary / "manifest.json", manifest | {"sha256": digest_of(manifest)})
+        sync_folder(temporary)
         final = self.folder / f"step-{step:08d}"
         if final.exists():  # damaged, or it would have been loaded
-            shutil.rmtree(final)
+            remove_folder(final)
         temporary.rename(final)
-        _sync_folder(self.folder)
-        older = [path for path in sorted(self.folder.glob("step-*")) if path.name <= final.name]
+        sync_folder(self.folder)
+        older = [path for path in _folders(self.folder) if path.name <= final.name]
         for old in older[: -self.keep]:  # a newer one is damaged (see above) and doesn't count as kept
-            shutil.rmtree(old)
+            if not (self.keep_every and int(old.name.removeprefix("step-")) % self.keep_every == 0):
+                remove_folder(old)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -179,7 +214,7 @@ def load_full(path: Path, kind: str) -> dict[str, Tensor]:
 
 def latest_intact(folder: Path) -> Path:
     """The newest intact checkpoint of a run, looked for by one process. Raises InputError if there is none."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(_folders(folder)):
         if verify(path) is None:
             return path
     raise InputError(f"no intact checkpoint in {folder}; train first")
@@ -188,14 +223,27 @@ def latest_intact(folder: Path) -> Path:
 def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """What is wrong with a checkpoint, or None. Each of several ranks hashes its share of the files."""
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
-        for number, (name, record) in enumerate(sorted(files.items())):
+        manifest = json.loads((path / "manifest.json").read_text())
+        own = manifest.pop("sha256", None)
+        if manifest["version"] not in (1, VERSION):
+            return f"manifest.json is of version {manifest['version']}; this code reads 1 and {VERSION}"
+        if own != (digest_of(manifest) if manifest["version"] > 1 else None):
+            return "manifest.json differs from its own checksum"
+        if f"step-{manifest['step']:08d}" != path.name:
+            return f"manifest.json is of step {manifest['step']}"
+        for number, (name, record) in enumerate(sorted(manifest["files"].items())):
+            if Path(name).name != name:
+                return f"manifest.json names {name!r}, which is no file of the checkpoint"
             file = path / name
             if file.stat().st_size != record["size"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {record['size']}"
-            if number % ranks == rank and _sha256(file) != record["sha256"]:
+            if number % ranks == rank and sha256(file) != record["sha256"]:
                 return f"{name} differs from its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if "pieces" in record:
+                with safe_open(file, "pt") as tensors:  # whatever its name says, only safetensors are read
+                    if set(tensors.keys()) != set(record["pieces"]):
+                        return f"{name} doesn't hold the tensors that manifest.json names"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -225,25 +273,9 @@ def _write_pieces(path: Path, staged: Pieces) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     places = {key: (start, values.numel()) for key, (start, values) in staged.items()}
-    return {"file": path.name, "size": path.stat().st_size, "sha256": _sha256(path), "pieces": places}
+    return {"file": path.name, "size": path.stat().st_size, "sha256": sha256(path), "pieces": places}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _folders(folder: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, oldest first; anything else that lies there isn't looked at."""
+    return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())

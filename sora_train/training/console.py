@@ -53,7 +53,7 @@ class Console:
         text = f"{_figures(values)} eta {self._eta(step)}"
         self._log.info("step %d/%d %s", step, self._total, text)
         if self._bar is None:
-            print(f"step {step}/{self._total} {text}", file=self._stream, flush=True)
+            self._print(f"step {step}/{self._total} {text}")
         else:
             self._bar.update(self._task, completed=step, description=text)
 
@@ -63,7 +63,7 @@ class Console:
         if not self._is_main:
             return
         if self._bar is None:
-            print(text, file=self._stream, flush=True)
+            self._print(text)
         else:
             self._bar.console.print(text, markup=False, highlight=False)
 
@@ -71,6 +71,15 @@ class Console:
         """Take the bar down; the last state stays on the screen."""
         if self._bar is not None:
             self._bar.stop()
+
+    def _print(self, text: str) -> None:
+        """A line for people; who reads may go away (a closed pipe, a full disk), and training goes on in the log."""
+        try:
+            print(text, file=self._stream, flush=True)
+        except (OSError, ValueError) as error:
+            if self._is_main:
+                self._log.warning("standard output is gone (%s); from here on only the log speaks", error)
+            self._is_main = False
 
     def _eta(self, step: int) -> str:
         now = time.monotonic()

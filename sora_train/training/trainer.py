@@ -2,88 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from sora_train.batch import Pack, Refusal
-from sora_train.cli import STOPPED
+from sora_train.cli import STOPPED, InputError
 from sora_train.config import Config
 from sora_train.training.checkpoint import Checkpoints, load_into, pieces, read_state
-from sora_train.training.console import Console
 from sora_train.training.ema import Ema
-from sora_train.training.guard import BadShare, Guard
+from sora_train.training.guard import BadShare
+from sora_train.training.health import Health, Verdict, differing_ranks
 from sora_train.training.ledger import Ledger
-from sora_train.training.meter import Meter
-from sora_train.training.metrics import Writers
 from sora_train.training.optim import lr_factor
-from sora_train.training.zero import Engine
+from sora_train.training.parts import Agreement, Parts, Step
 from sora_train.world import World
-
-_log = logging.getLogger(__name__)
-
-
-class Task(Protocol):
-    """What a step does with a pack."""
-
-    def weight(self, pack: Pack) -> float:
-        """Loss-bearing units of a pack."""
-
-    def loss(self, network: Any, pack: Pack, device: torch.device) -> Any:
-        """An object with `sum`, and `level_sum`, `level_weight` (or None)."""
-
-
-class Step(Protocol):
-    """What the loader yields."""
-
-    position: Any
-    packs: list[Pack]
-
-    @property
-    def samples(self) -> list[int]:
-        """Rows of the clips that arrived."""
-
-    @property
-    def refused(self) -> list[Refusal]:
-        """Samples that did not."""
-
-
-class Plan(Protocol):
-    """Which samples come when."""
-
-    hash: str
-
-    @property
-    def amendments(self) -> Sequence[Any]:
-        """What is left out, and from when on."""
-
-    def amend(self, at: Any, taken: int, ahead: int, samples: Sequence[int]) -> None:
-        """Leave samples out of later epochs."""
-
-    def restore(self, amendments: Sequence[Any]) -> None:
-        """Take over what a checkpoint kept."""
-
-
-@dataclass
-class Parts:
-    """What the trainer is given."""
-
-    task: Task
-    engine: Engine
-    meter: Meter
-    open_writers: Callable[[int], Writers | None]  # by the step that the run goes on from; None off the main rank
-    console: Console
-    plan: Plan
-    # steps taken, position, refusals known from before
-    steps_from: Callable[[int, tuple[int, ...], dict[Any, Refusal]], Iterator[Any]]
-    validation: Callable[[], Iterator[Pack]]  # this rank's share of the held-out packs
-    sample: Callable[[Any, int], dict[str, Path]]  # network, step to videos by caption (main rank)
 
 
 class Trainer:
@@ -94,46 +30,87 @@ class Trainer:
         self.engine, self.meter, self.console = parts.engine, parts.meter, parts.console
         self.run_dir = Path(config.run_dir)
         self.ema = Ema(self.engine.fragments, config.optim.ema_decay)
-        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.checkpoint.keep)
+        keep = config.checkpoint
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep.keep, keep.keep_every)
         self.ledger = Ledger(self.run_dir, world.rank)
-        self.guard, self.bad = Guard(), BadShare(config.data.max_bad_fraction)
+        self.guard, self.bad = parts.guard, BadShare(config.data.max_bad_fraction)
+        self.watch, self.health = parts.watch, Health(config.guard)
         self.causes: dict[str, int] = {}
-        self.step, self.applied, self.position = 0, 0, (0, 0, 0)
-        self.resume()
+        self.left_out: set[tuple[int, ...]] = set()  # steps of the plan that rollbacks pass over
+        self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
+        self.resume(self.checkpoints.newest())
         self.writers = parts.open_writers(self.step)
 
     def train(self) -> int:
         """Run to the end; returns the exit code."""
-        steps = self.parts.steps_from(self.step, self.position, self.known)
+        self.watch.start()
+        try:
+            return self.loop()
+        finally:
+            self.watch.stop()
+
+    def loop(self) -> int:
+        """Step after step."""
+        batches = self.batches()
         self.meter.start()
         while self.step < self.config.steps:
             with self.meter.waiting():
-                batch = next(steps)
+                self.enter("data")
+                batch = next(batches)
             self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
+            self.enter("agreement")
             agreed = self.agree(batch)  # an all-reduce on the CPU
             self.leave_out(batch, agreed)
+            self.enter("forward and backward")
+            own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
             for pack in batch.packs:
                 loss = self.parts.task.loss(self.engine, pack, self.device)
                 self.engine.backward(loss.sum, agreed.weight)
                 self.meter.add(pack, loss, agreed.weight)
+                own_loss += loss.sum.detach() / agreed.weight
+            self.enter("optimizer step")
             applied = self.engine.step(lr_factor(self.step, self.config.steps, self.config.optim))
             if applied:
                 self.ema.update()
-            self.advance(batch, applied)
+            verdict = self.advance(batch, own_loss, applied)
             self.meter.step_done(agreed.arrived, agreed.tokens, agreed.refused, applied)
             self.bad.add(agreed.arrived, agreed.refused, self.causes)
+            if verdict is not None and self.roll_back(verdict):
+                batches = self.batches()
+                continue
             self.report()
+            if self.due(self.config.guard.hash_every) or self.saves():
+                self.compare_ranks()
             if self.due(self.config.logging.validate_every):
                 self.validate()
             if self.due(self.config.logging.sample_every):
                 self.sample()
-            if self.due(self.config.checkpoint.every_steps) or agreed.stop:
+            if self.saves():
                 self.save()
-            if agreed.stop and self.step < self.config.steps:
+            if self.stop and self.step < self.config.steps:
                 return self.leave(
                     STOPPED, f"stopped by {self.guard.received or 'a signal to another rank'} after saving"
                 )
         return self.leave(0, "done")
+
+    def batches(self) -> Iterator[Step]:
+        """The plan's steps from here on, without those that a rollback leaves out."""
+        for batch in self.parts.steps_from(self.planned, self.position, self.known):
+            if tuple(batch.position) not in self.left_out:
+                yield batch
+
+    @property
+    def planned(self) -> int:
+        """Steps of the plan before this one: those taken, and those that were passed over."""
+        return self.step + sum(position < tuple(self.position) for position in self.left_out)
+
+    def enter(self, phase: str) -> None:
+        """Tell the hang watch what begins; the first step of a process compiles, and may take long."""
+        self.watch.phase(phase, slow=self.watch.step == 0)
+
+    def saves(self) -> bool:
+        """Whether this step ends with a checkpoint."""
+        return self.due(self.config.checkpoint.every_steps) or self.stop
 
     def due(self, every: int) -> bool:
         """Whether something that happens every N steps (and at the end) happens now; 0 is never."""
@@ -153,7 +130,8 @@ class Trainer:
         total = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(total)
         weight, arrived, refused, tokens, stop = total.tolist()
-        return Agreement(max(weight, 1.0), int(arrived), int(refused), int(tokens), stop > 0)
+        self.stop = self.stop or stop > 0
+        return Agreement(max(weight, 1.0), int(arrived), int(refused), int(tokens))
 
     def leave_out(self, batch: Step, agreed: Agreement) -> None:
         """What any rank refused is left out of later epochs, if the run is told so."""
@@ -164,31 +142,89 @@ class Trainer:
         rows[self.world.rank, : len(mine)] = torch.tensor(mine, dtype=torch.int64)
         dist.all_reduce(rows)
         samples = sorted((rows[rows > 0] - 1).tolist())
-        self.parts.plan.amend(batch.position, self.step, self.config.data.prefetch_steps, samples)
+        self.parts.plan.amend(batch.position, self.planned, self.config.data.prefetch_steps, samples)
 
-    def advance(self, batch: Step, applied: bool) -> None:
-        """Count the step and stand behind it in the plan."""
+    def told_to_stop(self) -> bool:
+        """Whether any rank was told to stop, asked inside a long phase; all ranks together."""
+        told = torch.tensor([self.guard.wants_stop or self.stop], dtype=torch.int32)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        self.stop = bool(told.item())
+        return self.stop
+
+    def advance(self, batch: Step, own_loss: torch.Tensor, applied: bool) -> Verdict | None:
+        """Count the step, stand behind it in the plan, and judge it."""
         epoch, window, step = batch.position
         self.step, self.position = self.step + 1, (epoch, window, step + 1)
+        self.watch.step = self.step
         self.applied += applied
+        verdict = self.health.judge(self.step, tuple(batch.position), own_loss, applied)
         if not applied:
-            self.console.say(f"step {self.step}: a gradient was not finite; nothing was changed")
+            self.console.say(f"step {self.step}: a loss or gradient was not finite; nothing was changed")
+            self.ledger.write_skipped(self.step, batch.position, batch.samples, self.health.own_loss)
+        return verdict
+
+    def roll_back(self, verdict: Verdict) -> bool:
+        """Go back to the newest checkpoint from before the bad steps, and leave those out; False if there is none."""
+        self.checkpoints.wait()
+        older = self.checkpoints.newest(before=verdict.first)
+        if older is None:
+            if self.health.not_finite:
+                raise InputError(
+                    f"{verdict.reason}, and there is no checkpoint to go back to; lower optim.lr, or look at the "
+                    f"samples in {self.ledger.skipped}"
+                )
+            self.console.say(f"warning: {verdict.reason}; there is no checkpoint to go back to")
+            self.health.forget()
+            return False
+        if len(self.ledger.rollbacks()) >= self.config.guard.max_rollbacks:
+            raise InputError(
+                f"{verdict.reason}, after guard.max_rollbacks={self.config.guard.max_rollbacks} rollbacks already; "
+                f"lower optim.lr, or look at the samples in {self.ledger.left_out} and {self.ledger.skipped}"
+            )
+        back_to = read_state(older)["step"]
+        places = [position for step, position in verdict.guilty if step > back_to]
+        dist.barrier()  # every rank has counted the rollbacks
+        if self.world.is_main:
+            self.ledger.write_left_out(self.step, back_to, verdict.reason, places)
+        self.checkpoints.discard_after(back_to)
+        self.console.say(f"warning: {verdict.reason}; back to step {back_to}, {len(places)} step(s) are left out")
+        self.resume(older)
+        self.left_out |= set(places)  # known here, whenever a shared folder shows what the main rank wrote
+        self.meter.start()
+        if self.writers:
+            self.writers.close()
+        self.writers = self.parts.open_writers(self.step)
+        return True
+
+    def compare_ranks(self) -> None:
+        """Stop where the ranks' weights are no longer the same; the checkpoint before is still good."""
+        differing = differing_ranks(self.engine.fingerprint())
+        if differing:
+            raise RuntimeError(
+                f"step {self.step}: the weights of rank(s) {differing} differ from the others'; look for bad memory or "
+                "a bad device there. Nothing was saved since; a restart goes on from the last checkpoint"
+            )
 
     def report(self) -> None:
         """Read the meter when a step is logged."""
         if not (self.due(self.config.logging.every_steps) or self.step == 1):
             return
         figures = self.meter.read() | {"grad_norm": self.engine.grad_norm, "lr": self.engine.lr}
-        figures |= {"epoch": self.position[0]}
+        figures |= {"epoch": self.position[0], "failed_saves": self.checkpoints.failed}
+        figures |= self.watch.stragglers()
         self.console.step(self.step, figures)
         if self.writers:
             self.writers.scalars(self.step, figures)
 
     def validate(self) -> None:
         """Loss on held-out clips at fixed noise, with the averaged weights; the ranks share the work."""
-        with self.meter.overhead(), self.engine.weights(self.ema.values), torch.no_grad():
+        slow = self.watch.slow("validation")
+        with slow, self.meter.overhead(), self.engine.weights(self.ema.values), torch.no_grad():
             total = torch.zeros(2, dtype=torch.float64)
             for pack in self.parts.validation():
+                if self.told_to_stop():
+                    self.console.say(f"step {self.step}: validation broken off by a signal")
+                    return
                 loss = self.parts.task.loss(self.engine, pack, self.device)
                 total += torch.tensor([float(loss.sum), self.parts.task.weight(pack)], dtype=torch.float64)
             dist.all_reduce(total)
@@ -200,15 +236,15 @@ class Trainer:
 
     def sample(self) -> None:
         """Sample videos with the averaged weights."""
-        with self.meter.overhead(), self.engine.weights(self.ema.values):
-            videos = self.parts.sample(self.engine, self.step)
+        with self.watch.slow("samples"), self.meter.overhead(), self.engine.weights(self.ema.values):
+            videos = self.parts.sample(self.engine, self.step, self.told_to_stop)
             dist.barrier()  # the ranks share the work
         if self.writers and videos:
             self.writers.videos(self.step, videos)
 
     def save(self) -> None:
         """Hand a copy of everything to the background writer."""
-        with self.meter.overhead():
+        with self.watch.slow("save"), self.meter.overhead():
             split = (self.world.rank, self.world.size) if self.engine.stage == 0 else None
             mine = pieces(self.engine.fragments, self.ema.values, split)
             state = {
@@ -216,28 +252,33 @@ class Trainer:
                 "position": self.position, "plan_hash": self.parts.plan.hash,
                 "amendments": self.parts.plan.amendments,
                 "ema_updates": self.ema.updates, "totals": asdict(self.meter.totals), "shapes": self.engine.shapes,
+                "health": self.health.state(), "left_out": sorted(self.left_out),
                 "ranks": self.world.size, "stage": self.engine.stage, "time": time.time(),
             }  # fmt: skip
             self.checkpoints.save(self.step, mine, state)
 
-    def resume(self) -> None:
-        """Load the newest intact checkpoint, if there is one, and forget what was written after it."""
-        newest = self.checkpoints.newest()
-        if newest is not None:
-            state = read_state(newest)
-            load_into(newest, pieces(self.engine.fragments, self.ema.values, None))
+    def resume(self, checkpoint: Path | None) -> None:
+        """Load a checkpoint, if there is one, and forget what was written after it."""
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+            load_into(checkpoint, pieces(self.engine.fragments, self.ema.values, None))
             self.engine.write_weights({f.name: f.master for f in self.engine.fragments})
             self.step, self.applied, self.position = state["step"], state["applied"], tuple(state["position"])
             self.ema.updates = state["ema_updates"]
             self.engine.set_optimizer_steps(self.applied)
             self.meter.restore(state["totals"])
+            self.health.restore(state.get("health", {}))
+            self.left_out = {tuple(position) for position in state.get("left_out", [])}
             if state["plan_hash"] == self.parts.plan.hash:
                 self.parts.plan.restore(state["amendments"])
             else:
                 self.console.say(
                     "the data or its packing changed since the checkpoint: going on at the same place of a new plan"
                 )
-            self.console.say(f"resumed {newest.name}, saved on {state['ranks']} rank(s) at ZeRO stage {state['stage']}")
+            self.console.say(
+                f"resumed {checkpoint.name}, saved on {state['ranks']} rank(s) at ZeRO stage {state['stage']}"
+            )
+        self.left_out |= {position for positions in self.ledger.rollbacks() for position in positions}
         self.known = self.ledger.replayed(self.step)
         dist.barrier()
         if self.world.is_main:
@@ -246,7 +287,9 @@ class Trainer:
 
     def leave(self, code: int, reason: str) -> int:
         """Finish what is in the background."""
-        if not self.checkpoints.wait() and code == STOPPED:
+        with self.watch.slow("save"):
+            saved = self.checkpoints.wait()
+        if not saved and code == STOPPED:
             code, reason = 1, "stopped by a signal, but the checkpoint could not be written"
         self.console.say(f"step {self.step}/{self.config.steps}: {reason}")
         return code
@@ -257,14 +300,3 @@ class Trainer:
         self.console.close()
         if self.writers:
             self.writers.close()
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What all ranks know of a step: loss-bearing weight, samples, refusals, tokens, and whether to stop after it."""
-
-    weight: float
-    arrived: int
-    refused: int
-    tokens: int
-    stop: bool

@@ -98,8 +98,12 @@ class Engine:
         return self.engine(*arguments)
 
     def backward(self, loss_sum: Tensor, weight: float) -> None:
-        """Back-propagate a part of the step's loss: the gradients of all ranks and passes add up to sum / weight."""
-        self.engine.backward(loss_sum * (self.world / weight), scale_wrt_gas=False)
+        """Back-propagate a part of the step's loss: the gradients of all ranks and passes add up to sum / weight.
+
+        A loss that isn't finite makes every gradient NaN, also where its own would be finite, so that `step` sees it.
+        """
+        scale = torch.where(torch.isfinite(loss_sum.detach()), self.world / weight, float("nan"))
+        self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
         self._done += 1
         if self._done < self.passes:
             self.engine.step()  # only tells DeepSpeed that the next pass of the same step comes
@@ -127,6 +131,17 @@ class Engine:
                 p.grad = None
         self.engine.step()
         return finite
+
+    def fingerprint(self) -> Tensor:
+        """Two integers per parameter that change with any bit of the weights, to compare ranks by.
+
+        Empty under ZeRO-3, where no rank holds what another one has.
+        """
+        sums = []
+        for p in self.names if self.stage < 3 else ():
+            bits = p.data.view(torch.int32 if p.element_size() == 4 else torch.int16).to(torch.int64)
+            sums += [bits.sum(), (bits * bits).sum()]
+        return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
 
     @property
     def grad_norm(self) -> float:

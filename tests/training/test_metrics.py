@@ -1,5 +1,6 @@
 """The writers and the console: what a resumed run leaves, what failing dashboards do, what people read."""
 
+import contextlib
 import io
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 
 from sora_train.training import metrics
 from sora_train.training.console import Console, duration, setup_logging, short
+from sora_train.training.ledger import Ledger
 from sora_train.training.metrics import Writers, wandb_mode
 
 
@@ -209,3 +212,51 @@ def test_other_ranks_only_log(tmp_path: Path) -> None:
 def test_short_figures() -> None:
     assert [short(v) for v in (12, 7100, 2_350_000, 3e9)] == ["12", "7.1k", "2.35M", "3G"]
     assert [duration(s) for s in (7, 372, 11_100, 187_200)] == ["7s", "6m12s", "3h05m", "2d04h"]
+
+
+class Gone(io.StringIO):
+    """A stream whose reader went away."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_closed_stdout_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Gone(), closed, open("/dev/full", "w")):  # noqa: SIM115, PTH123 (closed below; its flush fails)
+        caplog.clear()
+        try:
+            console = Console(10, True, tmp_path, Silent(stream))
+            console.step(1, {"loss": 0.5})
+            console.say("saved")
+            console.close()
+        finally:
+            with contextlib.suppress(OSError):
+                stream.close()
+        assert [r.levelname for r in caplog.records if r.levelname == "WARNING"] == ["WARNING"]
+        assert "standard output is gone" in caplog.text
+
+
+class Silent:
+    """A stream that is no terminal, whatever state it is in."""
+
+    def __init__(self, stream: Any) -> None:
+        self.write, self.flush = stream.write, stream.flush
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_a_full_log_disk_stops_no_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger/rank-0.jsonl").symlink_to("/dev/full")
+    ledger = Ledger(tmp_path, 0)
+    for step in (1, 2):
+        ledger.write(step, (0, 0, step), [1], [])
+    assert [r.levelname for r in caplog.records] == ["ERROR"] and "its record has gaps" in caplog.text
+    writers = make(tmp_path)
+    writers._writers["metrics.jsonl"]._file = open("/dev/full", "w")  # type: ignore[attr-defined] # noqa: SIM115, PTH123
+    for step in (1, 2):
+        writers.scalars(step, {"loss": 1.0})
+    assert "metrics.jsonl failed" in caplog.text

@@ -1,0 +1,212 @@
+"""Where faults are tried out: a tiny data set and model, and real ranks that are forked from a warm process.
+
+The ranks run `sora_train.train.train` as under torchrun, on gloo; only the imports are shared. A *sabotage* is a
+function that a rank calls before it starts, to break something in itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+from safetensors.torch import save_file
+
+import sora_train.assemble  # noqa: F401 (warms up what every rank would import)
+from sora_train import config as configuration
+from sora_train.compose import CONF
+from sora_train.config import Config
+from sora_train.data.index import index_shards
+from sora_train.generation import build_vae
+from sora_train.media import encode_mp4
+from sora_train.train import train
+from sora_train.training.checkpoint import KINDS, latest_intact, load_full, read_state
+
+Sabotage = Callable[[Config, int], None]  # configuration, rank
+_TINY = (
+    "experiment=demo", "model.width=16", "model.depth=1", "model.heads=2", "model.ffn=32", "model.frequencies=16",
+    "text_encoder.width=16", "text_encoder.heads=2", "text_encoder.buckets=64", "threads=1", "logging.writers=[]",
+    "logging.every_steps=1", "logging.validate_every=0", "logging.validation_clips=2", "logging.sample_every=0",
+    "logging.sample_clips=1", "logging.peak_tflops=1", "flow.sampling_steps=2", "data.slots=4", "data.max_tokens=64",
+    "data.max_pixels=256", "data.max_frames=5", "data.workers=1", "data.prefetch_steps=2", "checkpoint.every_steps=2",
+    "checkpoint.keep=2", "vae.widths=[4,4]", "vae.blocks=[0,0]",
+)  # fmt: skip
+
+
+class Bed:
+    """A folder with shards and a VAE, and the configuration of a run of `steps` steps on them."""
+
+    def __init__(self, folder: Path, steps: int = 8) -> None:
+        self.folder, self.steps = folder, steps
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1)  # a process with threads can't be forked
+        firsts = {"train-0": 0, "train-1": 12, "val": 24}
+        index_shards([_shard(folder / f"{name}.tar", first) for name, first in firsts.items()], workers=1)
+        self._base = [
+            *_TINY, f"steps={steps}", f"data.sources.demo.shards=[{folder}/train-*.tar]",
+            f"data.validation=[{folder}/val.tar]",
+        ]  # fmt: skip
+        vae = self.config("none", "method=autoencoder", "vae.path=null").vae
+        (folder / "vae").mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        save_file(build_vae(vae).state_dict(), folder / "vae" / "vae.safetensors")
+        shape = {k: v for k, v in vars(vae).items() if k not in ("path", "cache_mib")}
+        (folder / "vae" / "config.json").write_text(json.dumps(shape))
+        self._base.append(f"vae.path={folder}/vae")
+
+    def config(self, name: str, *overrides: str) -> Config:
+        """The configuration of a run in `name` under the bed's folder."""
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            tree = compose("train", overrides=[*self._base, f"run_dir={self.folder}/{name}", *overrides])
+        return configuration.build(tree, need_vae=False)
+
+    def run_dir(self, name: str) -> Path:
+        """Where run `name` writes."""
+        return self.folder / name
+
+
+def _shard(path: Path, first: int) -> str:
+    with wds.TarWriter(str(path)) as tar:
+        for number in range(first, first + 12):
+            rng = np.random.default_rng(number)
+            frames = rng.integers(0, 256, (5, 4, 4, 3), np.uint8).repeat(4, 1).repeat(4, 2)
+            key = {"__key__": f"{number:05d}", "txt": f"block number {number}".encode()}
+            if number % 4:
+                tar.write({**key, "mp4": encode_mp4(frames, 4.0)})
+            else:
+                buffer = io.BytesIO()
+                Image.fromarray(frames[0]).save(buffer, "PNG")
+                tar.write({**key, "png": buffer.getvalue()})
+    return str(path)
+
+
+class Job:
+    """The ranks of one start. As torchrun does, the first that fails has the others told to end, then killed."""
+
+    def __init__(self, config: Config, ranks: int, sabotage: Sabotage | None = None, restarts: int = 0) -> None:
+        self.config, self.started, self.codes = config, time.monotonic(), {}
+        port = _free_port()
+        self.log = Path(config.run_dir).with_suffix(".out")
+        self.pids = [self._fork(rank, ranks, port, sabotage, restarts) for rank in range(ranks)]
+
+    codes: dict[int, int]
+
+    def poll(self) -> bool:
+        """Whether every rank has ended; collects the codes of those that have."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.codes[rank] = os.waitstatus_to_exitcode(status)
+        return len(self.codes) == len(self.pids)
+
+    def wait(self, timeout_s: float = 600.0, grace_s: float = 15.0) -> int:
+        """Wait for all ranks: the code of exit.json where the main rank left one, as the launch scripts see it."""
+        failed, asked = None, time.monotonic()
+        while not self.poll():
+            now = time.monotonic()
+            if failed is None and any(code not in (0, 75) for code in self.codes.values()):
+                failed = now
+                self.send(signal.SIGTERM)
+            if now - asked > timeout_s or (failed is not None and now - failed > grace_s):
+                self.send(signal.SIGKILL)
+            time.sleep(0.01)
+        self.seconds = time.monotonic() - self.started
+        if all(code in (0, 75) for code in self.codes.values()):
+            return max(self.codes.values())
+        try:
+            return int(json.loads((Path(self.config.run_dir) / "exit.json").read_text())["code"]) or 1
+        except (OSError, ValueError):
+            return 1
+
+    def send(self, number: int, rank: int | None = None) -> None:
+        """Signal one rank, or all."""
+        for r, pid in enumerate(self.pids):
+            if r not in self.codes and rank in (None, r):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def _fork(self, rank: int, ranks: int, port: int, sabotage: Sabotage | None, restarts: int) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the campaign
+            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+            os.environ |= {
+                "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "faults",
+                "SORA_RESTARTS": str(restarts),
+            }  # fmt: skip
+            warnings.simplefilter("ignore")  # deprecations of DeepSpeed's calls, thousands of lines
+            mine = copy.deepcopy(self.config)
+            if sabotage is not None:
+                sabotage(mine, rank)
+            code = train(mine)
+        except configuration.InputError as error:
+            print(f"error: {error}")
+            code = 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run(config: Config, ranks: int, sabotage: Sabotage | None = None) -> int:
+    """Start and wait for the end."""
+    return Job(config, ranks, sabotage).wait()
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """What must be the same however often a run was disturbed: state, figures of each step, samples of each step."""
+    newest = latest_intact(run_dir / "checkpoints")
+    tensors = {f"{kind}/{n}": v.numpy().tobytes() for kind in KINDS for n, v in load_full(newest, kind).items()}
+    state = read_state(newest)
+    kept = {k: state[k] for k in ("step", "applied", "position", "ema_updates", "health")}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figures = [(e["step"], e["loss"], e["lr"], e["samples"]) for e in lines if "loss" in e]
+    return {"tensors": tensors, "state": kept, "figures": figures, "samples": samples_by_step(run_dir)}
+
+
+def samples_by_step(run_dir: Path) -> dict[int, list[int]]:
+    """The ledger: samples of each step, over all ranks."""
+    steps: dict[int, list[int]] = {}
+    for path in sorted((run_dir / "ledger").glob("rank-*.jsonl")):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            steps.setdefault(entry["step"], []).extend(entry["samples"])
+    return {step: sorted(samples) for step, samples in sorted(steps.items())}
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Sequence[str]:
+    """Names of the parts of two outcomes that differ."""
+    return [name for name in ours if ours[name] != theirs[name]]

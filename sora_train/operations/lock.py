@@ -1,0 +1,92 @@
+"""One run per folder: a lock that the kernel lets go of however its holder ends, and that says who holds it.
+
+`run_dir/lock.json` is locked with flock for as long as the run lives. Some shared file systems keep flock to one
+machine; there the heartbeat in the file tells whether a holder on another host lives. No clocks are compared: the
+heartbeat is a counter, and it is watched for a while to see whether it moves.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from sora_train.cli import InputError
+
+_BEAT_S = 5.0
+
+
+class RunLock:
+    """Taken by the main rank before anything is written; raises InputError while another run holds it."""
+
+    def __init__(self, run_dir: Path, beat_s: float = _BEAT_S) -> None:
+        self.path, self.beat_s = run_dir / "lock.json", beat_s
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "heartbeat": 0, "released": False}
+        self._end = threading.Event()
+        try:
+            self._take()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._write()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Let go."""
+        self._end.set()
+        self._thread.join()
+        self._mine["released"] = True
+        self._write()
+        os.close(self._descriptor)
+
+    def _take(self) -> None:
+        holder = self._read()
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._refuse(self._read() or holder)
+        elsewhere = holder and holder.get("host") != self._mine["host"] and not holder.get("released")
+        if elsewhere and self._moves(holder):
+            self._refuse(holder)
+
+    def _moves(self, holder: dict[str, Any]) -> bool:
+        """Whether the heartbeat of a holder on another host goes on."""
+        end = time.monotonic() + 3 * self.beat_s
+        while time.monotonic() < end:
+            time.sleep(min(0.2, self.beat_s))
+            now = self._read()
+            if now.get("heartbeat") != holder.get("heartbeat") or now.get("pid") != holder.get("pid"):
+                return True
+        return False
+
+    def _refuse(self, holder: dict[str, Any]) -> None:
+        raise InputError(
+            f"another run works in {self.path.parent}: process {holder.get('pid', '?')} on {holder.get('host', '?')}; "
+            "wait for it, stop it, or choose another run_dir"
+        )
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(os.pread(self._descriptor, 4096, 0)))
+        except ValueError:  # new, or being written
+            return {}
+
+    def _write(self) -> None:
+        text = json.dumps(self._mine).encode()
+        os.pwrite(self._descriptor, text.ljust(512) + b"\n", 0)  # one length, so that nothing older is left at its end
+
+    def _beat(self) -> None:
+        while not self._end.wait(self.beat_s):
+            self._mine["heartbeat"] += 1
+            try:
+                self._write()
+            except OSError:  # a full disk; the lock itself holds on
+                continue

@@ -1,0 +1,131 @@
+"""Checks between a command and its first step: what changed since the last start, and whether all ranks agree.
+
+`changes` and `count_restart` need no torch and run before any process group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sora_train.cli import InputError
+from sora_train.config import Config, to_dict
+from sora_train.world import World
+
+_PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "decord", "av", "webdataset", "hydra-core", "omegaconf")
+_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "WORLD_SIZE")
+_OWN = ("run_dir", "guard.accept_changes")  # keys whose change is no change of the run
+_FIXED = ("method", "model", "vae", "text_encoder")  # what the weights were shaped by and trained on
+_FREE = ("model.activation_checkpointing", "vae.cache_mib")  # but these change nothing that is learnt
+
+
+def changes(config: Config) -> list[str]:
+    """What is configured differently from the last start in this folder, a line each; empty for a new run.
+
+    Raises InputError where the weights of its checkpoints would no longer fit what is trained, unless
+    guard.accept_changes is set.
+    """
+    run_dir = Path(config.run_dir)
+    if not (run_dir / "config.yaml").is_file() or not any((run_dir / "checkpoints").glob("step-*")):
+        return []
+    old = flat(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
+    new = flat(to_dict(config))
+    keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and key not in _OWN]
+    differing = {key: f"{key}: {old[key]} -> {new[key]}" for key in keys}
+    dangerous = [key for key in keys if key.split(".")[0] in _FIXED and key not in _FREE]
+    if dangerous and not config.guard.accept_changes:
+        raise InputError(
+            f"the checkpoints in {run_dir} were trained with another {'; '.join(differing[key] for key in dangerous)}; "
+            "take the change back, choose another run_dir, or set guard.accept_changes=true"
+        )
+    return list(differing.values())
+
+
+def count_restart(config: Config, world: World) -> None:
+    """Count automatic restarts that brought no new checkpoint; raises InputError when there are too many.
+
+    A start by hand begins a new count. The main rank calls it.
+    """
+    run_dir, limit = Path(config.run_dir), config.guard.max_futile_restarts
+    path = run_dir / "starts.json"
+    newest = max((p.name for p in (run_dir / "checkpoints").glob("step-*")), default="none")
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = {}
+    futile = before.get("futile", 0) + 1 if world.restarts and before.get("newest") == newest else 0
+    path.write_text(json.dumps({"newest": newest, "futile": futile}) + "\n")
+    if futile > limit:
+        raise InputError(
+            f"{limit} restarts in a row brought no new checkpoint after {newest!r} (guard.max_futile_restarts); "
+            f"see {run_dir}/logs, mend the cause, and start it by hand"
+        )
+
+
+def facts(config: Config, device: str, fingerprint: str) -> dict[str, str]:
+    """Everything that must be the same on all ranks, by name. `fingerprint` is that of the data set's index."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[f"package {name}"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[f"package {name}"] = "not installed"
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "code": code_hash(),
+        "device": device,
+        "data set index": fingerprint,
+        **{f"variable {name}": os.environ.get(name, "") for name in _VARIABLES},
+        **{f"key {key}": str(value) for key, value in flat(to_dict(config)).items()},
+    }
+
+
+def require_agreement(mine: dict[str, str]) -> None:
+    """Compare every rank's facts; raises InputError on all of them where a rank differs. All ranks together."""
+    import torch.distributed as dist
+
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return
+    digests: list[str] = [""] * ranks
+    dist.all_gather_object(digests, hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    everyone: list[dict[str, str]] = [{}] * ranks
+    dist.all_gather_object(everyone, mine)
+    raise InputError("the ranks don't agree: " + "; ".join(differences(everyone)[:5]))
+
+
+def differences(everyone: list[dict[str, str]]) -> list[str]:
+    """Which rank differs from the majority in what, a line each."""
+    lines = []
+    for name in sorted(set().union(*everyone)):
+        values = [facts.get(name, "absent") for facts in everyone]
+        usual = Counter(values).most_common(1)[0][0]
+        odd = [(rank, value) for rank, value in enumerate(values) if value != usual]
+        lines += [f"rank {rank} has {name} = {value!r}, others {usual!r}" for rank, value in odd]
+    return lines
+
+
+def code_hash() -> str:
+    """SHA-256 over the source files of sora_train."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested maps as one map of dotted keys."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.rstrip("."): tree}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}{key}.").items()}

@@ -1,0 +1,87 @@
+"""What the training loop is given, as it sees it: a task, steps of packs, an engine, and places to report to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sora_train.batch import Pack, Refusal
+from sora_train.training.console import Console
+from sora_train.training.guard import Guard
+from sora_train.training.meter import Meter
+from sora_train.training.metrics import Writers
+from sora_train.training.watch import Watch
+from sora_train.training.zero import Engine
+
+
+class Task(Protocol):
+    """What a step does with a pack."""
+
+    def weight(self, pack: Pack) -> float:
+        """Loss-bearing units of a pack."""
+
+    def loss(self, network: Any, pack: Pack, device: torch.device) -> Any:
+        """An object with `sum`, and `level_sum`, `level_weight` (or None)."""
+
+
+class Step(Protocol):
+    """What the loader yields."""
+
+    position: Any
+    packs: list[Pack]
+
+    @property
+    def samples(self) -> list[int]:
+        """Rows of the clips that arrived."""
+
+    @property
+    def refused(self) -> list[Refusal]:
+        """Samples that did not."""
+
+
+class Plan(Protocol):
+    """Which samples come when."""
+
+    hash: str
+
+    @property
+    def amendments(self) -> Sequence[Any]:
+        """What is left out, and from when on."""
+
+    def amend(self, at: Any, taken: int, ahead: int, samples: Sequence[int]) -> None:
+        """Leave samples out of later epochs."""
+
+    def restore(self, amendments: Sequence[Any]) -> None:
+        """Take over what a checkpoint kept."""
+
+
+@dataclass
+class Parts:
+    """What the trainer is given."""
+
+    task: Task
+    engine: Engine
+    meter: Meter
+    open_writers: Callable[[int], Writers | None]  # by the step that the run goes on from; None off the main rank
+    console: Console
+    plan: Plan
+    # steps taken of the plan, position, refusals known from before
+    steps_from: Callable[[int, tuple[int, ...], dict[Any, Refusal]], Iterator[Any]]
+    validation: Callable[[], Iterator[Pack]]  # this rank's share of the held-out packs
+    sample: Callable[[Any, int, Callable[[], bool]], dict[str, Path]]  # network, step, whether to break off: videos
+    guard: Guard  # listens from now on; before, a signal ends the process at once, as nothing is to be saved
+    watch: Watch
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of a step: loss-bearing weight, samples, refusals, tokens."""
+
+    weight: float
+    arrived: int
+    refused: int
+    tokens: int

@@ -1,0 +1,119 @@
+"""What changed since the last start, who differs from whom, futile restarts, and what to do when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from sora_train.cli import InputError
+from sora_train.config import Config, build, to_yaml
+from sora_train.generation import build_video_model
+from sora_train.operations.memory import is_out_of_memory, suggestion
+from sora_train.operations.planner import estimate, meta_network
+from sora_train.operations.preflight import changes, code_hash, count_restart, differences, facts
+from sora_train.world import World
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def make(compose_tree: Callable[..., DictConfig], tmp_path: Path) -> Make:
+    """A configuration of a run in tmp_path."""
+
+    def config(*overrides: str) -> Config:
+        tree = compose_tree("experiment=demo", "data.sources.demo.shards=[x]", *overrides)
+        tree.run_dir = str(tmp_path)
+        return build(tree, need_vae=False)
+
+    return config
+
+
+@pytest.fixture
+def started(make: Make, tmp_path: Path) -> Path:
+    """A run with a checkpoint."""
+    (tmp_path / "config.yaml").write_text(to_yaml(make()))
+    (tmp_path / "checkpoints/step-00000010").mkdir(parents=True)
+    return tmp_path
+
+
+def test_a_new_run_and_the_same_command_again_have_no_changes(make: Make, tmp_path: Path) -> None:
+    assert changes(make()) == []
+    (tmp_path / "config.yaml").write_text(to_yaml(make("model.width=64")))
+    assert changes(make()) == [], "nothing was trained yet"
+
+
+def test_changes_are_shown(make: Make, started: Path) -> None:
+    assert changes(make()) == []
+    assert changes(make("optim.lr=0.5", "data.slots=3", "model.activation_checkpointing=true")) == [
+        "data.slots: 2 -> 3", "model.activation_checkpointing: False -> True", "optim.lr: 0.003 -> 0.5"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "override", ["model.width=64", "vae.path=other", "vae.channels=7", "text_encoder.width=64", "method=autoencoder"]
+)
+def test_dangerous_changes_are_refused_unless_forced(make: Make, started: Path, override: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(InputError, match=f"{key}: .* -> {value}; .*guard.accept_changes=true"):
+        changes(make(override))
+    assert any(line.startswith(f"{key}: ") for line in changes(make(override, "guard.accept_changes=true")))
+
+
+def test_restarts_without_progress_end_and_a_start_by_hand_begins_anew(make: Make, started: Path) -> None:
+    config = make("guard.max_futile_restarts=2")
+    count_restart(config, World())
+    for restart in (1, 2):
+        count_restart(config, World(restarts=restart))
+    (started / "checkpoints/step-00000020").mkdir()
+    for restart in (3, 4, 5):
+        count_restart(config, World(restarts=restart))
+    with pytest.raises(InputError, match="2 restarts in a row brought no new checkpoint after 'step-00000020'"):
+        count_restart(config, World(restarts=6))
+    count_restart(config, World())
+    count_restart(config, World(restarts=1))
+
+
+def test_the_differing_rank_and_thing_are_named() -> None:
+    same = {"python": "3.11", "package torch": "2.13"}
+    assert differences([same, same, same]) == []
+    assert differences([same, {**same, "package torch": "2.12"}, same]) == [
+        "rank 1 has package torch = '2.12', others '2.13'"
+    ]
+    assert differences([same, same, {"python": "3.11"}]) == ["rank 2 has package torch = 'absent', others '2.13'"]
+
+
+def test_facts_cover_versions_code_data_and_every_key(make: Make) -> None:
+    mine = facts(make(), "cpu", "abc")
+    assert mine["package torch"] == torch.__version__ and mine["data set index"] == "abc"
+    assert (mine["code"], mine["device"], mine["key optim.lr"]) == (code_hash(), "cpu", "0.003")
+    assert differences([mine, facts(make("optim.lr=0.5"), "cpu", "abc")]) == [
+        "rank 1 has key optim.lr = '0.5', others '0.003'"
+    ]
+
+
+def test_out_of_memory_is_known_by_its_kinds() -> None:
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(KeyError("x"))
+
+
+def test_the_suggestion_for_too_little_memory_fits(make: Make) -> None:
+    config = make("model=1b3", "data.slots=16", "parallel.accumulation=1", "deepspeed=zero1")
+    network = meta_network(build_video_model, config)
+    now = estimate(config, network, None, 8)
+    available = int(1.1 * (now.state_bytes + now.activation_bytes))  # the estimate was wrong
+    line = suggestion(config, network, 8, available)
+    overrides = line.split("; try ")[1].split(" (about")[0].split()
+    assert overrides[0] == "parallel.accumulation=2"
+    better = estimate(make("model=1b3", "deepspeed=zero1", *_last(["data.slots=16", *overrides])), network, None, 8)
+    assert better.state_bytes + better.activation_bytes < 0.7 * available
+    assert config.parallel.accumulation == 1, "the run's own configuration is left alone"
+    assert "nothing that keeps the model makes it fit" in suggestion(config, network, 1, 1 << 20)
+
+
+def _last(overrides: list[str]) -> list[str]:
+    return list({o.partition("=")[0]: o for o in overrides}.values())
