@@ -125,7 +125,10 @@ def _writers(config: Config, step: int) -> Writers:
     run_dir = Path(config.run_dir).resolve()
     run_id = re.sub(r"[^\w.-]+", "-", run_dir.name) + "-" + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
     logging = config.logging
-    return Writers(run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step)
+    return Writers(
+        run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step, logging.group,
+        logging.tags, logging.prometheus_port,
+    )  # fmt: skip
 
 
 def _summary(config: Config, world: World, plan: Plan, engine: Engine, passes: int) -> str:

@@ -10,6 +10,7 @@ The same command goes on where a stopped or killed run was. Exit codes: 0 done, 
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -33,7 +34,21 @@ def train(config: Config) -> int:
     finally:
         if world.is_main:
             write_exit(config.run_dir, code, reason)
+            _report(Path(config.run_dir))
     return code
+
+
+def _report(run_dir: Path) -> None:
+    """Leave report.html; whatever is wrong with it, the run has ended as it has."""
+    if not (run_dir / "metrics.jsonl").is_file():
+        return
+    from sora_train.operations.records import read
+    from sora_train.operations.report import write_report
+
+    try:
+        write_report(read(run_dir))
+    except Exception as error:
+        logging.getLogger(__name__).warning("report.html is not written: %s: %s", type(error).__name__, error)
 
 
 def _train(config: Config, world: World) -> int:
