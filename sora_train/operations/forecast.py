@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,8 @@ from sora_train.operations.timing import SaveAdvice, StepTime, save_advice, step
 from sora_train.operations.trace import Size, Untrained, trace
 from sora_train.training.console import duration
 
-_MORE = {False: (True,), "none": ("selective", "block"), "selective": ("block",)}  # model.activation_checkpointing
+# What recomputes more than each value of model.activation_checkpointing.
+_MORE: dict[Any, tuple[Any, ...]] = {False: (True,), "none": ("selective", "block"), "selective": ("block",)}
 _USABLE = 0.9  # share of a device's memory; the rest is for the driver, kernels' scratch and fragmentation
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
+from typing import Any
 
 from sora_train.cli import STOPPED
 from sora_train.operations.records import read
@@ -120,7 +121,9 @@ def _result(job: Job, code: int | None, metric: str) -> Result:
     if code is None:
         return Result(STOPPED, "not started: the sweep was stopped", math.inf)
     note = job.run_dir / "exit.json"
-    said = json.loads(note.read_text()) if note.is_file() else {"code": code, "reason": "died; see output.log"}
+    said: dict[str, Any] = {"code": code, "reason": "died; see output.log"}
+    if note.is_file():
+        said = json.loads(note.read_text())
     if said["code"] != 0:
         return Result(int(said["code"]), str(said["reason"]), math.inf)
     record = read(job.run_dir)
