@@ -85,10 +85,10 @@ def _refuse_sweep_under_torchrun() -> None:
 
 
 def job_name() -> str:
-    """Number of one job of a sweep and what sets it apart from the others, as a folder name."""
+    """Number of one job of a sweep and what sets it apart, as a folder name that Hydra also takes as a value."""
     hydra_config = HydraConfig.get()
     swept = [override for override in hydra_config.overrides.task if override not in sys.argv]
-    return f"{hydra_config.job.num}-" + re.sub(r"[^\w.=,-]+", "_", ",".join(swept))[:80].strip("_,")
+    return f"{hydra_config.job.num}-" + re.sub(r"[^\w.-]+", "_", ",".join(swept).replace("=", "-"))[:80].strip("_")
 
 
 def _one_line(error: Exception) -> str:

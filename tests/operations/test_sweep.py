@@ -69,7 +69,7 @@ def test_the_launcher_under_hydra(tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=tmp_path, timeout=270, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    for name in ("0-optim.lr=1e-3", "1-optim.lr=2e-3"):
+    for name in ("0-optim.lr-0.001", "1-optim.lr-0.002"):
         note = json.loads((tmp_path / "sweep" / name / "exit.json").read_text())
         assert note["code"] == 2 and "no shard at" in note["reason"]
         assert f"{name} ended with code 2: no shard" in done.stderr
