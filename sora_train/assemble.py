@@ -23,7 +23,7 @@ from sora_train.cost import cost, geometry
 from sora_train.data.consolidated import load_consolidated
 from sora_train.data.decode import Limits
 from sora_train.data.filters import Filter, both
-from sora_train.data.index import expand, index_shards, load_index
+from sora_train.data.index import Index, expand, index_shards, load_index
 from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
 from sora_train.data.plan import Plan, PlanInputs, Position
 from sora_train.data.pool import Pool
@@ -72,8 +72,10 @@ class Shards:
     def plan(self, config: Config) -> Stages:
         """The plan of the training shards."""
         inputs = _inputs(config, self.filters, config.flow.tasks)
-        path, bad = config.data.index, config.data.max_bad_fraction
-        index = load_consolidated(path, self.training, self.store) if path else load_index(self.training, self.store, bad)
+        if config.data.index:
+            index: Index = load_consolidated(config.data.index, self.training, self.store)
+        else:
+            index = load_index(self.training, self.store, config.data.max_bad_fraction)
         return build_stages(index, self.source_of, config.data, inputs)
 
     def held_out(self, config: Config) -> Plan | None:
@@ -193,7 +195,10 @@ def _writers(config: Config, step: int) -> Writers:
     run_dir = Path(config.run_dir).resolve()
     run_id = re.sub(r"[^\w.-]+", "-", run_dir.name) + "-" + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
     logging = config.logging
-    return Writers(run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step)
+    return Writers(
+        run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step, logging.group,
+        logging.tags, logging.prometheus_port,
+    )  # fmt: skip
 
 
 def _summary(config: Config, world: World, plan: Stages, engine: Engine, passes: int) -> str:

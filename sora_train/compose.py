@@ -39,12 +39,13 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True) -> int:
     def main(tree: DictConfig) -> None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             with open_dict(tree):
-                tree.run_dir = f"{tree.run_dir}/{_job_name()}"
+                tree.run_dir = f"{tree.run_dir}/{job_name()}"
         try:
             codes.append(job(configuration.build(tree, need_vae)))
         except InputError as error:  # Hydra would print a line of its own over ours
             mistakes.append(error)
 
+    main.codes = codes  # type: ignore[attr-defined]  # where a launcher that runs jobs as processes leaves theirs
     try:
         _refuse_sweep_under_torchrun()
         hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")(main)()
@@ -86,11 +87,11 @@ def _refuse_sweep_under_torchrun() -> None:
         )
 
 
-def _job_name() -> str:
-    """Number of one job of a sweep and what sets it apart from the others, as a folder name."""
+def job_name() -> str:
+    """Number of one job of a sweep and what sets it apart, as a folder name that Hydra also takes as a value."""
     hydra_config = HydraConfig.get()
     swept = [override for override in hydra_config.overrides.task if override not in sys.argv]
-    return f"{hydra_config.job.num}-" + re.sub(r"[^\w.=,-]+", "_", ",".join(swept))[:80].strip("_,")
+    return f"{hydra_config.job.num}-" + re.sub(r"[^\w.-]+", "_", ",".join(swept).replace("=", "-"))[:80].strip("_")
 
 
 def _one_line(error: Exception) -> str:

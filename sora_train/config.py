@@ -22,6 +22,7 @@ from sora_train.cli import InputError, nearest
 _SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential|^key$|^token$|account_?key)")
 DECODERS = ("decord", "pyav", "torchcodec")
 TASKS = ("text_to_video", "image_to_video", "extension", "image")
+WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
 DERIVED = {  # DeepSpeed keys that follow from ours
     "train_batch_size": "data.slots",
     "train_micro_batch_size_per_gpu": "data.slots",
@@ -259,6 +260,9 @@ class LoggingConfig:
     sample_clips: int = 4
     writers: list[str] = field(default_factory=lambda: ["tensorboard", "wandb"])  # beside metrics.jsonl
     project: str = "sora_train"
+    group: str = ""  # of the wandb run; empty: the folder that the run folder lies in
+    tags: list[str] = field(default_factory=list)  # of the wandb run
+    prometheus_port: int = 0  # where Prometheus reads; 0: run_dir/metrics.prom, for its textfile collector
     peak_tflops: float | None = None  # of one device, for MFU; null: known for the GPU, measured on a CPU
 
 
@@ -394,8 +398,8 @@ def check(config: Config) -> None:
     _require(text.width % text.heads == 0, f"text_encoder.width={text.width} must be a multiple of its heads")
     _require(len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
              "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
-    unknown = [name for name in config.logging.writers if name not in ("tensorboard", "wandb")]
-    _require(not unknown, f"logging.writers has no {unknown}; known: tensorboard, wandb")
+    unknown = [name for name in config.logging.writers if name not in WRITERS]
+    _require(not unknown, f"logging.writers has no {unknown}; known: {', '.join(WRITERS)}")
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)

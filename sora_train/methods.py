@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sora_train.batch import Clip
-from sora_train.config import Config, Method
+from sora_train.config import Config, Method, Precision
 from sora_train.cost import geometry
 from sora_train.data.transforms import to_frames, to_unit
 from sora_train.flow.rectified import FlowTask
@@ -114,3 +114,26 @@ def write_previews(
         if clip.visit.frames > 1:
             paths[clip.caption] = folder / f"{place:02d}.mp4"
     return paths
+
+
+def untrained(config: Config) -> tuple[nn.Module, Task, nn.Module]:
+    """Network in the run's precision, task, and frozen VAE of a run, with fresh weights and without a trained VAE.
+
+    For planning, also on tensors without memory, which can't be cast in place: so all is built in its precision.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if config.precision is Precision.bf16 else torch.float32)
+    try:
+        network: nn.Module = build_video_model(config) if config.method is Method.diffusion else build_vae(config.vae)
+    finally:
+        torch.set_default_dtype(before)
+    if config.method is Method.autoencoder:
+        return network, AutoencodingTask(config.vae, geometry(config)), nn.Module()
+    vae = build_vae(config.vae).requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(video_BCTHW: torch.Tensor) -> torch.Tensor:
+        return vae.normalise(vae.encode(to_unit(video_BCTHW))[0])
+
+    task = FlowTask(config.flow, geometry(config), config.vae.channels, encode, tokenizer(config))
+    return network, task, vae

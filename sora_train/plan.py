@@ -1,17 +1,28 @@
 """What a run will need and how its data packs, without a GPU, a process group or a trained VAE.
 
-    python -m sora_train.plan experiment=demo world_size=64 [key=value ...]
+    python -m sora_train.plan experiment=demo world_size=64 hardware=h100 [key=value ...]
 
-Prints parameters, memory per rank, batch arithmetic and FLOPs; with shards at hand also steps per epoch, packing and
-balance.
+    world_size=1         ranks
+    hardware=h100        a100, h100, h200, b200, l40s, rtx4090, or cpu (this machine's cores, measured)
+    per_node=8           ranks of one machine
+    price=...            dollars per rank and hour, instead of the table's assumption
+    disk_gb_s=2          what the shared file system writes, all ranks together
+    device_hours=50676   hours that one device runs between failures
+    rehearse=true        besides, take one real step of one rank here, the others missing; needs that rank's memory
+
+Prints parameters, batch arithmetic, FLOPs, checkpoint advice; with shards at hand steps per epoch, packing and balance;
+memory by part and step time for ZeRO 0 to 3; and says which setting fits. How far off it is: docs/planning.md.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.table import Table
 
 from sora_train.assemble import Shards
 from sora_train.cli import InputError, run
@@ -19,7 +30,26 @@ from sora_train.compose import run_hydra
 from sora_train.config import Config, Method
 from sora_train.data.plan import Plan
 from sora_train.generation import build_vae, build_video_model
-from sora_train.operations.planner import estimate, meta_network
+from sora_train.methods import untrained
+from sora_train.operations.footprint import stage_of
+from sora_train.operations.forecast import Forecast, forecast, show
+from sora_train.operations.hardware import hardware
+from sora_train.operations.planner import estimate, heaviest_pass, meta_network
+from sora_train.operations.rehearsal import rehearse
+from sora_train.operations.timing import DEVICE_HOURS_PER_FAILURE
+
+
+@dataclass
+class Options:
+    """What the command takes beside the configuration."""
+
+    world_size: int = 1
+    hardware: str = "h100"
+    per_node: int = 8
+    price: float | None = None
+    disk_gb_s: float = 2.0
+    device_hours: float = DEVICE_HOURS_PER_FAILURE
+    rehearse: bool = False
 
 
 def main() -> int:
@@ -27,44 +57,45 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    ranks = _take("world_size")
+    options = take(sys.argv)
     if not any(argument.startswith("run_dir=") for argument in sys.argv[1:]):
         sys.argv.append("run_dir=runs/planned")  # nothing is written
-    return run_hydra(lambda config: plan(config, ranks), need_vae=False)
+    return run_hydra(lambda config: plan(config, options), need_vae=False)
 
 
-def plan(config: Config, ranks: int) -> int:
-    """Print the estimate of one configuration."""
+def plan(config: Config, options: Options) -> int:
+    """Print the forecast of one configuration."""
+    terminal = Console()
+    data, note = _data(config)
+    result = predict(config, options, data)
+    show(terminal, config, result, note)
+    if options.rehearse:
+        sizes, _ = heaviest_pass(config, data, options.world_size)
+        took = rehearse(config, options.world_size, result.figures.passes, sizes, untrained)
+        expected = result.stages[stage_of(config)].memory.peak
+        terminal.print(
+            f"rehearsed one step as one of {options.world_size} ranks at ZeRO stage {stage_of(config)}: "
+            f"{took.owned:,} elements of the optimizer state, at most {took.peak / 2**20:,.1f} MiB of tensors "
+            f"({expected / 2**20:,.1f} MiB planned; {took.start / 2**20:,.1f} MiB at the start), {took.seconds:.1f} s"
+        )
+    return 0
+
+
+def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
+    """The forecast of a configuration, with its plan where there are shards."""
     if config.method is Method.diffusion:
         network = meta_network(build_video_model, config)
     else:
         network = meta_network(build_vae, config.vae)
-    data, note = _data(config)
-    e = estimate(config, network, data, ranks)
-    table = Table(title=f"{config.method.value} on {ranks} rank(s), {config.precision.value}", show_header=False)
-    gib = 2**30
-    rows = [
-        ("parameters", f"{e.parameters / 1e6:.1f}M"),
-        ("model, optimizer and EMA per rank", f"{e.state_bytes / gib:.2f} GiB"),
-        ("activations per rank, estimated", f"{e.activation_bytes / gib:.2f} GiB"),
-        ("slots per step", f"{config.data.slots}, {e.passes} pass(es) per rank, {e.idle:.0%} of the places idle"),
-        ("tokens per step, at most", f"{config.data.slots * config.data.max_tokens:,}"),
-        ("model FLOPs per full step", f"{e.step_flops:.3g}"),
-        ("model FLOPs of the run", f"{e.step_flops * config.steps:.3g}"),
-    ]
-    if e.steps_per_epoch is not None and e.fill is not None and e.balance is not None:
-        rows += [
-            ("steps per epoch", f"{e.steps_per_epoch}"),
-            ("token budget used", f"{e.fill:.1%}"),
-            ("balance of the slots", f"{e.balance:.1%}"),
-            ("a step's departure from the mix, at most", f"{e.departure:.1%} of its tokens"),
-        ]
-    else:
-        rows.append(("data", note))
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    return 0
+    device = hardware(options.hardware)
+    if options.price is not None:
+        device = replace(device, dollars_per_hour=options.price)
+    figures = estimate(config, network, data, options.world_size)
+    sizes, share = heaviest_pass(config, data, options.world_size)
+    return forecast(
+        config, figures, sizes, share, device, options.per_node, options.disk_gb_s * 1e9, options.device_hours,
+        untrained,
+    )  # fmt: skip
 
 
 def _data(config: Config) -> tuple[Plan | None, str]:
@@ -75,16 +106,21 @@ def _data(config: Config) -> tuple[Plan | None, str]:
         return None, str(error)
 
 
-def _take(name: str) -> int:
-    """Take `name=N` out of the command line, before Hydra sees it; 1 where it isn't there."""
-    for argument in sys.argv[1:]:
-        key, _, value = argument.partition("=")
-        if key == name:
-            sys.argv.remove(argument)
-            if not value.isdigit() or int(value) < 1:
-                raise InputError(f"{name}={value} must be a whole number above 0")
-            return int(value)
-    return 1
+def take(arguments: list[str]) -> Options:
+    """Take our own options out of a command line, before Hydra sees it. Raises InputError for a wrong value."""
+    known = asdict(Options())
+    mine = [a for a in arguments[1:] if a.partition("=")[0] in known]
+    arguments[1:] = [a for a in arguments[1:] if a not in mine]
+    try:
+        merged: Any = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(mine))
+        options = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from error
+    assert isinstance(options, Options)
+    for name in ("world_size", "per_node", "disk_gb_s", "device_hours"):
+        if getattr(options, name) <= 0:
+            raise InputError(f"{name}={getattr(options, name)} must be above 0")
+    return options
 
 
 if __name__ == "__main__":

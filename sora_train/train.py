@@ -38,7 +38,22 @@ def train(config: Config) -> int:
         told = (Path(config.run_dir) / "exit.json").exists()  # by the rank that failed first, and knows why
         if code == BAD_INPUT or (world.is_main and not (code == 1 and told)):
             write_exit(config.run_dir, code, reason)
+        if world.is_main and code != BAD_INPUT:
+            _report(Path(config.run_dir))
     return code
+
+
+def _report(run_dir: Path) -> None:
+    """Leave report.html; whatever is wrong with it, the run has ended as it has."""
+    if not (run_dir / "metrics.jsonl").is_file():
+        return
+    from sora_train.operations.records import read
+    from sora_train.operations.report import write_report
+
+    try:
+        write_report(read(run_dir))
+    except Exception as error:
+        logging.getLogger(__name__).warning("report.html is not written: %s: %s", type(error).__name__, error)
 
 
 def _start(config: Config, world: World) -> int:

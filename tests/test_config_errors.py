@@ -102,7 +102,7 @@ def test_a_deepspeed_key_that_follows_from_ours_is_refused(answer: Answer, key: 
         (["deepspeed=zero3"], "an autoencoder runs"),
         (["deepspeed.zero_optimization.stage=4"], "deepspeed.zero_optimization.stage=4; known: 0, 1, 2, 3"),
         (["+deepspeed.zero_optimization.round_robin_gradients=true"], "round_robin_gradients"),
-        (["logging.writers=[tensorbord]"], "logging.writers has no ['tensorbord']; known: tensorboard, wandb"),
+        (["logging.writers=[tensorbord]"], "logging.writers has no ['tensorbord']; known: tensorboard, wandb, p"),
         (["data.decoders=[decrod]"], "data.decoders has no ['decrod']; did you mean 'decord'?"),
         (["data.decoders=[]"], "data.decoders=[]: name at least one"),
         (["data.decoders=[pyav,pyav]"], "and each once"),

@@ -194,4 +194,4 @@ def test_every_package_ships() -> None:
         for package in ("sora_train", "data_tools")
         for init in ROOT.glob(f"{package}/**/__init__.py")
     ]
-    assert sorted(listed) == sorted([*found, "sora_train.conf"])
+    assert sorted(listed) == sorted([*found, "sora_train.conf", "hydra_plugins"])

@@ -1,7 +1,8 @@
 """What a run will need, from its configuration alone: parameters, memory, batch arithmetic, FLOPs, balance.
 
 Memory is model states (Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054, section 3: weights and gradients in the
-run's precision, fp32 master and two Adam moments, one fp32 EMA) plus an estimate of activations.
+run's precision, fp32 master and two Adam moments, one fp32 EMA) plus a rule of thumb for activations: what can be said
+at once. `footprint.py` has the figures of a traced pass.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sora_train.config import Config, Precision
 from sora_train.cost import cost, geometry
 from sora_train.data.packing import departure
 from sora_train.data.plan import Plan
+from sora_train.operations.trace import Size
 
 _SAVED_PER_TOKEN = 34  # activations of one block that backward needs, in model widths per token (no checkpointing)
 
@@ -62,6 +64,28 @@ def estimate(config: Config, network: nn.Module, plan: Plan | None, ranks: int) 
     flops = slots * cost(config).training([min(longest, config.data.max_tokens)] * clips)
     figures = _of_plan(plan) if plan is not None else (None, None, None, None)
     return Estimate(ranks, parameters, int(state), activations, passes, 1 - slots / (per_rank * ranks), flops, *figures)
+
+
+def heaviest_pass(config: Config, plan: Plan | None, ranks: int) -> tuple[list[Size], float]:
+    """Sizes of the clips of the dearest forward pass, and what the dearest pass of a mean step costs relative to it.
+
+    With a plan it is that of the first window; else the slots are taken to be full of the longest clips.
+    """
+    per_rank = -(-config.data.slots // ranks)
+    together = -(-per_rank // (config.parallel.accumulation or per_rank))  # slots in one pass
+    if plan is None:
+        longest = (config.data.max_frames, *_square(config))
+        clips = max(1, config.data.max_tokens // geometry(config).tokens(*longest))
+        return [longest] * (clips * together), config.data.fill
+    tokens, cost_of = plan.inputs.geometry.tokens, plan.inputs.cost
+    dearest: list[Size] = []
+    most, total, steps = 0, 0, plan.steps(0, 0)
+    for slots in steps:
+        loads = {cost_of.training([tokens(*v.size) for v in slot]): slot for slot in slots}
+        total += max(loads)
+        if max(loads) > most:
+            most, dearest = max(loads), [v.size for v in loads[max(loads)]]
+    return dearest * together, total / len(steps) / most
 
 
 def _square(config: Config) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""Where figures and sample videos go: metrics.jsonl always, TensorBoard and wandb if asked for.
+"""Where figures and sample videos go: metrics.jsonl always; TensorBoard, wandb and Prometheus if asked for.
 
 metrics.jsonl is the record that tests, reports and comparisons read, so a run that was stopped and resumed must leave
-the same file as one that was not. The other two are for people; whatever happens to them, training goes on.
+the same file as one that was not. The others are for people; whatever happens to them, training goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import math
 import netrc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from PIL import Image
 
 log = logging.getLogger(__name__)
 
-KNOWN = ("jsonl", "tensorboard", "wandb")
+KNOWN = ("jsonl", "tensorboard", "wandb", "prometheus")
 
 _GIF_SIDE = 160  # pixels: longer side of the animated images in TensorBoard
 _GIF_FRAMES = 40
@@ -46,6 +46,8 @@ class Writers:
 
     names: of `KNOWN`; metrics.jsonl is written even if it is not named. config: resolved, secrets masked. steps: of the
     whole run. resume_step: the step the run goes on from, 0 for a new one; later lines of metrics.jsonl are cut off.
+    group and tags: of the wandb run; the group is the folder that the run folder lies in where it isn't given.
+    prometheus_port: 0 writes run_dir/metrics.prom instead.
     A writer that cannot start, or fails later, is left out with one warning.
     Raises ValueError for an unknown name, OSError if metrics.jsonl cannot be opened.
     """
@@ -59,6 +61,9 @@ class Writers:
         steps: int,
         project: str,
         resume_step: int,
+        group: str = "",
+        tags: Sequence[str] = (),
+        prometheus_port: int = 0,
     ) -> None:
         unknown = sorted(set(names) - set(KNOWN))
         if unknown:
@@ -68,7 +73,10 @@ class Writers:
         if "tensorboard" in names:
             self._start("tensorboard", lambda: _TensorBoard(run_dir / "tensorboard", resume_step))
         if "wandb" in names:
-            self._start("wandb", lambda: _Wandb(run_dir, run_id, {**config, "total_steps": steps}, project))
+            about = {**config, "total_steps": steps}
+            self._start("wandb", lambda: _Wandb(run_dir, run_id, about, project, group or run_dir.parent.name, tags))
+        if "prometheus" in names:
+            self._start("prometheus", lambda: _prometheus(run_dir, prometheus_port))
 
     def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
         """Log one step's figures; each call is on disk in metrics.jsonl when it returns."""
@@ -192,15 +200,19 @@ def _gif(path: Path) -> tuple[bytes, int, int]:
 class _Wandb:
     """A wandb run that a resumed run goes on with: its id is the run's own. Never asks for anything."""
 
-    def __init__(self, run_dir: Path, run_id: str, config: dict[str, Any], project: str) -> None:
+    def __init__(
+        self, run_dir: Path, run_id: str, config: dict[str, Any], project: str, group: str, tags: Sequence[str]
+    ) -> None:
         import wandb
 
-        self._video = wandb.Video
+        self._video, self._table = wandb.Video, wandb.Table
         self._run = wandb.init(
             project=project,
             id=run_id,
             name=run_dir.name,
             dir=str(run_dir),  # wandb adds a folder wandb/
+            group=group,
+            tags=list(tags),
             config=config,
             resume="allow",
             mode=wandb_mode(),
@@ -215,9 +227,17 @@ class _Wandb:
     def videos(self, step: int, paths: Mapping[str, Path]) -> None:
         for name, path in paths.items():
             self._run.log({f"samples/{name}": self._video(str(path), caption=name, format="mp4"), "step": step})
+        rows = [[step, name, self._video(str(path), caption=name, format="mp4")] for name, path in paths.items()]
+        self._run.log({"samples": self._table(columns=["step", "prompt", "video"], data=rows), "step": step})
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _prometheus(run_dir: Path, port: int) -> Writer:
+    from sora_train.training.prometheus import PrometheusWriter
+
+    return PrometheusWriter(run_dir, port)
 
 
 def wandb_mode() -> Any:

@@ -1,0 +1,62 @@
+"""Runs side by side: what differs in their configurations, where their curves ended, and their curves.
+
+    python -m sora_train.compare RUN RUN ... [figures=[loss,mfu]] [html=compare.html] [png=compare.png]
+    python -m sora_train.compare RUN                     writes RUN/report.html
+
+    figures    for the table and the PNG (loss, validation_loss, tokens_per_s, mfu, step_time)
+    html       one page with everything: curves, samples, differences, events
+    png        the curves, drawn by matplotlib
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sora_train.cli import InputError, options, run
+from sora_train.operations.records import Record, read
+from sora_train.operations.report import page, write_report
+from sora_train.operations.side_by_side import plot, table
+
+
+@dataclass
+class Options:
+    """What the command takes beside run folders."""
+
+    figures: list[str] = field(
+        default_factory=lambda: ["loss", "validation_loss", "tokens_per_s", "mfu", "step_time", "samples", "goodput"]
+    )
+    html: str = ""
+    png: str = ""
+
+
+def main() -> int:
+    """Compare the runs that the command line names."""
+    folders = [a for a in sys.argv[1:] if "=" not in a and not a.startswith("-")]
+    sys.argv[1:] = [a for a in sys.argv[1:] if a not in folders]
+    wanted = options(Options, __doc__)
+    if not folders:
+        raise InputError("name at least one run folder; --help shows how")
+    records = _told_apart([read(folder) for folder in folders])
+    table(records, wanted.figures)
+    if len(records) == 1:
+        print(write_report(records[0]))
+    if wanted.html:
+        Path(wanted.html).write_text(page("Comparison of runs", records), encoding="utf-8")
+    if wanted.png:
+        plot(records, wanted.figures, Path(wanted.png))
+    return 0
+
+
+def _told_apart(records: list[Record]) -> list[Record]:
+    """Runs of one name are called by their whole path."""
+    names = [record.name for record in records]
+    return [
+        Record(str(r.folder), r.folder, r.config, r.curves, r.end, r.quarantine) if names.count(r.name) > 1 else r
+        for r in records
+    ]
+
+
+if __name__ == "__main__":
+    run(main)

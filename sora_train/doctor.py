@@ -1,0 +1,89 @@
+"""Is this machine, or are all machines of a job, fit for a run?
+
+    python -m sora_train.doctor [shards=[my/*.tar]] [run_dir=runs/x] [json=report.json]
+    torchrun --nnodes 4 ... -m sora_train.doctor ...      the same on every machine, and the links between them
+
+    shards     read a part of them
+    run_dir    whether checkpoints can be written there (runs)
+    json       write the findings there too
+
+Exit code: 0 nothing fails (warnings may be there), 1 something fails.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sora_train.cli import options, run
+from sora_train.world import World, from_environment
+
+
+@dataclass
+class Options:
+    """What the command takes."""
+
+    shards: list[str] = field(default_factory=list)
+    run_dir: str = "runs"
+    json: str = ""
+
+
+def main() -> int:
+    """Check, report, and answer by exit code."""
+    wanted = options(Options, __doc__)
+    world = from_environment()
+    from sora_train.operations.checks import FAILURE, machine
+
+    host = socket.gethostname()
+    mine = {host: [f.as_dict() for f in machine(wanted.shards, wanted.run_dir)]} if world.local_rank == 0 else {}
+    found = _everywhere(world, mine) if world.launched else mine
+    if world.is_main:
+        _show(found)
+        if wanted.json:
+            Path(wanted.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 1 if any(f["status"] == FAILURE for findings in found.values() for f in findings) else 0
+
+
+def _everywhere(world: World, mine: dict[str, Any]) -> dict[str, Any]:
+    """The findings of all machines, and those between them."""
+    import torch.distributed as dist
+
+    from sora_train.operations.links import between
+    from sora_train.training.zero import connect, disconnect
+
+    device = connect(world)
+    try:
+        parts: list[dict[str, Any]] = [{}] * world.size
+        dist.all_gather_object(parts, mine)
+        found: dict[str, Any] = {}
+        for rank, part in enumerate(parts):
+            for host, findings in part.items():
+                found[host if host not in found else f"{host}, rank {rank}"] = findings
+        if world.size > 1:
+            found["between ranks"] = [f.as_dict() for f in between(world, device)]
+        return found
+    finally:
+        disconnect()
+
+
+def _show(found: dict[str, Any]) -> None:
+    colours = {"ok": "green", "warning": "yellow", "failure": "red"}
+    terminal = Console()
+    for host, findings in found.items():
+        table = Table(title=host, show_header=False)
+        for finding in findings:
+            colour = colours[finding["status"]]
+            table.add_row(finding["check"], f"[{colour}]{finding['status']}[/{colour}]", finding["detail"])
+        terminal.print(table)
+    counts = {status: sum(f["status"] == status for fs in found.values() for f in fs) for status in colours}
+    terminal.print(", ".join(f"{count} {status}" for status, count in counts.items()))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,206 @@
+"""What can be wrong with one machine before a run, checked by doing it: decode a clip, read a shard, write a file."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sora_train.cli import InputError
+from sora_train.data.decode import DecodeError
+from sora_train.data.index import expand
+from sora_train.data.pool import Pool
+from sora_train.media import encode_mp4
+
+OK, WARNING, FAILURE = "ok", "warning", "failure"
+_PACKAGES = ("torch", "deepspeed", "hydra-core", "webdataset", "decord", "av", "wandb")
+_READ_BYTES = 64 << 20
+_WANDB = "https://api.wandb.ai"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found. `value` is its figure, in the unit that `detail` names."""
+
+    check: str
+    status: str
+    detail: str
+    value: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def machine(shards: list[str], run_dir: str) -> list[Finding]:
+    """Every check of this machine. Nothing here needs another one."""
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        versions, gpus, decoders, lambda: shard_reads(shards), lambda: space(run_dir), limits, build_locks,
+        lambda: writable(run_dir), wandb,
+    ]  # fmt: skip
+    return [finding for check in checks for finding in check()]
+
+
+def versions() -> Iterator[Finding]:
+    """Python and the packages that a run stands on."""
+    yield Finding("python", OK, f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} CPUs")
+    found, missing = [], []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    yield Finding("packages", OK, ", ".join(found))
+    if missing:
+        yield Finding("packages", WARNING, f"not installed: {', '.join(missing)}")
+
+
+def gpus() -> Iterator[Finding]:
+    """The GPUs that torch can use, each by a small product on it."""
+    if not torch.cuda.is_available():
+        yield Finding("GPUs", WARNING, "none that torch can use; training runs on the CPU", 0)
+        return
+    for number in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(number)
+        a = torch.ones(256, 256, device=f"cuda:{number}")
+        right = bool(((a @ a) == 256).all())
+        free, total = torch.cuda.mem_get_info(number)[0] / 2**30, about.total_memory / 2**30
+        status = OK if right and free > 0.9 * total else WARNING if right else FAILURE
+        yield Finding(f"GPU {number}", status, f"{about.name}, {free:.1f} of {total:.1f} GiB free", free)
+
+
+def decoders() -> Iterator[Finding]:
+    """Decode a made clip in the child process that training uses, and look at the pixels."""
+    shade = np.arange(0, 250, 25, dtype=np.uint8)
+    clip = np.broadcast_to(shade[:, None, None, None], (len(shade), 64, 96, 3)).copy()
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"sora_train-doctor-{os.getpid()}.mp4"
+    path.write_bytes(encode_mp4(clip, 8.0))
+    try:
+        with Pool(1, 60.0) as pool:
+            about = pool.probe(str(path), "mp4").result()
+            start = time.monotonic()
+            member = (0, path.stat().st_size, about["crc32"])
+            frames = pool.decode(str(path), "mp4", member, [0, 5, 9], (64, 96), (0, 0, 64, 96)).result()
+            took = time.monotonic() - start
+        off = int(np.abs(frames.mean((1, 2, 3)) - shade[[0, 5, 9]]).max())
+        status = OK if about["frames"] == len(shade) and off <= 4 else FAILURE
+        text = f"{about['frames']} of {len(shade)} frames, pixels off by {off}, {took:.2f} s"
+        yield Finding("decoder", status, text, took)
+    except DecodeError as error:
+        yield Finding("decoder", FAILURE, f"{error.cause}: {error.detail}")
+    finally:
+        path.unlink()
+
+
+def shard_reads(patterns: list[str]) -> Iterator[Finding]:
+    """Whether the shards are there, and how fast the first, middle and last are read."""
+    if not patterns:
+        return
+    try:
+        paths = expand(patterns)
+    except InputError as error:
+        yield Finding("shards", FAILURE, str(error))
+        return
+    done, start = 0, time.monotonic()
+    for path in sorted({paths[0], paths[len(paths) // 2], paths[-1]}):
+        try:
+            with Path(path).open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the disk's speed, not the page cache's
+                while done < _READ_BYTES and (part := file.read(4 << 20)):
+                    done += len(part)
+        except OSError as error:
+            yield Finding("shards", FAILURE, f"{path}: {error.strerror}")
+            return
+    speed = done / max(time.monotonic() - start, 1e-9) / 1e6
+    yield Finding("shards", OK if speed > 50 else WARNING, f"{len(paths)} shard(s), read at {speed:.0f} MB/s", speed)
+
+
+def space(run_dir: str) -> Iterator[Finding]:
+    """Room for checkpoints, and for decoded frames in shared memory."""
+    existing = next(p for p in (Path(run_dir).resolve(), *Path(run_dir).resolve().parents) if p.exists())
+    for name, path, least in (("disk", existing, 10.0), ("shared memory", Path("/dev/shm"), 1.0)):
+        if not path.exists():
+            yield Finding(name, WARNING, f"there is no {path}; decoded frames go through files")
+            continue
+        free = shutil.disk_usage(path).free / 2**30
+        yield Finding(name, OK if free >= least else WARNING, f"{free:.1f} GiB free at {path}", free)
+
+
+def limits() -> Iterator[Finding]:
+    """Limits that end long runs: open files, and locked memory where RDMA needs it."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    enough = files == resource.RLIM_INFINITY or files >= 4096
+    yield Finding("open files", OK if enough else WARNING, f"{files} allowed (ulimit -n); 4096 are wanted", files)
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if Path("/dev/infiniband").exists() and locked != resource.RLIM_INFINITY:
+        yield Finding("locked memory", FAILURE, f"{locked} bytes allowed (ulimit -l); RDMA needs unlimited", locked)
+
+
+def build_locks() -> Iterator[Finding]:
+    """Locks of op builds that were killed: every later start would wait for them without a word."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
+    stale = [lock for lock in folder.glob("**/lock") if not _is_open(lock)]
+    if stale:
+        yield Finding("build locks", FAILURE, f"stale, remove it: {stale[0]} ({len(stale)} in all)", len(stale))
+    else:
+        yield Finding("build locks", OK, f"none in {folder}", 0)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether any process that we may look at holds the file open."""
+    wanted = os.path.realpath(path)
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(descriptor.readlink()) == wanted:
+                return True
+        except OSError:  # it ended, or isn't ours
+            continue
+    return False
+
+
+def writable(run_dir: str) -> Iterator[Finding]:
+    """Write, sync, rename and remove a file where checkpoints go."""
+    folder = Path(run_dir) / "checkpoints"
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    probe = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
+    start = time.monotonic()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(os.urandom(8 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+        renamed = probe.rename(probe.with_suffix(".renamed"))
+        renamed.unlink()
+    except OSError as error:
+        yield Finding("checkpoint folder", FAILURE, f"{folder}: {error.strerror}")
+        return
+    speed = 8 * 1.048576 / max(time.monotonic() - start, 1e-9)
+    for path in made:  # leave nothing behind; another machine may be using it still
+        if path.exists() and not any(path.iterdir()):
+            path.rmdir()
+    yield Finding("checkpoint folder", OK, f"{folder} written at {speed:.0f} MB/s", speed)
+
+
+def wandb(timeout_s: float = 3.0) -> Iterator[Finding]:
+    """Whether the server answers; without it wandb writes offline."""
+    server = os.environ.get("WANDB_BASE_URL", _WANDB).split("://")[-1].split("/")[0]
+    host, _, port = server.partition(":")
+    try:
+        socket.create_connection((host, int(port or 443)), timeout_s).close()
+        yield Finding("wandb", OK, f"{server} answers")
+    except OSError as error:
+        yield Finding("wandb", WARNING, f"{server} does not answer ({error}); runs are written offline")
+
+

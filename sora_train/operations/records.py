@@ -1,0 +1,111 @@
+"""What a run left behind, read back: configuration, curves, samples, events. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sora_train.cli import InputError
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run folder."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]  # by dotted key
+    curves: Mapping[str, Curve]  # by figure
+    end: Mapping[str, Any]  # exit.json, or empty while the run goes on
+    quarantine: Mapping[str, int]  # refused samples by cause
+
+    def last(self, figure: str) -> float | None:
+        """The last value of a figure."""
+        curve = self.curves.get(figure)
+        return curve[-1][1] if curve else None
+
+
+def read(folder: str | Path) -> Record:
+    """Read a run folder; a torn last line is left out. Raises InputError if it holds no run."""
+    path = Path(folder)
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{folder} holds no run (there is no {path / 'config.yaml'}); give run folders")
+    tree = OmegaConf.load(path / "config.yaml")
+    assert isinstance(tree, DictConfig)
+    end = path / "exit.json"
+    causes: dict[str, int] = {}
+    for line in _lines(path / "quarantine.jsonl"):
+        causes[str(line.get("cause"))] = causes.get(str(line.get("cause")), 0) + 1
+    return Record(
+        path.name, path, flat(OmegaConf.to_container(tree)), _curves(path / "metrics.jsonl"),
+        json.loads(end.read_text()) if end.is_file() else {}, causes,
+    )  # fmt: skip
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key; lists stay whole."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def differences(records: list[Record]) -> dict[str, list[Any]]:
+    """The keys in which runs differ, each with its value in every run ("" where it has none); run_dir aside."""
+    keys = sorted({key for record in records for key in record.config} - {"run_dir"})
+    rows = {key: [record.config.get(key, "") for record in records] for key in keys}
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values[1:])}
+
+
+def samples(folder: Path) -> dict[int, list[tuple[str, Path]]]:
+    """Sample videos and images by step: caption and file."""
+    found: dict[int, list[tuple[str, Path]]] = {}
+    for about in sorted(folder.glob("samples/step-*/*.json")):
+        media = next((m for m in (about.with_suffix(".mp4"), about.with_suffix(".png")) if m.is_file()), None)
+        if media is not None:
+            prompt = str(json.loads(about.read_text()).get("prompt", about.stem))
+            found.setdefault(int(about.parent.name.removeprefix("step-")), []).append((prompt, media))
+    return found
+
+
+def events(folder: Path) -> list[tuple[str, str]]:
+    """When, and what was out of the ordinary: resumes, skipped steps, warnings and errors of the main rank's log."""
+    log = folder / "logs" / "rank-0.log"
+    found = []
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
+        date, _, rest = line.partition(",")
+        level = rest.split(" ")[1:2]
+        text = rest.partition(": ")[2]
+        told = ("resumed", "a gradient was not finite", "stopped by", "changed since the checkpoint", ": done")
+        if level in (["WARNING"], ["ERROR"]) or any(word in text for word in told):
+            found.append((date, text))
+    return found
+
+
+def _curves(path: Path) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    for line in _lines(path):
+        for key, value in line.items():
+            if key != "step" and isinstance(value, int | float | str):
+                curves.setdefault(key, []).append((int(line["step"]), float(value)))  # "nan" and "inf" are strings
+    return curves
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # torn by a kill; a resumed run cuts it off
+    return found

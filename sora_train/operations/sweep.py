@@ -1,0 +1,151 @@
+"""The jobs of a sweep, each a torchrun in a run folder of its own: so many at a time, on GPUs of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from types import FrameType
+from typing import Any
+
+from sora_train.cli import STOPPED
+from sora_train.operations.records import read
+
+_SHUTDOWN_S = 300  # what a stopped job may take to save
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    run_dir: Path
+    overrides: list[str]
+
+    def command(self, ranks: int) -> list[str]:
+        """What starts it; given again, it goes on where it was."""
+        return [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+            "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", str(_SHUTDOWN_S),
+            "-m", "sora_train.train", *self.overrides, f"run_dir={self.run_dir}",
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a job ended."""
+
+    code: int
+    reason: str
+    figure: float  # inf where there is none
+
+
+class _Stop:
+    """Hands a stop signal on to the jobs that run, and keeps others from starting."""
+
+    def __init__(self) -> None:
+        self.asked, self.running, self.lock = False, set[subprocess.Popen[bytes]](), threading.Lock()
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        for process in list(self.running):
+            process.send_signal(signal.SIGTERM)
+
+    def run(self, command: list[str], environment: dict[str, str], log: Path) -> int | None:
+        """Run a command to its end; None if the sweep was stopped before."""
+        with log.open("ab") as out:
+            with self.lock:
+                if self.asked:
+                    return None
+                process = subprocess.Popen(
+                    command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                )
+                self.running.add(process)
+            code = process.wait()
+            self.running.discard(process)
+            return code
+
+
+def run_jobs(jobs: Sequence[Job], ranks: int, together: int, metric: str) -> list[Result]:
+    """Run all jobs, `together` at a time, each on its own GPUs (0: as many as fit); results in the jobs' order."""
+    gpus = _gpus()
+    ranks = ranks or len(gpus) or 2
+    together = together or max(1, len(gpus) // ranks)
+    places: SimpleQueue[int] = SimpleQueue()
+    for place in range(together):
+        places.put(place)
+    stop = _Stop()
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def work(job: Job) -> Result:
+        place = places.get()
+        try:
+            mine = gpus[place * ranks : (place + 1) * ranks]
+            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})
+            job.run_dir.mkdir(parents=True, exist_ok=True)
+            (job.run_dir / "exit.json").unlink(missing_ok=True)
+            print(f"{job.run_dir.name}: {' '.join(job.overrides)}", flush=True)
+            code = stop.run(job.command(ranks), environment, job.run_dir / "output.log")
+            return _result(job, code, metric)
+        finally:
+            places.put(place)
+
+    try:
+        with ThreadPoolExecutor(together) as pool:
+            return list(pool.map(work, jobs))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that jobs may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _result(job: Job, code: int | None, metric: str) -> Result:
+    """torchrun turns every code into 1: the run's own stands in exit.json."""
+    if code is None:
+        return Result(STOPPED, "not started: the sweep was stopped", math.inf)
+    note = job.run_dir / "exit.json"
+    said: dict[str, Any] = {"code": code, "reason": "died; see output.log"}
+    if note.is_file():
+        said = json.loads(note.read_text())
+    if said["code"] != 0:
+        return Result(int(said["code"]), str(said["reason"]), math.inf)
+    record = read(job.run_dir)
+    figure = record.last(metric)
+    figure = record.last("loss") if figure is None else figure
+    return Result(0, "done", math.inf if figure is None or math.isnan(figure) else figure)
+
+
+def summary(root: Path, jobs: Sequence[Job], results: Sequence[Result]) -> None:
+    """Print the table of all jobs of a sweep, write `sweep.html` and `sweep.png`, and name what failed."""
+    from sora_train.operations.report import page
+    from sora_train.operations.side_by_side import plot, table
+
+    records = [read(path.parent) for path in sorted(root.glob("*/config.yaml"))]
+    if records:
+        figures = ["loss", "validation_loss", "tokens_per_s"]
+        table(records, figures)
+        (root / "sweep.html").write_text(page(f"Sweep {root.name}", records), encoding="utf-8")
+        if any(len(record.curves.get("loss", [])) > 1 for record in records):
+            plot(records, ["loss", "validation_loss"], root / "sweep.png")
+    for job, result in zip(jobs, results, strict=True):
+        if result.code != 0:
+            print(f"{job.run_dir.name} ended with code {result.code}: {result.reason}", file=sys.stderr)
+    if any(result.code for result in results):
+        print("give the same command again: finished jobs end at once, the others go on", file=sys.stderr)

@@ -1,0 +1,175 @@
+"""One pass of a configuration on tensors without memory: how many bytes live at once, what every operation does.
+
+The real network, task and autograd run under torch's FakeTensorMode, so shapes, saved activations, recomputation and
+the frozen VAE are those of a run, whatever the model does inside; only the numbers are missing. Kernels' own scratch
+memory isn't seen.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from sora_train.batch import Clip, Pack, Visit
+from sora_train.config import Config
+from sora_train.flow.rectified import FlowTask
+
+# Network, task and frozen encoder of a configuration, untrained (methods.untrained).
+Untrained = Callable[[Config], tuple[nn.Module, Any, nn.Module]]
+Size = tuple[int, int, int]  # frames, height, width of a clip
+_CAPTION = " ".join(["word"] * 31)  # 32 tokens with the start token, as in cost.TEXT_TOKENS
+_SEPARATE = {"convolution": "convolution", "attention": "attention", "mm": "matmul", "bmm": "matmul"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one operation of a pass does."""
+
+    kind: str  # matmul, attention, convolution or memory
+    flops: int
+    bytes: int  # read and written
+    fp32: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One pass: memory over what was there before it, and the work."""
+
+    activations: int  # most bytes alive at once, gradients of the weights left out
+    with_gradients: int  # the same, every weight's gradient kept from when it is made
+    later: int  # most bytes alive once the first gradient is made
+    encoder: int  # most bytes alive while the clips are encoded and noised
+    encoder_weights: int  # of the frozen VAE
+    operations: tuple[Operation, ...]
+
+    @property
+    def flops(self) -> int:
+        """Operations of the pass, recomputation included."""
+        return sum(operation.flops for operation in self.operations)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the bytes of storages that are alive, and lists operations."""
+
+    def __init__(self, ignore: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = self.gradients = self.peak_with_gradients = self.later = 0
+        self.operations: list[Operation] = []
+        self._seen: set[int] = set()
+        for tensor in ignore:
+            self._watch(tensor, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self._watch(tensor)
+        self.peak = max(self.peak, self.live)
+        if self.gradients:
+            self.later = max(self.later, self.live)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.live + self.gradients)
+        if not func.is_view and tensors:
+            self.operations.append(_operation(func, args, kwargs or {}, out, tensors))
+        return out
+
+    def _watch(self, tensor: Tensor, nbytes: int | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes() if nbytes is None else nbytes
+        self._seen.add(key)
+        self.live += size
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def _operation(func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor]) -> Operation:
+    name = func.overloadpacket.__name__
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    moved = sum(t.numel() * t.element_size() for t in (*inputs, *results))
+    flops = 0
+    if "scaled_dot_product" in name or "flash_attention" in name:
+        q, k = [t for t in inputs if t.dim() >= 3][-4:-2] if "backward" in name else inputs[:2]
+        flops = (10 if "backward" in name else 4) * prod(q.shape) * k.shape[-2]  # five products backward, two forward
+    elif func.overloadpacket in flop_registry:
+        flops = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
+    kind = next((kind for part, kind in _SEPARATE.items() if part in name), "memory") if flops else "memory"
+    return Operation(kind, flops, moved, bool(inputs) and inputs[0].dtype == torch.float32)
+
+
+def trace(config: Config, sizes: Sequence[Size], untrained: Untrained) -> Trace:
+    """Trace one forward and backward pass over a pack of clips of these sizes."""
+    device = torch.device("cpu")
+    with _fresh_caches(), FakeTensorMode():
+        network, task, frozen = untrained(config)
+        pack = Pack([clip_of(number, size) for number, size in enumerate(sizes)])
+        encoder = 0
+        recorder = Recorder([*network.parameters(), *network.buffers(), *frozen.parameters(), *frozen.buffers()])
+        for parameter in network.parameters():
+            parameter.register_post_accumulate_grad_hook(_let_go(recorder))
+        with recorder:
+            if isinstance(task, FlowTask):
+                prepare = task.prepare
+
+                def prepared(pack: Pack, device: torch.device) -> Any:
+                    nonlocal encoder
+                    latents = prepare(pack, device)
+                    encoder, recorder.peak, recorder.peak_with_gradients = recorder.peak, recorder.live, recorder.live
+                    return latents
+
+                task.prepare = prepared  # type: ignore[method-assign]
+            task.loss(network, pack, device).sum.backward()
+    weights = sum(p.numel() * p.element_size() for p in frozen.parameters())
+    r = recorder
+    return Trace(r.peak, r.peak_with_gradients, r.later, encoder, weights, tuple(r.operations))
+
+
+@contextmanager
+def _fresh_caches() -> Iterator[None]:
+    """Keep tensors that the models remember (positions, rotations) apart: those with memory and those without."""
+
+    def clear() -> None:
+        for name, module in list(sys.modules.items()):
+            if name.startswith(("sora_train.models.", "sora_train.flow.")):
+                for value in vars(module).values():
+                    if hasattr(value, "cache_clear"):
+                        value.cache_clear()
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+def _let_go(recorder: Recorder) -> Callable[[Tensor], None]:
+    """Drop a gradient when it is made, but keep count of it."""
+
+    def hook(parameter: Tensor) -> None:
+        recorder.gradients += parameter.numel() * parameter.element_size()
+        parameter.grad = None
+
+    return hook
+
+
+def clip_of(number: int, size: Size) -> Clip:
+    frames, height, width = size
+    task = "image" if frames == 1 else "text_to_video"
+    visit = Visit(number, 0, frames, 8.0, (height, width), (0, 0, height, width), task, 2 * number + 1)
+    return Clip(visit, str(number), _CAPTION, torch.zeros(frames, 3, height, width, dtype=torch.uint8))
