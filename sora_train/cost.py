@@ -71,7 +71,7 @@ def cost(config: Config) -> Cost:
 def _transformer(config: Config) -> Cost:
     m = config.model
     self_attention = 4 * m.width**2
-    cross_attention = 2 * m.width**2 + 2 * m.width * TEXT_TOKENS
+    cross_attention = 2 * m.width**2 + 2 * m.width * (config.text_encoder.pad_to or TEXT_TOKENS)
     mlp = 2 * m.width * m.ffn
     per_block = 2 * (self_attention + cross_attention + mlp)
     ends = 2 * 2 * patch_features(config) * m.width

@@ -28,6 +28,7 @@ from sora_train.generation import (
     tokenizer,
 )
 from sora_train.models.autoencoding import AutoencodingTask
+from sora_train.models.wan import load_wan
 from sora_train.training.trainer import Task
 
 
@@ -49,11 +50,15 @@ class Diffusion:
         self.config, self.device = config, device
         self.vae = FrozenVae(config.vae, device)
         network = build_video_model(config)
+        if config.model.init_from is not None:
+            load_wan(network.dit, config.model.init_from)
         self.network: nn.Module = network
-        self.groups: list[tuple[nn.Module, float]] = [(network.dit, 1.0), (network.text, config.optim.text_lr_scale)]
+        self.groups: list[tuple[nn.Module, float]] = [(network.dit, 1.0)]
+        if network.text is not None:
+            self.groups.append((network.text, config.optim.text_lr_scale))
         cache_bytes = config.vae.cache_mib << 20
         self.task: Task = FlowTask(
-            config.flow, geometry(config), config.vae.channels, self.vae.encode, tokenizer(config), cache_bytes
+            config.flow, geometry(config), config.vae.channels, self.vae.encode, tokenizer(config, device), cache_bytes
         )
 
     def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:
