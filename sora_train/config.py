@@ -78,7 +78,9 @@ class ModelConfig:
     rope_theta: float = 10000.0
     gate_init: float = 0.0  # start of the blocks' gates; 0 is adaLN-zero
     absolute_positions: bool = False  # tell each token its place in the clip, beside RoPE; helps small models
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = "none"  # recompute in backward: none, block (all of it), selective (not attention)
+    attention: str = "auto"  # back end: auto, sdpa, varlen (FlashAttention), flex
+    compile: bool = False  # torch.compile of the block
     init_from: str | None = None  # a diffusers Wan transformer or pipeline folder to start from; its shape rules
 
 
@@ -246,6 +248,8 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
     except (ConfigKeyError, ValidationError, OmegaConfBaseException) as error:
         raise InputError(_explain(error)) from error
     assert isinstance(config, Config)
+    checkpointing = config.model.activation_checkpointing
+    config.model.activation_checkpointing = {"False": "none", "True": "block"}.get(checkpointing, checkpointing)
     _take_released_shapes(config)
     if config.vae.path is not None and config.vae.class_name is None:
         shape = Path(config.vae.path) / "config.json"
@@ -347,6 +351,11 @@ def check(config: Config) -> None:
         _require(model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
                  f"model.width={model.width} must be an even multiple of model.heads={model.heads}")  # fmt: skip
         _require(vae.path is not None, "vae.path is not set; train a VAE (experiment=demo_vae) and export it first")
+        for key, value, known in (
+            ("activation_checkpointing", model.activation_checkpointing, ("none", "block", "selective")),
+            ("attention", model.attention, ("auto", "sdpa", "varlen", "flex")),
+        ):
+            _require(value in known, f"model.{key}={value}; {nearest(value, list(known))}")
         unknown = [task for task in flow.tasks if task not in TASKS]
         _require(not unknown, f"flow.tasks has no {unknown[:1]}; {nearest(unknown[0], list(TASKS)) if unknown else ''}")
         _require(sum(flow.tasks.values()) > 0, "flow.tasks: at least one task needs a weight above 0")

@@ -15,7 +15,8 @@ from sora_train.config import Config, Precision
 from sora_train.cost import cost, geometry
 from sora_train.data.plan import Plan
 
-_SAVED_PER_TOKEN = 34  # activations of one block that backward needs, in model widths per token (no checkpointing)
+# Activations of one block that backward needs, in model widths per token, by model.activation_checkpointing.
+_SAVED_PER_TOKEN = {"none": 34, "block": 1, "selective": 3}
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,9 @@ def estimate(config: Config, network: nn.Module, plan: Plan | None, ranks: int) 
     slots, per_rank = config.data.slots, -(-config.data.slots // ranks)
     passes = config.parallel.accumulation or per_rank
     tokens = config.data.max_tokens * -(-per_rank // passes)
-    kept_blocks = (
-        1 + config.model.depth / _SAVED_PER_TOKEN if config.model.activation_checkpointing else config.model.depth
-    )
-    activations = int(tokens * _SAVED_PER_TOKEN * config.model.width * kept_blocks * bytes_each)
+    kept = _SAVED_PER_TOKEN[config.model.activation_checkpointing] * config.model.depth
+    working = _SAVED_PER_TOKEN["none"] if config.model.activation_checkpointing != "none" else 0  # the block recomputed
+    activations = int(tokens * (kept + working) * config.model.width * bytes_each)
     longest = geometry(config).tokens(config.data.max_frames, *_square(config))
     clips = max(1, config.data.max_tokens // longest)
     flops = slots * cost(config).training([min(longest, config.data.max_tokens)] * clips)

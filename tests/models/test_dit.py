@@ -93,8 +93,9 @@ def test_a_timestep_is_looked_up_per_token() -> None:
     )
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    plain, checkpointed = make_dit(), make_dit(activation_checkpointing=True)
+@pytest.mark.parametrize("kind", ["block", "selective"])
+def test_activation_checkpointing_changes_nothing(kind: str) -> None:
+    plain, checkpointed = make_dit(), make_dit(activation_checkpointing=kind)
     outs = [dit(*make_inputs()) for dit in (plain, checkpointed)]
     assert torch.equal(*outs)
     for out in outs:
