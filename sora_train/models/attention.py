@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from sora_train.cli import InputError
 
@@ -140,6 +141,19 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@register_flop_formula([torch.ops.sora_train.packed_attention], get_raw=True)
+def _forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, *_: Any, **__: Any
+) -> int:
+    return 4 * q.shape[1] * q.shape[2] * int((q_lengths * k_lengths).sum())
+
+
+@register_flop_formula([torch.ops.sora_train.packed_attention_backward], get_raw=True)
+def _backward_flops(grad: Tensor, q: Tensor, *rest: Any, **__: Any) -> int:
+    """Two products per gradient of keys and values and of queries; the scores' recomputation isn't counted."""
+    return 2 * _forward_flops(q, q, q, *rest[4:6])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

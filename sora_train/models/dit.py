@@ -107,10 +107,10 @@ class Block(nn.Module):
         clips, queries, texts = groups
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (modulation_M6D + self.modulation).unbind(1)
         h_ND = modulated_norm(x_ND, shift, scale, t_of_N, self.eps)
-        x_ND = x_ND + gate[t_of_N] * self.self_attention(h_ND, h_ND, clips, clips, rope)
+        x_ND = x_ND + gate.index_select(0, t_of_N) * self.self_attention(h_ND, h_ND, clips, clips, rope)
         x_ND = x_ND + self.cross_attention(self.cross_norm(x_ND), text_LD, queries, texts)
         h_ND = modulated_norm(x_ND, mlp_shift, mlp_scale, t_of_N, self.eps)
-        return x_ND + mlp_gate[t_of_N] * self.mlp(h_ND)
+        return x_ND + mlp_gate.index_select(0, t_of_N) * self.mlp(h_ND)
 
 
 class Attention(nn.Module):
@@ -168,7 +168,8 @@ def _keep_attention() -> tuple[Any, Any]:
 def modulated_norm(x_ND: Tensor, shift_MD: Tensor, scale_MD: Tensor, t_of_N: Tensor, eps: float) -> Tensor:
     """LayerNorm without its own scale, then the shift and scale of each token's timestep, in fp32."""
     normed = F.layer_norm(x_ND.float(), x_ND.shape[-1:], eps=eps)
-    return torch.addcmul(shift_MD[t_of_N].float(), normed, 1 + scale_MD[t_of_N].float()).type_as(x_ND)
+    shift_ND, scale_ND = (table.float().index_select(0, t_of_N) for table in (shift_MD, 1 + scale_MD))
+    return torch.addcmul(shift_ND, normed, scale_ND).type_as(x_ND)
 
 
 def timestep_embedding(t_M: Tensor, size: int) -> Tensor:

@@ -80,7 +80,7 @@ class Meter:
     def add(self, pack: Pack, loss: Any, weight: float) -> None:
         """Count a pack and its loss (its share of the step's mean; everything stays on the device)."""
         lengths = [self.geometry.tokens(*clip.visit.size) for clip in pack.clips]
-        flops = self.cost.training(lengths)
+        flops = self.cost.training(lengths, loss.texts if pack.clips else None)
         self._flops += flops
         self._step_flops += flops
         self._tokens += sum(lengths)
