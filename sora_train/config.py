@@ -187,6 +187,7 @@ class ParallelConfig:
     """How a step is shared out."""
 
     accumulation: int | None = None  # forward passes per step and rank; null: one per slot
+    sequence: int = 1  # ranks that share the tokens of a pack (Ulysses); slots go to groups of so many ranks
 
 
 @dataclass
@@ -347,7 +348,12 @@ def check(config: Config) -> None:
              "an autoencoder runs each size by itself, which ZeRO-3 can't follow; use stage 0, 1 or 2")  # fmt: skip
     _require(config.parallel.accumulation is None or config.parallel.accumulation > 0,
              f"parallel.accumulation={config.parallel.accumulation} must be above 0, or null")  # fmt: skip
+    sequence = config.parallel.sequence
+    _require(sequence > 0, f"parallel.sequence={sequence} must be above 0")
+    _require(sequence == 1 or config.method is Method.diffusion, "an autoencoder has no sequence; parallel.sequence=1")
     if config.method is Method.diffusion:
+        _require(model.heads % sequence == 0,
+                 f"model.heads={model.heads} must be a multiple of parallel.sequence={sequence}")  # fmt: skip
         _require(model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
                  f"model.width={model.width} must be an even multiple of model.heads={model.heads}")  # fmt: skip
         _require(vae.path is not None, "vae.path is not set; train a VAE (experiment=demo_vae) and export it first")

@@ -40,8 +40,8 @@ class Geometry:
 class Cost:
     """Forward FLOPs of a clip of N tokens with a caption of L, integers.
 
-    `per_token * N + per_pair * N^2 + per_text * L + per_text_pair * N * L`: all matrix products of the network but those
-    of the timestep embedding, which runs once per distinct timestep.
+    `per_token * N + per_pair * N^2 + per_text * L + per_text_pair * N * L`: all matrix products of the network but
+    those of the timestep embedding, which runs once per distinct timestep.
     """
 
     per_token: int
@@ -57,7 +57,7 @@ class Cost:
         return tokens * (self.per_token + self.per_pair * tokens) + with_text
 
     def training(self, lengths: list[int] | tuple[int, ...], texts: tuple[int, ...] | None = None) -> int:
-        """FLOPs of forward and backward over a pack of clips of these lengths, and captions of these lengths if known."""
+        """FLOPs of forward and backward over a pack: lengths of its clips, and of their captions where known."""
         known: tuple[int | None, ...] = (None,) * len(lengths) if texts is None else texts
         return 3 * sum(self.forward(n, text) for n, text in zip(lengths, known, strict=True))
 

@@ -30,6 +30,7 @@ from sora_train.generation import (
 from sora_train.models.autoencoding import AutoencodingTask
 from sora_train.models.wan import load_wan
 from sora_train.training.trainer import Task
+from sora_train.world import World
 
 
 class MethodParts(Protocol):
@@ -90,19 +91,19 @@ METHODS: dict[Method, Callable[[Config, torch.device], MethodParts]] = {
 
 
 def write_previews(
-    method: MethodParts, live: nn.Module, clips: Sequence[Clip], folder: Path, fps: float, rank: int, ranks: int
+    method: MethodParts, live: nn.Module, clips: Sequence[Clip], folder: Path, fps: float, world: World
 ) -> dict[str, Path]:
-    """Write a preview of every clip, the work shared out over the ranks; returns the videos by caption.
+    """Write a preview of every clip, the work shared out over the data-parallel groups; returns the videos by caption.
 
     Every rank runs the network equally often, because a partitioned network needs all of them.
     """
     paths = {}
-    for number in range(-(-len(clips) // ranks)):
-        place = number * ranks + rank
+    for number in range(-(-len(clips) // world.data_size)):
+        place = number * world.data_size + world.data_rank
         clip = clips[min(place, len(clips) - 1)]
         with torch.no_grad():
             frames = method.preview(live, clip)
-        if place < len(clips):
+        if place < len(clips) and world.sequence_rank == 0:
             about = {"prompt": clip.caption, "seed": clip.visit.seed >> 1, "held_out": clip.key}
             save_sample(folder, f"{place:02d}", frames, clip.visit.fps or fps, about)
     for place, clip in enumerate(clips):

@@ -53,9 +53,8 @@ def test_the_geometry_follows_the_method(compose_tree: Callable[..., DictConfig]
 def plainly(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor) -> Tensor:
     """Attention in matrix products, whose FLOPs torch knows by itself."""
     parts = zip(q.split(q_lengths.tolist()), *(x.split(k_lengths.tolist()) for x in (k, v)), strict=True)
-    return torch.cat(
-        [((a.transpose(0, 1) @ b.permute(1, 2, 0)).softmax(-1) @ c.transpose(0, 1)).transpose(0, 1) for a, b, c in parts]
-    )
+    swapped = ((a.transpose(0, 1), b.permute(1, 2, 0), c.transpose(0, 1)) for a, b, c in parts)
+    return torch.cat([((a @ b).softmax(-1) @ c).transpose(0, 1) for a, b, c in swapped])
 
 
 @pytest.mark.parametrize("plain", [True, False])

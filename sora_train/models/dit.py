@@ -103,7 +103,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         groups: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
-        """One block, `(N, D)` to `(N, D)`. `groups`: tokens of each clip, those that look at each caption, its tokens."""
+        """One block, `(N, D)` to `(N, D)`. `groups`: tokens of each clip, those that see each caption, its tokens."""
         clips, queries, texts = groups
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (modulation_M6D + self.modulation).unbind(1)
         h_ND = modulated_norm(x_ND, shift, scale, t_of_N, self.eps)

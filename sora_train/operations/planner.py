@@ -48,9 +48,11 @@ def estimate(config: Config, network: nn.Module, plan: Plan | None, ranks: int) 
         + gradients / (ranks if stage >= 2 else 1)
         + optimizer / (ranks if stage else 1)
     )
-    slots, per_rank = config.data.slots, -(-config.data.slots // ranks)
+    sequence = config.parallel.sequence
+    groups = max(1, ranks // sequence)
+    slots, per_rank = config.data.slots, -(-config.data.slots // groups)
     passes = config.parallel.accumulation or per_rank
-    tokens = config.data.max_tokens * -(-per_rank // passes)
+    tokens = config.data.max_tokens * -(-per_rank // passes) / sequence
     kept = _SAVED_PER_TOKEN[config.model.activation_checkpointing] * config.model.depth
     working = _SAVED_PER_TOKEN["none"] if config.model.activation_checkpointing != "none" else 0  # the block recomputed
     activations = int(tokens * (kept + working) * config.model.width * bytes_each)
@@ -58,7 +60,8 @@ def estimate(config: Config, network: nn.Module, plan: Plan | None, ranks: int) 
     clips = max(1, config.data.max_tokens // longest)
     flops = slots * cost(config).training([min(longest, config.data.max_tokens)] * clips)
     figures = _of_plan(plan) if plan is not None else (None, None, None)
-    return Estimate(ranks, parameters, int(state), activations, passes, 1 - slots / (per_rank * ranks), flops, *figures)
+    idle = 1 - slots / (per_rank * groups)
+    return Estimate(ranks, parameters, int(state), activations, passes, idle, flops, *figures)
 
 
 def _square(config: Config) -> tuple[int, int]:

@@ -92,7 +92,8 @@ class Trainer:
         while self.step < self.config.steps:
             with self.meter.waiting():
                 batch = next(steps)
-            self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
+            if self.world.sequence_rank == 0:  # the others of the group have the same samples
+                self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
             agreed = self.agree(batch)  # an all-reduce on the CPU
             for pack in batch.packs:
                 loss = self.parts.task.loss(self.engine, pack, self.device)
@@ -135,7 +136,8 @@ class Trainer:
         total = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(total)
         weight, arrived, refused, tokens, stop = total.tolist()
-        return Agreement(max(weight, 1.0), int(arrived), int(refused), int(tokens), stop > 0)
+        counts = [int(count) // self.world.sequence for count in (arrived, refused, tokens)]
+        return Agreement(max(weight, 1.0), *counts, stop > 0)
 
     def advance(self, batch: Step, applied: bool) -> None:
         """Count the step and stand behind it in the plan."""
