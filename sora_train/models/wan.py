@@ -8,6 +8,7 @@ tables carry a leading one. No tensor is changed in value, so a round trip gives
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def _files(folder: Path) -> Iterable[Path]:
 def _their_shape(name: str, ours: torch.Size, theirs: torch.Size) -> tuple[int, ...]:
     """The shape that diffusers' tensor must have; the patch of `patch_in` is read off theirs."""
     if name == "patch_in.weight" and len(theirs) == 5:
-        return ours[0], ours[1] // theirs[2:].numel(), *theirs[2:]
+        return ours[0], ours[1] // math.prod(theirs[2:]), *theirs[2:]
     return (1, *ours) if name.endswith("modulation") else tuple(ours)
 
 
