@@ -95,7 +95,8 @@ def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path) -> No
         "vae": ["diffusers", config.vae.class_name],
     }
     index = {"_class_name": "WanPipeline", "boundary_ratio": None, "expand_timesteps": False, **classes}
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": config.flow.shift}
+    euler = "FlowMatchEulerDiscreteScheduler"
+    scheduler = {"_class_name": euler, "num_train_timesteps": 1000, "shift": config.flow.shift}
     (out / "scheduler").mkdir(exist_ok=True)
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

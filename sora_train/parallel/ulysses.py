@@ -114,7 +114,7 @@ class _Exchange(torch.autograd.Function):
         return _exchange(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _exchange(grad.contiguous(), ctx.group), None
 
 
@@ -130,6 +130,6 @@ class _Gather(torch.autograd.Function):
         return torch.cat(whole)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         parts = dist.get_world_size(ctx.group)
         return _exchange(grad.unflatten(0, (parts, -1)).contiguous(), ctx.group).sum(0), None

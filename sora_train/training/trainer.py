@@ -136,8 +136,8 @@ class Trainer:
         total = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(total)
         weight, arrived, refused, tokens, stop = total.tolist()
-        counts = [int(count) // self.world.sequence for count in (arrived, refused, tokens)]
-        return Agreement(max(weight, 1.0), *counts, stop > 0)
+        arrived, refused, tokens = (int(count) // self.world.sequence for count in (arrived, refused, tokens))
+        return Agreement(max(weight, 1.0), arrived, refused, tokens, stop > 0)
 
     def advance(self, batch: Step, applied: bool) -> None:
         """Count the step and stand behind it in the plan."""
