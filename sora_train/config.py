@@ -357,11 +357,11 @@ def check(config: Config) -> None:
         _require(model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
                  f"model.width={model.width} must be an even multiple of model.heads={model.heads}")  # fmt: skip
         _require(vae.path is not None, "vae.path is not set; train a VAE (experiment=demo_vae) and export it first")
-        for key, value, known in (
+        for name, chosen, known in (
             ("activation_checkpointing", model.activation_checkpointing, ("none", "block", "selective")),
             ("attention", model.attention, ("auto", "sdpa", "varlen", "flex")),
         ):
-            _require(value in known, f"model.{key}={value}; {nearest(value, list(known))}")
+            _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
         unknown = [task for task in flow.tasks if task not in TASKS]
         _require(not unknown, f"flow.tasks has no {unknown[:1]}; {nearest(unknown[0], list(TASKS)) if unknown else ''}")
         _require(sum(flow.tasks.values()) > 0, "flow.tasks: at least one task needs a weight above 0")
