@@ -34,6 +34,7 @@ from sora_train.methods import METHODS, write_previews
 from sora_train.operations.memory import is_out_of_memory, suggestion
 from sora_train.operations.planner import meta_network
 from sora_train.operations.preflight import facts, require_agreement
+from sora_train.parallel import ulysses
 from sora_train.training.console import Console
 from sora_train.training.guard import Guard
 from sora_train.training.ledger import Ledger
@@ -45,6 +46,8 @@ from sora_train.training.trainer import Trainer
 from sora_train.training.watch import Watch
 from sora_train.training.zero import Engine
 from sora_train.world import World
+
+Group = ulysses.Group
 
 
 class Shards:
@@ -99,7 +102,7 @@ def _inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> Plan
 def build_trainer(config: Config, world: World, device: torch.device, shards: Shards, pool: Pool) -> Trainer:
     """Everything of one rank's part in a run. The process group is up and the shards are indexed."""
     d, logging = config.data, config.logging
-    passes = passes_of_rank(d.slots, world.rank, world.size, config.parallel.accumulation)
+    passes = passes_of_rank(d.slots, world.data_rank, world.data_size, config.parallel.accumulation)
     plan, held_out = shards.plan(config), shards.held_out(config)
     require_agreement(facts(config, _name(device), plan.index.fingerprint))
     if world.local_size > 1:
@@ -111,10 +114,14 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     torch.manual_seed(config.seed)
     method = METHODS[config.method](config, device)
     method.network.to(device)
+    group = ulysses.sequence_group(world)
+    if world.sequence > 1:
+        blocks: Any = method.network.get_submodule("dit.blocks")
+        ulysses.apply(method.network, [block.self_attention for block in blocks], group)
     optimizer = adamw(method.groups, config.optim)
     engine = Engine(method.network, optimizer, config.precision, len(passes), config.optim.clip, config.deepspeed)
     peak = peak_flops(device, logging.peak_tflops)
-    meter = Meter(geometry(config), cost(config), device, peak, d.slots * d.max_tokens)
+    meter = Meter(geometry(config), cost(config), device, peak, d.slots * d.max_tokens, world.sequence)
     console = Console(config.steps, world.is_main, Path(config.run_dir))
     console.say(_summary(config, world, plan, engine, len(passes)))
     for name, error in pool.load_errors().items():
@@ -123,15 +130,16 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
 
     def steps_from(taken: int, position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
         pin = device.type == "cuda"
-        return iter(Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, pin, taken))
+        steps = Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, pin, taken)
+        return ulysses.same_clips(steps, group)
 
     def validation() -> Iterator[Pack]:
-        return _validation(held_out, pool, passes, logging.validation_clips) if held_out else iter(())
+        return _validation(held_out, pool, passes, logging.validation_clips, group) if held_out else iter(())
 
     def sample(live: nn.Module, step: int, break_off: Callable[[], bool]) -> dict[str, Path]:
-        clips = _preview_clips(held_out, pool, logging.sample_clips) if held_out else []
+        clips = _preview_clips(held_out, pool, logging.sample_clips, group) if held_out else []
         folder = Path(config.run_dir) / "samples" / f"step-{step:06d}"
-        return write_previews(method, live, clips, folder, d.fps, world.rank, world.size, break_off)
+        return write_previews(method, live, clips, folder, d.fps, world, break_off)
 
     def open_writers(step: int) -> Writers | None:
         return _writers(config, step) if world.is_main else None
@@ -169,22 +177,24 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _validation(plan: Plan, pool: Pool, passes: list[list[int]], clips: int) -> Iterator[Pack]:
+def _validation(plan: Plan, pool: Pool, passes: list[list[int]], clips: int, group: Group) -> Iterator[Pack]:
     """This rank's packs of the first steps that together hold at least `clips` clips, as many on every rank."""
     steps, count = 0, 0
     for position, slots in plan.from_position(Position()):
         if count >= clips or position.epoch > 0:
             break
         steps, count = steps + 1, count + sum(map(len, slots))
-    for step in islice(Loader(plan, pool, passes, Position(), prefetch_steps=2), steps):
+    loader = Loader(plan, pool, passes, Position(), prefetch_steps=2)
+    for step in ulysses.same_clips(islice(loader, steps), group):
         yield from step.packs
 
 
-def _preview_clips(plan: Plan, pool: Pool, count: int) -> list[Clip]:
+def _preview_clips(plan: Plan, pool: Pool, count: int, group: Group) -> list[Clip]:
     """The first held-out clips that move, the same on every rank."""
     clips: list[Clip] = []
     everything = [list(range(plan.inputs.slots))]
-    for step in islice(Loader(plan, pool, everything, Position(), prefetch_steps=1), 8):
+    loader = Loader(plan, pool, everything, Position(), prefetch_steps=1)
+    for step in ulysses.same_clips(islice(loader, 8), group):
         clips += [clip for pack in step.packs for clip in pack.clips if clip.visit.frames > 1]
         if len(clips) >= count:
             break
@@ -204,7 +214,8 @@ def _writers(config: Config, step: int) -> Writers:
 def _summary(config: Config, world: World, plan: Stages, engine: Engine, passes: int) -> str:
     parameters = sum(torch.Size(shape).numel() for shape in engine.shapes.values())
     usable, refused = int(plan.index.usable.sum()), int((~plan.index.usable).sum())
-    idle = -(-config.data.slots // world.size) * world.size - config.data.slots
+    groups = world.data_size
+    idle = -(-config.data.slots // groups) * groups - config.data.slots
     lines = [
         f"{config.method.value}: {parameters / 1e6:.2f}M parameters, {config.precision.value}, "
         f"ZeRO stage {engine.stage}, {world.size} rank(s), {config.data.slots} slot(s) in {passes} pass(es) per rank",
@@ -215,6 +226,7 @@ def _summary(config: Config, world: World, plan: Stages, engine: Engine, passes:
     if idle:
         share = idle / (config.data.slots + idle)
         lines.append(
-            f"warning: {config.data.slots} slots don't divide by {world.size} ranks; {share:.0%} of the places idle"
+            f"warning: {config.data.slots} slots don't divide by {groups} group(s) of ranks; "
+            f"{share:.0%} of the places idle"
         )
     return "\n".join(lines)

@@ -84,11 +84,13 @@ class Layout:
     """Who stands where in a pack, and who sees whom: tokens attend within their own clip, and to its own caption.
 
     `grids` holds the token grid of each clip and `texts` the number of its text tokens, both in pack order. Kept as
-    plain integers on the host, so that no layer has to ask the device how long a clip is.
+    plain integers on the host, so that no layer has to ask the device how long a clip is. Under sequence parallelism
+    the tensors of a rank hold one of several equal parts of the tokens: `part` says which, and of how many.
     """
 
     grids: tuple[Grid, ...]
     texts: tuple[int, ...]
+    part: tuple[int, int] = (0, 1)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -104,6 +106,22 @@ class Layout:
     def tokens(self) -> int:
         """Tokens of the whole pack."""
         return self.offsets[-1]
+
+    @property
+    def mine(self) -> slice:
+        """The tokens of this rank's part."""
+        place, parts = self.part
+        size = self.tokens // parts
+        return slice(place * size, (place + 1) * size)
+
+    @cached_property
+    def queries(self) -> tuple[int, ...]:
+        """How many tokens of this part look at each caption; what pads the pack, a clip without one, at the last."""
+        first, last = self.mine.start, self.mine.stop
+        ends = (*self.offsets[1 : len(self.texts)], self.tokens)
+        return tuple(
+            max(0, min(last, end) - max(first, start)) for start, end in zip((0, *ends), ends, strict=False)
+        )
 
 
 @dataclass

@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from sora_train.cli import InputError, nearest
+from sora_train.released import text_width, transformer_shape, vae_shape
 
 _SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential|^key$|^token$|account_?key)")
 DECODERS = ("decord", "pyav", "torchcodec")
@@ -79,14 +80,18 @@ class ModelConfig:
     rope_theta: float = 10000.0
     gate_init: float = 0.0  # start of the blocks' gates; 0 is adaLN-zero
     absolute_positions: bool = False  # tell each token its place in the clip, beside RoPE; helps small models
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = "none"  # recompute in backward: none, block (all of it), selective (not attention)
+    attention: str = "auto"  # back end: auto, sdpa, varlen (FlashAttention), flex
+    compile: bool = False  # torch.compile of the block
+    init_from: str | None = None  # a diffusers Wan transformer or pipeline folder to start from; its shape rules
 
 
 @dataclass
 class VaeConfig:
     """The video autoencoder: a trained one at `path`, or the shape of one to train."""
 
-    path: str | None = None  # folder written by sora_train.export
+    path: str | None = None  # folder written by sora_train.export, or of a diffusers VAE
+    class_name: str | None = None  # of a diffusers VAE, read from its folder; null: our own
     cache_mib: int = 0  # latents that each rank remembers, for small data sets seen many times
     channels: int = 6
     patch: int = 4
@@ -109,8 +114,10 @@ class VaeConfig:
 
 @dataclass
 class TextEncoderConfig:
-    """Our own text encoder, trained along with the model."""
+    """Our own text encoder, trained along with the model; or a released one at `path`, frozen."""
 
+    path: str | None = None  # a T5 or umT5 folder of transformers (or a pipeline folder); its width rules
+    pad_to: int = 0  # zeros after a released encoder's embeddings up to this many tokens; Wan's weights want 512
     width: int = 128
     depth: int = 1
     heads: int = 4
@@ -221,6 +228,7 @@ class ParallelConfig:
     """How a step is shared out."""
 
     accumulation: int | None = None  # forward passes per step and rank; null: one per slot
+    sequence: int = 1  # ranks that share the tokens of a pack (Ulysses); slots go to groups of so many ranks
 
 
 @dataclass
@@ -304,7 +312,10 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
     except (ConfigKeyError, ValidationError, OmegaConfBaseException) as error:
         raise InputError(_explain(error)) from error
     assert isinstance(config, Config)
-    if config.vae.path is not None:
+    checkpointing = config.model.activation_checkpointing
+    config.model.activation_checkpointing = {"False": "none", "True": "block"}.get(checkpointing, checkpointing)
+    _take_released_shapes(config)
+    if config.vae.path is not None and config.vae.class_name is None:
         shape = Path(config.vae.path) / "config.json"
         if shape.is_file():
             config.vae = VaeConfig(
@@ -316,6 +327,30 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
             )
     check(config)
     return config
+
+
+def _take_released_shapes(config: Config) -> None:
+    """The shapes of released models replace what the tree says of them; they must fit each other."""
+    if config.vae.path is not None:
+        for key, value in (vae_shape(config.vae.path) or {}).items():
+            setattr(config.vae, key, value)
+    text = config.text_encoder
+    if text.path is not None:
+        text.width = text_width(text.path)
+    if config.model.init_from is None:
+        return
+    shape = transformer_shape(config.model.init_from)
+    channels, width = shape.pop("channels"), shape.pop("text_width")
+    for key, value in shape.items():
+        setattr(config.model, key, value)
+    _require(
+        channels == config.vae.channels,
+        f"model.init_from has {channels} latent channels, the VAE {config.vae.channels}; set vae.path to its VAE",
+    )
+    _require(
+        width == text.width,
+        f"model.init_from reads text {width} wide, the text encoder gives {text.width}; set text_encoder.path",
+    )
 
 
 def load(run_dir: str | Path) -> Config:
@@ -386,17 +421,36 @@ def check(config: Config) -> None:
              "an autoencoder runs each size by itself, which ZeRO-3 can't follow; use stage 0, 1 or 2")  # fmt: skip
     _require(config.parallel.accumulation is None or config.parallel.accumulation > 0,
              f"parallel.accumulation={config.parallel.accumulation} must be above 0, or null")  # fmt: skip
+    sequence = config.parallel.sequence
+    _require(sequence > 0, f"parallel.sequence={sequence} must be above 0")
+    _require(sequence == 1 or config.method is Method.diffusion, "an autoencoder has no sequence; parallel.sequence=1")
     if config.method is Method.diffusion:
+        _require(model.heads % sequence == 0,
+                 f"model.heads={model.heads} must be a multiple of parallel.sequence={sequence}")  # fmt: skip
         _require(model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
                  f"model.width={model.width} must be an even multiple of model.heads={model.heads}")  # fmt: skip
         _require(vae.path is not None, "vae.path is not set; train a VAE (experiment=demo_vae) and export it first")
+        for name, chosen, known in (
+            ("activation_checkpointing", model.activation_checkpointing, ("none", "block", "selective")),
+            ("attention", model.attention, ("auto", "sdpa", "varlen", "flex")),
+        ):
+            _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
         unknown = [task for task in flow.tasks if task not in TASKS]
         _require(not unknown, f"flow.tasks has no {unknown[:1]}; {nearest(unknown[0], list(TASKS)) if unknown else ''}")
         _require(sum(flow.tasks.values()) > 0, "flow.tasks: at least one task needs a weight above 0")
         _require(flow.solver in ("euler", "heun"), f"flow.solver={flow.solver!r}; known: euler, heun")
     text = config.text_encoder
-    _require(text.width % text.heads == 0, f"text_encoder.width={text.width} must be a multiple of its heads")
-    _require(len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
+    _require(text.path is not None or text.width % text.heads == 0,
+             f"text_encoder.width={text.width} must be a multiple of its heads")  # fmt: skip
+    _require(
+        text.path is not None or text.pad_to == 0,
+        "text_encoder.pad_to is for a released encoder: set text_encoder.path too, or text_encoder.pad_to=0",
+    )
+    _require(
+        text.pad_to == 0 or text.pad_to >= text.max_tokens,
+        f"text_encoder.pad_to={text.pad_to} must be 0 or at least text_encoder.max_tokens={text.max_tokens}",
+    )
+    _require(vae.class_name is not None or len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
              "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
     unknown = [name for name in config.logging.writers if name not in WRITERS]
     _require(not unknown, f"logging.writers has no {unknown}; known: {', '.join(WRITERS)}")

@@ -38,18 +38,28 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Cost:
-    """Forward FLOPs of a clip of N tokens: `per_token * N + per_pair * N^2`, integers."""
+    """Forward FLOPs of a clip of N tokens with a caption of L, integers.
+
+    `per_token * N + per_pair * N^2 + per_text * L + per_text_pair * N * L`: all matrix products of the network but
+    those of the timestep embedding, which runs once per distinct timestep.
+    """
 
     per_token: int
     per_pair: int
+    per_text: int = 0
+    per_text_pair: int = 0
+    text_tokens: int = 0  # L of a caption that isn't known yet
 
-    def forward(self, tokens: int) -> int:
+    def forward(self, tokens: int, text: int | None = None) -> int:
         """FLOPs of one forward pass over one clip."""
-        return self.per_token * tokens + self.per_pair * tokens * tokens
+        length = self.text_tokens if text is None else text
+        with_text = length * (self.per_text + self.per_text_pair * tokens)
+        return tokens * (self.per_token + self.per_pair * tokens) + with_text
 
-    def training(self, lengths: list[int] | tuple[int, ...]) -> int:
-        """FLOPs of forward and backward over a pack of clips of these lengths."""
-        return 3 * sum(self.forward(n) for n in lengths)
+    def training(self, lengths: list[int] | tuple[int, ...], texts: tuple[int, ...] | None = None) -> int:
+        """FLOPs of forward and backward over a pack: lengths of its clips, and of their captions where known."""
+        known: tuple[int | None, ...] = (None,) * len(lengths) if texts is None else texts
+        return 3 * sum(self.forward(n, text) for n, text in zip(lengths, known, strict=True))
 
 
 def geometry(config: Config) -> Geometry:
@@ -69,13 +79,15 @@ def cost(config: Config) -> Cost:
 
 
 def _transformer(config: Config) -> Cost:
-    m = config.model
+    m, text = config.model, config.text_encoder
     self_attention = 4 * m.width**2
-    cross_attention = 2 * m.width**2 + 2 * m.width * TEXT_TOKENS
+    cross_attention = 2 * m.width**2
     mlp = 2 * m.width * m.ffn
     per_block = 2 * (self_attention + cross_attention + mlp)
     ends = 2 * 2 * patch_features(config) * m.width
-    return Cost(m.depth * per_block + ends, m.depth * 4 * m.width)
+    pairs = m.depth * 4 * m.width  # scores and weighted values
+    per_text = 2 * (text.width * m.width + m.width**2) + m.depth * 2 * 2 * m.width**2
+    return Cost(m.depth * per_block + ends, pairs, per_text, pairs, text.pad_to or TEXT_TOKENS)
 
 
 def _autoencoder(config: Config) -> Cost:

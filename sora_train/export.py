@@ -1,9 +1,13 @@
-"""Write a trained network as safetensors, to be used or published.
+"""Write a trained network as safetensors or as a diffusers pipeline, to be used or published.
 
     python -m sora_train.export run_dir=runs/demo_vae out=runs/demo_vae/export format=safetensors
+    python -m sora_train.export run_dir=runs/wan out=runs/wan/export format=diffusers
 
 A VAE run becomes `vae.safetensors` and `config.json`, its latents' mean and deviation measured on training clips; a
-video model becomes `model.safetensors`, `config.yaml` and a copy of its VAE under `vae/`. Averaged (EMA) weights.
+video model becomes `model.safetensors`, `config.yaml` and a copy of its VAE under `vae/`. In the form of diffusers a
+video model becomes `transformer/` (`WanTransformer3DModel`), which `model.init_from` starts a run from again; where
+it was trained with a released VAE and text encoder, these are copied beside it and `WanPipeline.from_pretrained`
+loads the whole folder. Averaged (EMA) weights.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from sora_train.data.pool import Pool
 from sora_train.data.transforms import to_unit
 from sora_train.generation import build_vae, trained_weights
 from sora_train.models.vae import VideoVAE
+from sora_train.models.wan import save_wan
+from sora_train.released import folder_of
 
 _CLIPS_MEASURED = 512
 
@@ -43,9 +49,11 @@ class Options:
 def main() -> int:
     """Export the newest checkpoint of a run."""
     o = options(Options, __doc__)
-    if o.format != "safetensors":
-        raise InputError(f"format={o.format!r}; known: safetensors")
+    if o.format not in ("safetensors", "diffusers"):
+        raise InputError(f"format={o.format!r}; known: safetensors, diffusers")
     config, out = load(o.run_dir), Path(o.out)
+    if o.format == "diffusers" and config.method is Method.autoencoder:
+        raise InputError("format=diffusers writes video models; diffusers knows no VAE of ours")
     out.mkdir(parents=True, exist_ok=True)
     weights = trained_weights(o.run_dir)
     if config.method is Method.autoencoder:
@@ -55,6 +63,8 @@ def main() -> int:
         save_file(vae.state_dict(), out / "vae.safetensors")
         shape = {key: value for key, value in asdict(config.vae).items() if key not in ("path", "cache_mib")}
         (out / "config.json").write_text(json.dumps(shape, indent=1) + "\n")
+    elif o.format == "diffusers":
+        _pipeline(weights, config, out)
     else:
         save_file(weights, out / "model.safetensors")
         shutil.copy(Path(o.run_dir) / "config.yaml", out / "config.yaml")
@@ -63,6 +73,41 @@ def main() -> int:
             shutil.copytree(config.vae.path, out / "vae", dirs_exist_ok=True)
     print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
     return 0
+
+
+def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path) -> None:
+    """The transformer in the form of diffusers; around it a `WanPipeline` where its other parts are released ones."""
+    dit = {name.removeprefix("dit."): w for name, w in weights.items() if name.startswith("dit.")}
+    save_wan(dit, config.model, config.text_encoder.width, out / "transformer")
+    if config.vae.class_name is None or config.text_encoder.path is None:
+        print("a WanPipeline also needs a released VAE and text encoder; this run has its own, so only transformer/")
+        return
+    for part, source in (
+        ("vae", config.vae.path), ("text_encoder", config.text_encoder.path), ("tokenizer", config.text_encoder.path),
+    ):  # fmt: skip
+        shutil.copytree(folder_of(source or "", part), out / part, dirs_exist_ok=True)
+    classes = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", _class_of(out / "text_encoder")],
+        "tokenizer": ["transformers", _class_of(out / "tokenizer")],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", config.vae.class_name],
+    }
+    index = {"_class_name": "WanPipeline", "boundary_ratio": None, "expand_timesteps": False, **classes}
+    euler = "FlowMatchEulerDiscreteScheduler"
+    scheduler = {"_class_name": euler, "num_train_timesteps": 1000, "shift": config.flow.shift}
+    (out / "scheduler").mkdir(exist_ok=True)
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _class_of(folder: Path) -> str:
+    """The class that transformers wrote a model or a tokenizer from."""
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file() and folder.name == "tokenizer":
+        return str(json.loads(tokenizer.read_text())["tokenizer_class"])
+    return str(json.loads((folder / "config.json").read_text())["architectures"][0])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +31,13 @@ def build_video_model(config: Config) -> VideoModel:
     m, t = config.model, config.text_encoder
     dit = DiT(
         patch_features(config), m.width, m.depth, m.heads, m.ffn, t.width, m.frequencies, m.rope_theta, m.gate_init,
-        m.absolute_positions, m.activation_checkpointing,
+        m.absolute_positions, m.activation_checkpointing, m.attention,
     )  # fmt: skip
-    return VideoModel(dit, TextEncoder(t.width, t.depth, t.heads, t.buckets, t.max_tokens))
+    if m.compile:
+        for block in dit.blocks:
+            block.compile()
+    own = TextEncoder(t.width, t.depth, t.heads, t.buckets, t.max_tokens) if t.path is None else None
+    return VideoModel(dit, own)
 
 
 def build_vae(config: VaeConfig) -> VideoVAE:
@@ -40,21 +45,35 @@ def build_vae(config: VaeConfig) -> VideoVAE:
     return VideoVAE(config.channels, config.patch, config.widths, config.blocks, [(t, s) for t, s in config.strides])
 
 
-def tokenizer(config: Config) -> Tokenize:
-    """Captions to ids, as the network of this configuration was trained with."""
+def tokenizer(config: Config, device: torch.device = torch.device("cpu")) -> Tokenize:  # noqa: B008 (immutable)
+    """Captions to what the network of this configuration reads: ids, or embeddings of a released encoder."""
     t = config.text_encoder
+    if t.path is not None:
+        from sora_train.models.released_text import ReleasedText  # transformers takes seconds to import
+
+        return ReleasedText(t.path, device, t.max_tokens, t.pad_to)
     return lambda captions: tokenize_captions(captions, t.buckets, t.max_tokens)
+
+
+def _trained_vae(config: VaeConfig) -> Any:
+    """Our own trained VAE, or a released one with the same calls."""
+    if config.class_name is not None:
+        from sora_train.models.released_vae import ReleasedVae  # diffusers takes seconds to import
+
+        return ReleasedVae(config.path or "")
+    path = Path(config.path or "") / "vae.safetensors"
+    if not path.is_file():
+        raise InputError(f"no VAE weights at {path}; export a VAE run there")
+    vae = build_vae(config)
+    vae.load_state_dict(load_file(path))
+    return vae
 
 
 class FrozenVae:
     """A trained VAE between pixels and normalised latents."""
 
     def __init__(self, config: VaeConfig, device: torch.device) -> None:
-        path = Path(config.path or "") / "vae.safetensors"
-        if not path.is_file():
-            raise InputError(f"no VAE weights at {path}; export a VAE run there")
-        self.vae = build_vae(config)
-        self.vae.load_state_dict(load_file(path))
+        self.vae = _trained_vae(config)
         self.vae.to(device).eval().requires_grad_(False)
         self.device = device
 
@@ -74,7 +93,7 @@ class Sampler:
 
     def __init__(self, config: Config, network: nn.Module, vae: FrozenVae, device: torch.device) -> None:
         self.config, self.network, self.vae, self.device = config, network, vae, device
-        self.tokenize = tokenizer(config)
+        self.tokenize = tokenizer(config, device)
 
     def videos(self, requests: Sequence[Request]) -> list[np.ndarray]:
         """frames_THWC uint8 of each request, sampled together as one pack."""

@@ -28,7 +28,9 @@ from sora_train.generation import (
     tokenizer,
 )
 from sora_train.models.autoencoding import AutoencodingTask
+from sora_train.models.wan import load_wan
 from sora_train.training.parts import Task
+from sora_train.world import World
 
 
 class MethodParts(Protocol):
@@ -49,11 +51,15 @@ class Diffusion:
         self.config, self.device = config, device
         self.vae = FrozenVae(config.vae, device)
         network = build_video_model(config)
+        if config.model.init_from is not None:
+            load_wan(network.dit, config.model.init_from)
         self.network: nn.Module = network
-        self.groups: list[tuple[nn.Module, float]] = [(network.dit, 1.0), (network.text, config.optim.text_lr_scale)]
+        self.groups: list[tuple[nn.Module, float]] = [(network.dit, 1.0)]
+        if network.text is not None:
+            self.groups.append((network.text, config.optim.text_lr_scale))
         cache_bytes = config.vae.cache_mib << 20
         self.task: Task = FlowTask(
-            config.flow, geometry(config), config.vae.channels, self.vae.encode, tokenizer(config), cache_bytes
+            config.flow, geometry(config), config.vae.channels, self.vae.encode, tokenizer(config, device), cache_bytes
         )
 
     def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:
@@ -90,24 +96,23 @@ def write_previews(
     clips: Sequence[Clip],
     folder: Path,
     fps: float,
-    rank: int,
-    ranks: int,
+    world: World,
     break_off: Callable[[], bool],
 ) -> dict[str, Path]:
-    """Write a preview of every clip, the work shared out over the ranks; returns the videos by caption.
+    """Write a preview of every clip, the work shared out over the data-parallel groups; returns the videos by caption.
 
     Every rank runs the network equally often, because a partitioned network needs all of them. `break_off` is asked
     before each preview, by all ranks together; then the rest is left, and no video returned.
     """
     paths = {}
-    for number in range(-(-len(clips) // ranks)):
+    for number in range(-(-len(clips) // world.data_size)):
         if break_off():
             return {}
-        place = number * ranks + rank
+        place = number * world.data_size + world.data_rank
         clip = clips[min(place, len(clips) - 1)]
         with torch.no_grad():
             frames = method.preview(live, clip)
-        if place < len(clips):
+        if place < len(clips) and world.sequence_rank == 0:
             about = {"prompt": clip.caption, "seed": clip.visit.seed >> 1, "held_out": clip.key}
             save_sample(folder, f"{place:02d}", frames, clip.visit.fps or fps, about)
     for place, clip in enumerate(clips):

@@ -26,7 +26,7 @@ from sora_train.world import World, from_environment
 
 def train(config: Config) -> int:
     """One rank's part in a run, from a checked configuration to an exit code (also left in run_dir/exit.json)."""
-    world = from_environment()
+    world = from_environment().with_sequence(config.parallel.sequence)
     code, reason = 1, "failed; see the logs"
     try:
         code = _start(config, world)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from sora_train.cli import InputError
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,33 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     restarts: int = 0  # how often torchrun or the launch script has started this again by itself
+    sequence: int = 1  # ranks that share the tokens of a pack; neighbours
 
     @property
     def is_main(self) -> bool:
         """Whether this is the rank that speaks for all."""
         return self.rank == 0
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of its packs' tokens this rank holds."""
+        return self.rank % self.sequence
+
+    @property
+    def data_rank(self) -> int:
+        """Which data-parallel group this rank belongs to: the ranks of a group see the same packs."""
+        return self.rank // self.sequence
+
+    @property
+    def data_size(self) -> int:
+        """Data-parallel groups of the job."""
+        return self.size // self.sequence
+
+    def with_sequence(self, degree: int) -> World:
+        """The same places in groups of `degree` ranks. Raises InputError where the ranks don't divide."""
+        if self.size % degree:
+            raise InputError(f"parallel.sequence={degree} doesn't divide the {self.size} rank(s)")
+        return replace(self, sequence=degree)
 
     @property
     def launched(self) -> bool:

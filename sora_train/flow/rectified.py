@@ -35,6 +35,7 @@ class Loss:
     sum: Tensor
     level_sum: Tensor  # (LEVELS,) summed loss by noise level
     level_weight: Tensor  # (LEVELS,) loss-bearing tokens of each level
+    texts: tuple[int, ...] | None = None  # text tokens of each clip
 
 
 class FlowTask:
@@ -69,6 +70,7 @@ class FlowTask:
             error_N.sum(),
             zeros.index_add(0, bins, error_N.detach()),
             zeros.index_add(0, bins, latents.weight_N),
+            latents.layout.texts,
         )
 
     @torch.no_grad()

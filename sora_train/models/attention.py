@@ -1,32 +1,224 @@
-"""Attention over packs: every token sees the tokens of its own group and no others."""
+"""Attention over packs: every token sees the tokens of its own group and no others.
+
+One function, `packed_attention`, in front of three back ends:
+
+    sdpa    torch's fused attention group by group; runs anywhere
+    varlen  FlashAttention over all groups in one call (`torch.nn.attention.varlen`); CUDA, bf16 or fp16
+    flex    FlexAttention with a block mask (`torch.nn.attention.flex_attention`), compiled; CUDA
+
+To the compiler it is one opaque operation (for flex a call that it doesn't look into), which takes the lengths of the
+groups as tensors in host memory: a new layout of the pack means no new compilation, and no layer asks the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sora_train.cli import InputError
+
+BACKENDS = ("auto", "sdpa", "varlen", "flex")
+_aten = torch.ops.aten
 
 
 def packed_attention(
-    q_NKd: Tensor, k_NKd: Tensor, v_NKd: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
+    q_NKd: Tensor,
+    k_NKd: Tensor,
+    v_NKd: Tensor,
+    q_lengths: Sequence[int] | Tensor,
+    k_lengths: Sequence[int] | Tensor,
+    backend: str = "auto",
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each group; group i holds q_lengths[i] queries and k_lengths[i] keys.
 
-    Neighbouring groups of equal lengths run as one batch. Returns `(N, K, d)` like the queries.
-    Raises ValueError if the lengths don't add up to the tensors.
+    Lengths given as tensors are int64 on the host. A group may have keys and no queries, not the other way round.
+    Returns `(N, K, d)` like the queries. Raises ValueError if the lengths don't add up to the tensors.
     """
-    if sum(q_lengths) != q_NKd.shape[0] or sum(k_lengths) != k_NKd.shape[0] or len(q_lengths) != len(k_lengths):
-        raise ValueError(f"groups of {q_lengths} queries and {k_lengths} keys don't match {q_NKd.shape}, {k_NKd.shape}")
-    out, q_at, k_at = [], 0, 0
-    for (q_len, k_len), run in groupby(zip(q_lengths, k_lengths, strict=True)):
+    lengths = [torch.as_tensor(x, dtype=torch.int64, device="cpu") for x in (q_lengths, k_lengths)]
+    chosen = choose(backend, q_NKd.device.type, q_NKd.dtype)
+    if chosen == "flex":
+        return _flex(q_NKd, k_NKd, v_NKd, *lengths)
+    return _forward(q_NKd, k_NKd, v_NKd, *lengths, chosen)[0]
+
+
+@lru_cache
+def choose(backend: str, device: str, dtype: torch.dtype) -> str:
+    """The back end to use on a kind of device. Raises InputError for one that can't run there."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    if backend == "auto":
+        if device != "cuda":
+            return "sdpa"
+        return "varlen" if half and _works("varlen", dtype) else "flex" if _works("flex", dtype) else "sdpa"
+    if backend in ("varlen", "flex") and device != "cuda":
+        raise InputError(f"model.attention={backend} needs a CUDA GPU, and this is {device}; use auto or sdpa")
+    if backend == "varlen" and not half:
+        raise InputError(f"model.attention=varlen computes in bf16, not in {dtype}; set precision=bf16, or use flex")
+    return backend
+
+
+def _works(backend: str, dtype: torch.dtype) -> bool:
+    """Try a back end once, forwards and backwards, on two small groups: a build or a GPU may lack its kernels."""
+    try:
+        q = torch.ones(32, 1, 64, device="cuda", dtype=dtype, requires_grad=True)
+        with torch.enable_grad():
+            packed_attention(q, q, q, [16, 16], [16, 16], backend).sum().backward()
+        return True
+    except (RuntimeError, NotImplementedError, ImportError):
+        return False
+
+
+@torch.library.custom_op("sora_train::packed_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Output `(N, K, d)` and the log-sum-exp of each query's scores, `(K, N)`, which backward needs."""
+    q_list, k_list = q_lengths.tolist(), k_lengths.tolist()
+    if sum(q_list) != q.shape[0] or sum(k_list) != k.shape[0] or len(q_list) != len(k_list):
+        raise ValueError(f"groups of {q_list} queries and {k_list} keys don't match {q.shape}, {k.shape}")
+    if backend == "varlen":
+        out, lse, _ = torch.ops.torch_attn._varlen_attn(q, k, v, *_bounds(tuple(q_list), tuple(k_list), q.device))
+        return out, lse
+    outs, lses = [], []
+    for q_part, k_part, count in _runs(q_list, k_list):
+        qs, ks, vs = _split(q, q_part, count), _split(k, k_part, count), _split(v, k_part, count)
+        if q.device.type == "cpu":
+            out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(qs, ks, vs)
+        else:
+            out, lse, *_ = _aten._scaled_dot_product_efficient_attention(qs, ks, vs, None, True)
+        outs.append(_join(out))
+        lses.append(lse[..., : qs.shape[2]].transpose(0, 1).flatten(1))
+    if not outs:
+        return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=torch.float32)
+    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses, dim=1))
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=statistics)
+
+
+@torch.library.custom_op("sora_train::packed_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_lengths: Tensor, k_lengths: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of queries, keys and values."""
+    q_list, k_list = q_lengths.tolist(), k_lengths.tolist()
+    if backend == "varlen":
+        bounds = _bounds(tuple(q_list), tuple(k_list), q.device)
+        rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # there is no dropout
+        dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(grad, q, k, v, out, lse, *bounds, False, rng)
+        return dq, dk, dv
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    for q_part, k_part, count in _runs(q_list, k_list):
+        qs, gs, os = (_split(x, q_part, count) for x in (q, grad, out))
+        ks, vs = _split(k, k_part, count), _split(v, k_part, count)
+        lses = lse[:, q_part].unflatten(1, (count, -1)).transpose(0, 1)
+        if q.device.type == "cpu":
+            parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(gs, qs, ks, vs, os, lses, 0.0, False)
+        else:
+            lses = F.pad(lses, (0, -lses.shape[-1] % 32), value=float("inf"))  # the kernel's alignment
+            seed = torch.zeros((), dtype=torch.int64, device=q.device)
+            parts = _aten._scaled_dot_product_efficient_attention_backward(
+                gs, qs, ks, vs, None, os, lses, seed, seed, 0.0, [True, True, True, False]
+            )
+        for whole, place, part in zip((dq, dk, dv), (q_part, k_part, k_part), parts, strict=False):
+            whole[place] = _join(part)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_lengths: Tensor, k_lengths: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@register_flop_formula([torch.ops.sora_train.packed_attention], get_raw=True)
+def _forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, *_: Any, **__: Any
+) -> int:
+    return 4 * q.shape[1] * q.shape[2] * int((q_lengths * k_lengths).sum())
+
+
+@register_flop_formula([torch.ops.sora_train.packed_attention_backward], get_raw=True)
+def _backward_flops(grad: Tensor, q: Tensor, *rest: Any, **__: Any) -> int:
+    """Two products per gradient of keys and values and of queries; the scores' recomputation isn't counted."""
+    return 2 * _forward_flops(q, q, q, *rest[4:6])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(grad.contiguous(), *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _runs(q_list: list[int], k_list: list[int]) -> Iterator[tuple[slice, slice, int]]:
+    """Neighbouring groups of equal lengths, which run as one batch: their queries, their keys, how many they are."""
+    q_at = k_at = 0
+    for (q_length, k_length), run in groupby(zip(q_list, k_list, strict=True)):
         count = len(list(run))
-        q, k, v = (
-            x[at : at + count * length].unflatten(0, (count, length)).transpose(1, 2)
-            for x, at, length in ((q_NKd, q_at, q_len), (k_NKd, k_at, k_len), (v_NKd, k_at, k_len))
-        )
-        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-        q_at, k_at = q_at + count * q_len, k_at + count * k_len
-    return torch.cat(out) if out else q_NKd
+        q_end, k_end = q_at + count * q_length, k_at + count * k_length
+        if q_length:
+            yield slice(q_at, q_end), slice(k_at, k_end), count
+        q_at, k_at = q_end, k_end
+
+
+def _split(x_NKd: Tensor, part: slice, count: int) -> Tensor:
+    return x_NKd[part].unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _join(x_BKnd: Tensor) -> Tensor:
+    return x_BKnd.transpose(1, 2).flatten(0, 1)
+
+
+@lru_cache(maxsize=64)
+def _bounds(q_list: tuple[int, ...], k_list: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Where groups begin and end, on the device, and the longest ones: made once per layout, not once per layer."""
+    ends = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (q_list, k_list))
+    on_device = [x.to(device, non_blocking=True) for x in ends]
+    return on_device[0], on_device[1], max(q_list), max(k_list)
+
+
+@torch.compiler.disable
+def _flex(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    q_list, k_list = tuple(q_lengths.tolist()), tuple(k_lengths.tolist())
+    q_group, k_group = (_groups(lengths, q.device) for lengths in (q_list, k_list))
+
+    def same(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return q_group[query] == k_group[key]
+
+    mask = create_block_mask(same, None, None, len(q_group), len(k_group), device=q.device)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return _compiled_flex()(q, k, v, block_mask=mask).squeeze(0).transpose(0, 1)
+
+
+@lru_cache(maxsize=64)
+def _groups(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """The group of each token."""
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)

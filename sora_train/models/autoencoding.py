@@ -24,6 +24,7 @@ class Reconstruction:
     sum: Tensor
     level_sum: None = None
     level_weight: None = None
+    texts: None = None
 
 
 class AutoencodingTask:

@@ -9,11 +9,14 @@ timestep and looked up per token. Single-device code: whatever splits it works f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sora_train.batch import Layout
 from sora_train.models.attention import packed_attention
@@ -38,7 +41,8 @@ class DiT(nn.Module):
         rope_theta: float = 10000.0,
         gate_init: float = 0.0,
         absolute_positions: bool = False,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: str = "none",
+        attention: str = "auto",
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -50,7 +54,7 @@ class DiT(nn.Module):
         self.time_in = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         modulation = nn.Linear(width, 6 * width)
         self.time_modulation = nn.Sequential(nn.SiLU(), modulation)
-        self.blocks = nn.ModuleList(Block(width, heads, ffn, gate_init, eps) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, ffn, gate_init, eps, attention) for _ in range(depth))
         self.out = Head(width, patch_features, eps)
         nn.init.zeros_(modulation.weight)
         nn.init.zeros_(modulation.bias)
@@ -59,28 +63,33 @@ class DiT(nn.Module):
         """Velocity `(N, P)` of the noised patches `x_NP`; token n stands at timestep `t_M[t_of_N[n]]`."""
         x_ND, text_LD = self.patch_in(x_NP), self.text_in(text_LE)
         if self.place_in is not None:
-            x_ND = x_ND + self.place_in(place_features(layout.grids, x_ND.device).type_as(x_ND))
+            x_ND = x_ND + self.place_in(place_features(layout.grids, x_ND.device)[layout.mine].type_as(x_ND))
         time_MD = self.time_in(timestep_embedding(t_M, self.frequencies).type_as(x_ND))
         modulation_M6D = self.time_modulation(time_MD).unflatten(-1, (6, -1))
-        rope = rotations(layout.grids, self.head_dim, self.rope_theta, x_ND.device)
+        rope = tuple(x[layout.mine] for x in rotations(layout.grids, self.head_dim, self.rope_theta, x_ND.device))
+        groups = tuple(torch.tensor(x) for x in (layout.lengths, layout.queries, layout.texts))
         for block in self.blocks:
-            arguments = (x_ND, text_LD, modulation_M6D, t_of_N, rope, layout)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_ND = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x_ND = block(*arguments)
+            x_ND = self._run(block, x_ND, text_LD, modulation_M6D, t_of_N, rope, groups)
         return self.out(x_ND, time_MD, t_of_N)
+
+    def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """A block, keeping for backward all it computed, its attention alone, or no more than its input."""
+        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
+            return block(*arguments)
+        if self.activation_checkpointing == "block":
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return checkpoint(block, *arguments, use_reentrant=False, context_fn=_keep_attention)
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention and MLP; the first and last are shifted, scaled and gated by the timestep."""
 
-    def __init__(self, width: int, heads: int, ffn: int, gate_init: float, eps: float) -> None:
+    def __init__(self, width: int, heads: int, ffn: int, gate_init: float, eps: float, attention: str) -> None:
         super().__init__()
         self.eps = eps
-        self.self_attention = Attention(width, heads, eps)
+        self.self_attention = Attention(width, heads, eps, attention)
         self.cross_norm = nn.LayerNorm(width, eps)
-        self.cross_attention = Attention(width, heads, eps)
+        self.cross_attention = Attention(width, heads, eps, attention)
         self.mlp = nn.Sequential(nn.Linear(width, ffn), nn.GELU("tanh"), nn.Linear(ffn, width))
         gates = torch.tensor([0.0, 0.0, gate_init, 0.0, 0.0, gate_init])  # shift, scale, gate of attention, then of MLP
         self.modulation = nn.Parameter(gates.unsqueeze(1).repeat(1, width))
@@ -92,23 +101,28 @@ class Block(nn.Module):
         modulation_M6D: Tensor,
         t_of_N: Tensor,
         rope: tuple[Tensor, Tensor],
-        layout: Layout,
+        groups: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
-        """One block, `(N, D)` to `(N, D)`."""
+        """One block, `(N, D)` to `(N, D)`. `groups`: tokens of each clip, those that see each caption, its tokens."""
+        clips, queries, texts = groups
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (modulation_M6D + self.modulation).unbind(1)
         h_ND = modulated_norm(x_ND, shift, scale, t_of_N, self.eps)
-        x_ND = x_ND + gate[t_of_N] * self.self_attention(h_ND, h_ND, layout.lengths, layout.lengths, rope)
-        x_ND = x_ND + self.cross_attention(self.cross_norm(x_ND), text_LD, layout.lengths, layout.texts)
+        x_ND = x_ND + gate.index_select(0, t_of_N) * self.self_attention(h_ND, h_ND, clips, clips, rope)
+        x_ND = x_ND + self.cross_attention(self.cross_norm(x_ND), text_LD, queries, texts)
         h_ND = modulated_norm(x_ND, mlp_shift, mlp_scale, t_of_N, self.eps)
-        return x_ND + mlp_gate[t_of_N] * self.mlp(h_ND)
+        return x_ND + mlp_gate.index_select(0, t_of_N) * self.mlp(h_ND)
 
 
 class Attention(nn.Module):
-    """Multi-head attention between packed sequences, queries and keys normalised over the full width (RMSNorm)."""
+    """Multi-head attention between packed sequences, queries and keys normalised over the full width (RMSNorm).
 
-    def __init__(self, width: int, heads: int, eps: float) -> None:
+    `attend` is what turns queries, keys, values and the lengths of their groups into the output.
+    """
+
+    def __init__(self, width: int, heads: int, eps: float, backend: str) -> None:
         super().__init__()
         self.heads = heads
+        self.attend: Callable[..., Tensor] = partial(packed_attention, backend=backend)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.q_norm, self.k_norm = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
 
@@ -116,8 +130,8 @@ class Attention(nn.Module):
         self,
         x_ND: Tensor,
         context_ND: Tensor,
-        lengths: tuple[int, ...],
-        context_lengths: tuple[int, ...],
+        lengths: Tensor,
+        context_lengths: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend from `x_ND` to `context_ND` group by group; `rope` turns queries and keys."""
@@ -125,7 +139,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, self.v(context_ND)))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        return self.out(packed_attention(q, k, v, lengths, context_lengths).flatten(1))
+        return self.out(self.attend(q, k, v, lengths, context_lengths).flatten(1))
 
 
 class Head(nn.Module):
@@ -145,10 +159,17 @@ class Head(nn.Module):
         return self.project(modulated_norm(x_ND, shift, scale, t_of_N, self.eps))
 
 
+def _keep_attention() -> tuple[Any, Any]:
+    """Contexts for `checkpoint` that keep what attention returned: it costs most to compute and little to keep."""
+    kept = [torch.ops.sora_train.packed_attention.default]
+    return create_selective_checkpoint_contexts(kept)
+
+
 def modulated_norm(x_ND: Tensor, shift_MD: Tensor, scale_MD: Tensor, t_of_N: Tensor, eps: float) -> Tensor:
     """LayerNorm without its own scale, then the shift and scale of each token's timestep, in fp32."""
     normed = F.layer_norm(x_ND.float(), x_ND.shape[-1:], eps=eps)
-    return torch.addcmul(shift_MD[t_of_N].float(), normed, 1 + scale_MD[t_of_N].float()).type_as(x_ND)
+    shift_ND, scale_ND = (table.float().index_select(0, t_of_N) for table in (shift_MD, 1 + scale_MD))
+    return torch.addcmul(shift_ND, normed, scale_ND).type_as(x_ND)
 
 
 def timestep_embedding(t_M: Tensor, size: int) -> Tensor:

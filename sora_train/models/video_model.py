@@ -10,14 +10,14 @@ from sora_train.models.text import TextEncoder
 
 
 class VideoModel(nn.Module):
-    """Captions and noised patches to velocities."""
+    """Captions and noised patches to velocities. Without a text encoder the pack brings embeddings, not ids."""
 
-    def __init__(self, dit: DiT, text: TextEncoder) -> None:
+    def __init__(self, dit: DiT, text: TextEncoder | None) -> None:
         super().__init__()
         self.dit, self.text = dit, text
 
     def forward(self, pack: LatentPack) -> Tensor:
         """Velocity `(N, P)` of every token of the pack."""
-        text_LE = self.text(pack.text, pack.layout.texts)
-        x_NP = pack.x_NP.to(text_LE.dtype)
-        return self.dit(x_NP, text_LE, pack.t_M, pack.t_of_N, pack.layout)
+        dtype = self.dit.patch_in.weight.dtype
+        text_LE = pack.text.to(dtype) if self.text is None else self.text(pack.text, pack.layout.texts)
+        return self.dit(pack.x_NP.to(dtype), text_LE, pack.t_M, pack.t_of_N, pack.layout)

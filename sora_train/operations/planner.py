@@ -19,7 +19,8 @@ from sora_train.data.packing import departure
 from sora_train.data.plan import Plan
 from sora_train.operations.trace import Size
 
-_SAVED_PER_TOKEN = 34  # activations of one block that backward needs, in model widths per token (no checkpointing)
+# Activations of one block that backward needs, in model widths per token, by model.activation_checkpointing.
+_SAVED_PER_TOKEN = {"none": 34, "block": 1, "selective": 3}
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,20 @@ def estimate(config: Config, network: nn.Module, plan: Plan | None, ranks: int) 
         + gradients / (ranks if stage >= 2 else 1)
         + optimizer / (ranks if stage else 1)
     )
-    slots, per_rank = config.data.slots, -(-config.data.slots // ranks)
+    sequence = config.parallel.sequence
+    groups = max(1, ranks // sequence)
+    slots, per_rank = config.data.slots, -(-config.data.slots // groups)
     passes = config.parallel.accumulation or per_rank
-    tokens = config.data.max_tokens * -(-per_rank // passes)
-    kept_blocks = (
-        1 + config.model.depth / _SAVED_PER_TOKEN if config.model.activation_checkpointing else config.model.depth
-    )
-    activations = int(tokens * _SAVED_PER_TOKEN * config.model.width * kept_blocks * bytes_each)
+    tokens = config.data.max_tokens * -(-per_rank // passes) / sequence
+    kept = _SAVED_PER_TOKEN[config.model.activation_checkpointing] * config.model.depth
+    working = _SAVED_PER_TOKEN["none"] if config.model.activation_checkpointing != "none" else 0  # the block recomputed
+    activations = int(tokens * (kept + working) * config.model.width * bytes_each)
     longest = geometry(config).tokens(config.data.max_frames, *_square(config))
     clips = max(1, config.data.max_tokens // longest)
     flops = slots * cost(config).training([min(longest, config.data.max_tokens)] * clips)
     figures = _of_plan(plan) if plan is not None else (None, None, None, None)
-    return Estimate(ranks, parameters, int(state), activations, passes, 1 - slots / (per_rank * ranks), flops, *figures)
+    idle = 1 - slots / (per_rank * groups)
+    return Estimate(ranks, parameters, int(state), activations, passes, idle, flops, *figures)
 
 
 def heaviest_pass(config: Config, plan: Plan | None, ranks: int) -> tuple[list[Size], float]:

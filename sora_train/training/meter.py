@@ -51,9 +51,12 @@ class Totals:
 class Meter:
     """Adds up between two logged steps; one all-reduce when they are read."""
 
-    def __init__(self, geometry: Geometry, cost: Cost, device: torch.device, peak: float, capacity: int) -> None:
+    def __init__(
+        self, geometry: Geometry, cost: Cost, device: torch.device, peak: float, capacity: int, sharing: int = 1
+    ) -> None:
         self.geometry, self.cost, self.device, self.peak = geometry, cost, device, peak
         self.capacity = capacity  # tokens that one step could hold
+        self.sharing = sharing  # ranks that share the work on a pack, and all count it
         self.totals = Totals()
         self._flops = self._step_flops = self._tokens = self._steps = 0
         self._data_wait = 0.0
@@ -80,7 +83,7 @@ class Meter:
     def add(self, pack: Pack, loss: Any, weight: float) -> None:
         """Count a pack and its loss (its share of the step's mean; everything stays on the device)."""
         lengths = [self.geometry.tokens(*clip.visit.size) for clip in pack.clips]
-        flops = self.cost.training(lengths)
+        flops = self.cost.training(lengths, loss.texts if pack.clips else None) // self.sharing
         self._flops += flops
         self._step_flops += flops
         self._tokens += sum(lengths)
@@ -110,6 +113,7 @@ class Meter:
         dist.all_reduce(both)
         ranks = dist.get_world_size()
         tokens, flops, wait = both[:3].tolist()
+        tokens /= self.sharing
         balance = (both[3 : 3 + len(loads)] / ranks / peak_loads.clamp(min=1)).mean().item()
         loss = both[3 + len(loads)].item() / self._steps
         level_sum, level_weight = both[4 + len(loads) :].view(2, -1)

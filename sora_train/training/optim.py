@@ -31,7 +31,7 @@ def adamw(parts: Iterable[tuple[nn.Module, float]], config: OptimConfig) -> torc
             if chosen:
                 lr = config.lr * scale
                 groups.append({"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": decay})
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:

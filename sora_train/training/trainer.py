@@ -57,7 +57,8 @@ class Trainer:
             with self.meter.waiting():
                 self.enter("data")
                 batch = next(batches)
-            self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
+            if self.world.sequence_rank == 0:  # the others of the group have the same samples
+                self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
             self.enter("agreement")
             agreed = self.agree(batch)  # an all-reduce on the CPU
             self.leave_out(batch, agreed)
@@ -131,7 +132,8 @@ class Trainer:
         dist.all_reduce(total)
         weight, arrived, refused, tokens, stop = total.tolist()
         self.stop = self.stop or stop > 0
-        return Agreement(max(weight, 1.0), int(arrived), int(refused), int(tokens))
+        arrived, refused, tokens = (int(count) // self.world.sequence for count in (arrived, refused, tokens))
+        return Agreement(max(weight, 1.0), arrived, refused, tokens)
 
     def leave_out(self, batch: Step, agreed: Agreement) -> None:
         """What any rank refused is left out of later epochs, if the run is told so."""
@@ -141,7 +143,7 @@ class Trainer:
         mine = [refusal.sample + 1 for refusal in batch.refused]
         rows[self.world.rank, : len(mine)] = torch.tensor(mine, dtype=torch.int64)
         dist.all_reduce(rows)
-        samples = sorted((rows[rows > 0] - 1).tolist())
+        samples = sorted(set((rows[rows > 0] - 1).tolist()))
         self.parts.plan.amend(batch.position, self.planned, self.config.data.prefetch_steps, samples)
 
     def told_to_stop(self) -> bool:

@@ -213,7 +213,7 @@ class Engine:
         for p in self._masters():
             state = inner.state[p]
             if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state |= {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in _MOMENTS}
         if self.stage in (1, 2) and hasattr(z, "_lazy_init_hp_params_optimizer_state"):
             z._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,58 @@
+"""T5 and umT5 encoders through transformers, from a local folder: captions to packed embeddings. Frozen."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, T5EncoderModel, UMT5EncoderModel
+
+from sora_train.cli import InputError
+from sora_train.released import folder_of
+
+_CLASSES = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
+
+
+class ReleasedText:
+    """Embeds captions. `pad_to` tokens each, zeros after the last, where it is above 0: Wan attends to the zeros."""
+
+    def __init__(self, path: str, device: torch.device, max_tokens: int, pad_to: int) -> None:
+        self.tokenizer, self.encoder = _load(path, device)
+        self.max_tokens, self.pad_to, self.device = max_tokens, pad_to, device
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
+        """Embeddings `(L, E)` of all captions end to end, on the device, and the length of each."""
+        batch = self.tokenizer(
+            [_clean(caption) for caption in captions], padding=True, truncation=True, max_length=self.max_tokens,
+            return_tensors="pt",
+        )  # fmt: skip
+        lengths = batch.attention_mask.sum(1).tolist()
+        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        embedded_BLE = self.encoder(ids, attention_mask=mask).last_hidden_state
+        rows = [row[:length] for row, length in zip(embedded_BLE, lengths, strict=True)]
+        if self.pad_to:
+            rows = [torch.cat((row, row.new_zeros(self.pad_to - len(row), row.shape[1]))) for row in rows]
+        return torch.cat(rows), tuple(map(len, rows))
+
+
+@lru_cache(maxsize=1)
+def _load(path: str, device: torch.device) -> tuple[AutoTokenizer, torch.nn.Module]:
+    """Tokenizer and encoder of a folder; training and its previews share one copy."""
+    folder, beside = folder_of(path, "text_encoder"), folder_of(path, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(beside, local_files_only=True)
+        kind = _CLASSES[AutoConfig.from_pretrained(folder, local_files_only=True).model_type]
+        encoder = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise InputError(f"text_encoder.path={Path(path)}: {str(error).splitlines()[0]}") from error
+    return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+def _clean(caption: str) -> str:
+    """Entities resolved (twice, as web captions need) and runs of white space made one space."""
+    return " ".join(html.unescape(html.unescape(caption)).split())

@@ -1,0 +1,162 @@
+"""A released VAE and text encoder in a run of ours, and the run's model in a pipeline of diffusers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from omegaconf import DictConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from sora_train import export
+from sora_train.batch import Clip, Pack
+from sora_train.cli import InputError
+from sora_train.config import Config, build, to_yaml
+from sora_train.cost import geometry
+from sora_train.generation import FrozenVae, Sampler, request_for, tokenizer
+from sora_train.methods import Diffusion
+
+CPU = torch.device("cpu")
+WORDS = ["<pad>", "</s>", "<unk>", "a", "block", "of", "light", "number"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a released Wan pipeline, everything in it tiny and random."""
+    folder = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 1.0, 2.0, 1.5],
+    )  # fmt: skip
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    text = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+    )
+    wan = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=48, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+    for name, part in (("vae", vae), ("text_encoder", text), ("transformer", wan)):
+        part.save_pretrained(folder / name)
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder / "tokenizer")
+    (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def config(compose_tree: Callable[..., DictConfig], pipeline: Path) -> Config:
+    keys = ("model.init_from", "vae.path", "text_encoder.path")
+    more = ("text_encoder.pad_to=512", "text_encoder.max_tokens=512", "flow.guidance=2", "flow.sampling_steps=1")
+    return build(compose_tree("experiment=demo", *(f"{key}={pipeline}" for key in keys), *more))
+
+
+def test_the_shapes_of_released_models_replace_those_of_the_configuration(config: Config) -> None:
+    assert (config.model.width, config.model.depth, config.model.heads, config.model.ffn) == (24, 1, 2, 48)
+    assert (config.model.patch, config.model.rope_theta, config.model.absolute_positions) == (2, 10000.0, False)
+    assert (config.vae.channels, config.vae.temporal_stride, config.vae.spatial_stride) == (4, 4, 8)
+    assert config.text_encoder.width == 16
+    assert geometry(config).grid(5, 32, 48) == (2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("vae.channels=6",), "4 latent channels, the VAE 6"),
+        (("vae.channels=4", "text_encoder.width=128"), "text 16 wide, the text encoder gives 128"),
+        (("model.init_from=nowhere",), "no transformer at model.init_from=nowhere"),
+        (("text_encoder.path=nowhere",), "no text encoder at text_encoder.path=nowhere"),
+        (("model.init_from=null", "text_encoder.pad_to=512"), "text_encoder.pad_to is for a released encoder"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    compose_tree: Callable[..., DictConfig], pipeline: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build(compose_tree("experiment=demo", f"model.init_from={pipeline}", *overrides), need_vae=False)
+
+
+def test_the_vae_gives_diffusers_latents_normalised(config: Config, pipeline: Path) -> None:
+    vae, theirs = FrozenVae(config.vae, CPU), AutoencoderKLWan.from_pretrained(pipeline / "vae")
+    video = torch.randint(0, 256, (1, 3, 5, 16, 16), dtype=torch.uint8)
+    latents = vae.encode(video)
+    with torch.no_grad():
+        mean = theirs.encode(video / 127.5 - 1).latent_dist.mean
+        decoded = theirs.decode(mean).sample
+    shift, scale = (torch.tensor(getattr(theirs.config, n)).view(4, 1, 1, 1) for n in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(latents, (mean - shift) / scale, rtol=1e-4, atol=1e-5)
+    frames = vae.decode(latents[0])
+    assert frames.shape == (5, 16, 16, 3)
+    expected = ((decoded[0].permute(1, 2, 3, 0) + 1) * 127.5).clamp(0, 255).round().numpy()
+    assert np.abs(frames.astype(int) - expected).max() <= 1
+    assert not any(p.requires_grad for p in vae.vae.parameters())
+
+
+def test_captions_become_diffusers_prompt_embeddings(config: Config, pipeline: Path) -> None:
+    """Padded with zeros to 512 tokens, whatever else is in the batch."""
+    parts = (AutoencoderKLWan, WanTransformer3DModel)
+    vae, wan = (c.from_pretrained(pipeline / name) for c, name in zip(parts, ("vae", "transformer"), strict=True))
+    encoder = UMT5EncoderModel.from_pretrained(pipeline / "text_encoder")
+    theirs = WanPipeline(
+        PreTrainedTokenizerFast.from_pretrained(pipeline / "tokenizer"), encoder, vae, scheduler=None, transformer=wan
+    )
+    captions = ["a block of light &amp; number", "", "light  a"]
+    text_LE, lengths = tokenizer(config, CPU)(captions)
+    assert lengths == (512, 512, 512)
+    with torch.no_grad():
+        embedded, _ = theirs.encode_prompt(captions, max_sequence_length=512, do_classifier_free_guidance=False)
+    torch.testing.assert_close(text_LE.unflatten(0, (3, 512)), embedded, rtol=1e-5, atol=1e-5)
+    assert text_LE[:7].any(1).all() and not text_LE[7:512].any()
+    assert not text_LE.requires_grad
+
+
+def test_a_run_starts_from_released_weights_and_trains_the_transformer_alone(
+    config: Config, pipeline: Path, make_clip: Callable[..., Clip]
+) -> None:
+    method = Diffusion(config, CPU)
+    wan = WanTransformer3DModel.from_pretrained(pipeline / "transformer")
+    assert torch.equal(method.network.dit.blocks[0].self_attention.q.weight, wan.blocks[0].attn1.to_q.weight)
+    pack = Pack([make_clip((5, 32, 32), 1, "image_to_video"), make_clip((1, 16, 32), 2, "image")])
+    method.task.loss(method.network, pack, CPU).sum.backward()
+    assert [name for name, _ in method.network.named_parameters() if not name.startswith("dit.")] == []
+    assert all(p.grad is not None for p in method.network.parameters())
+
+
+def test_an_export_runs_in_a_wan_pipeline_and_gives_what_our_sampler_gives(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    network = Diffusion(config, CPU).network.requires_grad_(False)
+    for p in network.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(export, "trained_weights", lambda _: network.state_dict())
+    monkeypatch.setattr(sys, "argv", ["export", f"run_dir={run}", f"out={out}", "format=diffusers"])
+    assert export.main() == 0
+    pipe = WanPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    request = request_for(config, "a block", (5, 32, 32), 3)
+    noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    theirs = pipe(
+        "a block", height=32, width=32, num_frames=5, num_inference_steps=1, guidance_scale=2.0,
+        max_sequence_length=512, latents=noise.unsqueeze(0), output_type="latent",
+    ).frames[0]  # fmt: skip
+    sampler = Sampler(config, network, FrozenVae(config.vae, CPU), CPU)
+    denormalised: list[torch.Tensor] = []
+    monkeypatch.setattr(sampler.vae, "decode", lambda x: denormalised.append(x) or np.zeros(1))
+    sampler.videos([request])
+    close = torch.isclose(denormalised[0], theirs, rtol=1e-3, atol=1e-3)
+    assert close.all(), (denormalised[0] - theirs).abs().max()
+    video = pipe("a block", height=32, width=32, num_frames=5, num_inference_steps=1, output_type="np").frames[0]
+    assert video.shape == (5, 32, 32, 3) and np.isfinite(video).all()
