@@ -136,3 +136,4 @@ class LatentPack:
     t_of_N: Tensor  # index of each token's timestep in t_M
     level_N: Tensor  # timestep of the clip's generated frames, for the loss by noise level
     text: Any  # ids_L for a text encoder trained along, or text_LE of a frozen one
+    clip_of_M: Tensor | None = None  # the clip that each timestep belongs to; pooled text asks for it

@@ -60,6 +60,13 @@ class Fit(Enum):
     stretch = "stretch"  # resize each side by itself, by less than one patch
 
 
+class Prediction(Enum):
+    """What the network's output means."""
+
+    velocity = "velocity"
+    preconditioned = "preconditioned"  # velocity through skip and scale, so that input and output keep unit variance
+
+
 class Timesteps(Enum):
     """Distribution that training timesteps are drawn from, before the shift."""
 
@@ -79,6 +86,7 @@ class ModelConfig:
     frequencies: int = 256  # of the timestep embedding
     rope_theta: float = 10000.0
     gate_init: float = 0.0  # start of the blocks' gates; 0 is adaLN-zero
+    pooled_text: bool = False  # the caption's mean joins the timestep; without it a short run hardly hears the caption
     absolute_positions: bool = False  # tell each token its place in the clip, beside RoPE; helps small models
     activation_checkpointing: str = "none"  # recompute in backward: none, block (all of it), selective (not attention)
     attention: str = "auto"  # back end: auto, sdpa, varlen (FlashAttention), flex
@@ -198,6 +206,7 @@ class FlowConfig:
     """The objective and the sampler."""
 
     tasks: dict[str, float] = field(default_factory=lambda: {"text_to_video": 1.0})  # weights
+    prediction: Prediction = Prediction.velocity
     timesteps: Timesteps = Timesteps.logit_normal
     mean: float = 0.0  # of the logit-normal
     std: float = 1.0

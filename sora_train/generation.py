@@ -31,7 +31,7 @@ def build_video_model(config: Config) -> VideoModel:
     m, t = config.model, config.text_encoder
     dit = DiT(
         patch_features(config), m.width, m.depth, m.heads, m.ffn, t.width, m.frequencies, m.rope_theta, m.gate_init,
-        m.absolute_positions, m.activation_checkpointing, m.attention,
+        m.absolute_positions, m.pooled_text, m.activation_checkpointing, m.attention,
     )  # fmt: skip
     if m.compile:
         for block in dit.blocks:

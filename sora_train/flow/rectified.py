@@ -20,6 +20,7 @@ from sora_train.config import FlowConfig, Timesteps
 from sora_train.cost import Geometry
 from sora_train.flow.conditioning import given_frames
 from sora_train.flow.patches import patchify
+from sora_train.flow.prediction import velocity
 from sora_train.seeds import DROP_CAPTION, NOISE, TIMESTEP, stream, uniform
 
 LEVELS = 10  # bins of t for the loss by noise level
@@ -62,8 +63,8 @@ class FlowTask:
     def loss(self, network: nn.Module, pack: Pack, device: torch.device) -> Loss:
         """Squared error of the predicted velocity, averaged over each patch, summed over loss-bearing tokens."""
         latents = self.prepare(pack, device)
-        velocity_NP = network(latents)
-        error_N = (velocity_NP.float() - latents.target_NP).square().mean(1) * latents.weight_N
+        velocity_NP = velocity(self.config.prediction, network(latents), latents)
+        error_N = (velocity_NP - latents.target_NP).square().mean(1) * latents.weight_N
         bins = (latents.level_N * LEVELS).long().clamp(0, LEVELS - 1)
         zeros = torch.zeros(LEVELS, device=error_N.device)
         return Loss(
@@ -109,6 +110,7 @@ class FlowTask:
             torch.cat(t_of),
             torch.cat(levels),
             ids_L.to(device, non_blocking=True),
+            torch.arange(len(grids), device=device).repeat_interleave(2),
         )
 
     def _encode(self, pack: Pack, device: torch.device) -> list[Tensor]:
@@ -147,7 +149,7 @@ class FlowTask:
         zero_N = torch.zeros(1, device=device)
         place_N = torch.zeros(1, dtype=torch.long, device=device)
         return LatentPack(
-            Layout(((1, 1, 1),), texts), blank_NP, blank_NP, zero_N, zero_N, place_N, zero_N, ids_L.to(device)
+            Layout(((1, 1, 1),), texts), blank_NP, blank_NP, zero_N, zero_N, place_N, zero_N, ids_L.to(device), place_N
         )
 
 

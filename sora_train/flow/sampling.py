@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sora_train.batch import Grid, LatentPack, Layout
 from sora_train.config import FlowConfig
 from sora_train.flow.patches import patchify, unpatchify
+from sora_train.flow.prediction import velocity
 from sora_train.flow.rectified import Tokenize, shifted
 
 
@@ -40,7 +41,7 @@ def generate(
     x_NP = torch.cat(noise).to(device)
     given_N = torch.cat([_given_mask(request) for request in requests]).to(device)
     known_NP = torch.cat([_known(request, channels, patch) for request in requests]).to(device)
-    flow = _Flow(network, requests, tokenize, given_N, config.guidance, device)
+    flow = _Flow(network, requests, tokenize, given_N, config, device)
     times = [shifted(1.0 - k / config.sampling_steps, config.shift) for k in range(config.sampling_steps + 1)]
     x_NP = torch.where(given_N.unsqueeze(1), known_NP, x_NP)
     for now, then in zip(times, times[1:], strict=False):
@@ -61,23 +62,28 @@ class _Flow:
         requests: Sequence[Request],
         tokenize: Tokenize,
         given_N: Tensor,
-        guidance: float,
+        config: FlowConfig,
         device: torch.device,
     ) -> None:
-        self.network, self.guidance = network, guidance
-        self.copies = 1 if guidance == 1.0 else 2
+        self.network, self.guidance, self.prediction = network, config.guidance, config.prediction
+        self.copies = 1 if self.guidance == 1.0 else 2
         captions = [r.caption for r in requests] + [""] * len(requests) * (self.copies - 1)
         ids_L, texts = tokenize(captions)
         self.text = ids_L.to(device)
         self.layout = Layout(tuple(r.grid for r in requests) * self.copies, texts)
-        self.place_N = (~given_N).long().repeat(self.copies)  # 0: given, at t = 0; 1: at the time of the step
+        clips = len(captions)
+        self.clip_of_M = torch.arange(clips, device=device).repeat_interleave(2)
+        lengths = torch.tensor(self.layout.lengths, device=device)
+        clip_of_N = torch.arange(clips, device=device).repeat_interleave(lengths)
+        self.place_N = 2 * clip_of_N + (~given_N).long().repeat(self.copies)  # each clip's t: 0 if given, or the step's
 
     def velocity(self, x_NP: Tensor, t: float) -> Tensor:
         """Velocity at time t, `(N, P)` fp32."""
         x = x_NP.repeat(self.copies, 1)
-        t_M = torch.tensor([0.0, t], device=x.device)
+        t_M = torch.tensor([0.0, t], device=x.device).repeat(len(self.layout.grids))
         unused = x.new_zeros(0)
-        v = self.network(LatentPack(self.layout, x, unused, unused, t_M, self.place_N, unused, self.text)).float()
+        pack = LatentPack(self.layout, x, unused, unused, t_M, self.place_N, unused, self.text, self.clip_of_M)
+        v = velocity(self.prediction, self.network(pack), pack)
         if self.copies == 1:
             return v
         conditional, unconditional = v.chunk(2)

@@ -41,6 +41,7 @@ class DiT(nn.Module):
         rope_theta: float = 10000.0,
         gate_init: float = 0.0,
         absolute_positions: bool = False,
+        pooled_text: bool = False,
         activation_checkpointing: str = "none",
         attention: str = "auto",
         eps: float = 1e-6,
@@ -51,6 +52,7 @@ class DiT(nn.Module):
         self.patch_in = nn.Linear(patch_features, width)
         self.place_in = nn.Linear(PLACE_FEATURES, width) if absolute_positions else None
         self.text_in = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.text_pool = nn.Linear(text_width, width) if pooled_text else None
         self.time_in = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         modulation = nn.Linear(width, 6 * width)
         self.time_modulation = nn.Sequential(nn.SiLU(), modulation)
@@ -59,12 +61,25 @@ class DiT(nn.Module):
         nn.init.zeros_(modulation.weight)
         nn.init.zeros_(modulation.bias)
 
-    def forward(self, x_NP: Tensor, text_LE: Tensor, t_M: Tensor, t_of_N: Tensor, layout: Layout) -> Tensor:
-        """Velocity `(N, P)` of the noised patches `x_NP`; token n stands at timestep `t_M[t_of_N[n]]`."""
+    def forward(
+        self,
+        x_NP: Tensor,
+        text_LE: Tensor,
+        t_M: Tensor,
+        t_of_N: Tensor,
+        layout: Layout,
+        clip_of_M: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity `(N, P)` of the noised patches `x_NP`; token n stands at timestep `t_M[t_of_N[n]]`.
+
+        With pooled text a timestep belongs to one clip, `clip_of_M`, and hears its caption.
+        """
         x_ND, text_LD = self.patch_in(x_NP), self.text_in(text_LE)
         if self.place_in is not None:
             x_ND = x_ND + self.place_in(place_features(layout.grids, x_ND.device)[layout.mine].type_as(x_ND))
         time_MD = self.time_in(timestep_embedding(t_M, self.frequencies).type_as(x_ND))
+        if self.text_pool is not None:
+            time_MD = time_MD + self.text_pool(pooled(text_LE, layout.texts))[clip_of_M]
         modulation_M6D = self.time_modulation(time_MD).unflatten(-1, (6, -1))
         rope = tuple(x[layout.mine] for x in rotations(layout.grids, self.head_dim, self.rope_theta, x_ND.device))
         groups = tuple(torch.tensor(x) for x in (layout.lengths, layout.queries, layout.texts))
@@ -170,6 +185,12 @@ def modulated_norm(x_ND: Tensor, shift_MD: Tensor, scale_MD: Tensor, t_of_N: Ten
     normed = F.layer_norm(x_ND.float(), x_ND.shape[-1:], eps=eps)
     shift_ND, scale_ND = (table.float().index_select(0, t_of_N) for table in (shift_MD, 1 + scale_MD))
     return torch.addcmul(shift_ND, normed, scale_ND).type_as(x_ND)
+
+
+def pooled(text_LE: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """One vector for each caption, `(S, E)`: the mean over its tokens, normalised (or long captions would whisper)."""
+    means = torch.stack([part.float().mean(0) for part in text_LE.split(lengths)])
+    return F.layer_norm(means, means.shape[-1:]).type_as(text_LE)
 
 
 def timestep_embedding(t_M: Tensor, size: int) -> Tensor:

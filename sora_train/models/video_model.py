@@ -20,4 +20,4 @@ class VideoModel(nn.Module):
         """Velocity `(N, P)` of every token of the pack."""
         dtype = self.dit.patch_in.weight.dtype
         text_LE = pack.text.to(dtype) if self.text is None else self.text(pack.text, pack.layout.texts)
-        return self.dit(pack.x_NP.to(dtype), text_LE, pack.t_M, pack.t_of_N, pack.layout)
+        return self.dit(pack.x_NP.to(dtype), text_LE, pack.t_M, pack.t_of_N, pack.layout, pack.clip_of_M)

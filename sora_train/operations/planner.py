@@ -74,7 +74,7 @@ def heaviest_pass(config: Config, plan: Plan | None, ranks: int) -> tuple[list[S
 
     With a plan it is that of the first window; else the slots are taken to be full of the longest clips.
     """
-    per_rank = -(-config.data.slots // ranks)
+    per_rank = -(-config.data.slots // max(1, ranks // config.parallel.sequence))
     together = -(-per_rank // (config.parallel.accumulation or per_rank))  # slots in one pass
     if plan is None:
         longest = (config.data.max_frames, *_square(config))
