@@ -76,8 +76,12 @@ class Bed:
         """The configuration of a run in `name` under the bed's folder."""
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            tree = compose("train", overrides=[*self._base, f"run_dir={self.folder}/{name}", *overrides])
+            tree = compose("train", overrides=[*self.overrides(name), *overrides])
         return configuration.build(tree, need_vae=False)
+
+    def overrides(self, name: str) -> list[str]:
+        """The same for a command line."""
+        return [*self._base, f"run_dir={self.folder}/{name}"]
 
     def run_dir(self, name: str) -> Path:
         """Where run `name` writes."""

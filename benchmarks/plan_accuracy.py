@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan_accuracy
 
-Three small configurations at two ZeRO stages on two ranks with one thread each. Bytes are those of torch's own
+Three small configurations at three ZeRO stages on two ranks with one thread each. Bytes are those of torch's own
 allocator, as its profiler records them from before the network is built to after the second step. Time is CPU time of
 rank 0, because other work on the machine doesn't show in it, against `hardware=cpu` measured in the same process.
 """
@@ -40,9 +40,9 @@ from sora_train.training.zero import Engine, connect, disconnect
 from sora_train.world import World, from_environment
 
 _CASES: dict[str, tuple[list[str], list[Size]]] = {
-    "demo model, 8 clips": (["model=demo"], [(9, 32, 32)] * 8),
+    "demo model, 8 clips": (["model=demo"], [(9, 48, 48)] * 8),
     "10M, recomputing": (
-        ["model=20m", "model.depth=4", "model.activation_checkpointing=true", "data.max_pixels=4096"],
+        ["model=20m", "model.depth=4", "model.activation_checkpointing=block", "data.max_pixels=4096"],
         [(9, 64, 64)],
     ),
     "wide and shallow, bf16": (
@@ -50,7 +50,7 @@ _CASES: dict[str, tuple[list[str], list[Size]]] = {
         [(9, 48, 64)],
     ),
 }
-_STAGES = (0, 1)
+_STAGES = (0, 1, 3)
 _BUCKET = 1_000_000  # DeepSpeed's default of half a billion elements would hide everything else
 
 

@@ -65,6 +65,21 @@ limit_threads() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 }
 
+# What NCCL, gloo and the allocator are told; anything that is set already stays.
+network_and_memory() {
+    # errors of the network with their reason in the log, and nothing else
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    # keep the last collectives of every rank, and write them down when one runs into its time limit: who waits for whom
+    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+    # packs differ from step to step: growing segments keep the GPU's memory from falling into pieces
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+    # the first interface that is found may be a management network, or lead nowhere
+    if [[ -n ${INTERFACE:-} ]]; then
+        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
+    fi
+}
+
 # The run_dir=... among the arguments, or nothing.
 run_dir_of() {
     local argument found=

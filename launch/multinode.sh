@@ -10,6 +10,7 @@
 #   MAX_RESTARTS      how often to start all processes again after a failure, or after a machine has left or joined (0)
 #   NPROC             processes per machine: one per GPU, or 2 on a CPU
 #   LOCAL_ADDR        this machine's address, where its host name does not resolve on the others
+#   INTERFACE         the network interface to talk over, e.g. eth0, where the first one found is the wrong one
 #   SHUTDOWN_TIMEOUT  seconds that a stop signal leaves for the save (300)
 #
 # run_dir must be in a folder that all machines share. Exit codes are those of torchrun.sh. A stop signal need reach only one
@@ -25,6 +26,7 @@ for setting in NNODES MASTER_ADDR RUN_ID; do
 done
 processes=${NPROC:-$(processes_here)}
 limit_threads "$processes"
+network_and_memory
 use_private_extensions
 remove_stale_build_locks
 export SORA_RUN_ID=$RUN_ID

@@ -20,6 +20,7 @@ while [[ ${1:-} =~ ^(NPROC|MAX_RESTARTS|SHUTDOWN_TIMEOUT|SORA_RUN_ID)= ]]; do
 done
 processes=${NPROC:-$(processes_here)}
 limit_threads "$processes"
+network_and_memory
 use_private_extensions
 export SORA_RUN_ID=${SORA_RUN_ID:-$(date -u +%Y%m%d-%H%M%S)-$$}
 run_dir=$(run_dir_of "$@")

@@ -20,18 +20,22 @@ from omegaconf.errors import OmegaConfBaseException
 from sora_train import config as configuration
 from sora_train.cli import BAD_INPUT, InputError, nearest
 from sora_train.config import Config
+from sora_train.operations.catalogue import help_text
 from sora_train.world import from_environment
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # installed from a wheel, or a checkout
 
 
-def run_hydra(job: Callable[[Config], int], need_vae: bool = True) -> int:
+def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = "") -> int:
     """Compose from the command line and run `job` (several times for a `-m` sweep); returns the highest exit code.
 
     Raises InputError for anything wrong with the configuration, and leaves it in run_dir/exit.json too, because
-    torchrun turns every code into 1.
+    torchrun turns every code into 1. `--help` prints `usage` and what conf/ offers.
     """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(usage, CONF))
+        return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes: list[int] = []
     mistakes: list[InputError] = []

@@ -280,6 +280,7 @@ class LoggingConfig:
     group: str = ""  # of the wandb run; empty: the folder that the run folder lies in
     tags: list[str] = field(default_factory=list)  # of the wandb run
     prometheus_port: int = 0  # where Prometheus reads; 0: run_dir/metrics.prom, for its textfile collector
+    profile_steps: list[int] = field(default_factory=list)  # first and last step to trace into run_dir/profile/
     peak_tflops: float | None = None  # of one device, for MFU; null: known for the GPU, measured on a CPU
 
 
@@ -287,10 +288,10 @@ class LoggingConfig:
 class Config:
     """Everything a run needs to know; the resolved tree is written to run_dir/config.yaml."""
 
-    run_dir: str = MISSING
+    run_dir: str = MISSING  # folder for everything that a run writes
     method: Method = Method.diffusion
-    seed: int = 0
-    steps: int = MISSING
+    seed: int = 0  # of weights, order, noise
+    steps: int = MISSING  # optimizer updates of the run
     precision: Precision = Precision.fp32
     threads: int | None = None  # CPU threads per rank; null: the cores of the machine shared out
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -463,6 +464,9 @@ def check(config: Config) -> None:
              "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
     unknown = [name for name in config.logging.writers if name not in WRITERS]
     _require(not unknown, f"logging.writers has no {unknown}; known: {', '.join(WRITERS)}")
+    profiled = config.logging.profile_steps
+    _require(not profiled or (len(profiled) == 2 and 0 < profiled[0] <= profiled[1]),
+             f"logging.profile_steps={profiled} must be first and last step to trace, e.g. [20, 24]")  # fmt: skip
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)

@@ -106,4 +106,4 @@ def _train(config: Config, world: World, changed: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(lambda: run_hydra(train))
+    run(lambda: run_hydra(train, usage=__doc__ or ""))

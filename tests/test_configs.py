@@ -29,7 +29,7 @@ EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "sweep")
+    if path.parent.name not in ("experiment", "sweep", "debug")
 )
 FREE = ("data.sources", "flow.tasks", "deepspeed")  # maps whose keys are the user's
 
@@ -124,10 +124,10 @@ def test_every_key_of_the_dataclasses_stands_in_conf_and_every_key_of_conf_in_th
 
 def test_conf_has_a_group_for_every_section_and_no_other(compose_tree: Compose) -> None:
     sections = {key for key, value in to_dict(Config(run_dir="x", steps=1)).items() if isinstance(value, dict)}
-    assert {path.name for path in CONF.iterdir() if path.is_dir()} == sections | {"experiment", "sweep"}
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} == sections | {"experiment", "sweep", "debug"}
     defaults = OmegaConf.load(CONF / "train.yaml").defaults
     chosen = {str(key): value for entry in defaults if isinstance(entry, DictConfig) for key, value in entry.items()}
-    assert {key for key in chosen if not key.startswith("override")} == sections | {"experiment", "sweep"}
+    assert {key for key in chosen if not key.startswith("override")} == sections | {"experiment", "sweep", "debug"}
     assert all((CONF / group / f"{chosen[group]}.yaml").is_file() for group in sections)
 
 

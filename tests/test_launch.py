@@ -145,6 +145,17 @@ def test_multinode_meets_at_the_master(sandbox: Sandbox) -> None:
     assert "--nnodes 1:2" in call and "--rdzv-endpoint node-a:1234 --rdzv-id x" in call
 
 
+def test_nccl_and_the_allocator_get_their_settings_and_keep_those_that_are_set(sandbox: Sandbox) -> None:
+    names = "NCCL_DEBUG GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME PYTORCH_ALLOC_CONF TORCH_NCCL_DUMP_ON_TIMEOUT"
+    sandbox.stand_in("torchrun", f'#!/usr/bin/env bash\nfor n in {names}; do echo "$n=${{!n}}" >>"$CALLS"; done\n')
+    settings = {"NNODES": "2", "MASTER_ADDR": "a", "RUN_ID": "x", "INTERFACE": "eth7", "NCCL_DEBUG": "INFO"}
+    assert sandbox.code("multinode.sh", **settings) == 0
+    assert sandbox.calls() == [
+        "NCCL_DEBUG=INFO", "GLOO_SOCKET_IFNAME=eth7", "NCCL_SOCKET_IFNAME=eth7",
+        "PYTORCH_ALLOC_CONF=expandable_segments:True", "TORCH_NCCL_DUMP_ON_TIMEOUT=1",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True)])
 def test_slurm_requeues_only_what_was_stopped(sandbox: Sandbox, code: int, requeued: bool) -> None:
     slurm = {

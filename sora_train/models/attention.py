@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 from sora_train.cli import InputError
@@ -41,11 +42,17 @@ def packed_attention(
     Lengths given as tensors are int64 on the host. A group may have keys and no queries, not the other way round.
     Returns `(N, K, d)` like the queries. Raises ValueError if the lengths don't add up to the tensors.
     """
-    lengths = [torch.as_tensor(x, dtype=torch.int64, device="cpu") for x in (q_lengths, k_lengths)]
+    lengths = [x if isinstance(x, Tensor) else host_lengths(x) for x in (q_lengths, k_lengths)]
     chosen = choose(backend, q_NKd.device.type, q_NKd.dtype)
     if chosen == "flex":
         return _flex(q_NKd, k_NKd, v_NKd, *lengths)
     return _forward(q_NKd, k_NKd, v_NKd, *lengths, chosen)[0]
+
+
+def host_lengths(lengths: Sequence[int]) -> Tensor:
+    """Lengths as int64 in host memory: real numbers also where a plan traces the network on tensors without memory."""
+    with _disable_current_modes():
+        return torch.tensor(lengths, dtype=torch.int64, device="cpu")
 
 
 @lru_cache
@@ -147,7 +154,8 @@ def _(
 def _forward_flops(
     q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, *_: Any, **__: Any
 ) -> int:
-    return 4 * q.shape[1] * q.shape[2] * int((q_lengths * k_lengths).sum())
+    pairs = sum(a * b for a, b in zip(q_lengths.tolist(), k_lengths.tolist(), strict=True))
+    return 4 * q.shape[1] * q.shape[2] * int(pairs)
 
 
 @register_flop_formula([torch.ops.sora_train.packed_attention_backward], get_raw=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sora_train.batch import Layout
-from sora_train.models.attention import packed_attention
+from sora_train.models.attention import host_lengths, packed_attention
 from sora_train.models.rope import PLACE_FEATURES, place_features, rotate, rotations
 
 
@@ -82,7 +82,7 @@ class DiT(nn.Module):
             time_MD = time_MD + self.text_pool(pooled(text_LE, layout.texts))[clip_of_M]
         modulation_M6D = self.time_modulation(time_MD).unflatten(-1, (6, -1))
         rope = tuple(x[layout.mine] for x in rotations(layout.grids, self.head_dim, self.rope_theta, x_ND.device))
-        groups = tuple(torch.tensor(x) for x in (layout.lengths, layout.queries, layout.texts))
+        groups = tuple(host_lengths(x) for x in (layout.lengths, layout.queries, layout.texts))
         for block in self.blocks:
             x_ND = self._run(block, x_ND, text_LD, modulation_M6D, t_of_N, rope, groups)
         return self.out(x_ND, time_MD, t_of_N)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +18,7 @@ from sora_train.operations.trace import Size, Untrained, trace
 from sora_train.training.console import duration
 
 # What recomputes more than each value of model.activation_checkpointing.
-_MORE: dict[Any, tuple[Any, ...]] = {False: (True,), "none": ("selective", "block"), "selective": ("block",)}
+_MORE = {"none": ("selective", "block"), "selective": ("block",), "block": ()}
 _USABLE = 0.9  # share of a device's memory; the rest is for the driver, kernels' scratch and fragmentation
 
 
@@ -49,9 +49,9 @@ def forecast(
     """Trace the heaviest pass and lay it out over the stages."""
     stages = _stages(config, figures, sizes, share, device, per_node, untrained)
     recomputing = {}
-    for choice in _MORE.get(config.model.activation_checkpointing, ()) if config.method is Method.diffusion else ():
+    for choice in _MORE[config.model.activation_checkpointing] if config.method is Method.diffusion else ():
         other = replace(config, model=replace(config.model, activation_checkpointing=choice))
-        name = f"model.activation_checkpointing={str(choice).lower()}"
+        name = f"model.activation_checkpointing={choice}"
         recomputing[name] = _stages(other, figures, sizes, share, device, per_node, untrained)
     save = save_advice(figures.parameters, figures.ranks, disk, hours_per_failure)
     return Forecast(figures, device, stages, recomputing, save)
@@ -131,44 +131,52 @@ def _facts(config: Config, result: Forecast, note: str) -> Table:
     return table
 
 
-def _columns(result: Forecast) -> dict[str, StageForecast]:
-    both = {f"ZeRO {stage}": s for stage, s in result.stages.items()}
+def _rows(config: Config, result: Forecast) -> list[tuple[str, str, StageForecast]]:
+    """ZeRO stage, what is recomputed, and the figures."""
+    now = config.model.activation_checkpointing if config.method is Method.diffusion else "none"
+    rows = [(f"ZeRO {stage}", now, s) for stage, s in result.stages.items()]
     for override, stages in result.recomputing.items():
-        both |= {f"ZeRO {stage}, recomputing {override.partition('=')[2]}": s for stage, s in stages.items()}
-    return both
+        rows += [(f"ZeRO {stage}", override.partition("=")[2], s) for stage, s in stages.items()]
+    return rows
+
+
+def _table(title: str, heads: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    for number, head in enumerate(["", "recomputes", *heads]):
+        table.add_column(head, justify="right" if number > 1 else "left", no_wrap=number < 2)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _memory_table(config: Config, result: Forecast) -> Table:
-    columns = _columns(result)
-    table = Table(title="memory of one rank at its peak, GiB")
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
     parts = {
-        "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "EMA": "ema", "VAE": "encoder",
-        "activations": "activations", "buckets, gathered weights": "bucket", "peak": "peak",
+        "weights": "weights", "grad": "gradients", "Adam": "optimizer", "EMA": "ema", "VAE": "encoder",
+        "activ.": "activations", "buffers": "bucket", "peak": "peak",
     }  # fmt: skip
-    for label, part in parts.items():
-        table.add_row(label, *(f"{getattr(s.memory, part) / 2**30:.2f}" for s in columns.values()))
-    table.add_row(f"fits {result.device.memory_gib:.0f} GiB", *("yes" if s.fits else "no" for s in columns.values()))
-    return table
+    rows = [
+        [stage, recomputed, *(_gib(getattr(s.memory, part)) for part in parts.values()), "yes" if s.fits else "no"]
+        for stage, recomputed, s in _rows(config, result)
+    ]
+    return _table("memory of one rank at its peak, GiB", [*parts, f"fits {result.device.memory_gib:.0f}"], rows)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f}" if count < 100 * 2**30 else f"{count / 2**30:.0f}"
 
 
 def _time_table(config: Config, result: Forecast) -> Table:
-    columns = _columns(result)
-    table = Table(title="estimated time and cost; nothing is taken to overlap")
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
     e, device, steps = result.figures, result.device, config.steps
-    hours = [s.time.total * steps / 3600 for s in columns.values()]
-    mfu = [e.step_flops / s.time.total / e.ranks / device.peak for s in columns.values()]
-    table.add_row("compute, s", *(f"{s.time.compute:.3g}" for s in columns.values()))
-    table.add_row("update, s", *(f"{s.time.update:.3g}" for s in columns.values()))
-    table.add_row("communication, s", *(f"{s.time.communication:.3g}" for s in columns.values()))
-    table.add_row("step, s", *(f"{s.time.total:.3g}" for s in columns.values()))
-    table.add_row("MFU", *(f"{share:.0%}" for share in mfu))
-    table.add_row(f"{steps:,} steps", *(duration(h * 3600) for h in hours))
-    price = device.dollars_per_hour
-    table.add_row(f"at ${price:g} per rank and hour", *(f"${h * e.ranks * price:,.0f}" for h in hours))
-    return table
+    rows = []
+    for stage, recomputed, s in _rows(config, result):
+        time, hours = s.time, s.time.total * steps / 3600
+        seconds = (time.compute, time.update, time.communication, time.total)
+        parts = [f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in seconds]
+        mfu = e.step_flops / time.total / e.ranks / device.peak
+        cost = f"${hours * e.ranks * device.dollars_per_hour:,.0f}"
+        rows.append([stage, recomputed, *parts, f"{mfu:.0%}", duration(hours * 3600), cost])
+    title = (
+        f"time of a step in seconds; {steps:,} steps at ${device.dollars_per_hour:g} per rank and hour; "
+        "nothing is taken to overlap"
+    )
+    return _table(title, ["compute", "update", "comm.", "step", "MFU", "run", "cost"], rows)

@@ -12,13 +12,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -104,11 +103,9 @@ def _operation(func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     moved = sum(t.numel() * t.element_size() for t in (*inputs, *results))
     flops = 0
-    if "scaled_dot_product" in name or "flash_attention" in name:
-        q, k = [t for t in inputs if t.dim() >= 3][-4:-2] if "backward" in name else inputs[:2]
-        flops = (10 if "backward" in name else 4) * prod(q.shape) * k.shape[-2]  # five products backward, two forward
-    elif func.overloadpacket in flop_registry:
-        flops = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
+    if func.overloadpacket in flop_registry:
+        with _disable_current_modes():  # attention's formula reads the lengths of its groups
+            flops = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
     kind = next((kind for part, kind in _SEPARATE.items() if part in name), "memory") if flops else "memory"
     return Operation(kind, flops, moved, bool(inputs) and inputs[0].dtype == torch.float32)
 
@@ -116,7 +113,8 @@ def _operation(func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor
 def trace(config: Config, sizes: Sequence[Size], untrained: Untrained) -> Trace:
     """Trace one forward and backward pass over a pack of clips of these sizes."""
     device = torch.device("cpu")
-    with _fresh_caches(), FakeTensorMode():
+    # lengths of attention's groups are real, so that its operations can be counted
+    with _fresh_caches(), FakeTensorMode(allow_non_fake_inputs=True):
         network, task, frozen = untrained(config)
         pack = Pack([clip_of(number, size) for number, size in enumerate(sizes)])
         encoder = 0

@@ -19,6 +19,7 @@ from sora_train.training.health import Health, Verdict, differing_ranks
 from sora_train.training.ledger import Ledger
 from sora_train.training.optim import lr_factor
 from sora_train.training.parts import Agreement, Parts, Step
+from sora_train.training.profiling import StepProfile
 from sora_train.world import World
 
 
@@ -35,6 +36,7 @@ class Trainer:
         self.ledger = Ledger(self.run_dir, world.rank)
         self.guard, self.bad = parts.guard, BadShare(config.data.max_bad_fraction)
         self.watch, self.health = parts.watch, Health(config.guard)
+        self.profile = StepProfile(self.run_dir, world.rank, config.logging.profile_steps)
         self.causes: dict[str, int] = {}
         self.left_out: set[tuple[int, ...]] = set()  # steps of the plan that rollbacks pass over
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
@@ -54,6 +56,7 @@ class Trainer:
         batches = self.batches()
         self.meter.start()
         while self.step < self.config.steps:
+            self.profile.before(self.step + 1)
             with self.meter.waiting():
                 self.enter("data")
                 batch = next(batches)
@@ -74,6 +77,7 @@ class Trainer:
             if applied:
                 self.ema.update()
             verdict = self.advance(batch, own_loss, applied)
+            self.profile.after(self.step)
             self.meter.step_done(agreed.arrived, agreed.tokens, agreed.refused, applied)
             self.bad.add(agreed.arrived, agreed.refused, self.causes)
             if verdict is not None and self.roll_back(verdict):
@@ -298,6 +302,7 @@ class Trainer:
 
     def close(self) -> None:
         """Finish the checkpoint under way and the dashboards, however the run ended."""
+        self.profile.close()
         self.checkpoints.wait()
         self.console.close()
         if self.writers:
