@@ -16,8 +16,8 @@ import numpy as np
 from sora_train.evaluation.shapes import COLOURS, DIRECTIONS, SHAPES, coverage
 
 KINDS = {"one": 0.7, "two": 0.08, "behind": 0.06, "return": 0.08, "image": 0.08}  # share of the scenes
-SIZES = {"small": 0.2, "large": 0.3}  # radius
-SPEEDS = {"slow": 0.16, "quick": 0.26}  # shorter sides a second
+SIZES = {"small": 0.22, "large": 0.32}  # radius
+SPEEDS = {"slow": 0.14, "quick": 0.24}  # shorter sides a second
 BACKGROUNDS = {"dark": 28, "grey": 118, "light": 225}
 FRAME_SIZES = (*3 * ((96, 96), (64, 64)), (80, 160), (160, 80))  # height, width; a quarter isn't square
 FRAMES = ((9, 8), (17, 8), (17, 8), (33, 16))  # frames, frames a second
