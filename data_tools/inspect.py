@@ -28,9 +28,9 @@ from sora_train.config import DataConfig
 from sora_train.cost import geometry
 from sora_train.data.decode import VIDEOS, DecodeError
 from sora_train.data.index import Index, expand, index_shards, load_index
-from sora_train.data.plan import fit_sizes
 from sora_train.data.pool import Pool
 from sora_train.data.source import Store
+from sora_train.data.visits import cuts
 
 _SIDE = 192  # pixels of a thumbnail's longer side
 _STYLE = """
@@ -110,14 +110,8 @@ def _view(given: dict[str, str]) -> View:
 def seen(index: Index, view: View) -> dict[str, np.ndarray]:
     """Of each usable sample: `frames` and `tokens` of its longest clip, and the share of its seconds in that clip."""
     rows = np.flatnonzero(index.usable)
-    _, crop = fit_sizes(index.height[rows], index.width[rows], view.max_pixels, view.multiple, view.fit)
-    stride = np.maximum(1, np.rint(index.fps[rows] / view.fps)).astype(np.int64)
-    available = 1 + (index.frames[rows].astype(np.int64) - 1) // stride
-    per_frame = crop[:, 2] * crop[:, 3] // view.multiple**2
-    longest = np.minimum(view.max_frames, 1 + (view.max_tokens // per_frame - 1) * view.temporal_stride)
-    frames = 1 + (np.minimum(available, longest) - 1) // view.temporal_stride * view.temporal_stride
-    latent = 1 + (frames - 1) // view.temporal_stride
-    return {"frames": frames, "tokens": latent * per_frame, "share": frames / available}
+    cut = cuts(index, rows, **asdict(view))
+    return {"frames": cut.frames, "tokens": cut.tokens, "share": cut.frames / cut.available}
 
 
 def render(index: Index, view: View, pool: Pool, samples: int) -> str:
