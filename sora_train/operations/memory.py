@@ -49,9 +49,9 @@ def _smaller(config: Config, ranks: int) -> Iterator[str]:
     if (config.parallel.accumulation or per_rank) < per_rank:
         config.parallel.accumulation = per_rank
         yield f"parallel.accumulation={per_rank}"
-    if config.method is Method.diffusion and not config.model.activation_checkpointing:
-        config.model.activation_checkpointing = True
-        yield "model.activation_checkpointing=true"
+    if config.method is Method.diffusion and config.model.activation_checkpointing == "none":
+        config.model.activation_checkpointing = "block"
+        yield "model.activation_checkpointing=block"
     zero = config.deepspeed.setdefault("zero_optimization", {})
     highest = 2 if config.method is Method.autoencoder else 3
     for stage in range(zero.get("stage", 0) + 1, highest + 1 if ranks > 1 else 0):
