@@ -26,7 +26,8 @@ from sora_train import config as configuration
 from sora_train.cli import InputError, run
 from sora_train.config import DataConfig
 from sora_train.cost import geometry
-from sora_train.data.decode import VIDEOS, DecodeError
+from sora_train.data.decode import DecodeError
+from sora_train.data.encoded import LATENT
 from sora_train.data.index import Index, expand, index_shards, load_index
 from sora_train.data.pool import Pool
 from sora_train.data.source import Store
@@ -118,7 +119,7 @@ def render(index: Index, view: View, pool: Pool, samples: int) -> str:
     """The page."""
     rows = np.flatnonzero(index.usable)
     made = seen(index, view)
-    moving = np.isin(index.extension[rows], VIDEOS)
+    moving = index.fps[rows] > 0
     c = {name: index.columns[name][rows] for name in ("duration", "width", "height", "fps", "caption_chars")}
     charts = [
         ("duration of videos, seconds", c["duration"][moving]),
@@ -194,21 +195,26 @@ def _card(index: Index, row: int, pool: Pool) -> str:
     key = html.escape(str(index.key[row]))
     scale = min(1.0, _SIDE / max(c["width"], c["height"]))
     size = max(1, round(c["height"] * scale)), max(1, round(c["width"] * scale))
+    image = ""
     try:
         path, extension, member = index.member(row)
         wanted = [int(c["frames"]) // 2]
-        picture = pool.decode(path, extension, member, wanted, size, (0, 0, *size), index.timing(row)).result()[0]
+        if extension != LATENT:  # which have no picture
+            picture = pool.decode(path, extension, member, wanted, size, (0, 0, *size), index.timing(row)).result()[0]
+            image = _picture(picture)
         captions, _ = index.captions(row)
     except DecodeError as error:
         return f"<div class=card><p class=bad>{html.escape(str(error))}</p><small>{key}</small></div>"
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=80)
-    source = base64.b64encode(buffer.getvalue()).decode()
     said = "<br>".join(html.escape(caption) for caption in captions)
     about = f"{key}<br>{c['width']}x{c['height']}, {c['frames']} frames, {html.escape(str(c['codec']))}"
     about += f", {c['fps']:.4g} fps, {c['duration']:.2f} s" if c["fps"] else ""
-    image = f"<img alt='' src='data:image/jpeg;base64,{source}'>"
     return f"<div class=card>{image}<p>{said}</p><small>{about}</small></div>"
+
+
+def _picture(pixels_HWC: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(buffer, "JPEG", quality=80)
+    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from data_tools import encode_latents
 from data_tools.encode_latents import fixed_visits
+from data_tools.inspect import View, render
 from sora_train.assemble import Shards
 from sora_train.batch import LatentPack
 from sora_train.cli import InputError
@@ -101,6 +102,8 @@ def test_losses_are_those_of_encoding_on_the_fly(config: Config, tmp_path: Path,
     steps = steps_of(ready, pool)
     assert losses(ready, steps, never) == fly and len(set(fly)) == 6
     clips = [clip for step in steps for pack in step.packs for clip in pack.clips]
+    page = render(load_index(Shards(ready).training), View(), pool, 24)
+    assert "24 usable samples" in page and page.count("latents") >= 24 and "class=bad" not in page
     assert len({clip.key for clip in clips}) > 10 and all(not len(clip.video_TCHW) for clip in clips)
     assert {clip.caption for clip in clips} >= {"block number 4"}
     half = encoded(config, tmp_path / "bf16", "bf16")
