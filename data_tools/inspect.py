@@ -26,11 +26,12 @@ from sora_train import config as configuration
 from sora_train.cli import InputError, run
 from sora_train.config import DataConfig
 from sora_train.cost import geometry
-from sora_train.data.decode import VIDEOS, DecodeError
+from sora_train.data.decode import DecodeError
+from sora_train.data.encoded import LATENT
 from sora_train.data.index import Index, expand, index_shards, load_index
-from sora_train.data.plan import fit_sizes
 from sora_train.data.pool import Pool
 from sora_train.data.source import Store
+from sora_train.data.visits import cuts
 
 _SIDE = 192  # pixels of a thumbnail's longer side
 _STYLE = """
@@ -110,21 +111,15 @@ def _view(given: dict[str, str]) -> View:
 def seen(index: Index, view: View) -> dict[str, np.ndarray]:
     """Of each usable sample: `frames` and `tokens` of its longest clip, and the share of its seconds in that clip."""
     rows = np.flatnonzero(index.usable)
-    _, crop = fit_sizes(index.height[rows], index.width[rows], view.max_pixels, view.multiple, view.fit)
-    stride = np.maximum(1, np.rint(index.fps[rows] / view.fps)).astype(np.int64)
-    available = 1 + (index.frames[rows].astype(np.int64) - 1) // stride
-    per_frame = crop[:, 2] * crop[:, 3] // view.multiple**2
-    longest = np.minimum(view.max_frames, 1 + (view.max_tokens // per_frame - 1) * view.temporal_stride)
-    frames = 1 + (np.minimum(available, longest) - 1) // view.temporal_stride * view.temporal_stride
-    latent = 1 + (frames - 1) // view.temporal_stride
-    return {"frames": frames, "tokens": latent * per_frame, "share": frames / available}
+    cut = cuts(index, rows, **asdict(view))
+    return {"frames": cut.frames, "tokens": cut.tokens, "share": cut.frames / cut.available}
 
 
 def render(index: Index, view: View, pool: Pool, samples: int) -> str:
     """The page."""
     rows = np.flatnonzero(index.usable)
     made = seen(index, view)
-    moving = np.isin(index.extension[rows], VIDEOS)
+    moving = index.fps[rows] > 0
     c = {name: index.columns[name][rows] for name in ("duration", "width", "height", "fps", "caption_chars")}
     charts = [
         ("duration of videos, seconds", c["duration"][moving]),
@@ -200,21 +195,26 @@ def _card(index: Index, row: int, pool: Pool) -> str:
     key = html.escape(str(index.key[row]))
     scale = min(1.0, _SIDE / max(c["width"], c["height"]))
     size = max(1, round(c["height"] * scale)), max(1, round(c["width"] * scale))
+    image = ""
     try:
         path, extension, member = index.member(row)
         wanted = [int(c["frames"]) // 2]
-        picture = pool.decode(path, extension, member, wanted, size, (0, 0, *size), index.timing(row)).result()[0]
+        if extension != LATENT:  # which have no picture
+            picture = pool.decode(path, extension, member, wanted, size, (0, 0, *size), index.timing(row)).result()[0]
+            image = _picture(picture)
         captions, _ = index.captions(row)
     except DecodeError as error:
         return f"<div class=card><p class=bad>{html.escape(str(error))}</p><small>{key}</small></div>"
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=80)
-    source = base64.b64encode(buffer.getvalue()).decode()
     said = "<br>".join(html.escape(caption) for caption in captions)
     about = f"{key}<br>{c['width']}x{c['height']}, {c['frames']} frames, {html.escape(str(c['codec']))}"
     about += f", {c['fps']:.4g} fps, {c['duration']:.2f} s" if c["fps"] else ""
-    image = f"<img alt='' src='data:image/jpeg;base64,{source}'>"
     return f"<div class=card>{image}<p>{said}</p><small>{about}</small></div>"
+
+
+def _picture(pixels_HWC: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(buffer, "JPEG", quality=80)
+    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
 
 
 if __name__ == "__main__":

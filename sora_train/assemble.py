@@ -22,6 +22,7 @@ from sora_train.config import Config, Method, to_dict
 from sora_train.cost import cost, geometry
 from sora_train.data.consolidated import load_consolidated
 from sora_train.data.decode import Limits
+from sora_train.data.encoded import require
 from sora_train.data.filters import Filter, both
 from sora_train.data.index import Index, expand, index_shards, load_index
 from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
@@ -74,11 +75,12 @@ class Shards:
 
     def plan(self, config: Config) -> Stages:
         """The plan of the training shards."""
-        inputs = _inputs(config, self.filters, config.flow.tasks)
+        inputs = plan_inputs(config, self.filters, config.flow.tasks)
         if config.data.index:
             index: Index = load_consolidated(config.data.index, self.training, self.store)
         else:
             index = load_index(self.training, self.store, config.data.max_bad_fraction)
+        require(index.encoded(), config, "data.sources")
         return build_stages(index, self.source_of, config.data, inputs)
 
     def held_out(self, config: Config) -> Plan | None:
@@ -86,10 +88,13 @@ class Shards:
         if not self.validation:
             return None
         filters = [config.data.filter] * len(self.validation)
-        return Plan(load_index(self.validation, self.store), _inputs(config, filters, {"text_to_video": 1.0}))
+        index = load_index(self.validation, self.store)
+        require(index.encoded(), config, "data.validation")
+        return Plan(index, plan_inputs(config, filters, {"text_to_video": 1.0}))
 
 
-def _inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> PlanInputs:
+def plan_inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> PlanInputs:
+    """What the plan takes from a configuration, for shards with these filters."""
     d = config.data
     return PlanInputs(
         seed=config.seed, slots=d.slots, max_tokens=d.max_tokens, fill=d.fill, window=d.window, fps=d.fps,

@@ -10,6 +10,7 @@ seconds, sizes are bytes, and a timestep t is in [0, 1] with 0 = data and 1 = no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -53,12 +54,24 @@ class Refusal:
 
 @dataclass
 class Clip:
-    """What a visit brought back: pixels `video_TCHW` (uint8) and the caption drawn for this visit."""
+    """What a visit brought back: pixels `video_TCHW` (uint8) and the caption drawn for this visit.
+
+    A sample that was encoded before brings `latents_CTHW` instead, with pixels of no frame, and where the text encoder
+    is frozen, `text_LE` of its caption and of none.
+    """
 
     visit: Visit
     key: str
     caption: str
     video_TCHW: Tensor
+    latents_CTHW: Tensor | None = None
+    text_LE: tuple[Tensor, Tensor] | None = None
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Clip:
+        """The same clip with its tensors moved."""
+        latents = None if self.latents_CTHW is None else move(self.latents_CTHW)
+        text = None if self.text_LE is None else (move(self.text_LE[0]), move(self.text_LE[1]))
+        return Clip(self.visit, self.key, self.caption, move(self.video_TCHW), latents, text)
 
 
 @dataclass
@@ -70,13 +83,11 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         """Copy the pixels to `device`, asynchronously where they are pinned."""
-        clips = [Clip(c.visit, c.key, c.caption, c.video_TCHW.to(device, non_blocking=True)) for c in self.clips]
-        return Pack(clips, self.refused)
+        return Pack([clip.moved(lambda x: x.to(device, non_blocking=True)) for clip in self.clips], self.refused)
 
     def pin(self) -> Pack:
         """Move the pixels to page-locked memory, so that the copy to the device can overlap with work."""
-        clips = [Clip(c.visit, c.key, c.caption, c.video_TCHW.pin_memory()) for c in self.clips]
-        return Pack(clips, self.refused)
+        return Pack([clip.moved(Tensor.pin_memory) for clip in self.clips], self.refused)
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,8 @@ def _cases(config: Config, plan: Plan, count: int, describe: Describe) -> Iterat
                 return
             for clip in step.packs[0].clips:
                 scene = describe(clip.visit)
+                if clip.latents_CTHW is not None:
+                    raise InputError("evaluate compares with pixels; name shards of videos in data.validation")
                 if scene is not None and found < count:
                     found += 1
                     yield Case(clip.key, clip.visit, clip.caption, scene, clip.video_TCHW.permute(0, 2, 3, 1).numpy())

@@ -26,6 +26,7 @@ COLUMNS = {  # 19 bytes
     "usable": np.uint8, "frames": np.int32, "fps": np.float32, "width": np.uint16, "height": np.uint16,
     "duration": np.float32, "caption_chars": np.uint16,
 }  # fmt: skip
+_LOOKED_AT = 16  # shards whose samples' encoding is compared at the start
 _OPEN_SHARDS = 256  # whose Parquet is kept in memory
 
 
@@ -95,6 +96,16 @@ class Consolidated(Index):
         """As of `Index`."""
         index, at = self._at(row)
         return index.captions(at)
+
+    def further(self, row: int) -> dict[str, tuple[int, int, int]]:
+        """As of `Index`."""
+        index, at = self._at(row)
+        return index.further(at)
+
+    def encoded(self) -> set[str]:
+        """As of `Index`, of sixteen shards spread over all: the others are not opened before they are read."""
+        some = np.unique(np.linspace(0, len(self.shards) - 1, _LOOKED_AT).astype(int))
+        return set().union(*(self._load(int(shard)).encoded() for shard in some))  # type: ignore[operator]
 
 
 def consolidate(

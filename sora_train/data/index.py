@@ -86,13 +86,27 @@ class Index:
         """The captions of a sample (read from the shard now) and the fields of its json; raises DecodeError."""
         c, shard = self.columns, self.shards[self.shard[row]]
         place = int(c["caption_offset"][row]), int(c["caption_size"][row])
+        data = self.read(shard, place, int(c["caption_crc32"][row]), "caption")
+        return parse_captions(data, str(c["caption_extension"][row]))
+
+    def further(self, row: int) -> dict[str, tuple[int, int, int]]:
+        """The other members of a sample by extension: offset, size, crc32."""
+        text = str(self.columns["more"][row])
+        return {extension: tuple(place) for extension, place in json.loads(text).items()} if text else {}
+
+    def encoded(self) -> set[str]:
+        """What the samples were encoded with before, as `encoded.py` says; those that hold pixels have ''."""
+        return set(self.columns["encoded"][self.usable].tolist()) if "encoded" in self.columns else {""}
+
+    def read(self, shard: str, place: tuple[int, int], crc32: int, what: str) -> bytes:
+        """The bytes at (offset, size) of a shard; raises DecodeError if they aren't those that were indexed."""
         data = self.store.read(shard, *place)
-        if zlib.crc32(data) != int(c["caption_crc32"][row]):
+        if zlib.crc32(data) != crc32:
             self.store.forget(shard, *place)  # the copy in the cache may be at fault
             data = self.store.read(shard, *place)
-            if zlib.crc32(data) != int(c["caption_crc32"][row]):
-                raise DecodeError("checksum", f"the caption at {place[0]} is not the one that was indexed")
-        return parse_captions(data, str(c["caption_extension"][row]))
+            if zlib.crc32(data) != crc32:
+                raise DecodeError("checksum", f"the {what} at {place[0]} is not the one that was indexed")
+        return data
 
 
 def index_path(shard: str, store: Store | None = None) -> Path:

@@ -13,7 +13,9 @@ import numpy as np
 from sora_train.batch import Clip, Pack, Refusal, Visit
 from sora_train.cli import InputError
 from sora_train.data.decode import DecodeError
+from sora_train.data.encoded import LATENT
 from sora_train.data.index import Index
+from sora_train.data.latents import Encoded, check_size, read
 from sora_train.data.plan import Plan, Position, Slots, source_frames
 from sora_train.data.pool import Pool
 from sora_train.data.stages import Stages
@@ -97,10 +99,13 @@ class Loader:
         if (position, visit.sample) in self.known:
             return self.known[position, visit.sample]
         path, extension, member = self.index.member(visit.sample)
+        captions = self.pool.submit(self.index.captions, visit.sample)
+        if extension == LATENT:
+            return _Request(self.pool.submit(read, self.index, visit.sample), captions)
         timing = self.index.timing(visit.sample)
         frames = source_frames(visit, timing.fps)
         pixels = self.pool.decode(path, extension, member, frames, visit.resize, visit.crop, timing)
-        return _Request(pixels, self.pool.submit(self.index.captions, visit.sample))
+        return _Request(pixels, captions)
 
     def _land(self, flying: _Flying) -> Step:
         packs = []
@@ -119,8 +124,15 @@ class Loader:
 
     def _clip(self, visit: Visit, request: _Request) -> Clip:
         captions, fields = request.captions.result()
-        caption = captions[draw_caption(list(fields.get("captions", ())), self.plan.inputs.captions, visit.seed)]
-        return Clip(visit, str(self.index.key[visit.sample]), caption, to_video(request.pixels.result()))
+        drawn = draw_caption(list(fields.get("captions", ())), self.plan.inputs.captions, visit.seed)
+        key, found = str(self.index.key[visit.sample]), request.content.result()
+        if not isinstance(found, Encoded):
+            return Clip(visit, key, captions[drawn], to_video(found))
+        grid = self.plan.inputs.geometry
+        frames, height, width = grid.grid(*visit.size)
+        latents, texts = check_size(found, (frames, height * grid.patch, width * grid.patch))
+        none = to_video(np.empty((0, *visit.size[1:], 3), np.uint8))
+        return Clip(visit, key, captions[drawn], none, latents, (texts[drawn], texts[-1]) if texts else None)
 
 
 def draw_caption(names: list[str], weights: Sequence[tuple[str, float]], seed: int) -> int:
@@ -141,7 +153,7 @@ class _Flying:
 class _Request:
     """What is on its way for one visit."""
 
-    pixels: Future[np.ndarray]
+    content: Future[np.ndarray] | Future[Encoded]  # pixels, or what they were encoded to before
     captions: Future[tuple[list[str], dict[str, Any]]]
 
 

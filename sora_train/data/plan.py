@@ -28,7 +28,7 @@ from sora_train.data.index import Index
 from sora_train.data.packing import pack
 from sora_train.data.selection import Selection
 from sora_train.data.shared import SharedWindows
-from sora_train.data.visits import Visits, cut_pieces, fit_sizes
+from sora_train.data.visits import Cuts, Visits, cut_pieces, cuts
 from sora_train.seeds import FIRST_FRAME, TASK, hash64, order, uniform
 
 _SHARDS, _SAMPLES, _REPEATS, _DEAL = (1 << 32) + np.arange(4)  # streams of the plan's own hashes
@@ -86,6 +86,12 @@ class PlanInputs:
     cost: Cost
     filters: tuple[str, ...] = ()  # of each shard, or none at all
     captions: tuple[tuple[str, float], ...] = ()  # weights by name; drawn by the loader
+
+    def cuts(self, index: Index, rows: np.ndarray) -> Cuts:
+        """How the visits of some rows of an index are cut."""
+        grid = self.geometry
+        return cuts(index, rows, self.fps, self.max_frames, self.max_pixels, self.max_tokens, self.fit, grid.multiple,
+                    grid.temporal_stride)  # fmt: skip
 
 
 class Plan:
@@ -225,21 +231,15 @@ class Plan:
     def _visits(self, epoch: int, rows: np.ndarray, repeat: np.ndarray, rates: np.ndarray) -> Visits:
         i, index = self.inputs, self.index
         seeds = hash64(i.seed, epoch, rows, repeat)
-        frames, fps = index.frames[rows].astype(np.int64), index.fps[rows].astype(np.float64)
-        stride = np.maximum(1, np.rint(fps / i.fps)).astype(np.int64)
-        available = 1 + (frames - 1) // stride
-        resize, crop = fit_sizes(index.height[rows], index.width[rows], i.max_pixels, i.geometry.multiple, i.fit)
-        per_frame = crop[:, 2] * crop[:, 3] // i.geometry.multiple**2
-        longest = np.minimum(i.max_frames, 1 + (i.max_tokens // per_frame - 1) * i.geometry.temporal_stride)
-        wanted = 1 + (np.minimum(available, longest) - 1) // i.geometry.temporal_stride * i.geometry.temporal_stride
+        cut = i.cuts(index, rows)
         turn = epoch * np.ceil(rates).astype(np.int64) + repeat  # how many visits this sample has had before
-        first = cut_pieces(available, wanted, turn, hash64(i.seed, rows, FIRST_FRAME))
+        first = cut_pieces(cut.available, cut.frames, turn, hash64(i.seed, rows, FIRST_FRAME))
         names = [name for name, weight in i.tasks if weight > 0]
         weights = np.array([weight for _, weight in i.tasks if weight > 0])
         drawn = np.searchsorted(np.cumsum(weights) / weights.sum(), uniform(seeds, TASK), side="right")
-        tokens = (1 + (wanted - 1) // i.geometry.temporal_stride) * per_frame
-        return Visits(rows, first, wanted, fps / stride, resize, crop, (*names, "image"),
-                      np.where(wanted == 1, len(names), drawn), seeds, tokens)  # fmt: skip
+        rate = index.fps[rows].astype(np.float64) / cut.stride
+        return Visits(rows, first, cut.frames, rate, cut.resize, cut.crop, (*names, "image"),
+                      np.where(cut.frames == 1, len(names), drawn), seeds, cut.tokens)  # fmt: skip
 
 
 def source_frames(visit: Visit, fps: float) -> list[int]:

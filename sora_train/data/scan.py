@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from sora_train.data.decode import IMAGES, VIDEOS, DecodeError
+from sora_train.data.encoded import LATENT
+from sora_train.data.encoded import probe as probe_latents
 from sora_train.data.pool import Pool
 from sora_train.data.tar import Fault, Member, walk
 
@@ -44,6 +46,7 @@ SCHEMA = pa.schema(
         ("caption_crc32", pa.int64()),
         ("caption_chars", pa.int32()),  # of the longest
         ("caption_lengths", pa.list_(pa.int32())),  # of each, in the order of the json
+        ("encoded", pa.string()),  # what latents were made with; empty for pixels
         ("more", pa.string()),  # further members as JSON: extension -> [offset, size, crc32]; empty if none
         ("refused", pa.string()),  # cause, or empty
         ("detail", pa.string()),
@@ -99,12 +102,12 @@ def members_of(path: str) -> tuple[dict[str, tuple[Members, list[str]]], list[Fa
 
 
 def _media(members: Members) -> str | None:
-    return next((extension for extension in VIDEOS + IMAGES if extension in members), None)
+    return next((extension for extension in (LATENT, *VIDEOS, *IMAGES) if extension in members), None)
 
 
 def _start_probe(path: str, members: Members, pool: Pool) -> Future[dict[str, Any]] | None:
     extension = _media(members)
-    if extension is None or members[extension].size > pool.limits.bytes:
+    if extension is None or extension == LATENT or members[extension].size > pool.limits.bytes:
         return None
     return pool.probe(path, extension, members[extension].offset, members[extension].size)
 
@@ -127,9 +130,13 @@ def _row(
         row |= {"extension": extension, "offset": media.offset, "size": media.size}
         if double:
             raise DecodeError("duplicate", f"{key}.{double[0]} is in the shard {double.count(double[0]) + 1} times")
-        if probed is None:
+        if extension == LATENT:
+            start = os.pread(file.fileno(), min(media.size, _PIECE), media.offset)
+            row |= {**probe_latents(start, media.size), "crc32": _crc32(file, media)}
+        elif probed is None:
             raise DecodeError("bytes", f"{media.size} bytes, more than data.limits.bytes")
-        row |= probed.result()
+        else:
+            row |= probed.result()
         text = next((e for e in CAPTIONS if e in members), None)
         if text is None:
             raise DecodeError("no_caption", f"members {sorted(members)[:8]}, neither {key}.txt nor {key}.json")

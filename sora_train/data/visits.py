@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,33 @@ class Visits:
             task=self.tasks[int(self.task[n])],
             seed=int(self.seed[n]),
         )
+
+
+class Cuts(NamedTuple):
+    """What visits cut out of samples, whichever part they take of each."""
+
+    stride: np.ndarray  # source frames from one frame of the clip to the next
+    available: np.ndarray  # frames of the whole sample at the clip's rate
+    frames: np.ndarray  # of a clip
+    resize: np.ndarray  # (n, 2)
+    crop: np.ndarray  # (n, 4)
+    per_frame: np.ndarray  # tokens of a latent frame
+    tokens: np.ndarray  # of a clip
+
+
+def cuts(
+    index: Any, rows: np.ndarray, fps: float, max_frames: int, max_pixels: int, max_tokens: int, fit: str,
+    multiple: int, temporal_stride: int,
+) -> Cuts:  # fmt: skip
+    """How samples (rows of an index) are cut: `multiple` is the side of a token in pixels."""
+    stride = np.maximum(1, np.rint(index.fps[rows].astype(np.float64) / fps)).astype(np.int64)
+    available = 1 + (index.frames[rows].astype(np.int64) - 1) // stride
+    resize, crop = fit_sizes(index.height[rows], index.width[rows], max_pixels, multiple, fit)
+    per_frame = crop[:, 2] * crop[:, 3] // multiple**2
+    longest = np.minimum(max_frames, 1 + (max_tokens // per_frame - 1) * temporal_stride)
+    frames = 1 + (np.minimum(available, longest) - 1) // temporal_stride * temporal_stride
+    latent = 1 + (frames - 1) // temporal_stride
+    return Cuts(stride, available, frames, resize, crop, per_frame, latent * per_frame)
 
 
 def cut_pieces(available: np.ndarray, wanted: np.ndarray, turn: np.ndarray, seeds: np.ndarray) -> np.ndarray:

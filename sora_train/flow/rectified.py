@@ -100,7 +100,7 @@ class FlowTask:
             levels.append(torch.full((grid[0] * per_frame,), t, device=device))
             table += [0.0, t]
             grids.append(grid)
-        ids_L, texts = self.tokenize([self._caption(clip) for clip in pack.clips])
+        ids_L, texts = self._text(pack.clips)
         return LatentPack(
             Layout(tuple(grids), texts),
             torch.cat(xs),
@@ -122,12 +122,21 @@ class FlowTask:
         if self._cache_room or self._cache:
             return [self._remembered(clip, device) for clip in pack.clips]
         latents: list[Tensor] = []
-        for _, run in groupby(pack.clips, key=lambda clip: clip.visit.size):
+        for (_, ready), run in groupby(pack.clips, key=lambda clip: (clip.visit.size, clip.latents_CTHW is not None)):
+            if ready:  # encoded before
+                latents += [self._ready(clip, device) for clip in run]
+                continue
             videos = torch.stack([clip.video_TCHW.to(device, non_blocking=True) for clip in run])
             latents += self.encode(videos.transpose(1, 2)).unbind(0)
         return latents
 
+    def _ready(self, clip: Clip, device: torch.device) -> Tensor:
+        assert clip.latents_CTHW is not None
+        return clip.latents_CTHW.to(device, non_blocking=True)
+
     def _remembered(self, clip: Clip, device: torch.device) -> Tensor:
+        if clip.latents_CTHW is not None:
+            return self._ready(clip, device)
         visit = clip.visit
         key = (visit.sample, visit.first, visit.frames, visit.fps, visit.resize, visit.crop)
         if key not in self._cache:
@@ -139,9 +148,19 @@ class FlowTask:
             self._cache[key] = latents_CTHW
         return self._cache[key]
 
-    def _caption(self, clip: Clip) -> str:
-        dropped = uniform(clip.visit.seed, DROP_CAPTION) < self.config.caption_dropout
-        return "" if dropped else clip.caption
+    def _text(self, clips: Sequence[Clip]) -> tuple[Tensor, tuple[int, ...]]:
+        """What the network reads of all captions, end to end, and the length of each."""
+        if all(clip.text_LE is None for clip in clips):
+            return self.tokenize(["" if self._is_dropped(clip) else clip.caption for clip in clips])
+        rows = []
+        for clip in clips:
+            caption = "" if self._is_dropped(clip) else clip.caption
+            ready = None if clip.text_LE is None else clip.text_LE[int(self._is_dropped(clip))]
+            rows.append(self.tokenize([caption])[0] if ready is None else ready)
+        return torch.cat([row.to(rows[0].device) for row in rows]), tuple(map(len, rows))
+
+    def _is_dropped(self, clip: Clip) -> bool:
+        return bool(uniform(clip.visit.seed, DROP_CAPTION) < self.config.caption_dropout)
 
     def _nothing(self, device: torch.device) -> LatentPack:
         ids_L, texts = self.tokenize([""])

@@ -18,22 +18,25 @@ _CLASSES = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 
 
 class ReleasedText:
-    """Embeds captions. `pad_to` tokens each, zeros after the last, where it is above 0: Wan attends to the zeros."""
+    """Embeds captions. `pad_to` tokens each, zeros after the last, where it is above 0: Wan attends to the zeros.
+
+    Loaded when the first caption comes: a run whose shards hold embeddings only needs it for its previews.
+    """
 
     def __init__(self, path: str, device: torch.device, max_tokens: int, pad_to: int) -> None:
-        self.tokenizer, self.encoder = _load(path, device)
-        self.max_tokens, self.pad_to, self.device = max_tokens, pad_to, device
+        self.path, self.max_tokens, self.pad_to, self.device = path, max_tokens, pad_to, device
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
         """Embeddings `(L, E)` of all captions end to end, on the device, and the length of each."""
-        batch = self.tokenizer(
+        tokenizer, encoder = _load(self.path, self.device)
+        batch = tokenizer(
             [_clean(caption) for caption in captions], padding=True, truncation=True, max_length=self.max_tokens,
             return_tensors="pt",
         )  # fmt: skip
         lengths = batch.attention_mask.sum(1).tolist()
         ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
-        embedded_BLE = self.encoder(ids, attention_mask=mask).last_hidden_state
+        embedded_BLE = encoder(ids, attention_mask=mask).last_hidden_state
         rows = [row[:length] for row, length in zip(embedded_BLE, lengths, strict=True)]
         if self.pad_to:
             rows = [torch.cat((row, row.new_zeros(self.pad_to - len(row), row.shape[1]))) for row in rows]

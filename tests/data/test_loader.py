@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from sora_train.batch import Clip, Refusal
+from sora_train.cli import InputError
+from sora_train.config import Config, DataConfig, SourceConfig, check
 from sora_train.cost import Cost, Geometry
-from sora_train.data.index import load_index
+from sora_train.data.index import index_shards, load_index
 from sora_train.data.loader import Loader, Step, draw_caption, passes_of_rank
 from sora_train.data.plan import Plan, PlanInputs, Position, source_frames
 from sora_train.data.pool import Pool
@@ -149,3 +152,49 @@ def test_captions_are_drawn_by_weight() -> None:
     assert 0.46 < np.mean(alike) < 0.54
     assert {draw_caption(["a", "b"], weights, seed) for seed in range(50)} == {0, 1}, "none of them has a weight"
     assert {draw_caption([], weights, seed) for seed in range(50)} == {0}, "a single caption, in a txt"
+
+
+CASES = [(shards, ranks, workers) for shards in range(1, 10) for ranks in range(1, 5) for workers in range(4)]
+SAMPLED = {(1, 4, 1), (2, 3, 2), (9, 2, 3), (3, 4, 0)}
+_PARAMETERS = [
+    pytest.param(*case, marks=[] if case in SAMPLED else pytest.mark.campaign, id="-".join(map(str, case)))
+    for case in CASES
+]
+
+
+@pytest.fixture(scope="module")
+def nine_shards(
+    tmp_path_factory: pytest.TempPathFactory, write_samples: Any, make_sample: Callable[[int], dict[str, Any]]
+) -> list[str]:
+    """Shards of one to three samples, images all: what counts here is who gets which."""
+    folder, numbers = tmp_path_factory.mktemp("nine"), itertools.count()
+    shards = [
+        write_samples(folder / f"{s}.tar", [make_sample(4 * next(numbers)) for _ in range(1 + s % 3)]) for s in range(9)
+    ]
+    index_shards(shards, workers=1)
+    return shards
+
+
+@pytest.mark.parametrize(("shards", "ranks", "workers"), _PARAMETERS)
+def test_unequal_shards_hang_no_rank(nine_shards: list[str], shards: int, ranks: int, workers: int) -> None:
+    """The first epoch, which is what validation runs through too, and the second, of each rank in turn.
+
+    Each rank takes as many steps of as many passes, and together they see each sample once. The configuration refuses
+    to go without workers.
+    """
+    if workers == 0:
+        config = Config(run_dir="x", steps=1, data=DataConfig({"s": SourceConfig(nine_shards[:shards])}, workers=0))
+        with pytest.raises(InputError, match=r"data\.workers=0 must be above 0"):
+            check(config)
+        return
+    plan = make_plan(nine_shards[:shards])
+    with Pool(workers, timeout_s=600) as pool:
+        for epoch in (0, 1):
+            count = sum(len(plan.steps(epoch, w)) for w in range(len(plan.windows(epoch))))
+            start = Position(epoch, 0, 0)
+            steps = [load(plan, pool, rank, ranks, count, start=start) for rank in range(ranks)]
+            assert {tuple((step.position, len(step.packs)) for step in mine) for mine in steps} == {
+                tuple((Position(epoch, 0, n), -(-4 // ranks)) for n in range(count))
+            }
+            arrived = sorted(sample for mine in steps for step in mine for sample in step.samples)
+            assert arrived == list(range(len(plan.index)))

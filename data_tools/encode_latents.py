@@ -1,0 +1,203 @@
+"""Encode shards once, so that training decodes no video and runs no VAE, and no text encoder where that is frozen.
+
+    python -m data_tools.encode_latents experiment=demo out=FOLDER [dtype=fp32] [key=value ...]
+    torchrun --nproc-per-node N -m data_tools.encode_latents experiment=demo out=FOLDER ...
+
+Each shard of data.sources.NAME becomes OUT/NAME/NNNNNN.tar, each of data.validation OUT/validation/NNNNNN.tar, with the
+samples that pass the configuration's filters: KEY.latent.safetensors (stored as `dtype`: fp32, bf16 or fp16),
+KEY.text.safetensors where text_encoder.path is set, and the captions and fields as KEY.json. Then train with
+data.sources.NAME.shards=[OUT/NAME/*.tar] and otherwise the same command.
+
+What is encoded doesn't change from epoch to epoch: the middle of the picture, as in training, and as many clips as
+cover the whole video, evenly spread from its first frame to its last (KEY, KEY+1, ...; all of them in every epoch). A
+run whose VAE, text encoder, rate, sizes or code are others is refused. Shards that are there are left as they are, so
+that a stopped command goes on where it was. What couldn't be decoded stands in NNNNNN.refused.jsonl beside the shard.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+
+from sora_train.assemble import Shards, plan_inputs
+from sora_train.batch import Refusal, Visit
+from sora_train.cli import InputError, nearest, run
+from sora_train.compose import run_hydra
+from sora_train.config import Config, Method
+from sora_train.data.decode import DecodeError
+from sora_train.data.encoded import DTYPES, LATENT, TEXT, header, made_with
+from sora_train.data.index import Index, index_shards, load_index
+from sora_train.data.latents import texts_to_bytes, to_bytes
+from sora_train.data.loader import refusal
+from sora_train.data.plan import PlanInputs, source_frames
+from sora_train.data.pool import Pool
+from sora_train.data.selection import Selection
+from sora_train.data.tar import Member, walk
+from sora_train.data.transforms import to_video
+from sora_train.generation import FrozenVae, tokenizer
+from sora_train.world import from_environment
+
+_STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AHEAD = 64  # clips that are decoded while others are encoded
+_HEAD = 1 << 20  # bytes that a header is looked for in
+
+
+def main() -> int:
+    """Encode what the command line says."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    own = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in ("out", "dtype"))
+    sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in ("out", "dtype")]
+    dtype = own.get("dtype", "fp32")
+    if not own.get("out"):
+        raise InputError("give out=FOLDER; --help shows the rest")
+    if dtype not in _STORED:
+        raise InputError(f"dtype={dtype}; {nearest(dtype, list(_STORED))}")
+    if not any(argument.startswith("run_dir=") for argument in sys.argv[1:]):
+        sys.argv.append("run_dir=runs/encoded")  # nothing is written there
+    return run_hydra(lambda config: encode(config, Path(own["out"]), dtype))
+
+
+def encode(config: Config, out: Path, dtype: str) -> int:
+    """Encode this process's share of a configuration's shards: under torchrun each rank takes every so-many-th."""
+    if config.method is Method.autoencoder:
+        raise InputError("an autoencoder learns from pixels; give the experiment of the video model")
+    if config.data.stages:
+        raise InputError("data.stages ask for several sizes; encode each by itself, with data.stages=[] and its sizes")
+    world = from_environment()
+    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    shards = Shards(config)
+    places = _places(shards, config, out)
+    with Pool.of(config.data, shards.store) as pool:
+        encoder = Encoder(config, device, dtype, pool, shards)
+        for shard, text_filter, path in places[world.rank :: world.size]:
+            print(f"{path}: {encoder.shard(shard, text_filter, path)}", flush=True)
+    return 0
+
+
+def _places(shards: Shards, config: Config, out: Path) -> list[tuple[str, str, Path]]:
+    """Of every shard: its filter, and where its latents go."""
+    numbers: dict[str, int] = {}
+    places = []
+    everything = [*zip(shards.training, shards.filters, shards.source_of, strict=True)]
+    everything += [(shard, config.data.filter, "validation") for shard in shards.validation]
+    if "validation" in shards.source_of and shards.validation:
+        raise InputError("a source is called validation, which is where data.validation goes; rename data.sources")
+    for shard, text_filter, source in everything:
+        number = numbers[source] = numbers.get(source, -1) + 1
+        places.append((shard, text_filter, out / source / f"{number:06d}.tar"))
+    return places
+
+
+class Encoder:
+    """Makes shards of latents of shards of videos."""
+
+    def __init__(self, config: Config, device: torch.device, dtype: str, pool: Pool, shards: Shards) -> None:
+        self.config, self.dtype, self.pool, self.shards = config, dtype, pool, shards
+        self.vae = FrozenVae(config.vae, device)
+        frozen = config.text_encoder.path is not None
+        self.embed: Callable[[Sequence[str]], Any] | None = tokenizer(config, device) if frozen else None
+        self.made_with = json.dumps(made_with(config), sort_keys=True)
+
+    def shard(self, shard: str, text_filter: str, path: Path) -> str:
+        """Encode one shard, unless it is there; returns a line on it. InputError if another's latents are there."""
+        index_shards([shard], self.config.data.workers, self.shards.store, self.shards.limits)
+        index = load_index([shard], self.shards.store, allow_empty=True)
+        if index.encoded() - {""}:
+            raise InputError(f"{shard} holds latents already")
+        about = {"made_with": self.made_with, "source": f"{index.fingerprint[:16]} {text_filter}"}
+        if self._is_there(path, about):
+            return "there already"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".tmp{from_environment().rank}")
+        inputs = plan_inputs(self.config, [text_filter], {"text_to_video": 1.0})
+        refused: list[Refusal] = []
+        count = 0
+        with temporary.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
+            for key, visit, pixels in self._decoded(index, inputs):
+                try:
+                    members = self._members(index, visit, pixels.result(), about)
+                except DecodeError as error:
+                    refused.append(refusal(index, visit.sample, error))
+                    continue
+                for extension, data in members:
+                    tar.write({"__key__": key, extension: data})
+                count += 1
+        lines = "".join(json.dumps(asdict(r)) + "\n" for r in refused)
+        path.with_suffix(".refused.jsonl").write_text(lines)
+        temporary.replace(path)
+        return f"{count} clips, {len(refused)} refused"
+
+    def _decoded(self, index: Index, inputs: PlanInputs) -> Iterator[tuple[str, Visit, Future[np.ndarray]]]:
+        """Key, visit and pixels of every clip of a shard, in order, some being decoded ahead."""
+        waiting: list[tuple[str, Visit, Future[np.ndarray]]] = []
+        for key, visit in fixed_visits(index, inputs):
+            timing = index.timing(visit.sample)
+            frames = source_frames(visit, timing.fps)
+            pixels = self.pool.decode(*index.member(visit.sample), frames, visit.resize, visit.crop, timing)
+            waiting.append((key, visit, pixels))
+            if len(waiting) > _AHEAD:
+                yield waiting.pop(0)
+        yield from waiting
+
+    def _members(
+        self, index: Index, visit: Visit, frames_THWC: np.ndarray, about: dict[str, str]
+    ) -> list[tuple[str, bytes]]:
+        """The members of one clip, encoded by itself: what it is encoded beside must not show."""
+        captions, fields = index.captions(visit.sample)
+        size = "x".join(map(str, visit.size))
+        latents = self.vae.encode(to_video(frames_THWC).transpose(0, 1).unsqueeze(0))[0].to(_STORED[self.dtype])
+        members = [(LATENT, to_bytes(latents, about | {"size": size, "fps": repr(visit.fps)}))]
+        if self.embed is not None:
+            rows = [self.embed([text])[0] for text in (*captions, "")]
+            members.append((TEXT, texts_to_bytes(rows, self.config.text_encoder.pad_to)))
+        return [*members, ("json", json.dumps(fields or {"caption": captions[0]}, ensure_ascii=False).encode())]
+
+    def _is_there(self, path: Path, about: dict[str, str]) -> bool:
+        """Whether a shard stands there with a sample that was made the same; raises InputError for another one."""
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            first = next((found for found in walk(file) if isinstance(found, Member)), None)
+            if first is None:
+                return False
+            file.seek(first.offset)
+            try:
+                found = header(file.read(min(first.size, _HEAD)))
+                known = json.loads(found["__metadata__"]["about"])
+            except (DecodeError, KeyError, ValueError) as error:
+                raise InputError(f"{path} is in the place of latents and holds none; choose another out=") from error
+        stored = DTYPES.get(found.get("latents", {}).get("dtype", ""))
+        if {name: known.get(name) for name in about} != about or stored != self.dtype:
+            raise InputError(f"{path} holds latents of other shards, weights or settings; choose another out=")
+        return True
+
+
+def fixed_visits(index: Index, inputs: PlanInputs) -> Iterator[tuple[str, Visit]]:
+    """The clips that cover every sample that passes the filter, in the order of the index, each with its key."""
+    rows, _ = Selection(index, inputs.filters).rows(np.zeros(1, dtype=np.int64))
+    cut = inputs.cuts(index, rows)
+    for n, row in enumerate(rows.tolist()):
+        available, frames = int(cut.available[n]), int(cut.frames[n])
+        pieces = -(-available // frames)
+        short = available < frames + inputs.geometry.temporal_stride  # nothing but a rest that fills no latent frame
+        fps = float(index.fps[row]) / int(cut.stride[n])
+        top, left, height, width = map(int, cut.crop[n])
+        resize = (int(cut.resize[n, 0]), int(cut.resize[n, 1]))
+        for piece, first in enumerate([0] if short else np.linspace(0, available - frames, pieces).astype(int)):
+            key = f"{index.key[row]}+{piece}" if piece else str(index.key[row])
+            yield key, Visit(row, int(first), frames, fps, resize, (top, left, height, width), "text_to_video", 0)
+
+
+if __name__ == "__main__":
+    run(main)
