@@ -22,7 +22,10 @@ from sora_train.released import text_width, transformer_shape, vae_shape
 
 _SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential|^key$|^token$|account_?key)")
 DECODERS = ("decord", "pyav", "torchcodec")
-TASKS = ("text_to_video", "image_to_video", "extension", "image")
+TASKS = (
+    "text_to_video", "image_to_video", "extension", "extension_backwards", "interpolation", "frames", "image",
+)  # fmt: skip
+SOLVERS = ("euler", "heun", "adams_bashforth")
 WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
 DERIVED = {  # DeepSpeed keys that follow from ours
     "train_batch_size": "data.slots",
@@ -65,6 +68,13 @@ class Prediction(Enum):
 
     velocity = "velocity"
     preconditioned = "preconditioned"  # velocity through skip and scale, so that input and output keep unit variance
+
+
+class Weighting(Enum):
+    """What counts alike in the loss."""
+
+    token = "token"  # every generated token: long and large clips count more
+    clip = "clip"  # every clip
 
 
 class Timesteps(Enum):
@@ -152,6 +162,7 @@ class StageConfig:
     max_frames: int | None = None
     max_pixels: int | None = None
     weights: dict[str, float] = field(default_factory=dict)  # of sources, those not named 0; empty: theirs
+    tasks: dict[str, float] = field(default_factory=dict)  # weights of tasks, those not named 0; empty: flow.tasks
 
 
 @dataclass
@@ -212,9 +223,13 @@ class FlowConfig:
     std: float = 1.0
     shift: float = 1.0  # t -> shift t / (1 + (shift - 1) t), towards noise
     caption_dropout: float = 0.1
+    per_frame_noise: float = 0.0  # share of clips whose latent frames each have a timestep of their own
+    weighting: Weighting = Weighting.token
     guidance: float = 3.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # timesteps with guidance; elsewhere the caption alone
+    guidance_rescale: float = 0.0  # 1: the guided velocity gets the deviation of the one without guidance; 0: it stays
     sampling_steps: int = 20
-    solver: str = "euler"  # or heun
+    solver: str = "euler"  # heun (two evaluations a step), adams_bashforth (one)
 
 
 @dataclass
@@ -444,10 +459,7 @@ def check(config: Config) -> None:
             ("attention", model.attention, ("auto", "sdpa", "varlen", "flex")),
         ):
             _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
-        unknown = [task for task in flow.tasks if task not in TASKS]
-        _require(not unknown, f"flow.tasks has no {unknown[:1]}; {nearest(unknown[0], list(TASKS)) if unknown else ''}")
-        _require(sum(flow.tasks.values()) > 0, "flow.tasks: at least one task needs a weight above 0")
-        _require(flow.solver in ("euler", "heun"), f"flow.solver={flow.solver!r}; known: euler, heun")
+        _check_flow(flow, data)
     text = config.text_encoder
     _require(text.path is not None or text.width % text.heads == 0,
              f"text_encoder.width={text.width} must be a multiple of its heads")  # fmt: skip
@@ -466,6 +478,20 @@ def check(config: Config) -> None:
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)
+
+
+def _check_flow(flow: FlowConfig, data: DataConfig) -> None:
+    staged = {f"data.stages[{n}].tasks": stage.tasks for n, stage in enumerate(data.stages) if stage.tasks}
+    for key, tasks in {"flow.tasks": flow.tasks, **staged}.items():
+        unknown = [task for task in tasks if task not in TASKS]
+        _require(not unknown, f"{key} has no {unknown[:1]}; {nearest(unknown[0], list(TASKS)) if unknown else ''}")
+        _require(min(tasks.values(), default=0) >= 0 and sum(tasks.values()) > 0,
+                 f"{key}: no weight may be below 0, and one must be above")  # fmt: skip
+    _require(flow.solver in SOLVERS, f"flow.solver={flow.solver!r}; {nearest(flow.solver, list(SOLVERS))}")
+    for key, value in {"per_frame_noise": flow.per_frame_noise, "guidance_rescale": flow.guidance_rescale}.items():
+        _require(0.0 <= value <= 1.0, f"flow.{key}={value} must be in [0, 1]")
+    low, high = flow.guidance_interval
+    _require(0.0 <= low <= high <= 1.0, f"flow.guidance_interval={[low, high]} must be timesteps, the lower one first")
 
 
 def _check_data(data: DataConfig) -> None:
