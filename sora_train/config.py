@@ -26,6 +26,7 @@ TASKS = (
     "text_to_video", "image_to_video", "extension", "extension_backwards", "interpolation", "frames", "image",
 )  # fmt: skip
 SOLVERS = ("euler", "heun", "adams_bashforth")
+VAE_USE = ("path", "cache_mib", "tile")  # how a run uses its VAE; the rest of VaeConfig is the VAE's shape
 WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
 DERIVED = {  # DeepSpeed keys that follow from ours
     "train_batch_size": "data.slots",
@@ -105,12 +106,22 @@ class ModelConfig:
 
 
 @dataclass
+class TileConfig:
+    """Videos above this size go through a frozen VAE in pieces and tiles."""
+
+    frames: int = 64  # of a piece; the result is that of the whole
+    pixels: int = 1024  # side of a tile
+    overlap: int = 64  # pixels around a tile that are computed along with it
+
+
+@dataclass
 class VaeConfig:
     """The video autoencoder: a trained one at `path`, or the shape of one to train."""
 
     path: str | None = None  # folder written by sora_train.export, or of a diffusers VAE
     class_name: str | None = None  # of a diffusers VAE, read from its folder; null: our own
     cache_mib: int = 0  # latents that each rank remembers, for small data sets seen many times
+    tile: TileConfig = field(default_factory=TileConfig)
     channels: int = 6
     patch: int = 4
     widths: list[int] = field(default_factory=lambda: [32, 64])
@@ -343,7 +354,7 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
         shape = Path(config.vae.path) / "config.json"
         if shape.is_file():
             config.vae = VaeConfig(
-                **json.loads(shape.read_text()) | {"path": config.vae.path, "cache_mib": config.vae.cache_mib}
+                **json.loads(shape.read_text()) | {name: getattr(config.vae, name) for name in VAE_USE}
             )
         elif need_vae:
             raise InputError(
@@ -428,7 +439,8 @@ def check(config: Config) -> None:
         "text_encoder.buckets": config.text_encoder.buckets - 1, "data.max_bad_fraction": data.max_bad_fraction,
         "guard.max_bad_steps": config.guard.max_bad_steps, "guard.spike_steps": config.guard.spike_steps,
         "guard.spike_window": config.guard.spike_window, "guard.timeout_s": config.guard.timeout_s,
-        "guard.slow_timeout_s": config.guard.slow_timeout_s,
+        "guard.slow_timeout_s": config.guard.slow_timeout_s, "vae.tile.frames": vae.tile.frames,
+        "vae.tile.pixels": vae.tile.pixels,
     }  # fmt: skip
     for key, value in positive.items():
         _require(value > 0, f"{key}={value} must be above 0")
@@ -436,7 +448,7 @@ def check(config: Config) -> None:
         "checkpoint.keep_every": config.checkpoint.keep_every, "guard.hash_every": config.guard.hash_every,
         "guard.spike": config.guard.spike, "guard.leave_out_before": config.guard.leave_out_before,
         "guard.max_rollbacks": config.guard.max_rollbacks,
-        "guard.max_futile_restarts": config.guard.max_futile_restarts,
+        "guard.max_futile_restarts": config.guard.max_futile_restarts, "vae.tile.overlap": vae.tile.overlap,
     }.items():  # fmt: skip
         _require(count >= 0, f"{key}={count} must not be below 0")
     _require(bool(data.sources), "data.sources is empty; name shards, e.g. +data.sources.mine.shards=[my/*.tar]")

@@ -89,7 +89,7 @@ def build_stages(index: Index, source_of: Sequence[str], data: DataConfig, input
         changed = {name: getattr(stage, name) for name in ("fps", "max_frames", "max_pixels")}
         changed = {name: value for name, value in changed.items() if value is not None}
         if stage.tasks:
-            changed["tasks"] = tuple(sorted(stage.tasks.items()))
+            changed["tasks"] = tuple(sorted((task, weight) for task, weight in stage.tasks.items() if weight > 0))
         plans.append(Plan(index, replace(inputs, repeats=tuple(rate[name] for name in source_of), **changed)))
     return Stages(plans, [stage.until_step for stage in stages[:-1] if stage.until_step is not None])
 

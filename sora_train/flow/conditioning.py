@@ -35,7 +35,7 @@ def _end(frames: int, seed: int) -> list[bool]:
 
 
 def _both_ends(frames: int, seed: int) -> list[bool]:
-    """A gap of at least one frame, and at least one given frame before and after it; of two frames the first is given."""
+    """A gap of at least one frame, with at least one given before and after it; of two frames the first is given."""
     if frames == 2:
         return [True, False]
     gap = 1 + int(below(frames - 2, seed, GIVEN_FRAMES))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_train.batch import Clip, LatentPack, Layout, Pack
+from sora_train.batch import Clip, Grid, LatentPack, Layout, Pack
 from sora_train.config import TASKS, FlowConfig, Timesteps, Weighting
 from sora_train.cost import Geometry
 from sora_train.flow.conditioning import given_frames
@@ -66,8 +66,10 @@ class FlowTask:
         return float(sum(_generated(clip, self.geometry) for clip in pack.clips))
 
     def loss(self, network: nn.Module, pack: Pack, device: torch.device) -> Loss:
-        """Squared error of the predicted velocity, averaged over each patch, summed over loss-bearing tokens; or, weighted
-        by clip, over the means of the clips."""
+        """Squared error of the predicted velocity, averaged over each patch, summed over loss-bearing tokens.
+
+        Weighted by clip: the clips' means, summed over clips.
+        """
         latents = self.prepare(pack, device)
         velocity_NP = velocity(self.config.prediction, network(latents), latents)
         error_N = (velocity_NP - latents.target_NP).square().mean(1) * latents.weight_N
@@ -86,7 +88,8 @@ class FlowTask:
         """Encode the clips, and noise each with its visit's own numbers. A pack without clips gets one dead token."""
         if not pack.clips:
             return self._nothing(device)
-        xs, targets, weights, levels, t_of, grids = [], [], [], [], [], []
+        xs, targets, weights, levels, t_of = [], [], [], [], []
+        grids: list[Grid] = []
         table: list[float] = []
         clip_of: list[int] = []
         for clip, latents_CTHW in zip(pack.clips, self._encode(pack, device), strict=True):

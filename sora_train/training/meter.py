@@ -64,6 +64,7 @@ class Meter:
         self._step_loads: list[int] = []
         self._loss: Tensor
         self._levels: Tensor
+        self._tasks: Tensor
         self.start()
 
     def restore(self, totals: dict[str, Any]) -> None:

@@ -170,7 +170,8 @@ def test_a_share_of_clips_has_a_timestep_per_frame_and_given_frames_stay_clean(c
         per_frame = t.unflatten(0, (task.geometry.grid(*clip.visit.size)[0], -1))
         generated = per_frame[per_frame[:, 0] > 0]
         assert (generated == generated[:, :1]).all() and len(set(generated[:, 0].tolist())) == len(generated)
-    assert torch.equal(pack.clip_of_M[pack.t_of_N], torch.arange(4).repeat_interleave(torch.tensor(pack.layout.lengths)))
+    clip_of_N = torch.arange(4).repeat_interleave(torch.tensor(pack.layout.lengths))
+    assert torch.equal(pack.clip_of_M[pack.t_of_N], clip_of_N)
     shares = [len(set(draw_timesteps(FlowConfig(per_frame_noise=0.3), seed, 5))) for seed in range(1000)]
     assert set(shares) == {1, 5} and 240 < shares.count(5) < 360
     drawn = [t for seed in range(2000) for t in draw_timesteps(FlowConfig(per_frame_noise=1.0), seed, 2)]
