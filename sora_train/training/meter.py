@@ -137,11 +137,12 @@ class Meter:
             "skipped_samples": self.totals.skipped_samples,
             "skipped_steps": self.totals.skipped_steps,
         }
-        bins = [f"loss_by_noise/{level / levels.shape[1]:.1f}" for level in range(levels.shape[1])]
-        bins += [f"loss_by_task/{task}" for task in TASKS]
-        for name, (total, weight) in zip(bins, torch.cat((levels, tasks), dim=1).T.tolist(), strict=True):
+        for level, (total, weight) in enumerate(levels.T.tolist()):
             if weight:
-                figures[name] = total / weight
+                figures[f"loss_by_noise/{level / levels.shape[1]:.1f}"] = total / weight
+        for task, (total, weight) in zip(TASKS, tasks.T.tolist(), strict=True):
+            if weight:
+                figures[f"loss_by_task/{task}"] = total / weight
         if self.device.type == "cuda":
             figures["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.start()
