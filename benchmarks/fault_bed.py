@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 import sora_train.assemble  # noqa: F401 (warms up what every rank would import)
 from sora_train import config as configuration
 from sora_train.compose import CONF
-from sora_train.config import Config
+from sora_train.config import VAE_USE, Config
 from sora_train.data.index import index_shards
 from sora_train.generation import build_vae
 from sora_train.media import encode_mp4
@@ -68,7 +68,7 @@ class Bed:
         (folder / "vae").mkdir(exist_ok=True)
         torch.manual_seed(0)
         save_file(build_vae(vae).state_dict(), folder / "vae" / "vae.safetensors")
-        shape = {k: v for k, v in vars(vae).items() if k not in ("path", "cache_mib")}
+        shape = {k: v for k, v in vars(vae).items() if k not in VAE_USE}
         (folder / "vae" / "config.json").write_text(json.dumps(shape))
         self._base.append(f"vae.path={folder}/vae")
 

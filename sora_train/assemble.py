@@ -96,9 +96,10 @@ class Shards:
 def plan_inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> PlanInputs:
     """What the plan takes from a configuration, for shards with these filters."""
     d = config.data
+    weighted = tuple(sorted((task, weight) for task, weight in tasks.items() if weight > 0))
     return PlanInputs(
         seed=config.seed, slots=d.slots, max_tokens=d.max_tokens, fill=d.fill, window=d.window, fps=d.fps,
-        max_frames=d.max_frames, max_pixels=d.max_pixels, fit=d.fit.value, tasks=tuple(sorted(tasks.items())),
+        max_frames=d.max_frames, max_pixels=d.max_pixels, fit=d.fit.value, tasks=weighted,
         repeats=(1.0,) * len(filters), geometry=geometry(config), cost=cost(config), filters=tuple(filters),
         captions=tuple(sorted(d.captions.items())),
     )  # fmt: skip

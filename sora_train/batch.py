@@ -96,12 +96,14 @@ class Layout:
 
     `grids` holds the token grid of each clip and `texts` the number of its text tokens, both in pack order. Kept as
     plain integers on the host, so that no layer has to ask the device how long a clip is. Under sequence parallelism
-    the tensors of a rank hold one of several equal parts of the tokens: `part` says which, and of how many.
+    the tensors of a rank hold one of several equal parts of the tokens: `part` says which, and of how many. A clip of
+    several shots has a caption for each: `shots` holds the latent frames of each shot of each clip; empty is one shot.
     """
 
     grids: tuple[Grid, ...]
     texts: tuple[int, ...]
     part: tuple[int, int] = (0, 1)
+    shots: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -126,10 +128,18 @@ class Layout:
         return slice(place * size, (place + 1) * size)
 
     @cached_property
+    def spans(self) -> tuple[int, ...]:
+        """Tokens that look at each caption, in the whole pack without what pads it."""
+        if not self.shots:
+            return self.lengths[: len(self.texts)]
+        sizes = [height * width for _, height, width in self.grids]
+        return tuple(frames * size for shots, size in zip(self.shots, sizes, strict=False) for frames in shots)
+
+    @cached_property
     def queries(self) -> tuple[int, ...]:
         """How many tokens of this part look at each caption; what pads the pack, a clip without one, at the last."""
         first, last = self.mine.start, self.mine.stop
-        ends = (*self.offsets[1 : len(self.texts)], self.tokens)
+        ends = (*accumulate(self.spans[:-1]), self.tokens)
         return tuple(
             max(0, min(last, end) - max(first, start)) for start, end in zip((0, *ends), ends, strict=False)
         )
@@ -147,4 +157,4 @@ class LatentPack:
     t_of_N: Tensor  # index of each token's timestep in t_M
     level_N: Tensor  # timestep of the clip's generated frames, for the loss by noise level
     text: Any  # ids_L for a text encoder trained along, or text_LE of a frozen one
-    clip_of_M: Tensor | None = None  # the clip that each timestep belongs to; pooled text asks for it
+    clip_of_M: Tensor | None = None  # the caption that each timestep goes with (one a clip); pooled text asks for it

@@ -22,7 +22,11 @@ from sora_train.released import text_width, transformer_shape, vae_shape
 
 _SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential|^key$|^token$|account_?key)")
 DECODERS = ("decord", "pyav", "torchcodec")
-TASKS = ("text_to_video", "image_to_video", "extension", "image")
+TASKS = (
+    "text_to_video", "image_to_video", "extension", "extension_backwards", "interpolation", "frames", "image",
+)  # fmt: skip
+SOLVERS = ("euler", "heun", "adams_bashforth")
+VAE_USE = ("path", "cache_mib", "tile")  # how a run uses its VAE; the rest of VaeConfig is the VAE's shape
 WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
 DERIVED = {  # DeepSpeed keys that follow from ours
     "train_batch_size": "data.slots",
@@ -67,6 +71,13 @@ class Prediction(Enum):
     preconditioned = "preconditioned"  # velocity through skip and scale, so that input and output keep unit variance
 
 
+class Weighting(Enum):
+    """What counts alike in the loss."""
+
+    token = "token"  # every generated token: long and large clips count more
+    clip = "clip"  # every clip
+
+
 class Timesteps(Enum):
     """Distribution that training timesteps are drawn from, before the shift."""
 
@@ -95,12 +106,22 @@ class ModelConfig:
 
 
 @dataclass
+class TileConfig:
+    """Videos above this size go through a frozen VAE in pieces and tiles."""
+
+    frames: int = 64  # of a piece; the result is that of the whole
+    pixels: int = 1024  # side of a tile
+    overlap: int = 64  # pixels around a tile that are computed along with it
+
+
+@dataclass
 class VaeConfig:
     """The video autoencoder: a trained one at `path`, or the shape of one to train."""
 
     path: str | None = None  # folder written by sora_train.export, or of a diffusers VAE
     class_name: str | None = None  # of a diffusers VAE, read from its folder; null: our own
     cache_mib: int = 0  # latents that each rank remembers, for small data sets seen many times
+    tile: TileConfig = field(default_factory=TileConfig)
     channels: int = 6
     patch: int = 4
     widths: list[int] = field(default_factory=lambda: [32, 64])
@@ -152,6 +173,7 @@ class StageConfig:
     max_frames: int | None = None
     max_pixels: int | None = None
     weights: dict[str, float] = field(default_factory=dict)  # of sources, those not named 0; empty: theirs
+    tasks: dict[str, float] = field(default_factory=dict)  # weights of tasks, those not named 0; empty: flow.tasks
 
 
 @dataclass
@@ -212,9 +234,13 @@ class FlowConfig:
     std: float = 1.0
     shift: float = 1.0  # t -> shift t / (1 + (shift - 1) t), towards noise
     caption_dropout: float = 0.1
+    per_frame_noise: float = 0.0  # share of clips whose latent frames each have a timestep of their own
+    weighting: Weighting = Weighting.token
     guidance: float = 3.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # timesteps with guidance; elsewhere the caption alone
+    guidance_rescale: float = 0.0  # 1: the guided velocity gets the deviation of the one without guidance; 0: it stays
     sampling_steps: int = 20
-    solver: str = "euler"  # or heun
+    solver: str = "euler"  # heun (two evaluations a step), adams_bashforth (one)
 
 
 @dataclass
@@ -329,7 +355,7 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
         shape = Path(config.vae.path) / "config.json"
         if shape.is_file():
             config.vae = VaeConfig(
-                **json.loads(shape.read_text()) | {"path": config.vae.path, "cache_mib": config.vae.cache_mib}
+                **json.loads(shape.read_text()) | {name: getattr(config.vae, name) for name in VAE_USE}
             )
         elif need_vae:
             raise InputError(
@@ -414,7 +440,8 @@ def check(config: Config) -> None:
         "text_encoder.buckets": config.text_encoder.buckets - 1, "data.max_bad_fraction": data.max_bad_fraction,
         "guard.max_bad_steps": config.guard.max_bad_steps, "guard.spike_steps": config.guard.spike_steps,
         "guard.spike_window": config.guard.spike_window, "guard.timeout_s": config.guard.timeout_s,
-        "guard.slow_timeout_s": config.guard.slow_timeout_s,
+        "guard.slow_timeout_s": config.guard.slow_timeout_s, "vae.tile.frames": vae.tile.frames,
+        "vae.tile.pixels": vae.tile.pixels,
     }  # fmt: skip
     for key, value in positive.items():
         _require(value > 0, f"{key}={value} must be above 0")
@@ -422,7 +449,7 @@ def check(config: Config) -> None:
         "checkpoint.keep_every": config.checkpoint.keep_every, "guard.hash_every": config.guard.hash_every,
         "guard.spike": config.guard.spike, "guard.leave_out_before": config.guard.leave_out_before,
         "guard.max_rollbacks": config.guard.max_rollbacks,
-        "guard.max_futile_restarts": config.guard.max_futile_restarts,
+        "guard.max_futile_restarts": config.guard.max_futile_restarts, "vae.tile.overlap": vae.tile.overlap,
     }.items():  # fmt: skip
         _require(count >= 0, f"{key}={count} must not be below 0")
     _require(bool(data.sources), "data.sources is empty; name shards, e.g. +data.sources.mine.shards=[my/*.tar]")
@@ -445,10 +472,7 @@ def check(config: Config) -> None:
             ("attention", model.attention, ("auto", "sdpa", "varlen", "flex")),
         ):
             _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
-        unknown = [task for task in flow.tasks if task not in TASKS]
-        _require(not unknown, f"flow.tasks has no {unknown[:1]}; {nearest(unknown[0], list(TASKS)) if unknown else ''}")
-        _require(sum(flow.tasks.values()) > 0, "flow.tasks: at least one task needs a weight above 0")
-        _require(flow.solver in ("euler", "heun"), f"flow.solver={flow.solver!r}; known: euler, heun")
+        _check_flow(flow, data)
     text = config.text_encoder
     _require(text.path is not None or text.width % text.heads == 0,
              f"text_encoder.width={text.width} must be a multiple of its heads")  # fmt: skip
@@ -470,6 +494,20 @@ def check(config: Config) -> None:
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)
+
+
+def _check_flow(flow: FlowConfig, data: DataConfig) -> None:
+    staged = {f"data.stages[{n}].tasks": stage.tasks for n, stage in enumerate(data.stages) if stage.tasks}
+    for key, tasks in {"flow.tasks": flow.tasks, **staged}.items():
+        unknown = [task for task in tasks if task not in TASKS]
+        _require(not unknown, f"{key} has no {unknown[:1]}; {nearest(unknown[0], list(TASKS)) if unknown else ''}")
+        _require(min(tasks.values(), default=0) >= 0 and sum(tasks.values()) > 0,
+                 f"{key}: no weight may be below 0, and one must be above")  # fmt: skip
+    _require(flow.solver in SOLVERS, f"flow.solver={flow.solver!r}; {nearest(flow.solver, list(SOLVERS))}")
+    for key, value in {"per_frame_noise": flow.per_frame_noise, "guidance_rescale": flow.guidance_rescale}.items():
+        _require(0.0 <= value <= 1.0, f"flow.{key}={value} must be in [0, 1]")
+    low, high = flow.guidance_interval
+    _require(0.0 <= low <= high <= 1.0, f"flow.guidance_interval={[low, high]} must be timesteps, the lower one first")
 
 
 def _check_data(data: DataConfig) -> None:

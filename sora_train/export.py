@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from sora_train.assemble import Shards
 from sora_train.cli import InputError, options, run
-from sora_train.config import Config, Method, load
+from sora_train.config import VAE_USE, Config, Method, load
 from sora_train.data.loader import Loader
 from sora_train.data.plan import Position
 from sora_train.data.pool import Pool
@@ -61,7 +61,7 @@ def main() -> int:
         vae.load_state_dict(weights, strict=False)  # the statistics are not parameters
         _measure(vae, config)
         save_file(vae.state_dict(), out / "vae.safetensors")
-        shape = {key: value for key, value in asdict(config.vae).items() if key not in ("path", "cache_mib")}
+        shape = {key: value for key, value in asdict(config.vae).items() if key not in VAE_USE}
         (out / "config.json").write_text(json.dumps(shape, indent=1) + "\n")
     elif o.format == "diffusers":
         _pipeline(weights, config, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sora_train.flow.sampling import Request, generate
 from sora_train.media import contact_sheet, write_mp4, write_png
 from sora_train.models.dit import DiT
 from sora_train.models.text import TextEncoder, tokenize_captions
+from sora_train.models.tiling import in_time, tiled
 from sora_train.models.vae import VideoVAE
 from sora_train.models.video_model import VideoModel
 from sora_train.training.checkpoint import latest_intact, load_full
@@ -73,19 +74,48 @@ class FrozenVae:
     """A trained VAE between pixels and normalised latents."""
 
     def __init__(self, config: VaeConfig, device: torch.device) -> None:
-        self.vae = _trained_vae(config)
+        self.config, self.vae = config, _trained_vae(config)
         self.vae.to(device).eval().requires_grad_(False)
         self.device = device
 
     @torch.no_grad()
     def encode(self, video_BCTHW: Tensor) -> Tensor:
-        """uint8 pixels to normalised latents (the posterior's mean)."""
-        return self.vae.normalise(self.vae.encode(to_unit(video_BCTHW.to(self.device)))[0])
+        """uint8 pixels to normalised latents (the posterior's mean). Large videos go in pieces and tiles (vae.tile)."""
+        c, t = self.config, self.config.tile
+        if not self._large(*video_BCTHW.shape[2:]):
+            return self.vae.normalise(self.vae.encode(to_unit(video_BCTHW.to(self.device)))[0])
+        frames = max(1, t.frames // c.temporal_stride) * c.temporal_stride
+
+        def means(tile_BCTHW: Tensor) -> Tensor:
+            pieces = (to_unit(piece.to(self.device)) for piece in in_time(tile_BCTHW, 1 + frames, frames))
+            return torch.cat([mean for mean, _ in self.vae.encode_pieces(pieces)], dim=2)
+
+        size, overlap = (self._latent_pixels(pixels) * c.spatial_stride for pixels in (t.pixels, t.overlap))
+        return self.vae.normalise(tiled(means, video_BCTHW, size, overlap, 1 / c.spatial_stride))
 
     @torch.no_grad()
     def decode(self, latents_CTHW: Tensor) -> np.ndarray:
-        """Normalised latents of one clip to frames_THWC uint8."""
-        return to_frames(self.vae.decode(self.vae.denormalise(latents_CTHW.to(self.device).unsqueeze(0)))[0])
+        """Normalised latents of one clip to frames_THWC uint8. Large videos go in pieces and tiles (vae.tile)."""
+        c, t = self.config, self.config.tile
+        latents = self.vae.denormalise(latents_CTHW.to(self.device).unsqueeze(0))
+        frames, height, width = latents.shape[2:]
+        pixels = (1 + (frames - 1) * c.temporal_stride, height * c.spatial_stride, width * c.spatial_stride)
+        if not self._large(*pixels):
+            return to_frames(self.vae.decode(latents)[0])
+        count = max(1, t.frames // c.temporal_stride)
+
+        def pictures(tile_BCTHW: Tensor) -> Tensor:
+            pieces = self.vae.decode_pieces(in_time(tile_BCTHW, count, count))
+            return torch.from_numpy(np.concatenate([to_frames(piece[0]) for piece in pieces])).permute(0, 3, 1, 2)
+
+        size, overlap = self._latent_pixels(t.pixels), self._latent_pixels(t.overlap)
+        return tiled(pictures, latents, size, overlap, c.spatial_stride).permute(0, 2, 3, 1).contiguous().numpy()
+
+    def _large(self, frames: int, height: int, width: int) -> bool:
+        return frames > self.config.tile.frames or max(height, width) > self.config.tile.pixels
+
+    def _latent_pixels(self, pixels: int) -> int:
+        return -(-pixels // self.config.spatial_stride)
 
 
 class Sampler:
@@ -138,14 +168,40 @@ def request_for(config: Config, caption: str, size: tuple[int, int, int], seed: 
     return Request(caption, geometry(config).grid(*size), seed)
 
 
-def save_sample(folder: Path, name: str, frames_THWC: np.ndarray, fps: float, about: Mapping[str, object]) -> Path:
-    """Write NAME.mp4 (NAME.png for one frame), a contact sheet NAME-sheet.png, and NAME.json; returns the video."""
+def save_sample(
+    folder: Path, name: str, frames_THWC: np.ndarray | Iterable[np.ndarray], fps: float, about: Mapping[str, object]
+) -> Path:
+    """Write NAME.mp4 (NAME.png for one frame), a contact sheet NAME-sheet.png, and NAME.json; returns the video.
+
+    Of frames that come in pieces, the sheet shows the first frames of a few of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-    scale = max(1, round(128 / frames_THWC.shape[1]))
-    write_png(folder / f"{name}-sheet.png", contact_sheet(frames_THWC, columns=min(8, len(frames_THWC)), scale=scale))
-    if len(frames_THWC) == 1:
-        write_png(folder / f"{name}.png", frames_THWC[0])
-        return folder / f"{name}.png"
-    write_mp4(folder / f"{name}.mp4", frames_THWC, fps, metadata={"comment": "AI-generated video (sora_train)"})
-    return folder / f"{name}.mp4"
+    comment = {"comment": "AI-generated video (sora_train)"}
+    path = folder / f"{name}.mp4"
+    if isinstance(frames_THWC, np.ndarray):
+        shown = frames_THWC
+        if len(frames_THWC) == 1:
+            path = folder / f"{name}.png"
+            write_png(path, frames_THWC[0])
+        else:
+            write_mp4(path, frames_THWC, fps, metadata=comment)
+    else:
+        firsts: list[np.ndarray] = []
+        write_mp4(path, _watched(frames_THWC, firsts), fps, metadata=comment)
+        shown = np.stack(firsts)
+    scale = max(1, round(128 / shown.shape[1]))
+    write_png(folder / f"{name}-sheet.png", contact_sheet(shown, columns=min(8, len(shown)), scale=scale))
+    return path
+
+
+def _watched(pieces: Iterable[np.ndarray], firsts: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The pieces as they come, evenly spaced ones' first frames kept: fewer than 16."""
+    every = 1
+    for number, piece in enumerate(pieces):
+        if number % every == 0:
+            firsts.append(piece[0])
+            if len(firsts) == 16:
+                del firsts[1::2]
+                every *= 2
+        yield piece

@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +24,7 @@ _BT601 = 6  # H.273 code for primaries and transfer: what swscale converts to, s
 
 def write_mp4(
     target: str | os.PathLike[str] | BinaryIO,
-    frames_THWC: np.ndarray,
+    frames_THWC: np.ndarray | Iterable[np.ndarray],
     fps: float,
     crf: int = 18,
     gop: int = 12,
@@ -31,6 +32,7 @@ def write_mp4(
 ) -> None:
     """Write frames as H.264 (yuv420p, index in front) to a path, atomically, or to an open binary file.
 
+    Frames may come in pieces, each written when it comes, so that a long video needs no more memory than one of them.
     Odd sizes are padded by repeating the last row or column. `gop` is the distance of key frames in frames, `metadata`
     goes into the container. The same frames give the same bytes. Raises ValueError for frames of another form.
     """
@@ -47,7 +49,11 @@ def write_mp4(
 
 
 def encode_mp4(
-    frames_THWC: np.ndarray, fps: float, crf: int = 18, gop: int = 12, metadata: Mapping[str, str] | None = None
+    frames_THWC: np.ndarray | Iterable[np.ndarray],
+    fps: float,
+    crf: int = 18,
+    gop: int = 12,
+    metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """The bytes that `write_mp4` writes."""
     # FFmpeg moves the index to the front by reading its own output again, which takes a file with a name.
@@ -104,15 +110,19 @@ def _check(frames_THWC: np.ndarray) -> None:
         raise ValueError(f"frames must be (T, H, W, 3) uint8, not {frames_THWC.shape} {frames_THWC.dtype}")
 
 
-def _encode(path: Path, frames_THWC: np.ndarray, fps: float, crf: int, gop: int, metadata: Mapping[str, str]) -> None:
-    _check(frames_THWC)
-    height, width = frames_THWC.shape[1:3]
-    even = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+def _encode(
+    path: Path, frames_THWC: np.ndarray | Iterable[np.ndarray], fps: float, crf: int, gop: int,
+    metadata: Mapping[str, str],
+) -> None:  # fmt: skip
+    pieces = iter([frames_THWC] if isinstance(frames_THWC, np.ndarray) else frames_THWC)
+    first = next(pieces, np.zeros(0))
+    _check(first)
+    height, width = first.shape[1:3]
     flags = "+faststart+use_metadata_tags" if metadata else "+faststart"
     with av.open(str(path), "w", format="mp4", options={"movflags": flags}) as container:
         container.metadata.update(metadata)
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = even.shape[2], even.shape[1], "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         codec = stream.codec_context
         codec.thread_count = 1  # several threads would make the bytes depend on their number
         codec.gop_size = gop
@@ -120,8 +130,9 @@ def _encode(path: Path, frames_THWC: np.ndarray, fps: float, crf: int, gop: int,
         codec.options = {"crf": str(crf), "preset": "veryfast", "mbtree": "0"}
         codec.colorspace, codec.color_range = int(Colorspace.ITU601), int(ColorRange.MPEG)
         codec.color_primaries = codec.color_trc = _BT601
-        for number, picture in enumerate(even):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for number, picture in enumerate(chain.from_iterable(chain([first], pieces))):
+            even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            frame = av.VideoFrame.from_ndarray(even, format="rgb24")
             frame.pts = number
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

@@ -1,35 +1,50 @@
 """Sample videos from a trained model.
 
     python -m sora_train.sample run_dir=runs/demo prompt="a small red circle drifts left over a dark field"
-        [out=clip.mp4] [image=first.png | video=beginning.mp4] [seconds=2] [height=32] [width=32] [seed=0] [count=1]
+        [out=clip.mp4] [image=first.png | video=before.mp4] [end_image=last.png | end_video=after.mp4]
+        [strength=0.6] [seconds=2] [whole=true] [loop=true] [overlap=2] [height=32] [width=32] [seed=0] [count=1]
+    python -m sora_train.sample run_dir=runs/demo prompt="[{seconds: 1, caption: a red circle}, {...}]"
     python -m sora_train.sample run_dir=runs/demo [count=8]
 
-Without a prompt, held-out captions are sampled into run_dir/samples/held_out. An image is the first frame; a video is
-extended: what follows its end is generated. `seconds` is the length of the generated clip. Beside each video stand a
-contact sheet (PNG) and what it was made from (JSON).
+Without a prompt, held-out captions are sampled into run_dir/samples/held_out. `image` or `video` is the beginning,
+`end_image` or `end_video` the end, and both together are joined; with `strength` below 1, `video` is made anew instead.
+More `seconds` than the model was trained on are made piece by piece, or at once with `whole=true`. Beside each video
+stand a contact sheet (PNG) and what it was made from (JSON). See docs/sampling.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import MISSING
-from PIL import Image
 
 from sora_train.assemble import Shards
 from sora_train.cli import InputError, options, run
-from sora_train.config import Config, load
-from sora_train.cost import geometry
+from sora_train.config import Config, check, load
 from sora_train.data.plan import Position
-from sora_train.data.transforms import to_video
-from sora_train.flow.sampling import Request
 from sora_train.generation import Sampler, load_sampler, request_for, save_sample
-from sora_train.media import read_mp4
+from sora_train.pieces import in_pieces
+from sora_train.prompts import (
+    Prompt,
+    Shot,
+    Size,
+    around,
+    check_strength,
+    clip_size,
+    fits,
+    read_frames,
+    read_shots,
+    resized,
+)
 
+Video = np.ndarray | Iterable[np.ndarray]  # whole, or in pieces
+_FILES = ("image", "video", "end_image", "end_video")
 _HELD_OUT = 8  # captions sampled when none is given
 
 
@@ -38,10 +53,16 @@ class Options:
     """Command-line options."""
 
     run_dir: str = MISSING
-    prompt: str | None = None
+    prompt: Any = None  # a caption, or a list of {seconds, caption}
     out: str | None = None
     image: str | None = None
     video: str | None = None
+    end_image: str | None = None
+    end_video: str | None = None
+    strength: float = 1.0  # below 1: share of noise that `video` starts from
+    loop: bool = False  # the end leads back to the beginning
+    whole: bool = False  # attend over the whole length at once, however long
+    overlap: int = 2  # latent frames that a piece shares with the one before
     seconds: float | None = None  # of the whole clip; default: the longest trained clip
     height: int | None = None  # default: a square of the trained area
     width: int | None = None
@@ -49,30 +70,76 @@ class Options:
     count: int | None = None  # videos; default: one of a prompt, eight of held-out captions
     guidance: float | None = None
     steps: int | None = None
+    solver: str | None = None
 
 
 def main() -> int:
     """Sample what the options ask for, and say where it is."""
     o = options(Options, __doc__)
     config = load(o.run_dir)
-    if o.guidance is not None:
-        config.flow.guidance = o.guidance
-    if o.steps is not None:
-        config.flow.sampling_steps = o.steps
+    for key, value in (("guidance", o.guidance), ("sampling_steps", o.steps), ("solver", o.solver)):
+        if value is not None:
+            setattr(config.flow, key, value)
+    check(config)
+    shots, given = _read(config, o)
     sampler = load_sampler(config, o.run_dir, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if o.prompt is None:
+    if not shots:
         return _held_out(config, sampler, o)
-    given = _given(config, o)
-    size = _size(config, o, given)
-    before, kept = _split(config, given, size)
-    requests = [_request(config, sampler, o.prompt, size, o.seed + n, kept) for n in range(o.count or 1)]
+    ends = [frames for frames in given.values() if frames is not None]
+    told = sum(shot.seconds for shot in shots)
+    asked = o.seconds or (told if told < float("inf") else None)
+    size = clip_size(config, ends[0] if ends else None, o.height, o.width, asked)
+    given = {name: None if frames is None else resized(frames, size) for name, frames in given.items()}
+    start = None if given["start"] is None else fits(given["start"], size)
+    prompt = Prompt(shots, given["before"], given["after"], start, o.strength)
     out = Path(o.out or Path(o.run_dir) / "samples" / "prompt" / f"{o.seed}.mp4")
-    for n, (request, frames) in enumerate(zip(requests, sampler.in_batches(requests), strict=True)):
-        name = out.stem if len(requests) == 1 else f"{out.stem}-{n}"
-        about = {"prompt": o.prompt, "seed": request.seed, "run": o.run_dir, "image": o.image, "video": o.video}
-        whole = np.concatenate((before, frames)) if before is not None else frames
-        print(save_sample(out.parent, name, whole, config.data.fps, about))
+    about = {"prompt": o.prompt, "run": o.run_dir, "strength": o.strength, "loop": o.loop} | {
+        key: getattr(o, key) for key in _FILES
+    }
+    longer = o.loop or (size[0] > config.data.max_frames and not o.whole)
+    if longer and (prompt.after is not None or prompt.start is not None):
+        raise InputError("a loop, or a video made piece by piece, can't end in what is given; try whole=true")
+    if size[0] == 1 and (prompt.before is not None or prompt.after is not None):
+        raise InputError("one frame has no room beside what is given; give more seconds")
+    videos = (_long if longer else _short)(config, sampler, prompt, size, o)
+    for n, video in enumerate(videos):
+        name = out.stem if o.count in (None, 1) else f"{out.stem}-{n}"
+        print(save_sample(out.parent, name, video, config.data.fps, about | {"seed": o.seed + n}))
     return 0
+
+
+def _read(config: Config, o: Options) -> tuple[list[Shot], dict[str, np.ndarray | None]]:
+    """Captions and frames of the options, before the model is loaded."""
+    for one, other in (("image", "video"), ("end_image", "end_video")):
+        if getattr(o, one) and getattr(o, other):
+            raise InputError(f"give {one}=... or {other}=..., not both")
+    check_strength(o.strength)
+    if o.strength < 1.0 and not o.video:
+        raise InputError("strength below 1 makes a video anew; give video=...")
+    if o.overlap < 1:
+        raise InputError(f"overlap={o.overlap} latent frames; must be above 0")
+    before = read_frames(o.image or o.video, config.data.fps)
+    after = read_frames(o.end_image or o.end_video, config.data.fps)
+    anew = o.strength < 1.0
+    frames = {"before": None if anew else before, "after": after, "start": before if anew else None}
+    if o.prompt is None and any(value is not None for value in frames.values()):
+        raise InputError('what is given needs a prompt="..." too')
+    return ([] if o.prompt is None else read_shots(o.prompt)), frames
+
+
+def _short(config: Config, sampler: Sampler, prompt: Prompt, size: Size, o: Options) -> Iterator[Video]:
+    """Videos of one clip each; what is given before its beginning and after its end goes along."""
+    requests = [prompt.request(config, sampler.vae, size, o.seed + n) for n in range(o.count or 1)]
+    for request, video in zip(requests, sampler.in_batches(requests), strict=True):
+        yield around(config, prompt, request, video)
+
+
+def _long(config: Config, sampler: Sampler, prompt: Prompt, size: Size, o: Options) -> Iterator[Video]:
+    """Videos made piece by piece, each written while it is made."""
+    piece = (min(size[0], config.data.max_frames), *size[1:])
+    for n in range(o.count or 1):
+        made = in_pieces(config, sampler, prompt, piece, size[0], o.seed + n, o.overlap, o.loop)
+        yield made if prompt.before is None else chain([prompt.before], made)
 
 
 def _held_out(config: Config, sampler: Sampler, o: Options) -> int:
@@ -93,62 +160,6 @@ def _held_out(config: Config, sampler: Sampler, o: Options) -> int:
         )
         print(f"{path}  {request.caption}")
     return 0
-
-
-def _given(config: Config, o: Options) -> np.ndarray | None:
-    """The frames of an image or video prompt, as they are."""
-    path = o.image or o.video
-    if path is None:
-        return None
-    if o.image and o.video:
-        raise InputError("give image=... or video=..., not both")
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {path}")
-    if o.image:
-        return np.asarray(Image.open(path).convert("RGB"))[None]
-    frames, fps = read_mp4(path)
-    return frames[:: max(1, round(fps / config.data.fps))]
-
-
-def _size(config: Config, o: Options, given: np.ndarray | None) -> tuple[int, int, int]:
-    """Frames, height and width of the clip: as asked, else the prompt's shape, else a square of the trained area."""
-    grid = geometry(config)
-    shape = given.shape[1:3] if given is not None else (o.height or 1, o.width or 1)
-    if o.height and o.width:
-        height, width = o.height, o.width
-    else:
-        scale = (config.data.max_pixels / (shape[0] * shape[1])) ** 0.5
-        height, width = round(shape[0] * scale), round(shape[1] * scale)
-    height, width = (max(1, round(side / grid.multiple)) * grid.multiple for side in (height, width))
-    frames = config.data.max_frames if o.seconds is None else max(1, round(o.seconds * config.data.fps))
-    return 1 + (frames - 1) // grid.temporal_stride * grid.temporal_stride, height, width
-
-
-def _split(
-    config: Config, given: np.ndarray | None, size: tuple[int, int, int]
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The prompt's frames at the clip's size: those that come before the clip, and those at its beginning.
-
-    An image is the first frame. Of a video, the end (up to half a clip) is the beginning of what is generated.
-    """
-    if given is None:
-        return None, None
-    stride = config.vae.temporal_stride
-    resized = np.stack(
-        [np.asarray(Image.fromarray(f).resize((size[2], size[1]), Image.Resampling.BICUBIC)) for f in given]
-    )
-    kept = 1 + (min(len(given), (size[0] + 1) // 2) - 1) // stride * stride
-    return resized[: len(given) - kept], resized[len(given) - kept :]
-
-
-def _request(
-    config: Config, sampler: Sampler, prompt: str, size: tuple[int, int, int], seed: int, given: np.ndarray | None
-) -> Request:
-    request = request_for(config, prompt, size, seed)
-    if given is None:
-        return request
-    latents = sampler.vae.encode(to_video(given).transpose(0, 1).unsqueeze(0))[0]
-    return Request(request.caption, request.grid, seed, latents)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def order(*parts: Part) -> np.ndarray:
 
 
 # The streams of one visit: each use of its seed hashes in one of these, so that no two uses share numbers.
-TASK, FIRST_FRAME, CAPTION, DROP_CAPTION, TIMESTEP, NOISE, GIVEN_FRAMES, POSTERIOR = range(8)
+TASK, FIRST_FRAME, CAPTION, DROP_CAPTION, TIMESTEP, NOISE, GIVEN_FRAMES, POSTERIOR, PER_FRAME = range(9)
 
 
 def stream(seed: int, purpose: int) -> int:

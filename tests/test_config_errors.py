@@ -125,9 +125,9 @@ def test_every_rule_across_keys_names_its_keys(answer: Answer, overrides: list[s
         (["+flow.tasks.text_to_vidio=1"], "did you mean 'text_to_video'?"),
         (
             [f"flow.tasks.{task}=0" for task in ("text_to_video", "image_to_video", "extension")],
-            "flow.tasks: at least one",
+            "flow.tasks: no weight may be below 0, and one must be above",
         ),
-        (["flow.solver=rk4"], "flow.solver='rk4'; known: euler, heun"),
+        (["flow.solver=rk4"], "flow.solver='rk4'; known: adams_bashforth, euler, heun"),
     ],
 )
 def test_rules_of_a_diffusion_run(answer: Answer, tmp_path: Path, overrides: list[str], message: str) -> None:

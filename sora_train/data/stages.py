@@ -88,6 +88,8 @@ def build_stages(index: Index, source_of: Sequence[str], data: DataConfig, input
         rate = _rates(source_of, kept, stage.weights or weights) if stage.weights or weights else repeats
         changed = {name: getattr(stage, name) for name in ("fps", "max_frames", "max_pixels")}
         changed = {name: value for name, value in changed.items() if value is not None}
+        if stage.tasks:
+            changed["tasks"] = tuple(sorted((task, weight) for task, weight in stage.tasks.items() if weight > 0))
         plans.append(Plan(index, replace(inputs, repeats=tuple(rate[name] for name in source_of), **changed)))
     return Stages(plans, [stage.until_step for stage in stages[:-1] if stage.until_step is not None])
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sora_train.seeds import GIVEN_FRAMES, below
+import numpy as np
+
+from sora_train.seeds import GIVEN_FRAMES, below, order
 
 
 def given_frames(task: str, frames: int, seed: int) -> list[bool]:
@@ -28,9 +30,32 @@ def _beginning(frames: int, seed: int) -> list[bool]:
     return [True] * given + [False] * (frames - given)
 
 
+def _end(frames: int, seed: int) -> list[bool]:
+    return _beginning(frames, seed)[::-1]
+
+
+def _both_ends(frames: int, seed: int) -> list[bool]:
+    """A gap of at least one frame, with at least one given before and after it; of two frames the first is given."""
+    if frames == 2:
+        return [True, False]
+    gap = 1 + int(below(frames - 2, seed, GIVEN_FRAMES))
+    first = 1 + int(below(frames - gap - 1, seed, GIVEN_FRAMES, 1))
+    return [not first <= place < first + gap for place in range(frames)]
+
+
+def _single_frames(frames: int, seed: int) -> list[bool]:
+    """One to half of the frames, anywhere."""
+    count = 1 + int(below(max(1, frames // 2), seed, GIVEN_FRAMES))
+    chosen = set(order(seed, GIVEN_FRAMES, np.arange(frames))[:count].tolist())
+    return [place in chosen for place in range(frames)]
+
+
 _MASKS: dict[str, Callable[[int, int], list[bool]]] = {
     "text_to_video": _nothing,
     "image": _nothing,
     "image_to_video": _first_frame,
     "extension": _beginning,
+    "extension_backwards": _end,
+    "interpolation": _both_ends,
+    "frames": _single_frames,
 }

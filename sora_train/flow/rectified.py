@@ -1,7 +1,8 @@
 """Rectified flow over packs: x_t = (1 - t) x_0 + t noise, the network predicts the velocity noise - x_0.
 
 Liu et al. 2022 (arXiv 2209.03003); logit-normal timesteps and their shift from Esser et al. 2024 (arXiv 2403.03206,
-section 3.1 and 5.3.2). The timestep is set per latent frame: given frames stand at t = 0 and bear no loss.
+section 3.1 and 5.3.2). The timestep is set per latent frame: given frames stand at t = 0 and bear no loss; in a share
+of the clips every other frame has a timestep of its own (diffusion forcing, Chen et al. 2024, arXiv 2407.01392).
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_train.batch import Clip, LatentPack, Layout, Pack
-from sora_train.config import FlowConfig, Timesteps
+from sora_train.batch import Clip, Grid, LatentPack, Layout, Pack
+from sora_train.config import TASKS, FlowConfig, Timesteps, Weighting
 from sora_train.cost import Geometry
 from sora_train.flow.conditioning import given_frames
 from sora_train.flow.patches import patchify
 from sora_train.flow.prediction import velocity
-from sora_train.seeds import DROP_CAPTION, NOISE, TIMESTEP, stream, uniform
+from sora_train.seeds import DROP_CAPTION, NOISE, PER_FRAME, TIMESTEP, stream, uniform
 
 LEVELS = 10  # bins of t for the loss by noise level
 
@@ -37,6 +39,7 @@ class Loss:
     level_sum: Tensor  # (LEVELS,) summed loss by noise level
     level_weight: Tensor  # (LEVELS,) loss-bearing tokens of each level
     texts: tuple[int, ...] | None = None  # text tokens of each clip
+    by_task: Tensor | None = None  # (2, tasks) summed loss and weight of each task, in the order of config.TASKS
 
 
 class FlowTask:
@@ -57,11 +60,16 @@ class FlowTask:
         self._cache_room = cache_bytes
 
     def weight(self, pack: Pack) -> float:
-        """Loss-bearing tokens of a pack, known before anything is encoded."""
+        """Loss-bearing tokens (or clips) of a pack, known before anything is encoded."""
+        if self.config.weighting is Weighting.clip:
+            return float(len(pack.clips))
         return float(sum(_generated(clip, self.geometry) for clip in pack.clips))
 
     def loss(self, network: nn.Module, pack: Pack, device: torch.device) -> Loss:
-        """Squared error of the predicted velocity, averaged over each patch, summed over loss-bearing tokens."""
+        """Squared error of the predicted velocity, averaged over each patch, summed over loss-bearing tokens.
+
+        Weighted by clip: the clips' means, summed over clips.
+        """
         latents = self.prepare(pack, device)
         velocity_NP = velocity(self.config.prediction, network(latents), latents)
         error_N = (velocity_NP - latents.target_NP).square().mean(1) * latents.weight_N
@@ -72,6 +80,7 @@ class FlowTask:
             zeros.index_add(0, bins, error_N.detach()),
             zeros.index_add(0, bins, latents.weight_N),
             latents.layout.texts,
+            _by_task(pack, latents, error_N.detach()),
         )
 
     @torch.no_grad()
@@ -79,26 +88,32 @@ class FlowTask:
         """Encode the clips, and noise each with its visit's own numbers. A pack without clips gets one dead token."""
         if not pack.clips:
             return self._nothing(device)
-        xs, targets, weights, levels, t_of, grids = [], [], [], [], [], []
+        xs, targets, weights, levels, t_of = [], [], [], [], []
+        grids: list[Grid] = []
         table: list[float] = []
+        clip_of: list[int] = []
         for clip, latents_CTHW in zip(pack.clips, self._encode(pack, device), strict=True):
             seed = clip.visit.seed
             generator = torch.Generator().manual_seed(stream(seed, NOISE))
             noise = torch.randn(latents_CTHW.shape, generator=generator).to(device, non_blocking=True)
             grid = self.geometry.grid(*clip.visit.size)
             given = given_frames(clip.visit.task, grid[0], seed)
-            t = draw_timestep(self.config, seed)
-            t_T = torch.tensor([0.0 if g else t for g in given], device=device)
+            drawn = draw_timesteps(self.config, seed, grid[0])
+            t_T = torch.tensor([0.0 if g else t for g, t in zip(given, drawn, strict=True)], device=device)
             x_CTHW = latents_CTHW + t_T.view(1, -1, 1, 1) * (noise - latents_CTHW)
             per_frame = grid[1] * grid[2]
             generate_T = torch.tensor([not g for g in given], dtype=torch.float32, device=device)
-            place_T = torch.tensor([0 if g else 1 for g in given], device=device) + len(table)
+            distinct = [0.0, *dict.fromkeys(drawn)]
+            place_T = torch.tensor([0 if g else distinct.index(t) for g, t in zip(given, drawn, strict=True)])
             xs.append(patchify(x_CTHW, self.geometry.patch))
             targets.append(patchify(noise - latents_CTHW, self.geometry.patch))
+            if self.config.weighting is Weighting.clip:
+                generate_T /= given.count(False) * per_frame
             weights.append(generate_T.repeat_interleave(per_frame))
-            t_of.append(place_T.repeat_interleave(per_frame))
-            levels.append(torch.full((grid[0] * per_frame,), t, device=device))
-            table += [0.0, t]
+            t_of.append((place_T + len(table)).to(device, non_blocking=True).repeat_interleave(per_frame))
+            levels.append(torch.tensor(drawn, device=device).repeat_interleave(per_frame))
+            table += distinct
+            clip_of += [len(grids)] * len(distinct)
             grids.append(grid)
         ids_L, texts = self._text(pack.clips)
         return LatentPack(
@@ -110,7 +125,7 @@ class FlowTask:
             torch.cat(t_of),
             torch.cat(levels),
             ids_L.to(device, non_blocking=True),
-            torch.arange(len(grids), device=device).repeat_interleave(2),
+            torch.tensor(clip_of, device=device),
         )
 
     def _encode(self, pack: Pack, device: torch.device) -> list[Tensor]:
@@ -177,12 +192,32 @@ def shifted(t: float, shift: float) -> float:
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
-def draw_timestep(config: FlowConfig, seed: int) -> float:
-    """The timestep of a visit, in (0, 1)."""
-    u = float(uniform(seed, TIMESTEP)) + 2.0**-54  # never 0
+def draw_timesteps(config: FlowConfig, seed: int, frames: int) -> list[float]:
+    """The timestep of each latent frame of a visit, in (0, 1): one for all, or one for each."""
+    if float(uniform(seed, PER_FRAME)) < config.per_frame_noise:
+        return [_timestep(config, float(u)) for u in uniform(seed, TIMESTEP, np.arange(1, frames + 1))]
+    return [_timestep(config, float(uniform(seed, TIMESTEP)))] * frames
+
+
+def _timestep(config: FlowConfig, u: float) -> float:
+    u += 2.0**-54  # never 0
     if config.timesteps is Timesteps.logit_normal:
         u = 1.0 / (1.0 + math.exp(-NormalDist(config.mean, config.std).inv_cdf(u)))
     return shifted(u, config.shift)
+
+
+def _by_task(pack: Pack, latents: LatentPack, error_N: Tensor) -> Tensor:
+    """`(2, tasks)`: summed loss and weight of each task."""
+    device = error_N.device
+    if not pack.clips:
+        return torch.zeros(2, len(TASKS), device=device)
+    places = [
+        torch.full((tokens,), TASKS.index(clip.visit.task))
+        for clip, tokens in zip(pack.clips, latents.layout.lengths, strict=True)
+    ]
+    task_N = torch.cat(places).to(device, non_blocking=True)
+    both_2N = torch.stack((error_N, latents.weight_N))
+    return torch.zeros(2, len(TASKS), device=device).index_add(1, task_N, both_2N)
 
 
 def _generated(clip: Clip, geometry: Geometry) -> int:

@@ -1,10 +1,15 @@
-"""From noise to latents: the flow's ODE from t = 1 to t = 0, with classifier-free guidance (Ho and Salimans 2022)."""
+"""From noise to latents: the flow's ODE from t = 1 to t = 0, with classifier-free guidance (Ho and Salimans 2022).
+
+Any latent frames may be given, and stay as they are; a clip may begin from a partly noised one instead of from noise
+(Meng et al. 2022, SDEdit, arXiv 2108.01073); each shot of a clip may have its own caption.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +19,25 @@ from sora_train.config import FlowConfig
 from sora_train.flow.patches import patchify, unpatchify
 from sora_train.flow.prediction import velocity
 from sora_train.flow.rectified import Tokenize, shifted
+from sora_train.flow.solvers import SOLVE
 
 
 @dataclass(frozen=True)
 class Request:
-    """One clip to generate. `given_CTHW`: latents of its first frames, kept as they are (image or video prompt)."""
+    """One clip to generate.
+
+    `given`: latents `(C, T, H, W)` that are kept as they are, each with the latent frame it begins at. `start_CTHW`:
+    latents of a whole clip that is noised up to t = `strength` and generated anew from there. `shots`: latent frames
+    and caption of each shot, in the caption's place.
+    """
 
     caption: str
     grid: Grid
     seed: int
-    given_CTHW: Tensor | None = None
+    given: tuple[tuple[int, Tensor], ...] = ()
+    start_CTHW: Tensor | None = None
+    strength: float = 1.0
+    shots: tuple[tuple[int, str], ...] = ()
 
 
 @torch.no_grad()
@@ -36,24 +50,33 @@ def generate(
     tokenize: Tokenize,
     device: torch.device,
 ) -> list[Tensor]:
-    """Normalised latents `(C, T, H, W)` of each request. A request's result doesn't depend on its neighbours' seeds."""
-    noise = [_noise(request, channels, patch) for request in requests]
-    x_NP = torch.cat(noise).to(device)
-    given_N = torch.cat([_given_mask(request) for request in requests]).to(device)
-    known_NP = torch.cat([_known(request, channels, patch) for request in requests]).to(device)
-    flow = _Flow(network, requests, tokenize, given_N, config, device)
-    times = [shifted(1.0 - k / config.sampling_steps, config.shift) for k in range(config.sampling_steps + 1)]
-    x_NP = torch.where(given_N.unsqueeze(1), known_NP, x_NP)
-    for now, then in zip(times, times[1:], strict=False):
-        velocity = flow.velocity(x_NP, now)
-        if config.solver == "heun" and then > 0.0:
-            velocity = (velocity + flow.velocity(x_NP + (then - now) * velocity, then)) / 2
-        x_NP = torch.where(given_N.unsqueeze(1), known_NP, x_NP + (then - now) * velocity)
+    """Normalised latents `(C, T, H, W)` of each request. A request's result doesn't depend on its neighbours."""
+    for request in requests:
+        _check(request, channels, patch)
     sizes = [math.prod(request.grid) for request in requests]
+    clip_of_N = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+    x_NP = torch.cat([_start(request, channels, patch) for request in requests]).to(device)
+    given_N1 = torch.cat([_given_mask(request) for request in requests]).unsqueeze(1).to(device)
+    known_NP = torch.cat([_known(request, channels, patch) for request in requests]).to(device)
+    guided = _Guided(network, requests, tokenize, given_N1.squeeze(1), config, device)
+    times = [torch.tensor(row, device=device)[clip_of_N].unsqueeze(1) for row in _times(requests, config)]
+
+    def field(x_NP: Tensor, t_N1: Tensor) -> Tensor:
+        return guided.velocity(x_NP, t_N1.squeeze(1)).masked_fill(given_N1, 0.0)
+
+    x_NP = torch.where(given_N1, known_NP, x_NP)
+    x_NP = SOLVE[config.solver](field, x_NP, times)
     return [unpatchify(x, r.grid, patch) for x, r in zip(x_NP.split(sizes), requests, strict=True)]
 
 
-class _Flow:
+def _times(requests: Sequence[Request], config: FlowConfig) -> list[list[float]]:
+    """The time of every request at every step: the shift's, from its strength to 0."""
+    firsts = [shifted(request.strength, 1.0 / config.shift) for request in requests]  # before the shift
+    steps = config.sampling_steps
+    return [[shifted(first * (1.0 - k / steps), config.shift) for first in firsts] for k in range(steps + 1)]
+
+
+class _Guided:
     """The guided velocity field of a batch of requests: conditional and unconditional clips in one pack."""
 
     def __init__(
@@ -65,29 +88,68 @@ class _Flow:
         config: FlowConfig,
         device: torch.device,
     ) -> None:
-        self.network, self.guidance, self.prediction = network, config.guidance, config.prediction
-        self.copies = 1 if self.guidance == 1.0 else 2
-        captions = [r.caption for r in requests] + [""] * len(requests) * (self.copies - 1)
-        ids_L, texts = tokenize(captions)
-        self.text = ids_L.to(device)
-        self.layout = Layout(tuple(r.grid for r in requests) * self.copies, texts)
-        clips = len(captions)
-        self.clip_of_M = torch.arange(clips, device=device).repeat_interleave(2)
-        lengths = torch.tensor(self.layout.lengths, device=device)
-        clip_of_N = torch.arange(clips, device=device).repeat_interleave(lengths)
-        self.place_N = 2 * clip_of_N + (~given_N).long().repeat(self.copies)  # each clip's t: 0 if given, or the step's
+        self.network, self.config, self.given_N = network, config, given_N
+        self.sizes = [math.prod(request.grid) for request in requests]
+        self.packs = []
+        for copies in (1, 2):
+            shots = [request.shots or ((request.grid[0], request.caption),) for request in requests]
+            shots += [((request.grid[0], ""),) for request in requests] * (copies - 1)
+            ids_L, texts = tokenize([caption for clip in shots for _, caption in clip])
+            grids = tuple(request.grid for request in requests) * copies
+            frames = tuple(tuple(length for length, _ in clip) for clip in shots)
+            layout = Layout(grids, texts, shots=frames)
+            caption_of_N = torch.arange(len(texts)).repeat_interleave(torch.tensor(layout.spans)).to(device)
+            self.packs.append((layout, ids_L.to(device), caption_of_N))
 
-    def velocity(self, x_NP: Tensor, t: float) -> Tensor:
-        """Velocity at time t, `(N, P)` fp32."""
-        x = x_NP.repeat(self.copies, 1)
-        t_M = torch.tensor([0.0, t], device=x.device).repeat(len(self.layout.grids))
-        unused = x.new_zeros(0)
-        pack = LatentPack(self.layout, x, unused, unused, t_M, self.place_N, unused, self.text, self.clip_of_M)
-        v = velocity(self.prediction, self.network(pack), pack)
-        if self.copies == 1:
-            return v
-        conditional, unconditional = v.chunk(2)
-        return unconditional + self.guidance * (conditional - unconditional)
+    def velocity(self, x_NP: Tensor, t_N: Tensor) -> Tensor:
+        """Velocity of every token at its clip's time, `(N, P)` fp32."""
+        low, high = self.config.guidance_interval
+        now = [float(part[0]) for part in t_N.split(self.sizes)]
+        scales = [self.config.guidance if low <= t <= high else 1.0 for t in now]
+        if all(scale == 1.0 for scale in scales):
+            return self._run(1, x_NP, t_N)
+        conditional, unconditional = self._run(2, x_NP, t_N).chunk(2)
+        return torch.cat(
+            [
+                self._guide(c, u, scale, given)
+                for c, u, scale, given in zip(
+                    conditional.split(self.sizes), unconditional.split(self.sizes), scales,
+                    self.given_N.split(self.sizes), strict=True,
+                )
+            ]
+        )  # fmt: skip
+
+    def _guide(self, conditional: Tensor, unconditional: Tensor, scale: float, given_n: Tensor) -> Tensor:
+        """One clip's guided velocity, its deviation drawn back to the conditional one's (Lin et al. 2023,
+        arXiv 2305.08891, section 3.4): guidance alone makes pictures glare."""
+        guided = unconditional + scale * (conditional - unconditional)
+        rescale = self.config.guidance_rescale
+        if rescale == 0.0 or scale == 1.0:
+            return guided
+        wanted, have = (v[~given_n].std(correction=0) for v in (conditional, guided))
+        return guided * (1.0 - rescale + rescale * wanted / have.clamp(min=1e-8))
+
+    def _run(self, copies: int, x_NP: Tensor, t_N: Tensor) -> Tensor:
+        layout, text, caption_of_N = self.packs[copies - 1]
+        x, unused = x_NP.repeat(copies, 1), x_NP.new_zeros(0)
+        captions = len(layout.texts)
+        t_S = t_N.new_zeros(captions).scatter(0, caption_of_N, t_N.repeat(copies))
+        t_M = torch.stack((torch.zeros_like(t_S), t_S), dim=1).flatten()  # for each caption: 0 if given, or its time
+        place_N = 2 * caption_of_N + (~self.given_N).long().repeat(copies)
+        caption_of_M = torch.arange(captions, device=x.device).repeat_interleave(2)
+        pack = LatentPack(layout, x, unused, unused, t_M, place_N, unused, text, caption_of_M)
+        return velocity(self.config.prediction, self.network(pack), pack)
+
+
+def _check(request: Request, channels: int, patch: int) -> None:
+    """Raises ValueError for latents that don't fit the grid, and for shots that don't fill it."""
+    frames, height, width = request.grid
+    shape = (channels, height * patch, width * patch)
+    for first, latents in (*request.given, *(((0, request.start_CTHW),) if request.start_CTHW is not None else ())):
+        if (*latents.shape[:1], *latents.shape[2:]) != shape or not 0 <= first <= frames - latents.shape[1]:
+            raise ValueError(f"latents {tuple(latents.shape)} at frame {first} don't fit {request.grid} of {shape}")
+    if request.shots and sum(length for length, _ in request.shots) != frames:
+        raise ValueError(f"shots of {[length for length, _ in request.shots]} latent frames don't fill {frames}")
 
 
 def _noise(request: Request, channels: int, patch: int) -> Tensor:
@@ -96,15 +158,23 @@ def _noise(request: Request, channels: int, patch: int) -> Tensor:
     return patchify(torch.randn(channels, frames, height * patch, width * patch, generator=generator), patch)
 
 
+def _start(request: Request, channels: int, patch: int) -> Tensor:
+    """What the clip begins from: noise, or latents with as much noise as the strength says."""
+    noise = _noise(request, channels, patch)
+    if request.start_CTHW is None:
+        return noise
+    return torch.lerp(patchify(request.start_CTHW.cpu().float(), patch), noise, request.strength)
+
+
 def _given_mask(request: Request) -> Tensor:
     frames, height, width = request.grid
-    given = 0 if request.given_CTHW is None else request.given_CTHW.shape[1]
-    return (torch.arange(frames) < given).repeat_interleave(height * width)
+    places = set(chain.from_iterable(range(first, first + latents.shape[1]) for first, latents in request.given))
+    return torch.tensor([place in places for place in range(frames)]).repeat_interleave(height * width)
 
 
 def _known(request: Request, channels: int, patch: int) -> Tensor:
     frames, height, width = request.grid
     known = torch.zeros(channels, frames, height * patch, width * patch)
-    if request.given_CTHW is not None:
-        known[:, : request.given_CTHW.shape[1]] = request.given_CTHW.cpu()
+    for first, latents in request.given:
+        known[:, first : first + latents.shape[1]] = latents.cpu()
     return patchify(known, patch)

@@ -25,6 +25,7 @@ class Reconstruction:
     level_sum: None = None
     level_weight: None = None
     texts: None = None
+    by_task: None = None
 
 
 class AutoencodingTask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,6 +32,14 @@ class ReleasedVae(nn.Module):
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
         """Pixels `(B, 3, 1 + (T - 1) * 4, H * s, W * s)` in [-1, 1]."""
         return self.vae.decode(latents_BCTHW.to(self.vae.dtype)).sample
+
+    def encode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """`encode` of all pieces together: diffusers itself goes through a video four frames at a time."""
+        yield self.encode(torch.cat(list(pieces), dim=2))
+
+    def decode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`decode` of all pieces together, for the same reason."""
+        yield self.decode(torch.cat(list(pieces), dim=2))
 
     def normalise(self, latents_BCTHW: Tensor) -> Tensor:
         """Latents with mean 0 and deviation 1 per channel, as the transformer was trained on."""

@@ -8,6 +8,8 @@ latent frames, so that a single image is a video of one frame.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +49,22 @@ class VideoVAE(nn.Module):
                 f"a video of {frames} frames, {height}x{width}: the frames must be 1 + a multiple of "
                 f"{self.temporal_stride} and the sides multiples of {self.spatial_stride}"
             )
-        mean, spread = self.encoder(video_BCTHW).chunk(2, dim=1)
-        log_variance = 0.1 * spread - 3.0  # starts narrow: noise as large as the latents would hide them at first
-        return mean, log_variance.clamp(-20.0, 10.0)
+        return _moments(self.encoder(video_BCTHW))
+
+    def encode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """`encode` of a video that comes in pieces of whole temporal strides, the first with one frame more.
+
+        The same values as of the whole: every convolution keeps the last frames that it saw.
+        """
+        with _remembering(self.encoder):
+            for piece_BCTHW in pieces:
+                yield _moments(self.encoder(piece_BCTHW))
+
+    def decode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`decode` of latents that come in pieces of any length; the same values as of the whole."""
+        with _remembering(self.decoder):
+            for piece_BCTHW in pieces:
+                yield self.decoder(piece_BCTHW)
 
     def forward(self, videos_BCTHW: list[Tensor], noises_BCTHW: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For each batch of videos of one size: reconstruction from a sampled latent, mean and log-variance."""
@@ -71,6 +86,13 @@ class VideoVAE(nn.Module):
     def denormalise(self, latents_BCTHW: Tensor) -> Tensor:
         """The inverse of `normalise`."""
         return latents_BCTHW * self.latents_std.view(-1, 1, 1, 1) + self.latents_mean.view(-1, 1, 1, 1)
+
+
+def _moments(out_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance from what the encoder puts out."""
+    mean, spread = out_BCTHW.chunk(2, dim=1)
+    log_variance = 0.1 * spread - 3.0  # starts narrow: noise as large as the latents would hide them at first
+    return mean, log_variance.clamp(-20.0, 10.0)
 
 
 class Encoder(nn.Module):
@@ -119,7 +141,13 @@ class Decoder(nn.Module):
 
 
 class CausalConv(nn.Conv3d):
-    """A 3x3x3 convolution that sees no later frame; before the first frame it sees that frame again."""
+    """A 3x3x3 convolution that sees no later frame; before the first frame it sees that frame again.
+
+    While a video comes in pieces, it `remembers`, and `past` holds the last two frames of the piece before.
+    """
+
+    remembers = False
+    past: Tensor | None = None
 
     def __init__(self, inputs: int, outputs: int, stride: tuple[int, int, int] = (1, 1, 1)) -> None:
         super().__init__(inputs, outputs, kernel_size=3, stride=stride, padding=(0, 1, 1))
@@ -127,7 +155,26 @@ class CausalConv(nn.Conv3d):
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """`(B, C, T, H, W)` to `(B, C', 1 + (T - 1) / stride, ...)`."""
         first = x_BCTHW[:, :, :1]
-        return super().forward(torch.cat((first, first, x_BCTHW), dim=2))
+        if self.past is None:
+            whole, skip = torch.cat((first, first, x_BCTHW), dim=2), 0
+        else:  # a stride ends with the piece before: the next one looks at its own last frame and two before it
+            whole, skip = torch.cat((self.past, x_BCTHW), dim=2), self.stride[0] - 1
+        if self.remembers:
+            self.past = whole[:, :, -2:].clone()
+        return super().forward(whole[:, :, skip:])
+
+
+@contextmanager
+def _remembering(network: nn.Module) -> Iterator[None]:
+    """Pieces of one video go through the network, one after the other."""
+    layers = [layer for layer in network.modules() if isinstance(layer, CausalConv)]
+    for layer in layers:
+        layer.remembers = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.remembers, layer.past = False, None
 
 
 def start_small(conv: nn.Conv3d) -> None:
@@ -193,7 +240,8 @@ class Down(nn.Module):
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """`(B, C, T, H, W)` to `(B, C', 1 + (T - 1) / time, H / space, W / space)`."""
-        first = x_BCTHW[:, :, :1].expand(-1, -1, self.time - 1, -1, -1)
+        missing = self.time - 1 if self.conv.past is None else 0
+        first = x_BCTHW[:, :, :1].expand(-1, -1, missing, -1, -1)
         folded = fold(torch.cat((first, x_BCTHW), dim=2), self.time, self.space)
         return self.conv(x_BCTHW) + regroup(folded, self.outputs)
 
@@ -212,8 +260,9 @@ class Up(nn.Module):
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """`(B, C, T, H, W)` to `(B, C', 1 + (T - 1) * time, H * space, W * space)`."""
+        surplus = self.time - 1 if self.conv.past is None else 0
         x = self.conv(x_BCTHW) + regroup(x_BCTHW, self.conv.out_channels)
-        return unfold(x, self.time, self.space)[:, :, self.time - 1 :]
+        return unfold(x, self.time, self.space)[:, :, surplus:]
 
 
 def fold(x_BCTHW: Tensor, time: int, space: int) -> Tensor:

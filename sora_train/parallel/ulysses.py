@@ -64,7 +64,7 @@ def apply(network: nn.Module, self_attentions: Sequence[Any], group: Group) -> N
 
     def bring_together(_: nn.Module, arguments: tuple[LatentPack], velocity_NP: Tensor) -> Tensor:
         layout = arguments[0].layout
-        return _Gather.apply(velocity_NP, group)[: layout.offsets[len(layout.texts)]]  # without what pads the pack
+        return _Gather.apply(velocity_NP, group)[: sum(layout.spans)]  # without what pads the pack
 
     network.register_forward_pre_hook(share_out)
     network.register_forward_hook(bring_together)

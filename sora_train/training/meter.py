@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sora_train.batch import Pack
+from sora_train.config import TASKS
 from sora_train.cost import Cost, Geometry
 
 PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
@@ -63,6 +64,7 @@ class Meter:
         self._step_loads: list[int] = []
         self._loss: Tensor
         self._levels: Tensor
+        self._tasks: Tensor
         self.start()
 
     def restore(self, totals: dict[str, Any]) -> None:
@@ -90,6 +92,8 @@ class Meter:
         self._loss = self._loss + loss.sum.detach().double() / weight
         if loss.level_sum is not None:
             self._levels = self._levels + torch.stack((loss.level_sum, loss.level_weight)).double()
+        if loss.by_task is not None:
+            self._tasks = self._tasks + loss.by_task.double()
 
     def step_done(self, samples: int, tokens: int, refused: int, applied: bool) -> None:
         """Close a step; samples, tokens and refusals are those of all ranks."""
@@ -108,7 +112,7 @@ class Meter:
         peak_loads = loads.clone()
         dist.all_reduce(peak_loads, op=dist.ReduceOp.MAX)
         host = torch.tensor([self._tokens, self._flops, self._data_wait], dtype=torch.float64)
-        device = torch.cat((self._loss.view(1), self._levels.flatten())).cpu()
+        device = torch.cat((self._loss.view(1), self._levels.flatten(), self._tasks.flatten())).cpu()
         both = torch.cat((host, loads, device))
         dist.all_reduce(both)
         ranks = dist.get_world_size()
@@ -116,7 +120,7 @@ class Meter:
         tokens /= self.sharing
         balance = (both[3 : 3 + len(loads)] / ranks / peak_loads.clamp(min=1)).mean().item()
         loss = both[3 + len(loads)].item() / self._steps
-        level_sum, level_weight = both[4 + len(loads) :].view(2, -1)
+        levels, tasks = (x.view(2, -1) for x in both[4 + len(loads) :].split((self._levels.numel(), 2 * len(TASKS))))
         self.totals.wall_s += seconds
         self.totals.productive_s += max(0.0, seconds - wait / ranks)
         figures = {
@@ -133,9 +137,12 @@ class Meter:
             "skipped_samples": self.totals.skipped_samples,
             "skipped_steps": self.totals.skipped_steps,
         }
-        for level, (total, weight) in enumerate(zip(level_sum.tolist(), level_weight.tolist(), strict=True)):
+        for level, (total, weight) in enumerate(levels.T.tolist()):
             if weight:
-                figures[f"loss_by_noise/{level / len(level_sum):.1f}"] = total / weight
+                figures[f"loss_by_noise/{level / levels.shape[1]:.1f}"] = total / weight
+        for task, (total, weight) in zip(TASKS, tasks.T.tolist(), strict=True):
+            if weight:
+                figures[f"loss_by_task/{task}"] = total / weight
         if self.device.type == "cuda":
             figures["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.start()
@@ -159,3 +166,4 @@ class Meter:
         self._step_loads = []
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._levels = torch.zeros(2, 10, dtype=torch.float64, device=self.device)
+        self._tasks = torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.device)

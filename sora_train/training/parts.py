@@ -25,7 +25,7 @@ class Task(Protocol):
         """Loss-bearing units of a pack."""
 
     def loss(self, network: Any, pack: Pack, device: torch.device) -> Any:
-        """An object with `sum`, and `level_sum`, `level_weight`, `texts` (or None)."""
+        """An object with `sum`, and `level_sum`, `level_weight`, `texts`, `by_task` (or None)."""
 
 
 class Step(Protocol):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sora_train.batch import Clip, LatentPack, Pack
-from sora_train.config import FlowConfig, Timesteps
+from sora_train.config import TASKS, FlowConfig, Timesteps, Weighting
 from sora_train.cost import Geometry
 from sora_train.flow.conditioning import given_frames
 from sora_train.flow.patches import patchify
-from sora_train.flow.rectified import LEVELS, FlowTask, draw_timestep, shifted
+from sora_train.flow.rectified import LEVELS, FlowTask, draw_timesteps, shifted
 from sora_train.models.text import tokenize_captions
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_the_shift_moves_towards_noise_and_keeps_the_ends(t: float, shift: float
 def test_timesteps_follow_their_distribution() -> None:
     def draw(**changes: object) -> np.ndarray:
         config = replace(FlowConfig(shift=1.0), **changes)
-        return np.array([draw_timestep(config, seed) for seed in range(4000)])
+        return np.array([draw_timesteps(config, seed, 1)[0] for seed in range(4000)])
 
     uniform = draw(timesteps=Timesteps.uniform)
     assert np.abs(np.sort(uniform) - (np.arange(4000) + 0.5) / 4000).max() < 1.95 / math.sqrt(4000)  # p = 0.001
@@ -156,6 +156,52 @@ def test_timesteps_follow_their_distribution() -> None:
     shifted_up = draw(timesteps=Timesteps.uniform, shift=3.0)
     np.testing.assert_allclose(shifted_up, 3 * uniform / (1 + 2 * uniform))
     assert all(values.min() > 0 and values.max() < 1 for values in (uniform, shifted_up))
+
+
+def test_a_share_of_clips_has_a_timestep_per_frame_and_given_frames_stay_clean(clips: list[Clip]) -> None:
+    task = make_task(per_frame_noise=1.0)
+    pack = task.prepare(Pack(clips), CPU)
+    clean = torch.cat([patchify(encode(c.video_TCHW.transpose(0, 1)[None])[0], 2) for c in clips])
+    t_N = pack.t_M[pack.t_of_N]
+    torch.testing.assert_close(pack.x_NP, clean + t_N.unsqueeze(1) * pack.target_NP, rtol=1e-5, atol=1e-5)
+    assert torch.equal(pack.level_N[pack.weight_N > 0], t_N[pack.weight_N > 0])
+    assert not t_N[pack.weight_N == 0].any()
+    for clip, t in zip(clips, by_clip(pack, t_N), strict=True):
+        per_frame = t.unflatten(0, (task.geometry.grid(*clip.visit.size)[0], -1))
+        generated = per_frame[per_frame[:, 0] > 0]
+        assert (generated == generated[:, :1]).all() and len(set(generated[:, 0].tolist())) == len(generated)
+    clip_of_N = torch.arange(4).repeat_interleave(torch.tensor(pack.layout.lengths))
+    assert torch.equal(pack.clip_of_M[pack.t_of_N], clip_of_N)
+    shares = [len(set(draw_timesteps(FlowConfig(per_frame_noise=0.3), seed, 5))) for seed in range(1000)]
+    assert set(shares) == {1, 5} and 240 < shares.count(5) < 360
+    drawn = [t for seed in range(2000) for t in draw_timesteps(FlowConfig(per_frame_noise=1.0), seed, 2)]
+    logit = np.log(np.array(drawn) / (1 - np.array(drawn)))
+    assert abs(logit.mean()) < 0.05 and abs(logit.std() - 1) < 0.04
+
+
+def test_weighted_by_clip_every_clip_counts_alike(clips: list[Clip]) -> None:
+    task = make_task(weighting=Weighting.clip)
+    pack = task.prepare(Pack(clips), CPU)
+    assert task.weight(Pack(clips)) == 4 and task.weight(Pack([])) == 0
+    assert [w.sum().item() for w in by_clip(pack, pack.weight_N)] == pytest.approx([1.0] * 4)
+    means = [
+        (target.square().mean(1) * (weight > 0)).sum() / (weight > 0).sum()
+        for target, weight in zip(by_clip(pack, pack.target_NP), by_clip(pack, pack.weight_N), strict=True)
+    ]
+    assert task.loss(Zero(), Pack(clips), CPU).sum.item() == pytest.approx(sum(means).item(), rel=1e-5)
+
+
+def test_the_loss_by_task_is_that_of_its_clips(clips: list[Clip]) -> None:
+    task = make_task()
+    total, weight = task.loss(Zero(), Pack([*clips, replace(clips[0])]), CPU).by_task
+    for clip in clips:
+        times = 1 + (clip is clips[0])
+        alone = task.loss(Zero(), Pack([clip]), CPU)
+        place = TASKS.index(clip.visit.task)
+        assert total[place].item() == pytest.approx(times * alone.sum.item(), rel=1e-5)
+        assert weight[place].item() == times * task.weight(Pack([clip]))
+    assert weight.count_nonzero() == len(clips)
+    assert not task.loss(Zero(), Pack([]), CPU).by_task.any()
 
 
 def test_a_cache_encodes_each_clip_once_and_keeps_to_its_room(clips: list[Clip]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from sora_train.models.tiling import in_time, tiled
 from sora_train.models.vae import Down, Up, VideoVAE, fold, regroup, unfold
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -122,3 +123,35 @@ def test_forward_takes_batches_of_several_sizes_and_samples_by_the_given_noise()
         assert decoded.shape == video.shape
         torch.testing.assert_close(decoded, vae.decode(mean))
         assert not torch.allclose(decoded, moved)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_a_video_in_pieces_is_the_whole_video(name: str, size: int) -> None:
+    vae = make_vae(name)
+    stride, side = vae.temporal_stride, 2 * vae.spatial_stride
+    video = torch.randn(1, 3, 1 + 5 * stride, side, side)
+    mean, log_variance = vae.encode(video)
+    for _ in range(2):  # nothing is remembered from one video to the next
+        parts = list(vae.encode_pieces(in_time(video, 1 + stride, size * stride)))
+        torch.testing.assert_close(torch.cat([m for m, _ in parts], 2), mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.cat([v for _, v in parts], 2), log_variance, rtol=1e-5, atol=1e-5)
+        pixels = torch.cat(list(vae.decode_pieces(in_time(mean, size, size))), 2)
+        torch.testing.assert_close(pixels, vae.decode(mean), rtol=1e-5, atol=1e-5)
+    assert torch.equal(vae.encode(video)[0], mean)
+
+
+@torch.no_grad()
+def test_tiles_with_enough_around_them_are_the_whole_picture() -> None:
+    vae = make_vae("demo")  # looks 7 latent pixels sideways at most
+    video = torch.randn(1, 3, 5, 64, 48)
+    mean = vae.encode(video)[0]
+    for overlap, bound in ((7, 1e-5), (2, 0.2)):
+        tiles = tiled(lambda x: vae.encode(x)[0], video, 16, 4 * overlap, 0.25)
+        assert (tiles - mean).abs().max() <= bound * mean.abs().max()
+        decoded = vae.decode(mean)
+        tiles = tiled(vae.decode, mean, 4, overlap, 4)
+        assert tiles.shape == decoded.shape
+        assert (tiles - decoded).abs().max() <= bound * decoded.abs().max()
+    assert not torch.allclose(tiled(vae.decode, mean, 4, 0, 4), decoded, atol=1e-3), "without any the seams show"
