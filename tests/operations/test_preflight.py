@@ -48,8 +48,8 @@ def test_a_new_run_and_the_same_command_again_have_no_changes(make: Make, tmp_pa
 
 def test_changes_are_shown(make: Make, started: Path) -> None:
     assert changes(make()) == []
-    assert changes(make("optim.lr=0.5", "data.slots=3", "model.activation_checkpointing=true")) == [
-        "data.slots: 2 -> 3", "model.activation_checkpointing: False -> True", "optim.lr: 0.003 -> 0.5"
+    assert changes(make("optim.lr=0.5", "data.slots=3", "model.activation_checkpointing=block")) == [
+        "data.slots: 2 -> 3", "model.activation_checkpointing: none -> block", "optim.lr: 0.002 -> 0.5"
     ]  # fmt: skip
 
 
