@@ -27,6 +27,9 @@ done
 processes=${NPROC:-$(processes_here)}
 limit_threads "$processes"
 network_and_memory
+# By default agents keep the store of their first round, and the first agent doesn't announce it again: a machine that comes
+# back waits for the address in vain, and the run ends with a time-out
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 use_private_extensions
 remove_stale_build_locks
 export SORA_RUN_ID=$RUN_ID

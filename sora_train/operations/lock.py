@@ -28,8 +28,8 @@ class RunLock:
         self.path, self.beat_s = run_dir / "lock.json", beat_s
         run_dir.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        me = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._mine: dict[str, Any] = {**me, "heartbeat": 0, "released": False}
+        host, pid = socket.gethostname(), os.getpid()
+        self._mine: dict[str, Any] = {"host": host, "pid": pid, "heartbeat": 0, "released": False}
         self._end = threading.Event()
         try:
             self._take()

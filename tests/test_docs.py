@@ -1,0 +1,78 @@
+"""Commands in README and docs name modules, options, files and keys that exist; the pages build strictly."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from sora_train.plan import Options as PlanOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STARTS = r"(?:[A-Z_]+=\S+ )*(?:python -m (?:sora_train|data_tools|benchmarks)\.|\./launch/|sbatch .*launch/)"
+PLACEHOLDER = re.compile(r"\.\.\.|\b[A-Z]{2,}\b|\[\w+=")
+TRAINING = ("sora_train.train", "sora_train.plan")
+
+
+def commands() -> list[str]:
+    """Commands in code blocks (joined over `\\`) and between backquotes."""
+    found = set()
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        blocks = "\n".join(re.findall(r"```\n(.*?)```", text, re.S))
+        lines = [line.strip() for line in blocks.splitlines()]
+        lines += [" ".join(c.split()) for c in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
+        found |= {line.partition("  ")[0].partition(" # ")[0] for line in lines if re.match(STARTS, line)}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_docs_exists(command: str, compose_tree: Callable[..., DictConfig]) -> None:
+    words = [w for w in shlex.split(command.partition(">")[0]) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
+    script = next((w for w in words if "launch/" in w), None)
+    if script is not None:
+        assert (ROOT / script).is_file()
+        name, arguments = "sora_train.train", words[words.index(script) + 1 :]
+        if not arguments or script.endswith(("quickstart.sh", "setup.sh", "test.sh")):
+            return
+    else:
+        name, arguments = words[2], words[3:]
+        assert (ROOT / (name.replace(".", "/") + ".py")).is_file()
+    if PLACEHOLDER.search(" ".join(arguments).replace("-m", "")):
+        return
+    given = [a for a in arguments if "=" in a and not a.startswith("-")]
+    if name in TRAINING:
+        mine = {field.name for field in fields(PlanOptions)} if name.endswith("plan") else set()
+        given = [re.sub(r"=tag\(.*interval\((\S+),.*", r"=\1", a) for a in given]  # one value of what is swept
+        swept = [re.sub(r"(=[^\[{]*?),.*", r"\1", a) for a in given if a.partition("=")[0] not in mine]
+        ours = [a for a in swept if not a.startswith(("hydra/", "hydra."))]  # "+hydra." would be wrong
+        compose_tree(*ours)
+    elif not name.startswith("benchmarks") and hasattr(importlib.import_module(name), "Options"):
+        known = {field.name for field in fields(importlib.import_module(name).Options)}
+        assert {a.partition("=")[0] for a in given} <= known
+
+
+def test_there_are_commands_to_check() -> None:
+    found = " ".join(commands())
+    assert len(commands()) >= 25
+    parts = ("sora_train.plan", "launch/multinode.sh", "sbatch", "data_tools.lint", "-m hydra")
+    assert all(part in found for part in parts)
+
+
+def test_the_pages_build_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=quiet)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site/recipes/index.html").is_file()
