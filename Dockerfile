@@ -50,7 +50,7 @@ RUN pip install -c constraints.txt setuptools wheel ninja numpy packaging psutil
 RUN DS_BUILD_SHM_COMM=1 pip install --no-build-isolation -c constraints.txt deepspeed
 
 COPY . .
-RUN pip install -c constraints.txt -e '.[dev,dash,eval]'
+RUN pip install -c constraints.txt -e '.[dev,dash,eval,models,docs]'
 RUN useradd --create-home sora && mkdir -p runs && chown -R sora /app
 USER sora
 ENV TORCH_EXTENSIONS_DIR=/home/sora/torch_extensions

@@ -55,7 +55,7 @@ _BUCKET = 1_000_000  # DeepSpeed's default of half a billion elements would hide
 
 
 def _config(overrides: list[str], stage: int) -> Config:
-    bucket = [f"+deepspeed.zero_optimization.reduce_bucket_size={_BUCKET}"] if stage else []
+    bucket = [f"++deepspeed.zero_optimization.reduce_bucket_size={_BUCKET}"] if stage else []
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         tree = compose("train", ["experiment=demo", "run_dir=x", f"deepspeed=zero{stage}", *overrides, *bucket])
     return configuration.build(tree, need_vae=False)

@@ -156,9 +156,7 @@ class FlowTask:
         key = (visit.sample, visit.first, visit.frames, visit.fps, visit.resize, visit.crop)
         if key not in self._cache:
             video_TCHW = clip.video_TCHW.to(device, non_blocking=True)
-            # torch takes a slow path for one small clip on a CPU: two of it are done in less time
-            copies = 2 if device.type == "cpu" else 1
-            latents_CTHW = self.encode(video_TCHW.transpose(0, 1).expand(copies, -1, -1, -1, -1))[0].clone()
+            latents_CTHW = self.encode(video_TCHW.transpose(0, 1).unsqueeze(0))[0]
             if self._cache_room < latents_CTHW.nbytes:
                 return latents_CTHW
             self._cache_room -= latents_CTHW.nbytes

@@ -91,10 +91,11 @@ def save_wan(weights: Mapping[str, Tensor], model: ModelConfig, text_width: int,
 
     Raises InputError for a model with options that Wan doesn't have.
     """
-    if model.absolute_positions or model.rope_theta != ROPE_THETA:
+    if model.absolute_positions or model.pooled_text or model.rope_theta != ROPE_THETA:
         raise InputError(
-            "format=diffusers writes Wan transformers: train with model.absolute_positions=false and "
-            f"model.rope_theta={ROPE_THETA:.0f} (this run has {model.absolute_positions} and {model.rope_theta})"
+            "format=diffusers writes Wan transformers: train with model.absolute_positions=false, "
+            f"model.pooled_text=false and model.rope_theta={ROPE_THETA:.0f} (this run has "
+            f"{model.absolute_positions}, {model.pooled_text} and {model.rope_theta})"
         )
     channels = weights["patch_in.weight"].shape[1] // model.patch**2
     shape = {
