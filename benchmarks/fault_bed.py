@@ -45,24 +45,28 @@ _TINY = (
     "experiment=demo", "model.width=16", "model.depth=1", "model.heads=2", "model.ffn=32", "model.frequencies=16",
     "text_encoder.width=16", "text_encoder.heads=2", "text_encoder.buckets=64", "threads=1", "logging.writers=[]",
     "logging.every_steps=1", "logging.validate_every=0", "logging.validation_clips=2", "logging.sample_every=0",
-    "logging.sample_clips=1", "logging.peak_tflops=1", "flow.sampling_steps=2", "data.slots=4", "data.max_tokens=64",
+    "logging.sample_clips=1", "logging.peak_tflops=1", "flow.sampling_steps=2", "data.slots=4", "data.max_tokens=8",
     "data.max_pixels=256", "data.max_frames=5", "data.workers=1", "data.prefetch_steps=2", "checkpoint.every_steps=2",
     "checkpoint.keep=2", "vae.widths=[4,4]", "vae.blocks=[0,0]",
 )  # fmt: skip
 
 
 class Bed:
-    """A folder with shards and a VAE, and the configuration of a run of `steps` steps on them."""
+    """A folder with shards and a VAE, and the configuration of a run of `steps` steps on them or on shards given."""
 
-    def __init__(self, folder: Path, steps: int = 8) -> None:
+    def __init__(self, folder: Path, steps: int = 8, shards: Sequence[str] = ()) -> None:
         self.folder, self.steps = folder, steps
+        self.torn_saves = 0  # kills that fell into a save
         folder.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)  # a process with threads can't be forked
-        firsts = {"train-0": 0, "train-1": 12, "val": 24}
-        index_shards([_shard(folder / f"{name}.tar", first) for name, first in firsts.items()], workers=1)
+        if not shards:
+            firsts = {"train-0": 0, "train-1": 12, "val": 24}
+            shards = [_shard(folder / f"{name}.tar", first) for name, first in firsts.items()]
+            index_shards(list(shards), workers=1)
+        *training, validation = shards
         self._base = [
-            *_TINY, f"steps={steps}", f"data.sources.demo.shards=[{folder}/train-*.tar]",
-            f"data.validation=[{folder}/val.tar]",
+            *_TINY, f"steps={steps}", f"data.sources.demo.shards=[{','.join(training)}]",
+            f"data.validation=[{validation}]",
         ]  # fmt: skip
         vae = self.config("none", "method=autoencoder", "vae.path=null").vae
         (folder / "vae").mkdir(exist_ok=True)
@@ -104,13 +108,19 @@ def _shard(path: Path, first: int) -> str:
 
 
 class Job:
-    """The ranks of one start. As torchrun does, the first that fails has the others told to end, then killed."""
+    """The ranks of one start. As torchrun does, the first that fails has the others told to end, then killed.
 
-    def __init__(self, config: Config, ranks: int, sabotage: Sabotage | None = None, restarts: int = 0) -> None:
+    `then` are runs that the same processes make afterwards, as long as every one ends with 0.
+    """
+
+    def __init__(
+        self, config: Config, ranks: int, sabotage: Sabotage | None = None, restarts: int = 0,
+        then: Sequence[Config] = (),
+    ) -> None:  # fmt: skip
         self.config, self.started, self.codes = config, time.monotonic(), {}
-        port = _free_port()
+        runs = [(each, _free_port()) for each in (config, *then)]
         self.log = Path(config.run_dir).with_suffix(".out")
-        self.pids = [self._fork(rank, ranks, port, sabotage, restarts) for rank in range(ranks)]
+        self.pids = [self._fork(rank, ranks, runs, sabotage, restarts) for rank in range(ranks)]
 
     codes: dict[int, int]
 
@@ -149,7 +159,9 @@ class Job:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
 
-    def _fork(self, rank: int, ranks: int, port: int, sabotage: Sabotage | None, restarts: int) -> int:
+    def _fork(
+        self, rank: int, ranks: int, runs: Sequence[tuple[Config, int]], sabotage: Sabotage | None, restarts: int
+    ) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -162,14 +174,16 @@ class Job:
             sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
             os.environ |= {
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "faults",
-                "SORA_RESTARTS": str(restarts),
+                "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "faults", "SORA_RESTARTS": str(restarts),
             }  # fmt: skip
             warnings.simplefilter("ignore")  # deprecations of DeepSpeed's calls, thousands of lines
-            mine = copy.deepcopy(self.config)
-            if sabotage is not None:
-                sabotage(mine, rank)
-            code = train(mine)
+            for config, port in runs:
+                os.environ["MASTER_PORT"] = str(port)
+                mine = copy.deepcopy(config)
+                if sabotage is not None:
+                    sabotage(mine, rank)
+                if code := train(mine):
+                    break
         except configuration.InputError as error:
             print(f"error: {error}")
             code = 2
@@ -199,6 +213,12 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     figures = [(e["step"], e["loss"], e["lr"], e["samples"]) for e in lines if "loss" in e]
     return {"tensors": tensors, "state": kept, "figures": figures, "samples": samples_by_step(run_dir)}
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The logged loss of each step; of a step that was taken twice, the later one."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def samples_by_step(run_dir: Path) -> dict[int, list[int]]:

@@ -1,17 +1,19 @@
 """The faults of the campaign: each function does one trial and returns what was wrong, or None.
 
-A trial gets the bed, a name for its folder and a seeded generator.
+A trial gets the bed, a name for its folder and a seeded generator. Longer than other files, because the trials share
+the sabotages at the end, and are a list to read from top to bottom.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from benchmarks.fault_bed import Bed, Job, differences, outcome, run, samples_by_step
+from benchmarks.fault_bed import Bed, Job, differences, losses, outcome, run, samples_by_step
 from sora_train.assemble import Shards
 from sora_train.cli import BAD_INPUT, STOPPED, InputError
 from sora_train.compose import CONF
@@ -40,32 +42,91 @@ DAMAGES = (
     "half deleted", "pickle", "pickle with manifest",
 )  # fmt: skip
 SKEWS = ("torch", "package", "config", "data set index", "code", "environment")
+LEGS = ((2, 1), (4, 2), (3, 3), (1, 0))  # ranks and ZeRO stage, one after the other
 _WAITS = 0.15  # seconds that a save is held open for, so that kills fall into it
 
 
 def kill(
-    bed: Bed, name: str, rng: random.Random, reference: dict[str, Any], ranks: int, in_save: bool, kills: int
+    bed: Bed, name: str, rng: random.Random, reference: dict[str, Any], ranks: int, in_save: Sequence[bool]
 ) -> str | None:
-    """Kill one rank or all at a random moment, several times; the end must be the undisturbed run's, to the bit."""
-    config = bed.config(name, *stage_for(ranks))
-    for _ in range(kills):
+    """Kill one rank or all at a random step, once for each of `in_save` (whether inside a save), each in its own part
+    of the run; the end must be the undisturbed run's, to the bit."""
+    config, run_dir = bed.config(name, *stage_for(ranks)), bed.run_dir(name)
+    for number, inside in enumerate(in_save):
+        first, last = (bed.steps * n // len(in_save) for n in (number, number + 1))
+        wanted = rng.randint(first + 1, max(first + 1, last - 1))  # a save follows, every second step
         job = Job(config, ranks, _slow_saves)
-        checkpoints = bed.run_dir(name) / "checkpoints"
-        begun = len(samples_by_step(bed.run_dir(name)))
-        while not job.poll():
-            if in_save and any(checkpoints.glob(".tmp-step-*")):
-                time.sleep(rng.uniform(0, _WAITS))
-                break
-            if not in_save and len(samples_by_step(bed.run_dir(name))) > begun and rng.random() < 0.02:
-                break
+        while not job.poll() and max(samples_by_step(run_dir), default=0) < wanted:
             time.sleep(0.01)
+        while inside and not job.poll() and not _saving(run_dir):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, _WAITS if inside else 0.02))
+        if job.poll():
+            return f"ended with {job.wait()} before kill {number} at step {wanted}: {_tail(config)}"
         job.send(signal.SIGKILL, None if rng.random() < 0.5 else rng.randrange(ranks))
         job.wait()
+        bed.torn_saves += _saving(run_dir)
     code = run(config, ranks)
     if code:
         return f"ended with {code}: {_tail(config)}"
-    differing = differences(reference, outcome(bed.run_dir(name)))
+    differing = differences(reference, outcome(run_dir))
     return f"differs in {', '.join(differing)}" if differing else None
+
+
+def elastic(
+    bed: Bed, name: str, legs: Sequence[tuple[int, int]], reference: Path, *overrides: str, tolerance: float = 1e-5
+) -> str | None:
+    """Stop and go on with other ranks and ZeRO stages; samples of each step and losses are those of `reference`."""
+    for number, (ranks, stage) in enumerate(legs):
+        config = bed.config(name, f"deepspeed=zero{stage}", *overrides)
+        last = number == len(legs) - 1
+        steps = bed.steps * (number + 1) // len(legs) - bed.steps * number // len(legs)
+
+        def stop(mine: Config, rank: int, last: bool = last, steps: int = steps) -> None:
+            if not last:
+                _signal_in("agreement", steps, signal.SIGTERM)
+
+        if (code := run(config, ranks, stop)) != (0 if last else STOPPED):
+            return f"{ranks} ranks at stage {stage}: ended with {code}: {_tail(config)}"
+    return unlike(reference, bed.run_dir(name), tolerance)
+
+
+def unlike(reference: Path, other: Path, tolerance: float = 1e-5) -> str | None:
+    """Where the samples of a step, or its loss by more than a relative tolerance, differ between two runs."""
+    if samples_by_step(reference) != samples_by_step(other):
+        return f"{other.name} took other samples than {reference.name}"
+    ours, theirs = losses(reference), losses(other)
+    if ours.keys() != theirs.keys():
+        return f"{other.name} logged steps {sorted(theirs)}, {reference.name} {sorted(ours)}"
+    far = {step: abs(theirs[step] / ours[step] - 1) for step in ours}
+    worst = max(far, key=lambda step: far[step])
+    return None if far[worst] <= tolerance else f"{other.name} step {worst}: loss is {far[worst]:.1e} off"
+
+
+def disk(bed: Bed, name: str, rng: random.Random, reference: dict[str, Any], point: int) -> str | None:
+    """A disk that is full at one of the 16 writes of four saves (12 of rank 0, 4 of rank 1), for a few writes or for
+    good: what is on it stays intact, the run goes on or ends cleanly, and with room again ends as the undisturbed one.
+    """
+    victim, at = (0, 1 + point) if point < 12 else (1, point - 11)
+    lasts = rng.choice((1, 2, 1 << 30))
+    config = bed.config(name, *stage_for(2))
+
+    def sabotage(mine: Config, rank: int) -> None:
+        if rank == victim:
+            _fill_disk(at, lasts)
+
+    code = run(config, 2, sabotage)
+    if code not in (0, 1) or "Traceback" in _tail(config):
+        return f"point {point}: ended with {code}: {_tail(config)}"
+    if code == 1 and "could not be written" not in _tail(config):
+        return f"point {point}: ended without saying why: {_tail(config)}"
+    for path in (bed.run_dir(name) / "checkpoints").glob("step-*"):
+        if damage := checkpoint.verify(path):
+            return f"point {point}: {path.name} is not intact: {damage}"
+    if code := run(config, 2):
+        return f"point {point}: with room again it ended with {code}: {_tail(config)}"
+    differing = differences(reference, outcome(bed.run_dir(name)))
+    return f"point {point}: differs in {', '.join(differing)}" if differing else None
 
 
 def term(bed: Bed, name: str, rng: random.Random, phase: str) -> str | None:
@@ -264,12 +325,12 @@ def damage(source: Path, target: Path, rng: random.Random, kind: str) -> str | N
 
 
 def wrong_config(rng: random.Random) -> str | None:
-    """A key with a slip of the hand: refused within three seconds, and named."""
+    """A key with a slip of the hand: refused within three seconds of CPU time, and named."""
     keys = [key for key in known_keys() if "." in key and not key.startswith(("data.sources.", "deepspeed."))]
     key = rng.choice(keys)
     place = rng.randrange(key.index(".") + 1, len(key))
     slipped = key[:place] + rng.choice("xqz") + key[place + rng.randrange(2) :]
-    began = time.monotonic()
+    began = time.process_time()
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             build(compose("train", overrides=["experiment=demo_vae", "run_dir=x", f"+{slipped}=1"]))
@@ -277,8 +338,10 @@ def wrong_config(rng: random.Random) -> str | None:
         message = str(error)
     else:
         return f"{slipped}=1 was taken"
-    seconds = time.monotonic() - began
-    return None if slipped in message and seconds < 3.0 else f"{slipped}: {seconds:.1f} s, {message}"
+    seconds = time.process_time() - began
+    ends = [n for n in range(place, len(slipped) + 1) if n == len(slipped) or slipped[n] == "."]
+    named = any(f"'{slipped[:n]}'" in message for n in ends)  # a wrong group is named without what stands in it
+    return None if named and seconds < 3.0 else f"{slipped}: {seconds:.1f} s, {message}"
 
 
 class _Payload:
@@ -302,6 +365,28 @@ def _slow_saves(mine: Config, rank: int) -> None:
         return true(path, value)
 
     checkpoint.write_json = slow
+
+
+def _saving(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob(".tmp-step-*"))
+
+
+def _fill_disk(at: int, lasts: int) -> None:
+    """Have this rank's writes to checkpoints fail from the `at`-th on, `lasts` times, with half a file left behind."""
+    seen = [0]
+
+    def failing(true: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def write(*arguments: Any) -> Any:
+            seen[0] += 1
+            if at <= seen[0] < at + lasts:
+                arguments[place].write_bytes(b"x" * 100)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return true(*arguments)
+
+        return write
+
+    checkpoint.save_file = failing(checkpoint.save_file, 1)
+    checkpoint.write_json = failing(checkpoint.write_json, 0)
 
 
 def _signal_in(phase: str, count: int, number: int) -> None:

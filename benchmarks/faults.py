@@ -1,7 +1,7 @@
 """A campaign of faults against real runs of one to four ranks, seeded and repeatable.
 
     python -m benchmarks.faults [kills=200] [terms=200] [damages=600] [nans=20] [spikes=3] [hangs=40] [doubles=20]
-                                [skews=6] [configs=60] [seed=0] [folder=DIR] [write=true]
+                                [skews=6] [disks=20] [elastics=1] [configs=60] [seed=0] [folder=DIR] [write=true]
 
 A number is how many trials of a kind are made; 0 leaves it out. Prints a table of failures and of the rate that they
 bound (95%: Clopper-Pearson, 3/n where nothing failed), every failure with its cause, and exits with 1 if there was one.
@@ -42,6 +42,8 @@ class Options:
     hangs: int = 4
     doubles: int = 2
     skews: int = 6
+    disks: int = 4
+    elastics: int = 1
     configs: int = 60
     seed: int = 0
     folder: str = ""
@@ -76,7 +78,8 @@ class Campaign:
 
         yield f"kill -9, {o.kills_each} each, two thirds in a save: bitwise the undisturbed run", [
             lambda n=n: trials.kill(
-                bed, f"kill-{n}", rng("kill", n), self.reference(ranks_of(n)), ranks_of(n), n % 3 < 2, o.kills_each
+                bed, f"kill-{n}", rng("kill", n), self.reference(ranks_of(n)), ranks_of(n),
+                [n % 3 < 2] * o.kills_each,
             )
             for n in range(o.kills)
         ]  # fmt: skip
@@ -107,9 +110,24 @@ class Campaign:
             lambda n=n: trials.skew(bed, f"skew-{n}", rng("skew", n), trials.SKEWS[n % len(trials.SKEWS)])
             for n in range(o.skews)
         ]  # fmt: skip
+        yield "disk full while saving: older checkpoints intact, then bitwise the undisturbed run", [
+            lambda n=n: trials.disk(bed, f"disk-{n}", rng("disk", n), self.reference(2), n % 16)
+            for n in range(o.disks)
+        ]  # fmt: skip
+        yield "2 -> 4 -> 3 -> 1 ranks, stages 1 -> 2 -> 3 -> 0: same samples, losses to 1e-5", [
+            lambda n=n: trials.elastic(bed, f"elastic-{n}", trials.LEGS, self.steady(n), f"seed={n}")
+            for n in range(o.elastics)
+        ]
         yield "wrong configurations: refused with the nearest key, before any process group", [
             lambda n=n: trials.wrong_config(rng("config", n)) for n in range(o.configs)
         ]
+
+    def steady(self, seed: int) -> Path:
+        """The folder of a run of one rank, never stopped, with this seed."""
+        config = self.bed.config(f"steady-{seed}", "deepspeed=zero0", f"seed={seed}")
+        if code := run(config, 1):
+            raise RuntimeError(f"the undisturbed run ended with {code}; see {config.run_dir}")
+        return Path(config.run_dir)
 
     def source(self) -> Path:
         """Checkpoints of an undisturbed run of two ranks."""
@@ -125,7 +143,7 @@ def bound(failures: int, count: int) -> float:
 def main() -> int:
     """Run the campaign."""
     o = options(Options, __doc__)
-    if min(o.kills, o.terms, o.damages, o.nans, o.spikes, o.hangs, o.doubles, o.skews, o.configs) < 0:
+    if any(isinstance(value, int) and value < 0 for name, value in vars(o).items() if name != "seed"):
         raise InputError("numbers of trials must not be below 0")
     rows, failed = [], 0
     with tempfile.TemporaryDirectory() as temporary:

@@ -295,8 +295,8 @@ class Trainer:
         """Finish what is in the background."""
         with self.watch.slow("save"):
             saved = self.checkpoints.wait()
-        if not saved and code == STOPPED:
-            code, reason = 1, "stopped by a signal, but the checkpoint could not be written"
+        if not saved:
+            code, reason = 1, f"{reason.removesuffix(' after saving')}, but the last checkpoint could not be written"
         self.console.say(f"step {self.step}/{self.config.steps}: {reason}")
         return code
 

@@ -1,0 +1,21 @@
+"""What training computes depends neither on the number of ranks, nor on the ZeRO stage, nor on accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.timeout(3600)  # twenty-four runs of twenty steps: under a minute, but not on a busy machine
+def test_every_way_to_share_out_a_batch_trains_alike(runs: Callable[[str], Any]) -> None:
+    found = runs("matrix")
+    assert len(found) == 24
+    reference = found.pop("1 rank(s), stage 0, accumulation 1")
+    assert sorted(map(int, reference["losses"])) == sorted(map(int, reference["samples"])) == list(range(1, 21))
+    assert len({tuple(samples) for samples in reference["samples"].values()}) > 1
+    assert len(set(reference["losses"].values())) == 20
+    for name, run in found.items():
+        assert run["samples"] == reference["samples"], name
+        assert run["losses"] == pytest.approx(reference["losses"], rel=1e-5), name
