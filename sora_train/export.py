@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from sora_train.assemble import Shards
 from sora_train.cli import InputError, options, run
-from sora_train.config import VAE_USE, Config, Method, load
+from sora_train.config import VAE_USE, Config, Method, Prediction, load
 from sora_train.data.loader import Loader
 from sora_train.data.plan import Position
 from sora_train.data.pool import Pool
@@ -54,6 +54,8 @@ def main() -> int:
     config, out = load(o.run_dir), Path(o.out)
     if o.format == "diffusers" and config.method is Method.autoencoder:
         raise InputError("format=diffusers writes video models; diffusers knows no VAE of ours")
+    if o.format == "diffusers" and config.flow.prediction is not Prediction.velocity:
+        raise InputError(f"diffusers reads velocities, and this run has flow.prediction={config.flow.prediction.value}")
     out.mkdir(parents=True, exist_ok=True)
     weights = trained_weights(o.run_dir)
     if config.method is Method.autoencoder:

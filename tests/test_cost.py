@@ -15,7 +15,9 @@ from sora_train.config import Config, build
 from sora_train.cost import TEXT_TOKENS, Cost, Geometry, cost, geometry, patch_features
 from sora_train.generation import build_vae, build_video_model
 
-SHAPE = ("vae.channels=6", "vae.patch=4", "vae.widths=[32,64]", "vae.blocks=[0,2]", "vae.strides=[[4,1]]")  # whatever the demo's may be
+SHAPE = (  # whatever the demo's may be
+    "vae.channels=6", "vae.patch=4", "vae.widths=[32,64]", "vae.blocks=[0,2]", "vae.strides=[[4,1]]",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,8 @@ def test_training_costs_three_forward_passes_and_attention_stays_inside_a_clip()
 
 @pytest.fixture
 def demo(compose_tree: Callable[..., DictConfig]) -> Config:
-    return build(compose_tree("experiment=demo", "vae.path=nowhere", "model.patch=2", "model.pooled_text=false", *SHAPE), need_vae=False)
+    model = ("model.patch=2", "model.pooled_text=false")
+    return build(compose_tree("experiment=demo", "vae.path=nowhere", *model, *SHAPE), need_vae=False)
 
 
 def test_the_geometry_follows_the_method(compose_tree: Callable[..., DictConfig], demo: Config) -> None:

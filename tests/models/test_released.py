@@ -56,8 +56,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(compose_tree: Callable[..., DictConfig], pipeline: Path) -> Config:
     keys = ("model.init_from", "vae.path", "text_encoder.path")
-    more = ("text_encoder.pad_to=512", "text_encoder.max_tokens=512", "flow.guidance=2", "flow.sampling_steps=1")
-    return build(compose_tree("experiment=demo", *(f"{key}={pipeline}" for key in keys), *more))
+    more = ("flow.prediction=velocity", "flow.guidance=2", "flow.sampling_steps=1")
+    text = ("text_encoder.pad_to=512", "text_encoder.max_tokens=512")
+    return build(compose_tree("experiment=demo", *(f"{key}={pipeline}" for key in keys), *text, *more))
 
 
 def test_the_shapes_of_released_models_replace_those_of_the_configuration(config: Config) -> None:
