@@ -3,6 +3,8 @@
 Lengths are in shorter sides of the frame, so a scene looks the same at any resolution. What a scene shows of
 (colour, shape, direction) is split by colour, shape and *axis* of movement, because an object that leaves and comes
 back moves both ways along its axis.
+
+A line longer than most files: scenes, pixels and words share one set of tables.
 """
 
 from __future__ import annotations
@@ -132,7 +134,8 @@ def captions(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
     """Four wordings of a scene by name: plain, scene_first, described, note.
 
     Each says everything: what a caption leaves open becomes noise in the loss, and a background left open is the
-    largest part of a frame. A model that trains for minutes then never gets to hear of the direction.
+    largest part of a frame. In runs of minutes on an earlier version, direction was learned with full captions alone
+    and not with ones among them that left the background out.
     """
     first, ground = scene.things[0], _GROUNDS[scene.background]
     if scene.kind == "image":

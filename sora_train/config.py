@@ -473,17 +473,7 @@ def check(config: Config) -> None:
         ):
             _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
         _check_flow(flow, data)
-    text = config.text_encoder
-    _require(text.path is not None or text.width % text.heads == 0,
-             f"text_encoder.width={text.width} must be a multiple of its heads")  # fmt: skip
-    _require(
-        text.path is not None or text.pad_to == 0,
-        "text_encoder.pad_to is for a released encoder: set text_encoder.path too, or text_encoder.pad_to=0",
-    )
-    _require(
-        text.pad_to == 0 or text.pad_to >= text.max_tokens,
-        f"text_encoder.pad_to={text.pad_to} must be 0 or at least text_encoder.max_tokens={text.max_tokens}",
-    )
+    _check_text(config.text_encoder)
     _require(vae.class_name is not None or len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
              "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
     unknown = [name for name in config.logging.writers if name not in WRITERS]
@@ -494,6 +484,19 @@ def check(config: Config) -> None:
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)
+
+
+def _check_text(text: TextEncoderConfig) -> None:
+    _require(text.path is not None or text.width % text.heads == 0,
+             f"text_encoder.width={text.width} must be a multiple of its heads")  # fmt: skip
+    _require(
+        text.path is not None or text.pad_to == 0,
+        "text_encoder.pad_to is for a released encoder: set text_encoder.path too, or text_encoder.pad_to=0",
+    )
+    _require(
+        text.pad_to == 0 or text.pad_to >= text.max_tokens,
+        f"text_encoder.pad_to={text.pad_to} must be 0 or at least text_encoder.max_tokens={text.max_tokens}",
+    )
 
 
 def _check_flow(flow: FlowConfig, data: DataConfig) -> None:

@@ -86,6 +86,7 @@ def run_jobs(jobs: Sequence[Job], ranks: int, together: int, metric: str) -> lis
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def work(job: Job) -> Result:
+        """Run one job on the next free place of this machine."""
         place = places.get()
         try:
             mine = gpus[place * ranks : (place + 1) * ranks]

@@ -52,6 +52,7 @@ class _Gauges(Collector):
         self.writer = writer
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The figures of now, a family for each name."""
         run, families = self.writer.run_dir.name, dict[str, GaugeMetricFamily]()
         figures = {**self.writer.values, **_checkpoint_age(self.writer.run_dir)}
         for key, value in sorted(figures.items()):

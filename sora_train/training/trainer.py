@@ -1,4 +1,7 @@
-"""The training loop: what happens in a step, in order. It knows a task, an iterator of packs and an engine, no more."""
+"""The training loop: what happens in a step, in order. It knows a task, an iterator of packs and an engine, no more.
+
+A little longer than most files: everything that the loop names stands below it, in the order of a step.
+"""
 
 from __future__ import annotations
 
