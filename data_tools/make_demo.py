@@ -28,7 +28,7 @@ from sora_train.cli import InputError, options, run
 from sora_train.data.index import index_shards
 from sora_train.media import encode_mp4
 
-VERSION = 2  # of the world and the way it is written; a change here changes the bytes
+VERSION = 3  # of the world and the way it is written; a change here changes the bytes
 _SPLITS = ("train", "val")
 
 

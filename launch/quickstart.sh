@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained text-to-video model: set up, make the demo data, train VAE and DiT, sample, evaluate.
+# From nothing to a trained text-to-video model: set up, make the demo data, train VAE and DiT (on latents encoded once), sample, evaluate.
 #
 #   ./launch/quickstart.sh
 #
@@ -33,7 +33,8 @@ use_private_extensions
 step python -m data_tools.make_demo out=runs/demo_data
 step ./launch/torchrun.sh experiment=demo_vae run_dir=runs/demo_vae
 step python -m sora_train.export run_dir=runs/demo_vae out=runs/demo_vae/export format=safetensors
-step ./launch/torchrun.sh experiment=demo run_dir=runs/demo
+step python -m data_tools.encode_latents experiment=demo 'data.validation=[]' out=runs/demo_latents
+step ./launch/torchrun.sh experiment=demo 'data.sources.demo.shards=[runs/demo_latents/demo/*.tar]' run_dir=runs/demo
 step python -m sora_train.sample run_dir=runs/demo
 step python -m sora_train.evaluate run_dir=runs/demo
 
@@ -43,5 +44,5 @@ All done in $SECONDS s.
   runs/demo/samples/         videos for captions that training has never shown
   runs/demo/metrics.jsonl    the losses; to see them as curves: .venv/bin/tensorboard --logdir runs
   runs/demo/checkpoints/     the model; one more video from it:
-    .venv/bin/python -m sora_train.sample run_dir=runs/demo prompt="a red circle moves to the right" out=clip.mp4
+    .venv/bin/python -m sora_train.sample run_dir=runs/demo prompt="a large red square moves slowly to the right over a dark field" out=clip.mp4
 END

@@ -156,5 +156,5 @@ class LatentPack:
     t_M: Tensor  # distinct timesteps
     t_of_N: Tensor  # index of each token's timestep in t_M
     level_N: Tensor  # timestep of the clip's generated frames, for the loss by noise level
-    text: Any  # ids_L for a text encoder trained along, or text_LE of a frozen one
+    text: Any  # ids_L2 for a text encoder trained along, or text_LE of a frozen one
     clip_of_M: Tensor | None = None  # the caption that each timestep goes with (one a clip); pooled text asks for it

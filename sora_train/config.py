@@ -150,7 +150,7 @@ class TextEncoderConfig:
     width: int = 128
     depth: int = 1
     heads: int = 4
-    buckets: int = 8192  # word ids
+    buckets: int = 2048  # rows of the table of words; each word is the sum of two
     max_tokens: int = 128
 
 

@@ -114,7 +114,7 @@ def _class_of(folder: Path) -> str:
 
 @torch.no_grad()
 def _measure(vae: VideoVAE, config: Config) -> None:
-    """Set the latents' mean per channel and their deviation over all channels, from training clips."""
+    """Set the latents' mean and deviation per channel, from training clips."""
     plan = Shards(config).plan(config)
     latents: list[torch.Tensor] = []
     with Pool.of(config.data) as pool:
@@ -128,9 +128,9 @@ def _measure(vae: VideoVAE, config: Config) -> None:
     if not latents:
         raise InputError("no clip of the training shards could be read to measure the latents with")
     values = torch.cat(latents, dim=1)
-    centred = values - values.mean(1, keepdim=True)
+    std = values.std(1)
     vae.latents_mean.copy_(values.mean(1))
-    vae.latents_std.fill_(centred.std())  # one for all: a channel that hardly varies says little, and isn't blown up
+    vae.latents_std.copy_(std.clamp(min=0.1 * std.max()))  # a channel that hardly varies isn't blown up
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Sample videos from a trained model.
 
-    python -m sora_train.sample run_dir=runs/demo prompt="a small red circle drifts left over a dark field"
+    python -m sora_train.sample run_dir=runs/demo prompt="a small red ring drifts left over a dark field"
         [out=clip.mp4] [image=first.png | video=before.mp4] [end_image=last.png | end_video=after.mp4]
         [strength=0.6] [seconds=2] [whole=true] [loop=true] [overlap=2] [height=32] [width=32] [seed=0] [count=1]
-    python -m sora_train.sample run_dir=runs/demo prompt="[{seconds: 1, caption: a red circle}, {...}]"
+    python -m sora_train.sample run_dir=runs/demo prompt="[{seconds: 1, caption: a red ring}, {...}]"
     python -m sora_train.sample run_dir=runs/demo [count=8]
 
 Without a prompt, held-out captions are sampled into run_dir/samples/held_out. `image` or `video` is the beginning,

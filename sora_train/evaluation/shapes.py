@@ -23,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (55, 75, 220),
     "purple": (195, 55, 205),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("ring", "square", "triangle", "cross")  # a disc is too near to a square for small models
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
 _SATURATED = 60  # of 255: lowest difference between an object pixel's strongest and weakest channel
@@ -44,8 +44,8 @@ def coverage(shape: str, dy: np.ndarray, dx: np.ndarray, radius: float) -> np.nd
     Raises ValueError for an unknown shape.
     """
     ay, ax = np.abs(dy), np.abs(dx)
-    if shape == "circle":
-        distance = np.hypot(dy, dx) - radius
+    if shape == "ring":
+        distance = np.abs(np.hypot(dy, dx) - 0.72 * radius) - 0.28 * radius
     elif shape == "square":
         distance = np.maximum(ay, ax) - 0.9 * radius
     elif shape == "triangle":  # tip up

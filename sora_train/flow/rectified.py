@@ -115,7 +115,7 @@ class FlowTask:
             table += distinct
             clip_of += [len(grids)] * len(distinct)
             grids.append(grid)
-        ids_L, texts = self._text(pack.clips)
+        text, texts = self._text(pack.clips)
         return LatentPack(
             Layout(tuple(grids), texts),
             torch.cat(xs),
@@ -124,7 +124,7 @@ class FlowTask:
             torch.tensor(table, device=device),
             torch.cat(t_of),
             torch.cat(levels),
-            ids_L.to(device, non_blocking=True),
+            text.to(device, non_blocking=True),
             torch.tensor(clip_of, device=device),
         )
 
@@ -178,12 +178,12 @@ class FlowTask:
         return bool(uniform(clip.visit.seed, DROP_CAPTION) < self.config.caption_dropout)
 
     def _nothing(self, device: torch.device) -> LatentPack:
-        ids_L, texts = self.tokenize([""])
+        text, texts = self.tokenize([""])
         blank_NP = torch.zeros(1, self.channels * self.geometry.patch**2, device=device)
         zero_N = torch.zeros(1, device=device)
         place_N = torch.zeros(1, dtype=torch.long, device=device)
         return LatentPack(
-            Layout(((1, 1, 1),), texts), blank_NP, blank_NP, zero_N, zero_N, place_N, zero_N, ids_L.to(device), place_N
+            Layout(((1, 1, 1),), texts), blank_NP, blank_NP, zero_N, zero_N, place_N, zero_N, text.to(device), place_N
         )
 
 

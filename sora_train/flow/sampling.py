@@ -94,12 +94,12 @@ class _Guided:
         for copies in (1, 2):
             shots = [request.shots or ((request.grid[0], request.caption),) for request in requests]
             shots += [((request.grid[0], ""),) for request in requests] * (copies - 1)
-            ids_L, texts = tokenize([caption for clip in shots for _, caption in clip])
+            text, texts = tokenize([caption for clip in shots for _, caption in clip])
             grids = tuple(request.grid for request in requests) * copies
             frames = tuple(tuple(length for length, _ in clip) for clip in shots)
             layout = Layout(grids, texts, shots=frames)
             caption_of_N = torch.arange(len(texts)).repeat_interleave(torch.tensor(layout.spans)).to(device)
-            self.packs.append((layout, ids_L.to(device), caption_of_N))
+            self.packs.append((layout, text.to(device), caption_of_N))
 
     def velocity(self, x_NP: Tensor, t_N: Tensor) -> Tensor:
         """Velocity of every token at its clip's time, `(N, P)` fp32."""

@@ -103,7 +103,7 @@ def _forward(
         lses.append(lse[..., : qs.shape[2]].transpose(0, 1).flatten(1))
     if not outs:
         return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=torch.float32)
-    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(lses, dim=1))
+    return torch.cat(outs).contiguous(), torch.cat(lses, dim=1).contiguous()  # as the compiler was told
 
 
 @_forward.register_fake

@@ -1,10 +1,15 @@
-"""A small text encoder trained along with the model: hashed words, so no vocabulary file and no download."""
+"""A small text encoder trained along with the model: hashed words, so no vocabulary file and no download.
+
+Each word is the sum of two rows of the table (hash embeddings, Svenstrup et al. 2017): of a few thousand rows and a
+hundred words, two words share a row more often than not, and a word that shares its only row with a comma is never
+learned.
+"""
 
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +20,28 @@ from sora_train.models.attention import packed_attention
 _WORDS = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\d|[^\w\s]"
 )
-_START = 0  # begins every caption, so that an empty one is a token too
+_START = (0, 0)  # begins every caption, so that an empty one is a token too
 
 
-def tokenize(caption: str, buckets: int, max_tokens: int) -> list[int]:
-    """Ids in [0, buckets): a start token, then the CRC-32 of each lower-cased word folded into the other buckets.
+def tokenize(caption: str, buckets: int, max_tokens: int) -> list[tuple[int, int]]:
+    """Two rows in [0, buckets) for each token: a start token's, then two hashes of each lower-cased word.
 
-    The hashing trick (Weinberger et al. 2009): two words may share an id, none is unknown.
+    The hashing trick (Weinberger et al. 2009): no word is unknown, and two words seldom share both rows.
     """
     words = _WORDS.findall(caption.lower())[: max_tokens - 1]
-    return [_START, *(1 + zlib.crc32(word.encode()) % (buckets - 1) for word in words)]
+    return [_START, *(_rows(word, buckets - 1) for word in words)]
+
+
+def _rows(word: str, buckets: int) -> tuple[int, int]:
+    digest = int.from_bytes(blake2b(word.encode(), digest_size=8).digest())
+    return 1 + (digest >> 32) % buckets, 1 + (digest & 0xFFFFFFFF) % buckets
 
 
 def tokenize_captions(captions: Sequence[str], buckets: int, max_tokens: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Ids of all captions end to end, `(L,)` int64 on the host, and the length of each."""
-    ids = [tokenize(caption, buckets, max_tokens) for caption in captions]
-    return torch.tensor([i for row in ids for i in row], dtype=torch.long), tuple(map(len, ids))
+    """Rows of all captions end to end, `(L, 2)` int64 on the host, and the length of each."""
+    rows = [tokenize(caption, buckets, max_tokens) for caption in captions]
+    flat = [pair for caption in rows for pair in caption]
+    return torch.tensor(flat, dtype=torch.long).view(-1, 2), tuple(map(len, rows))
 
 
 class TextEncoder(nn.Module):
@@ -42,13 +53,13 @@ class TextEncoder(nn.Module):
         self.places = nn.Embedding(max_tokens, width)
         self.layers = nn.ModuleList(TextLayer(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.words.weight, std=0.5)
+        nn.init.normal_(self.words.weight, std=0.35)
         nn.init.normal_(self.places.weight, std=0.1)
 
-    def forward(self, ids_L: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Features `(L, E)` of packed captions."""
+    def forward(self, ids_L2: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Features `(L, E)` of packed captions, of which `ids_L2` are the rows."""
         places = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
-        x_LE = self.words(ids_L) + self.places(places.to(ids_L.device, non_blocking=True))
+        x_LE = self.words(ids_L2).sum(1) + self.places(places.to(ids_L2.device, non_blocking=True))
         for layer in self.layers:
             x_LE = layer(x_LE, lengths)
         return self.norm(x_LE)
