@@ -1,11 +1,12 @@
 """Step time of the trainer against the same model in a bare forward, backward, clip, AdamW loop.
 
-    python -m benchmarks.step_overhead [rounds=5]
+    python -m benchmarks.step_overhead [rounds=3] [tokens=6144]
 
 Both train the same 20M-parameter model in fp32 on packs of one plan, in turns in one process: a round is a few steps
 of one, then of the other; packs differ in size, so what is compared is the time per token. The trainer does everything
 it does in a run: decoding, VAE, ledger, ZeRO, EMA, metrics. The bare loop gets its packs ready in memory; beside it
-stands a bare loop that doesn't encode with the VAE either. Peak memory is that of one process each.
+stands a bare loop that doesn't encode with the VAE either. What DeepSpeed copies in a step doesn't grow with the
+pack, so the overhead depends on `tokens`, the most that a pack holds. Peak memory is that of one process each.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ from sora_train.world import World
 
 _STEPS = 3  # of each in a round, after one that isn't counted
 _OVERRIDES = (
-    "experiment=demo", "model=20m", "data.slots=1", "data.max_tokens=1536", "data.max_pixels=4096", "steps=100000",
+    "experiment=demo", "model=20m", "data.slots=1", "data.max_pixels=4096", "steps=100000",
     "logging.every_steps=1", "logging.validate_every=0", "logging.sample_every=0", "checkpoint.every_steps=100000",
     "logging.writers=[]", "optim.lr=1e-5",
 )  # fmt: skip
 
 
-def _config(run_dir: str, stage: int) -> Config:
+def _config(run_dir: str, stage: int, tokens: int) -> Config:
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        return configuration.build(compose("train", [*_OVERRIDES, f"run_dir={run_dir}", f"deepspeed=zero{stage}"]))
+        own = [f"run_dir={run_dir}", f"deepspeed=zero{stage}", f"data.max_tokens={tokens}"]
+        return configuration.build(compose("train", [*_OVERRIDES, *own]))
 
 
 def _trainer(config: Config, pool: Pool, device: torch.device) -> Trainer:
@@ -67,8 +69,8 @@ def _run_trainer(trainer: Trainer) -> list[float]:
     return [1000.0 / json.loads(line)["tokens_per_s"] for line in lines]
 
 
-def _running(run_dir: str, stage: int, pool: Pool, device: torch.device) -> Callable[[], list[float]]:
-    return partial(_run_trainer, _trainer(_config(run_dir, stage), pool, device))
+def _running(run_dir: str, stage: int, tokens: int, pool: Pool, device: torch.device) -> Callable[[], list[float]]:
+    return partial(_run_trainer, _trainer(_config(run_dir, stage, tokens), pool, device))
 
 
 def _bare(config: Config, device: torch.device, packs: list[Pack], encode: bool) -> Callable[[], list[float]]:
@@ -115,23 +117,25 @@ def _packs(trainer_config: Config, pool: Pool) -> list[Pack]:
 def main() -> None:
     """Run in turns, or (with `only=NAME`) one of them alone for its peak memory."""
     arguments = dict(a.split("=") for a in sys.argv[1:])
+    tokens = int(arguments.get("tokens", 6144))
     device = connect(World())
     torch.set_num_threads(1)  # what decodes has the other cores to itself, as beside a GPU
     with tempfile.TemporaryDirectory() as folder, Pool(1) as pool:
         makers: dict[str, Callable[[], Callable[[], list[float]]]] = {
-            f"trainer, ZeRO {stage}": partial(_running, f"{folder}/{stage}", stage, pool, device) for stage in (0, 1)
+            f"trainer, ZeRO {stage}": partial(_running, f"{folder}/{stage}", stage, tokens, pool, device)
+            for stage in (0, 1)
         }
-        config = _config(f"{folder}/bare", 0)
+        config = _config(f"{folder}/bare", 0, tokens)
         makers["bare loop"] = lambda: _bare(config, device, _packs(config, pool), encode=True)
         makers["bare loop, latents ready"] = lambda: _bare(config, device, _packs(config, pool), encode=False)
         if "only" in arguments:
             makers[arguments["only"]]()()
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             return
-        peaks = {name: _peak(name) for name in makers}  # first: a child's figure begins at its parent's
+        peaks = {name: _peak(name, tokens) for name in makers}  # first: a child's figure begins at its parent's
         runs = {name: make() for name, make in makers.items()}
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(int(arguments.get("rounds", 5))):
+        for _ in range(int(arguments.get("rounds", 3))):
             for name, run in runs.items():
                 times[name] += run()
     base = statistics.median(times["bare loop"])
@@ -143,14 +147,14 @@ def main() -> None:
         )
     write(
         "Step time of the trainer against a bare loop",
-        "20M parameters, fp32, one thread, one pack of up to 1,536 tokens per step, in turns.",
+        f"20M parameters, fp32, one thread, one pack of up to {tokens:,} tokens per step, in turns.",
         ("loop", "seconds for 1,000 tokens", "middle half", "against bare", "peak memory of the process"),
         rows,
     )
 
 
-def _peak(name: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.step_overhead", f"only={name}"]
+def _peak(name: str, tokens: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.step_overhead", f"only={name}", f"tokens={tokens}"]
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     return int(out.stdout.split()[-1]) / 1024
 
