@@ -1,10 +1,12 @@
 """Turn a folder of captioned videos and images into WebDataset shards.
 
     python -m data_tools.build_shards videos=DIR out=DIR [captions=FILE] [shard_size=256] [workers=null]
+        [probe=frame]
 
 Captions come from a table (`captions=`: .csv, .tsv or .jsonl with a file and a caption column; other columns are kept)
-or from `NAME.txt` beside `NAME.mp4`. Media bytes are copied as they are. Every file is decoded once before it is
-accepted; what is refused stands in `refused.jsonl` with its reason. `shard_size` is in MiB. Names that begin with a dot
+or from `NAME.txt` beside `NAME.mp4`. Media bytes are copied as they are. Of every file the first
+frame is decoded before it is accepted (`probe=packets`: its headers are read only); what is refused stands in
+`refused.jsonl` with its reason. `shard_size` is in MiB. Names that begin with a dot
 are left out. Give the same command again to go on after an interruption, or to append files added since;
 `build.jsonl` records what is in which shard.
 """
@@ -27,6 +29,7 @@ from data_tools.captions import Refused, Row, match, read_sidecar, read_table, r
 from data_tools.progress import progress
 from data_tools.shard_writer import Journal, ShardWriter
 from sora_train.cli import InputError, options, run
+from sora_train.config import Probe
 from sora_train.data.decode import IMAGES, VIDEOS, DecodeError
 from sora_train.data.pool import Pool
 
@@ -40,6 +43,7 @@ class Options:
     captions: str | None = None
     shard_size: float = 256.0  # MiB
     workers: int | None = None
+    probe: Probe = Probe.frame  # here what is refused can still be seen to
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def main() -> int:
     journal = Journal(out, {"videos": str(folder.resolve()), "shard_size": limit})
     pending = _candidates(folder, files, rows, journal.files, refusals)
     workers = asked.workers or os.cpu_count() or 1
-    added = _build(folder, pending, ShardWriter(journal, limit), workers, refusals)
+    verdicts = _probe_all([folder / candidate.file for candidate in pending], workers, asked.probe)
+    added = _build(folder, pending, verdicts, ShardWriter(journal, limit), refusals)
     refusals.write(out / "refused.jsonl")
     if not journal.files:
         raise InputError(f"none of the {len(files)} files in {folder} can be used; {out / 'refused.jsonl'} says why")
@@ -196,13 +201,18 @@ def _copies(folder: Path, files: list[str]) -> dict[str, str]:
     return copies
 
 
-def _build(folder: Path, pending: list[Candidate], writer: ShardWriter, workers: int, refusals: Refusals) -> int:
-    """Decode every candidate, write those that can be used, and return their number."""
+def _build(
+    folder: Path,
+    pending: list[Candidate],
+    verdicts: Iterator[Refused | None],
+    writer: ShardWriter,
+    refusals: Refusals,
+) -> int:
+    """Write the candidates that can be used, and return their number."""
     added = 0
     if not pending:
         return added
     with progress(len(pending), "building shards") as advance:
-        verdicts = _probe_all([folder / candidate.file for candidate in pending], workers)
         for candidate, refused in zip(pending, verdicts, strict=True):
             try:
                 if refused:
@@ -221,15 +231,15 @@ def _build(folder: Path, pending: list[Candidate], writer: ShardWriter, workers:
     return added
 
 
-def _probe_all(paths: list[Path], workers: int) -> Iterator[Refused | None]:
-    """Decode files side by side; for each, in order, why it can't be used, or None. A file that hangs is given up."""
+def _probe_all(paths: list[Path], workers: int, probe: Probe) -> Iterator[Refused | None]:
+    """Probe files side by side; for each, in order, why it can't be used, or None. A file that hangs is given up."""
     kinds = {"not_a_video": "not a video", "empty": "empty file", "missing": "unreadable"}
     with Pool(workers) as pool:
         waiting: deque[Future[dict[str, Any]]] = deque()
         rest = iter(paths)
         for _ in paths:
             for path in islice(rest, 8 * workers - len(waiting)):
-                waiting.append(pool.probe(str(path), _extension(path.name)))
+                waiting.append(pool.probe(str(path), _extension(path.name), pixels=probe is Probe.frame))
             try:
                 waiting.popleft().result()
                 yield None

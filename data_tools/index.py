@@ -1,14 +1,17 @@
 """Index shards: Parquet beside each, with every sample's place in the tar, size, frames and checksum.
 
-    python -m data_tools.index SHARD [SHARD ...]
+    python -m data_tools.index SHARD [SHARD ...] [probe=packets] [workers=null]
 
     python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER
 
 Shards are paths, globs ('data/*.tar'), brace ranges ('{000..012}.tar') or URLs (https, s3, gs, hf). Those whose index
-is current are left as they are, so that an interrupted command goes on where it was. The index of a remote shard stands
-in the node's cache; upload it beside the shard, and other nodes take it from there. With `consolidate` the columns that
-plans and filters need are also written to one memory-mapped index (19 bytes a sample) for data.index=FOLDER; name the
-shards in the order in which data.sources does.
+is current are left as they are, so that an interrupted command goes on where it was. Of every video and image the
+frames are counted, the headers read and the checksum taken; `probe=frame` also decodes each video's first frame and
+each image: it takes several times longer, and finds some of the damage that training would leave out and count.
+
+The index of a remote shard stands in the node's cache; upload it beside the shard, and other nodes take it from there.
+With `consolidate` the columns that plans and filters need are also written to one memory-mapped index (19 bytes a
+sample) for data.index=FOLDER; name the shards in the order in which data.sources does.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import pyarrow.parquet as pq
 
 from data_tools.progress import progress
 from sora_train.cli import InputError, run
-from sora_train.config import DataConfig
+from sora_train.config import DataConfig, Probe
 from sora_train.data.consolidated import consolidate
 from sora_train.data.index import expand, index_path, index_shards
 from sora_train.data.source import Store
@@ -31,18 +34,23 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    patterns = [argument for argument in sys.argv[1:] if not argument.startswith("consolidate=")]
+    names = ("consolidate", "probe", "workers")
+    given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in names)
+    patterns = [a for a in sys.argv[1:] if a.partition("=")[0] not in names]
     if not patterns:
         raise InputError("no shard given; --help shows how to name them")
+    probe, workers = given.get("probe", Probe.packets.value), given.get("workers", "null")
+    if probe not in {p.value for p in Probe} or (workers != "null" and not workers.isdecimal()) or workers == "0":
+        raise InputError(f"probe={probe} must be packets or frame, workers={workers} a number above 0 or null")
     store = Store.of(DataConfig())
     shards = expand(patterns, store)
-    index_shards(shards, None, store)
+    index_shards(shards, None if workers == "null" else int(workers), store, probe=Probe(probe))
     for shard in shards:
         print(_summary(shard, store))
-    for folder in (a.partition("=")[2] for a in sys.argv[1:] if a.startswith("consolidate=")):
+    if "consolidate" in given:
         with progress(len(shards), "consolidating shards") as advance:
-            count = consolidate(shards, folder, advance, store)
-        print(f"{folder}: {count} samples of {len(shards)} shard(s)")
+            count = consolidate(shards, given["consolidate"], advance, store)
+        print(f"{given['consolidate']}: {count} samples of {len(shards)} shard(s)")
     return 0
 
 

@@ -125,7 +125,7 @@ def lint(shards: list[str], store: Store) -> Findings:
         for shard in shards:
             with store.local(shard) as path:
                 _members(shard, path, found)
-                rows = scan_shard(str(path), pool)[0].to_pylist()
+                rows = scan_shard(str(path), pool, pixels=True)[0].to_pylist()
             _rows(shard, rows, found)
             _index(shard, store, rows, found)
             for row in rows:

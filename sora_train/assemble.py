@@ -55,7 +55,7 @@ class Shards:
     """The shard lists of a run, expanded; made before any process group, so that a missing shard costs a moment."""
 
     def __init__(self, config: Config) -> None:
-        self.store, limits = Store.of(config.data), config.data.limits
+        self.store, limits, self.probe = Store.of(config.data), config.data.limits, config.data.probe
         self.limits = Limits(limits.pixels, limits.frames, limits.bytes)
         self.training: list[str] = []
         self.source_of: list[str] = []  # each training shard's
@@ -71,7 +71,7 @@ class Shards:
 
     def index(self) -> None:
         """Index what has no index yet."""
-        index_shards(self.training + self.validation, None, self.store, self.limits)
+        index_shards(self.training + self.validation, None, self.store, self.limits, self.probe)
 
     def plan(self, config: Config) -> Stages:
         """The plan of the training shards."""

@@ -64,6 +64,13 @@ class Fit(Enum):
     stretch = "stretch"  # resize each side by itself, by less than one patch
 
 
+class Probe(Enum):
+    """What indexing decodes of a video or image; its frames are counted and its checksum taken either way."""
+
+    packets = "packets"  # headers only; a picture that is damaged inside is found when training decodes it
+    frame = "frame"  # the first picture too
+
+
 class Prediction(Enum):
     """What the network's output means."""
 
@@ -203,6 +210,7 @@ class DataConfig:
     stages: list[StageConfig] = field(default_factory=list)  # one after the other; empty: one
     captions: dict[str, float] = field(default_factory=dict)  # weights of named captions; empty: all alike
     index: str | None = None  # consolidated index of the training shards, for large sets
+    probe: Probe = Probe.packets  # what is decoded of shards that have no index yet; frame takes some times longer
     drop_refused: bool = False  # leave samples that were refused out of later epochs
     fps: float = 8.0  # frames a second to train at; faster videos are thinned out
     max_frames: int = 17

@@ -37,19 +37,25 @@ class Server:
     def run(self) -> None:
         """Serve; whatever a decoder raises, the sample is at fault and is named."""
         for line in self.requests:
-            try:
-                reply = self._answer(json.loads(line))
-            except DecodeError as error:
-                reply = {"cause": error.cause, "detail": error.detail}
-            except MemoryError:
-                reply = {"cause": "memory", "detail": "over the decoder's memory limit (data.decode_memory_gib)"}
-            except FileNotFoundError as error:
-                reply = {"cause": "missing", "detail": str(error)}
-            except OSError as error:
-                reply = {"cause": "io" if error.errno else "undecodable", "detail": first_line(error)}
-            except Exception as error:
-                reply = {"cause": "undecodable", "detail": first_line(error)}
-            self._send(reply)
+            request = json.loads(line)
+            if request["op"] == "many":
+                self._send({"replies": [self._reply({**one, "handed": False}) for one in request["requests"]]})
+            else:
+                self._send(self._reply(request))
+
+    def _reply(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._answer(request)
+        except DecodeError as error:
+            return {"cause": error.cause, "detail": error.detail}
+        except MemoryError:
+            return {"cause": "memory", "detail": "over the decoder's memory limit (data.decode_memory_gib)"}
+        except FileNotFoundError as error:
+            return {"cause": "missing", "detail": str(error)}
+        except OSError as error:
+            return {"cause": "io" if error.errno else "undecodable", "detail": first_line(error)}
+        except Exception as error:
+            return {"cause": "undecodable", "detail": first_line(error)}
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["op"] == "decoders":
@@ -61,7 +67,8 @@ class Server:
         data = os.pread(self.memory_file, size, 0) if handed else read_member(request["path"], offset, size)
         checked(data, offset, size, request["crc32"])
         if request["op"] == "probe":
-            return {**probe(data, request["extension"], self.limits), "crc32": zlib.crc32(data)}
+            figures = probe(data, request["extension"], self.limits, request["pixels"])
+            return {**figures, "crc32": zlib.crc32(data)}
         decoders = self.decoders[1:] if request["spare"] else self.decoders
         resize = tuple(request["resize"])
         timing = Timing(*request["timing"])

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from sora_train.cli import InputError
+from sora_train.config import Probe
 from sora_train.data.decode import LIMITS, DecodeError, Limits, Timing
 from sora_train.data.pool import Pool
 from sora_train.data.scan import META, parse_captions, scan_shard
@@ -152,11 +153,18 @@ def _local_files(path: str) -> list[str]:
 
 
 def index_shards(
-    shards: Sequence[str], workers: int | None = None, store: Store | None = None, limits: Limits = LIMITS
+    shards: Sequence[str],
+    workers: int | None = None,
+    store: Store | None = None,
+    limits: Limits = LIMITS,
+    probe: Probe = Probe.packets,
 ) -> None:
-    """Index every shard that has no index, or one that was made from another file or with other limits."""
+    """Index every shard that has no index, or one that was made from another file, with other limits or a lesser probe.
+
+    An index for which first pictures were decoded serves those who don't ask for that too.
+    """
     store = store or Store()
-    stale = [s for s in shards if not is_current(s, store, limits) and not _adopted(s, store, limits)]
+    stale = [s for s in shards if not is_current(s, store, limits, probe) and not _adopted(s, store, limits, probe)]
     if not stale:
         return
     count = workers or len(os.sched_getaffinity(0))
@@ -165,7 +173,7 @@ def index_shards(
         _Bar(sum(map(store.size, stale))) as advance,
         ThreadPoolExecutor(min(count + 1, len(stale))) as threads,  # one more: a shard ends while another begins
     ):
-        done = [threads.submit(_index, shard, pool, store, advance) for shard in stale]
+        done = [threads.submit(_index, shard, pool, store, probe, advance) for shard in stale]
         try:
             for future in done:
                 future.result()
@@ -194,23 +202,23 @@ class _Bar:
         self._bars.stop()
 
 
-def _index(shard: str, pool: Pool, store: Store, advance: Callable[[int], None]) -> None:
+def _index(shard: str, pool: Pool, store: Store, probe: Probe, advance: Callable[[int], None]) -> None:
     try:
         identity = store.identity(shard)
         with store.local(shard) as path:
-            table, headers = scan_shard(str(path), pool, advance)
+            table, headers = scan_shard(str(path), pool, probe is Probe.frame, advance)
         mark = shard_mark(shard, store, headers)
     except OSError as error:
         raise InputError(f"{shard} can't be read: {error.strerror or error}") from error
     about = {
         "version": VERSION, "shard": mark, "headers": json.dumps(headers), "limits": json.dumps(pool.limits),
-        "identity": identity,
+        "identity": identity, "probe": probe.value,
     }  # fmt: skip
     table = table.replace_schema_metadata({f"sora_train.{key}": str(value) for key, value in about.items()})
     _write(table, index_path(shard, store))
 
 
-def _adopted(shard: str, store: Store, limits: Limits) -> bool:
+def _adopted(shard: str, store: Store, limits: Limits, probe: Probe) -> bool:
     """Take over the index that lies beside a remote shard, if there is one and it was made from that very shard."""
     if scheme(shard) is None:
         return False
@@ -220,7 +228,7 @@ def _adopted(shard: str, store: Store, limits: Limits) -> bool:
     except (InputError, DecodeError, pa.ArrowException):
         return False
     known = _metadata(table.schema)
-    if not _fits(known, limits) or known["sora_train.shard"] != _mark_in(shard, store, known):
+    if not _fits(known, limits, probe) or known["sora_train.shard"] != _mark_in(shard, store, known):
         return False
     about = known | {"sora_train.identity": store.identity(shard)}
     _write(table.replace_schema_metadata(about), index_path(shard, store))
@@ -237,8 +245,10 @@ def _write(table: pa.Table, final: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def is_current(shard: str, store: Store, limits: Limits | None = None) -> bool:
+def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Probe = Probe.packets) -> bool:
     """Whether a shard has an index that was made from it as it is now, by this version (and with these limits).
+
+    With `probe=frame` it must be one for which pictures were decoded.
 
     Raises InputError for a file in the index's place that isn't one of ours.
     """
@@ -251,7 +261,7 @@ def is_current(shard: str, store: Store, limits: Limits | None = None) -> bool:
         return False
     if "sora_train.version" not in known:
         raise InputError(f"{path} is in the place of the index of {shard} and is none; move it away")
-    if not _fits(known, limits):
+    if not _fits(known, limits, probe):
         return False
     if scheme(shard) is not None:
         return known["sora_train.identity"] == store.identity(shard)
@@ -262,10 +272,12 @@ def _metadata(schema: pa.Schema) -> dict[str, str]:
     return {key.decode(): value.decode("utf-8", "replace") for key, value in (schema.metadata or {}).items()}
 
 
-def _fits(known: dict[str, str], limits: Limits | None) -> bool:
-    """Whether an index was made by this version, and with these limits."""
-    return known.get("sora_train.version") == str(VERSION) and (
-        limits is None or known["sora_train.limits"] == json.dumps(limits)
+def _fits(known: dict[str, str], limits: Limits | None, probe: Probe) -> bool:
+    """Whether an index was made by this version, with these limits, and decoding what is asked for or more."""
+    return (
+        known.get("sora_train.version") == str(VERSION)
+        and (limits is None or known["sora_train.limits"] == json.dumps(limits))
+        and probe.value in (Probe.packets.value, known.get("sora_train.probe", Probe.frame.value))
     )
 
 

@@ -4,6 +4,8 @@ The child (`child.py`) is a fresh interpreter without torch, without inherited d
 the shared memory, without network, and with an environment that holds no credentials: bytes of remote shards are
 fetched here and handed over. A child that misses the deadline or dies is replaced, and the request tried again, the
 last time without the first decoder, before it counts as failed.
+
+Longer than most files here, as pool and child share one protocol.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ _ROOT = Path(__file__).parents[2]
 _PIECE = 16 << 20  # bytes of pixels handed over at once; containers often have no more than 64 MiB of shared memory
 _PAUSES = (0.5, 2.0)  # seconds before a read that failed is tried again
 T = TypeVar("T")
+Probed = dict[str, Any] | DecodeError  # the index's figures of a member, or why there are none
 
 
 class Pool:
@@ -67,10 +70,18 @@ class Pool:
         memory = int(data.decode_memory_gib * 2**30)
         return cls(data.workers, data.decode_timeout_s, memory, data.decoders, limits, store or Store.of(data))
 
-    def probe(self, path: str, extension: str, offset: int = 0, size: int = -1) -> Future[dict[str, Any]]:
+    def probe(
+        self, path: str, extension: str, offset: int = 0, size: int = -1, pixels: bool = True
+    ) -> Future[dict[str, Any]]:
         """The index's figures and the crc32 of a video or image in a file (or in part of it); see `probe.py`."""
-        request = {"op": "probe", "path": path, "offset": offset, "size": size, "crc32": None, "extension": extension}
-        return self._threads.submit(self._ask, request)
+        return self._threads.submit(self._ask, _probing((path, extension, offset, size), pixels))
+
+    def probe_all(self, members: Sequence[tuple[str, str, int, int]], pixels: bool) -> Future[list[Probed]]:
+        """The same for several local members (path, extension, offset, size) in one message; errors are returned.
+
+        They share one deadline. Where it passes, or the child dies, each is tried again by itself.
+        """
+        return self._threads.submit(self._ask_all, [_probing(member, pixels) for member in members])
 
     def decode(
         self,
@@ -85,17 +96,9 @@ class Pool:
         """Frames `(T, H, W, 3)` uint8 of a member (offset, size, crc32), resized, then cut to (top, left, H, W)."""
         offset, size, crc32 = member
         request = {
-            "op": "decode",
-            "path": path,
-            "offset": offset,
-            "size": size,
-            "crc32": crc32,
-            "extension": extension,
-            "frames": frames,
-            "resize": resize,
-            "crop": crop,
-            "timing": timing,
-        }
+            "op": "decode", "path": path, "offset": offset, "size": size, "crc32": crc32, "extension": extension,
+            "frames": frames, "resize": resize, "crop": crop, "timing": timing,
+        }  # fmt: skip
         return self._threads.submit(self._ask, request)
 
     def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
@@ -119,11 +122,32 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, request: dict[str, Any]) -> Any:
-        child = getattr(self._local, "child", None)
+    def _child(self) -> _Child:
+        child: _Child | None = getattr(self._local, "child", None)
         if child is None:
             child = self._local.child = _Child(self)
             self._children.append(child)
+        return child
+
+    def _ask_all(self, requests: list[dict[str, Any]]) -> list[Probed]:
+        try:
+            replies = self._child().ask({"op": "many", "requests": requests}, None, self.timeout_s)["replies"]
+        except _Gone:
+            replies = [{"cause": "io"}] * len(requests)
+        found: list[Probed] = []
+        for request, reply in zip(requests, replies, strict=True):
+            try:
+                if reply.get("cause") in ("io", "memory", "no_decoder"):  # which may do better, or say more, alone
+                    reply = self._ask(request)
+                elif "cause" in reply:
+                    raise DecodeError(reply["cause"], reply["detail"])
+                found.append(reply)
+            except DecodeError as error:
+                found.append(error)
+        return found
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        child = self._child()
         handed = self._fetched(request)
         reply = self._answer(child, request, handed)
         if reply.get("cause") == "checksum" and handed is not None:  # the copy in the cache may be at fault
@@ -199,7 +223,7 @@ class _Child:
                 reply["pixels"] = out
                 break
             self._write(process, b"taken")
-        self.asked += 1
+        self.asked += len(request.get("requests", (1,)))
         return reply
 
     def kill(self) -> None:
@@ -269,13 +293,8 @@ class _Child:
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         environment["OMP_NUM_THREADS"] = "1"
-        descriptor = self.memory.fileno()
-        pool = self.pool
-        options = {
-            "memory_bytes": pool.memory_bytes,
-            "decoders": pool.decoders,
-            "limits": pool.limits._asdict(),
-        }
+        descriptor, pool = self.memory.fileno(), self.pool
+        options = {"memory_bytes": pool.memory_bytes, "decoders": pool.decoders, "limits": pool.limits._asdict()}
         self.process = subprocess.Popen(
             [sys.executable, "-m", self.module, str(descriptor), json.dumps(options)],
             stdin=subprocess.PIPE,
@@ -287,6 +306,12 @@ class _Child:
         )
         self.asked = 0
         return self.process
+
+
+def _probing(member: tuple[str, str, int, int], pixels: bool) -> dict[str, Any]:
+    path, extension, offset, size = member
+    about = {"path": path, "extension": extension, "offset": offset, "size": size, "crc32": None}
+    return {"op": "probe", "pixels": pixels, **about}
 
 
 def _shared_memory(folder: str | None) -> Any:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +17,7 @@ import pyarrow as pa
 from sora_train.data.decode import IMAGES, VIDEOS, DecodeError
 from sora_train.data.encoded import LATENT
 from sora_train.data.encoded import probe as probe_latents
-from sora_train.data.pool import Pool
+from sora_train.data.pool import Pool, Probed
 from sora_train.data.tar import Fault, Member, walk
 
 CAPTIONS = ("json", "txt")  # in order of preference
@@ -56,19 +56,24 @@ _MARKS = 16  # member headers that tell whether a shard is still the same
 _FIELD = re.compile(r"[A-Za-z_]\w{0,63}")
 _FIELDS = 256  # columns that the jsons of one shard may add
 _PIECE = 8 << 20
+_TOGETHER, _TOGETHER_BYTES = 32, 64 << 20  # members that are probed by one message
 Members = dict[str, Member]  # of one sample, by extension
+Place = tuple[Future[list[Probed]], int]  # of a sample among those that are probed together
 
 
 def scan_shard(
-    path: str, pool: Pool, advance: Callable[[int], None] = lambda count: None
+    path: str, pool: Pool, pixels: bool, advance: Callable[[int], None] = lambda count: None
 ) -> tuple[pa.Table, list[int]]:
-    """The rows of one shard, and where some of its headers are. Faults of the tar are rows without a key."""
+    """The rows of one shard, and where some of its headers are. Faults of the tar are rows without a key.
+
+    With `pixels` the first picture of each video, and each image, is decoded.
+    """
     samples, faults, headers = members_of(path)
-    pending = [(key, members, double, _start_probe(path, members, pool)) for key, (members, double) in samples.items()]
+    probed = dict(_start_probes(path, {key: members for key, (members, _) in samples.items()}, pool, pixels))
     rows, fields = [], []
     with Path(path).open("rb") as file:
-        for key, members, double, probed in pending:
-            row, found = _row(file, key, members, double, probed)
+        for key, (members, double) in samples.items():
+            row, found = _row(file, key, members, double, probed.get(key))
             rows.append(row)
             fields.append(found)
             advance(sum(member.size for member in members.values()))
@@ -105,11 +110,20 @@ def _media(members: Members) -> str | None:
     return next((extension for extension in (LATENT, *VIDEOS, *IMAGES) if extension in members), None)
 
 
-def _start_probe(path: str, members: Members, pool: Pool) -> Future[dict[str, Any]] | None:
-    extension = _media(members)
-    if extension is None or extension == LATENT or members[extension].size > pool.limits.bytes:
-        return None
-    return pool.probe(path, extension, members[extension].offset, members[extension].size)
+def _start_probes(path: str, samples: dict[str, Members], pool: Pool, pixels: bool) -> Iterator[tuple[str, Place]]:
+    """Have all media of a shard probed that may be: where each sample's figures will be."""
+    media = ((key, _media(members), members) for key, members in samples.items())
+    wanted = [(key, (path, e, m[e].offset, m[e].size)) for key, e, m in media if e is not None and e != LATENT]
+    wanted = [entry for entry in wanted if entry[1][3] <= pool.limits.bytes]
+    first, total = 0, 0
+    for number, (_, member) in enumerate(wanted):
+        total += member[3]
+        last = number + 1 == len(wanted) or total + wanted[number + 1][1][3] > _TOGETHER_BYTES
+        if last or number + 1 - first == _TOGETHER:
+            together = wanted[first : number + 1]
+            future = pool.probe_all([member for _, member in together], pixels)
+            yield from ((key, (future, place)) for place, (key, _) in enumerate(together))
+            first, total = number + 1, 0
 
 
 def _empty() -> dict[str, Any]:
@@ -118,7 +132,7 @@ def _empty() -> dict[str, Any]:
 
 
 def _row(
-    file: BinaryIO, key: str, members: Members, double: list[str], probed: Future[dict[str, Any]] | None
+    file: BinaryIO, key: str, members: Members, double: list[str], probed: Place | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One row of the index, and the plain fields of the sample's json."""
     row, extension = _empty() | {"key": key}, _media(members)
@@ -136,7 +150,11 @@ def _row(
         elif probed is None:
             raise DecodeError("bytes", f"{media.size} bytes, more than data.limits.bytes")
         else:
-            row |= probed.result()
+            future, place = probed
+            figures = future.result()[place]
+            if isinstance(figures, DecodeError):
+                raise figures
+            row |= figures
         text = next((e for e in CAPTIONS if e in members), None)
         if text is None:
             raise DecodeError("no_caption", f"members {sorted(members)[:8]}, neither {key}.txt nor {key}.json")

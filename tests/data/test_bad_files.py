@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import socket
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sora_train.batch import Clip
+from sora_train.config import Probe
 from sora_train.cost import Cost, Geometry
 from sora_train.data.decode import DecodeError
 from sora_train.data.index import Index, index_shards, load_index
@@ -213,6 +216,26 @@ def test_no_clip_that_was_altered_behind_its_index_is_ever_trained_on(own_corpus
         steps = epoch(index, pool)
     assert Counter(r.cause for step in steps for r in step.refused) == {"checksum": 12}
     assert len(clips_of(steps)) == 12
+
+
+def test_damage_inside_a_picture_passes_an_index_of_headers_and_is_refused_and_counted_when_it_is_decoded(
+    tmp_path: Path,
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG")
+    cut = buffer.getvalue()[: len(buffer.getvalue()) // 2]
+    entries = [{**GOOD, "__key__": f"good-{n}"} for n in range(3)] + [{"__key__": "cut", "jpg": cut, "txt": b"noise"}]
+    shard = write_shard(tmp_path / "s.tar", entries)
+    index_shards([shard], workers=1)
+    index = load_index([shard])
+    assert index.usable.all() and (index.width[3], index.height[3]) == (64, 64)
+    with Pool(1, timeout_s=30) as pool:
+        steps = epoch(index, pool)
+    refused = [(r.key, r.cause) for step in steps for r in step.refused]
+    assert refused == [("cut", "undecodable")] and set(clips_of(steps)) == {"good-0", "good-1", "good-2"}
+    index_shards([shard], workers=1, probe=Probe.frame)
+    assert load_index([shard]).refused.tolist() == ["", "", "", "undecodable"]
 
 
 @pytest.fixture

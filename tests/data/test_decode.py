@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sora_train.data import decode as decoding
 from sora_train.data.decode import DecodeError, Limits, Timing, container, decode, load_error, shown_at
-from sora_train.data.probe import probe, rate
+from sora_train.data.probe import _beginning, probe, rate
 from tests.data.videos import HEIGHT, WIDTH, cut, number_of, turned, write_video
 
 STEADY = [k / 30 for k in range(60)]
@@ -23,6 +26,7 @@ EACH = [
 
 def timing(data: bytes, extension: str = "mp4") -> Timing:
     said = probe(data, extension, Limits())
+    assert probe(data, extension, Limits(), pixels=False) == said, "the header alone says the same as the picture"
     return Timing(said["fps"], said["vfr"], said["careful"])
 
 
@@ -111,6 +115,47 @@ def test_codecs_and_pixel_formats_come_as_rgb(
     for back_end in BACK_ENDS[said["careful"] :]:
         pictures = decode(data, extension, [0, 13, 29], size, timing(data, extension), (back_end,))
         assert [number_of(picture) for picture in pictures] == [0, 13, 29], back_end
+
+
+def test_a_packet_is_cut_behind_the_header_of_its_first_slice() -> None:
+    def unit(first: int, size: int, lengths: int = 4) -> bytes:
+        return size.to_bytes(lengths, "big") + bytes([first]) + bytes(size - 1)
+
+    h264 = SimpleNamespace(name="h264", extradata=bytes([1, 100, 0, 30, 0xFF]))
+    extra, idr = unit(6, 40), unit(0x65, 9000)
+    assert _beginning(extra + idr + unit(0x41, 700), h264) == extra + (128).to_bytes(4, "big") + idr[4:132]
+    assert _beginning(extra, h264) == extra and _beginning(b"", h264) == b""
+    short = SimpleNamespace(name="h264", extradata=bytes([1, 100, 0, 30, 0xFD]))
+    assert len(_beginning(unit(0x65, 900, 2), short)) == 2 + 128
+    hevc = SimpleNamespace(name="hevc", extradata=bytes([1, *bytes(20), 0xFF]))
+    assert len(_beginning(unit(0x4E, 40) + unit(0x26, 9000), hevc)) == 44 + 4 + 128
+    start_codes = SimpleNamespace(name="h264", extradata=b"\0\0\0\1g")
+    assert _beginning(idr, start_codes) == idr and _beginning(idr, SimpleNamespace(name="vp9", extradata=None)) == idr
+
+
+def test_without_pixels_the_decoder_gets_a_few_bytes_of_one_packet(
+    steady: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+
+    def noted(packet: bytes, codec: object) -> bytes:
+        lengths.append(len(_beginning(packet, codec)))
+        return _beginning(packet, codec)
+
+    monkeypatch.setattr("sora_train.data.probe._beginning", noted)
+    assert probe(steady, "mp4", Limits(), pixels=False)["frames"] == 60
+    assert len(lengths) == 1 and lengths[0] < 1000  # x264's note of its settings, and the slice's header
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_image_on_its_side_has_its_upright_size_with_and_without_pixels(kind: str, orientation: int) -> None:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 24)).save(buffer, kind, exif=exif)
+    said = [probe(buffer.getvalue(), "jpg", Limits(), pixels) for pixels in (True, False)]
+    assert said[0] == said[1]
+    assert (said[0]["width"], said[0]["height"]) == ((24, 40) if orientation > 4 else (40, 24))
 
 
 def test_open_groups_of_pictures_are_left_to_a_back_end_that_seeks_by_time(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import webdataset as wds
 
 from sora_train.cli import InputError
+from sora_train.config import Probe
 from sora_train.data.decode import DecodeError, Limits
 from sora_train.data.index import expand, index_path, index_shards, load_index, parse_captions
 
@@ -287,6 +288,21 @@ def test_other_limits_index_anew(tmp_path: Path, write_samples: Write, make_samp
     index_shards([shard], workers=1, limits=Limits(pixels=64 * 64))
     assert load_index([shard]).refused.tolist() == ["", "pixels"]
     assert indexed(shard).refused.tolist() == ["", ""]
+
+
+def test_an_index_with_pictures_decoded_serves_all_and_one_without_only_those_who_want_none(
+    own_corpus: list[str],
+) -> None:
+    def written() -> list[int]:
+        return [index_path(shard).stat().st_mtime_ns for shard in own_corpus]
+
+    headers, first = written(), load_index(own_corpus).fingerprint  # the fixture's, which asks for nothing
+    index_shards(own_corpus, workers=1, probe=Probe.frame)
+    decoded = written()
+    assert not set(headers) & set(decoded) and load_index(own_corpus).fingerprint == first
+    index_shards(own_corpus, workers=1, probe=Probe.frame)
+    index_shards(own_corpus, workers=1)
+    assert written() == decoded
 
 
 def test_what_is_in_the_place_of_an_index_and_is_none_is_not_overwritten(own_corpus: list[str]) -> None:

@@ -229,6 +229,28 @@ def test_a_sample_that_hangs_twice_is_at_fault_and_the_next_is_unharmed(corpus: 
         assert ask(pool, corpus, VIDEO, [0]).shape == (1, 64, 64, 3)
 
 
+def test_members_probed_together_are_each_answered_whatever_one_of_them_does(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    path, extension, (offset, size, crc32) = load_index(corpus).member(VIDEO)
+    good = (path, extension, offset, size)
+    (tmp_path / "page.mp4").write_bytes(b"<html>")
+    bad = [(str(tmp_path / "page.mp4"), "mp4", 0, -1), (path, extension, 1 << 40, 100), ("/nowhere.tar", "mp4", 0, 9)]
+    os.mkfifo(tmp_path / "hangs.mp4")
+    hangs = (str(tmp_path / "hangs.mp4"), "mp4", 0, -1)
+    with Pool(1, timeout_s=30) as pool:
+        alone = pool.probe(*good).result()
+        assert alone["crc32"] == crc32
+        found = pool.probe_all([good, *bad, good], pixels=False).result()
+        first = pid_of(pool)
+        assert found[0] == found[-1] == alone
+        assert [e.cause for e in found[1:-1] if isinstance(e, DecodeError)] == ["not_a_video", "truncated", "missing"]
+        pool.timeout_s = 3
+        found = pool.probe_all([good, hangs, good], pixels=False).result()
+        assert found[0] == found[-1] == alone and pid_of(pool) != first
+        assert isinstance(found[1], DecodeError) and found[1].cause == "timeout"
+
+
 def test_a_decoder_out_of_memory_is_a_cause_and_not_a_stop(pool: Pool, tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     Image.fromarray(np.zeros((12000, 12000), np.uint8)).save(path, compress_level=1)
