@@ -76,11 +76,12 @@ class Bed:
         (folder / "vae" / "config.json").write_text(json.dumps(shape))
         self._base.append(f"vae.path={folder}/vae")
 
-    def config(self, name: str, *overrides: str) -> Config:
-        """The configuration of a run in `name` under the bed's folder."""
+    def config(self, name: str, *overrides: str, leave: tuple[str, ...] = ()) -> Config:
+        """The configuration of a run in `name` under the bed's folder, without own keys that begin as in `leave`."""
+        own = [override for override in self.overrides(name) if not override.startswith(leave)]
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            tree = compose("train", overrides=[*self.overrides(name), *overrides])
+            tree = compose("train", overrides=[*own, *overrides])
         return configuration.build(tree, need_vae=False)
 
     def overrides(self, name: str) -> list[str]:
@@ -178,6 +179,7 @@ class Job:
             }  # fmt: skip
             warnings.simplefilter("ignore")  # deprecations of DeepSpeed's calls, thousands of lines
             for config, port in runs:
+                code = 1  # also where an earlier one ended with 0
                 os.environ["MASTER_PORT"] = str(port)
                 mine = copy.deepcopy(config)
                 if sabotage is not None:

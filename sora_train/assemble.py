@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,7 +33,7 @@ from sora_train.data.source import Store
 from sora_train.data.stages import Stages, build_stages
 from sora_train.generation import build_vae, build_video_model
 from sora_train.methods import METHODS, write_previews
-from sora_train.operations.memory import is_out_of_memory, suggestion
+from sora_train.operations.memory import advice, is_out_of_memory, line
 from sora_train.operations.planner import meta_network
 from sora_train.operations.preflight import facts, require_agreement
 from sora_train.parallel import ulysses
@@ -42,7 +43,8 @@ from sora_train.training.ledger import Ledger
 from sora_train.training.meter import Meter, peak_flops
 from sora_train.training.metrics import Writers
 from sora_train.training.optim import adamw
-from sora_train.training.parts import Parts
+from sora_train.training.parts import Parts, Place
+from sora_train.training.profiling import dump_memory, record_memory
 from sora_train.training.trainer import Trainer
 from sora_train.training.watch import Watch
 from sora_train.training.zero import Engine
@@ -117,6 +119,8 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     if world.is_main:  # before the engine's first collective, so that no rank has refused anything yet
         indexes = [plan.index, *([held_out.index] if held_out else [])]
         Ledger(Path(config.run_dir), world.rank).refused_before([r for index in indexes for r in refusals(index)])
+    if logging.memory_history:
+        record_memory()
     torch.manual_seed(config.seed)
     method = METHODS[config.method](config, device)
     method.network.to(device)
@@ -158,25 +162,41 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     return Trainer(config, world, device, parts)
 
 
+@dataclass
+class Whereabouts:
+    """Tells where a run stands; `where` is the trainer's, once there is one."""
+
+    where: Callable[[], Place] = lambda: Place(0, "start")
+
+
 @contextmanager
-def out_of_memory(config: Config, world: World) -> Iterator[None]:
-    """Turn running out of memory into an InputError that says what should fit."""
+def out_of_memory(config: Config, world: World) -> Iterator[Whereabouts]:
+    """Turn running out of memory into an InputError that says where, and what should fit.
+
+    Where it is a GPU's memory, a snapshot of it is left in run_dir/logs.
+    """
+    known = Whereabouts()
     try:
-        yield
+        yield known
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        network = (
-            meta_network(build_video_model, config)
-            if config.method is Method.diffusion
-            else meta_network(build_vae, config.vae)
-        )
+        path = Path(config.run_dir) / "logs" / f"rank-{world.rank}.memory.pickle"
+        snapshot = dump_memory(path) if isinstance(error, torch.OutOfMemoryError) else ""
+
+        def network() -> nn.Module:
+            if config.method is Method.diffusion:
+                return meta_network(build_video_model, config)
+            return meta_network(build_vae, config.vae)
+
         available = (
             torch.cuda.mem_get_info()[1]
             if torch.cuda.is_available()
             else psutil.virtual_memory().total // world.local_size
         )
-        raise InputError(suggestion(config, network, world.size, available)) from error
+        place = known.where()
+        change = advice(place.phase, config, network, world.size, available)
+        raise InputError(line(place, change, snapshot)) from error
 
 
 def _name(device: torch.device) -> str:
@@ -213,7 +233,7 @@ def _writers(config: Config, step: int) -> Writers:
     logging = config.logging
     return Writers(
         run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step, logging.group,
-        logging.tags, logging.prometheus_port,
+        logging.tags, logging.prometheus_port, logging.wandb_finish_s,
     )  # fmt: skip
 
 

@@ -315,6 +315,8 @@ class LoggingConfig:
     tags: list[str] = field(default_factory=list)  # of the wandb run
     prometheus_port: int = 0  # where Prometheus reads; 0: run_dir/metrics.prom, for its textfile collector
     profile_steps: list[int] = field(default_factory=list)  # first and last step to trace into run_dir/profile/
+    wandb_finish_s: float = 60.0  # seconds that wandb's uploads may take at the end of a run
+    memory_history: bool = False  # have the memory snapshot of a GPU that ran out name the line of each allocation
     peak_tflops: float | None = None  # of one device, for MFU; null: known for the GPU, measured on a CPU
 
 
@@ -439,6 +441,7 @@ def check(config: Config) -> None:
     """Every rule that spans keys; raises InputError for the first that is broken."""
     model, vae, data, flow = config.model, config.vae, config.data, config.flow
     positive = {
+        "logging.wandb_finish_s": config.logging.wandb_finish_s,
         "steps": config.steps, "data.slots": data.slots, "data.max_frames": data.max_frames, "data.fps": data.fps,
         "data.max_tokens": data.max_tokens, "data.window": data.window, "data.workers": data.workers,
         "data.prefetch_steps": data.prefetch_steps, "optim.lr": config.optim.lr, "optim.clip": config.optim.clip,

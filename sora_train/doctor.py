@@ -5,9 +5,9 @@
 
     shards     read a part of them
     run_dir    whether checkpoints can be written there (runs)
-    json       write the findings there too
+    json       write the findings there too: by machine, and "between ranks"
 
-Exit code: 0 nothing fails (warnings may be there), 1 something fails.
+Exit code: 0 nothing fails (warnings may be there), 1 something fails (on every rank), 2 wrong options.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sora_train.cli import options, run
+from sora_train.cli import InputError, options, run
 from sora_train.world import World, from_environment
 
 
@@ -37,21 +37,24 @@ class Options:
 def main() -> int:
     """Check, report, and answer by exit code."""
     wanted = options(Options, __doc__)
+    if wanted.json and not Path(wanted.json).absolute().parent.is_dir():
+        raise InputError(f"json={wanted.json}: there is no folder {Path(wanted.json).absolute().parent}; make it first")
     world = from_environment()
     from sora_train.operations.checks import FAILURE, machine
 
     host = socket.gethostname()
     mine = {host: [f.as_dict() for f in machine(wanted.shards, wanted.run_dir)]} if world.local_rank == 0 else {}
-    found = _everywhere(world, mine) if world.launched else mine
-    if world.is_main:
-        _show(found)
-        if wanted.json:
-            Path(wanted.json).write_text(json.dumps(found, indent=1) + "\n")
+    found = _everywhere(world, mine, wanted.json) if world.launched else mine
+    if not world.launched:
+        _report(found, wanted.json)
     return 1 if any(f["status"] == FAILURE for findings in found.values() for f in findings) else 0
 
 
-def _everywhere(world: World, mine: dict[str, Any]) -> dict[str, Any]:
-    """The findings of all machines, and those between them."""
+def _everywhere(world: World, mine: dict[str, Any], path: str) -> dict[str, Any]:
+    """The findings of all machines, and those between them; reported before any rank ends.
+
+    Were they reported later, torchrun would end the main rank in the middle of it, as soon as another one ends with 1.
+    """
     import torch.distributed as dist
 
     from sora_train.operations.links import between
@@ -67,9 +70,23 @@ def _everywhere(world: World, mine: dict[str, Any]) -> dict[str, Any]:
                 found[host if host not in found else f"{host}, rank {rank}"] = findings
         if world.size > 1:
             found["between ranks"] = [f.as_dict() for f in between(world, device)]
+        if world.is_main:
+            _report(found, path)
+        dist.barrier()
         return found
     finally:
         disconnect()
+
+
+def _report(found: dict[str, Any], path: str) -> None:
+    """Tables, and under them what fails and where: of many machines the tables alone are too long to look through."""
+    _show(found)
+    for host, findings in found.items():
+        for finding in findings:
+            if finding["status"] == "failure":
+                print(f"failure: {host}: {finding['check']}: {finding['detail']}", flush=True)
+    if path:
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _show(found: dict[str, Any]) -> None:

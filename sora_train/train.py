@@ -94,9 +94,10 @@ def _train(config: Config, world: World, changed: list[str]) -> int:
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     device = connect(world)
     try:
-        with Pool.of(config.data, shards.store) as pool, out_of_memory(config, world):
+        with Pool.of(config.data, shards.store) as pool, out_of_memory(config, world) as known:
             dist.barrier()  # the main rank has indexed the shards
             trainer = build_trainer(config, world, device, shards, pool)
+            known.where = trainer.where
             try:
                 return trainer.train()
             finally:

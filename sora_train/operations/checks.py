@@ -45,11 +45,21 @@ class Finding:
 
 def machine(shards: list[str], run_dir: str) -> list[Finding]:
     """Every check of this machine. Nothing here needs another one."""
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        versions, gpus, decoders, lambda: shard_reads(shards), lambda: space(run_dir), limits, build_locks,
-        lambda: writable(run_dir), wandb,
-    ]  # fmt: skip
-    return [finding for check in checks for finding in check()]
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "versions": versions, "GPUs": gpus, "decoder": decoders, "shards": lambda: shard_reads(shards),
+        "space": lambda: space(run_dir), "limits": limits, "build locks": build_locks,
+        "checkpoint folder": lambda: writable(run_dir), "wandb": wandb,
+    }  # fmt: skip
+    return [finding for name, check in checks.items() for finding in _tried(name, check)]
+
+
+def _tried(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A check's findings; that it breaks is one too: this machine must still report, and the others wait for it."""
+    try:
+        yield from check()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        yield Finding(name, FAILURE, f"the check itself failed: {type(error).__name__}: {text}")
 
 
 def versions() -> Iterator[Finding]:

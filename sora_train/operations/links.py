@@ -1,4 +1,4 @@
-"""Between machines: bandwidth of every pair, of all together, and how far the clocks are apart."""
+"""Between machines: versions and variables, bandwidth of every pair and of all together, how far clocks are apart."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sora_train.operations.checks import FAILURE, OK, WARNING, Finding
+from sora_train.operations.preflight import differences, surroundings
 from sora_train.world import World
 
 _BYTES = 16 << 20
@@ -36,7 +37,15 @@ def between(world: World, device: torch.device) -> list[Finding]:
     speakers = nodes if len(nodes) > 1 else list(range(world.size))  # on one machine: its ranks
     names = [f"{hosts[r]} (rank {r})" for r in speakers]
     speeds = _pairs(speakers, world.rank, device)
-    return [*judge(speeds, names), _together(world, device), _clocks(speakers, hosts, world)]
+    return [*_alike(world), *judge(speeds, names), _together(world, device), _clocks(speakers, hosts, world)]
+
+
+def _alike(world: World) -> list[Finding]:
+    """What training would refuse: a rank with other versions, other code or other variables than most."""
+    everyone: list[dict[str, str]] = [{}] * world.size
+    dist.all_gather_object(everyone, surroundings())
+    odd = [Finding("agreement", FAILURE, line) for line in differences(everyone)]
+    return odd or [Finding("agreement", OK, f"{world.size} ranks have the same versions, code and variables")]
 
 
 def judge(speeds: dict[tuple[int, int], float], names: Sequence[str]) -> list[Finding]:
@@ -87,16 +96,17 @@ def _pairs(speakers: list[int], rank: int, device: torch.device) -> dict[tuple[i
 
 def _together(world: World, device: torch.device) -> Finding:
     """Bus bandwidth of an all-reduce over all ranks: 2 (n - 1) / n of the bytes in the time it takes."""
-    values = torch.ones(_BYTES // 4, device=device)
-    best = float("inf")
+    values = torch.empty(_BYTES // 4, device=device)
+    best, right = float("inf"), True
     for _ in range(3):
+        values.fill_(1.0)  # anew each time: a power of the ranks would soon be more than fp32 can count
         dist.barrier()
         start = time.monotonic()
         dist.all_reduce(values)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.monotonic() - start)
-    right = bool((values == world.size**3).all())
+        right = right and bool((values == world.size).all())
     slowest = torch.tensor([best], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     speed = 2 * (world.size - 1) / world.size * _BYTES / slowest.item() / 1e9

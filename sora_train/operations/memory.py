@@ -1,17 +1,23 @@
-"""Out of memory ends with a suggestion: the smallest change of the configuration whose estimate fits."""
+"""Out of memory ends with a line: where it happened, and the smallest change of the configuration that should fit."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from sora_train.config import Config, Method
 from sora_train.operations.planner import Estimate, estimate
+from sora_train.training.parts import Place
 
 _SAFETY = 0.7  # of what was there, because the estimate that said it would fit was wrong
 _GIB = 2**30
+_BY_PHASE = {  # what the estimate of a training step says nothing about
+    "data": "decoded clips wait in host memory; lower data.prefetch_steps or data.workers",
+    "samples": "lower logging.sample_clips, or set logging.sample_every=0 and sample from a checkpoint",
+    "save": "a save copies 16 bytes a parameter, over all ranks, to host memory; use more ranks, or hosts with more",
+}
 _SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 
 
@@ -20,8 +26,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _SIGNS)
 
 
+def line(place: Place, change: str, snapshot: str = "") -> str:
+    """All that is said: where, what to change, and where the snapshot of the device's memory is, if there is one."""
+    return f"out of memory {place}: {change}" + (f"; memory snapshot: {snapshot}" if snapshot else "")
+
+
+def advice(phase: str, config: Config, network: Callable[[], nn.Module], ranks: int, available_bytes: int) -> str:
+    """What to change where memory ran out in a phase. `network` makes the network, on meta."""
+    return _BY_PHASE.get(phase) or suggestion(config, network(), ranks, available_bytes)
+
+
 def suggestion(config: Config, network: nn.Module, ranks: int, available_bytes: int) -> str:
-    """One line: what was needed, what there is, and the overrides that should fit. `network` may be on meta."""
+    """What a step needs, what there is, and the overrides that should fit. `network` may be on meta."""
     now = _bytes(estimate(config, network, None, ranks))
     target = _SAFETY * min(available_bytes, now)
     tried, overrides = copy.deepcopy(config), []
@@ -30,11 +46,11 @@ def suggestion(config: Config, network: nn.Module, ranks: int, available_bytes: 
         need = _bytes(estimate(tried, network, None, ranks))
         if need <= target:
             return (
-                f"out of memory: about {now / _GIB:.2f} GiB per rank of {available_bytes / _GIB:.2f} GiB; "
+                f"about {now / _GIB:.2f} GiB per rank of {available_bytes / _GIB:.2f} GiB; "
                 f"try {' '.join(_last(overrides))} (about {need / _GIB:.2f} GiB)"
             )
     return (
-        f"out of memory: about {now / _GIB:.2f} GiB per rank of {available_bytes / _GIB:.2f} GiB, and nothing that "
+        f"about {now / _GIB:.2f} GiB per rank of {available_bytes / _GIB:.2f} GiB, and nothing that "
         "keeps the model makes it fit; use more ranks with deepspeed=zero3, or a smaller model="
     )
 

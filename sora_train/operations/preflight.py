@@ -70,8 +70,8 @@ def count_restart(config: Config, world: World) -> None:
         )
 
 
-def facts(config: Config, device: str, fingerprint: str) -> dict[str, str]:
-    """Everything that must be the same on all ranks, by name. `fingerprint` is that of the data set's index."""
+def surroundings() -> dict[str, str]:
+    """What must be the same on all ranks of any run, by name: versions, this package's code, variables."""
     packages = {}
     for name in _PACKAGES:
         try:
@@ -82,9 +82,16 @@ def facts(config: Config, device: str, fingerprint: str) -> dict[str, str]:
         "python": platform.python_version(),
         **packages,
         "code": code_hash(),
+        **{f"variable {name}": os.environ.get(name, "") for name in _VARIABLES},
+    }
+
+
+def facts(config: Config, device: str, fingerprint: str) -> dict[str, str]:
+    """Everything that must be the same on all ranks, by name. `fingerprint` is that of the data set's index."""
+    return {
+        **surroundings(),
         "device": device,
         "data set index": fingerprint,
-        **{f"variable {name}": os.environ.get(name, "") for name in _VARIABLES},
         **{f"key {key}": str(value) for key, value in flat(to_dict(config)).items()},
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +74,14 @@ class Meter:
     def tokens(self, pack: Pack) -> int:
         """Tokens of a pack's clips."""
         return sum(self.geometry.tokens(*clip.visit.size) for clip in pack.clips)
+
+    def about(self, sizes: Sequence[tuple[int, int, int]]) -> str:
+        """A pack in a few words, from the sizes of its clips."""
+        if not sizes:
+            return "an empty pack"
+        tokens = [self.geometry.tokens(*size) for size in sizes]
+        frames, height, width = sizes[tokens.index(max(tokens))]
+        return f"a pack of {sum(tokens):,} tokens, {len(sizes)} clip(s), the largest {frames} x {height} x {width}"
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

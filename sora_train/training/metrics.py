@@ -12,6 +12,7 @@ import logging
 import math
 import netrc
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ KNOWN = ("jsonl", "tensorboard", "wandb", "prometheus")
 _GIF_SIDE = 160  # pixels: longer side of the animated images in TensorBoard
 _GIF_FRAMES = 40
 _WANDB_START_SECONDS = 30.0
+_WANDB_GRACE_SECONDS = 10.0  # in which wandb must notice by itself that its time is over
 
 
 class Writer(Protocol):
@@ -47,7 +49,7 @@ class Writers:
     names: of `KNOWN`; metrics.jsonl is written even if it is not named. config: resolved, secrets masked. steps: of the
     whole run. resume_step: the step the run goes on from, 0 for a new one; later lines of metrics.jsonl are cut off.
     group and tags: of the wandb run; the group is the folder that the run folder lies in where it isn't given.
-    prometheus_port: 0 writes run_dir/metrics.prom instead.
+    prometheus_port: 0 writes run_dir/metrics.prom instead. wandb_finish_s: what its uploads may take at the end.
     A writer that cannot start, or fails later, is left out with one warning.
     Raises ValueError for an unknown name, OSError if metrics.jsonl cannot be opened.
     """
@@ -64,6 +66,7 @@ class Writers:
         group: str = "",
         tags: Sequence[str] = (),
         prometheus_port: int = 0,
+        wandb_finish_s: float = 60.0,
     ) -> None:
         unknown = sorted(set(names) - set(KNOWN))
         if unknown:
@@ -74,7 +77,8 @@ class Writers:
             self._start("tensorboard", lambda: _TensorBoard(run_dir / "tensorboard", resume_step))
         if "wandb" in names:
             about = {**config, "total_steps": steps}
-            self._start("wandb", lambda: _Wandb(run_dir, run_id, about, project, group or run_dir.parent.name, tags))
+            place = group or run_dir.parent.name
+            self._start("wandb", lambda: _Wandb(run_dir, run_id, about, project, place, tags, wandb_finish_s))
         if "prometheus" in names:
             self._start("prometheus", lambda: _prometheus(run_dir, prometheus_port))
 
@@ -201,10 +205,12 @@ class _Wandb:
     """A wandb run that a resumed run goes on with: its id is the run's own. Never asks for anything."""
 
     def __init__(
-        self, run_dir: Path, run_id: str, config: dict[str, Any], project: str, group: str, tags: Sequence[str]
-    ) -> None:
+        self, run_dir: Path, run_id: str, config: dict[str, Any], project: str, group: str, tags: Sequence[str],
+        finish_s: float,
+    ) -> None:  # fmt: skip
         import wandb
 
+        self._finish_s, self._folder = finish_s, run_dir / "wandb"
         self._video, self._table = wandb.Video, wandb.Table
         self._run = wandb.init(
             project=project,
@@ -216,7 +222,10 @@ class _Wandb:
             config=config,
             resume="allow",
             mode=wandb_mode(),
-            settings=wandb.Settings(init_timeout=_WANDB_START_SECONDS, silent=True, console="off", save_code=False),
+            settings=wandb.Settings(
+                init_timeout=_WANDB_START_SECONDS, silent=True, console="off", save_code=False,
+                finish_timeout=finish_s, finish_timeout_raises=True,
+            ),  # fmt: skip
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -231,7 +240,28 @@ class _Wandb:
         self._run.log({"samples": self._table(columns=["step", "prompt", "video"], data=rows), "step": step})
 
     def close(self) -> None:
-        self._run.finish()
+        """Wait for the uploads, but not for ever: a cut network must not keep a run that is done, or told to stop.
+
+        wandb has a time limit of its own; the thread is for a wandb that doesn't answer at all.
+        """
+        raised: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                self._run.finish()
+            except Exception as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=finish, name="wandb finish", daemon=True)
+        thread.start()
+        thread.join(self._finish_s + _WANDB_GRACE_SECONDS)
+        if thread.is_alive() or (raised and isinstance(raised[0], TimeoutError)):
+            raise TimeoutError(
+                f"not all was uploaded within logging.wandb_finish_s={self._finish_s:g} s; "
+                f"`wandb sync {self._folder}/*` sends it later"
+            )
+        if raised:
+            raise raised[0]
 
 
 def _prometheus(run_dir: Path, port: int) -> Writer:

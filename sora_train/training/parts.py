@@ -85,3 +85,15 @@ class Agreement:
     arrived: int
     refused: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run something happened."""
+
+    step: int  # steps done
+    phase: str
+    pack: str = ""  # what was computed on, where the phase computes on a pack
+
+    def __str__(self) -> str:
+        return f"in phase {self.phase!r} after step {self.step}" + (f", on {self.pack}" if self.pack else "")

@@ -21,7 +21,7 @@ from sora_train.training.guard import BadShare
 from sora_train.training.health import Health, Verdict, differing_ranks
 from sora_train.training.ledger import Ledger
 from sora_train.training.optim import lr_factor
-from sora_train.training.parts import Agreement, Parts, Step
+from sora_train.training.parts import Agreement, Parts, Place, Step
 from sora_train.training.profiling import StepProfile
 from sora_train.world import World
 
@@ -41,6 +41,7 @@ class Trainer:
         self.watch, self.health = parts.watch, Health(config.guard)
         self.profile = StepProfile(self.run_dir, world.rank, config.logging.profile_steps)
         self.causes: dict[str, int] = {}
+        self.sizes: list[tuple[int, int, int]] = []  # of the clips in the pack under way, or in the last one
         self.left_out: set[tuple[int, ...]] = set()  # steps of the plan that rollbacks pass over
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
         self.resume(self.checkpoints.newest())
@@ -71,6 +72,7 @@ class Trainer:
             self.enter("forward and backward")
             own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
             for pack in batch.packs:
+                self.sizes = [clip.visit.size for clip in pack.clips]
                 loss = self.parts.task.loss(self.engine, pack, self.device)
                 self.engine.backward(loss.sum, agreed.weight)
                 self.meter.add(pack, loss, agreed.weight)
@@ -113,8 +115,15 @@ class Trainer:
         return self.step + sum(position < tuple(self.position) for position in self.left_out)
 
     def enter(self, phase: str) -> None:
-        """Tell the hang watch what begins; the first step of a process compiles, and may take long."""
+        """Tell the hang watch and a trace what begins; the first step of a process compiles, and may take long."""
+        self.profile.phase(phase)
         self.watch.phase(phase, slow=self.watch.step == 0)
+
+    def where(self) -> Place:
+        """Where the run stands, for what is said when it fails."""
+        phase = self.watch.doing
+        pack = self.meter.about(self.sizes) if phase in ("forward and backward", "validation") else ""
+        return Place(self.step, phase, pack)
 
     def saves(self) -> bool:
         """Whether this step ends with a checkpoint."""
@@ -234,6 +243,7 @@ class Trainer:
                 if self.told_to_stop():
                     self.console.say(f"step {self.step}: validation broken off by a signal")
                     return
+                self.sizes = [clip.visit.size for clip in pack.clips]
                 loss = self.parts.task.loss(self.engine, pack, self.device)
                 total += torch.tensor([float(loss.sum), self.parts.task.weight(pack)], dtype=torch.float64)
             dist.all_reduce(total)

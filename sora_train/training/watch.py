@@ -79,6 +79,11 @@ class Watch:
         self._phase, self._since = name, now
         self._limit = self.slow_timeout_s if slow else self.timeout_s
 
+    @property
+    def doing(self) -> str:
+        """The phase that this rank is in, or was in when it failed."""
+        return self._phase
+
     @contextmanager
     def slow(self, name: str) -> Iterator[None]:
         """Around a phase that is slow by nature."""

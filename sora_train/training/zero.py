@@ -45,6 +45,11 @@ def connect(world: World, rehearsal: bool = False) -> torch.device:
     """
     cuda = torch.cuda.is_available()
     if cuda:
+        if world.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"rank {world.rank} has no GPU of its own: {world.local_size} ranks on this machine, "
+                f"{torch.cuda.device_count()} GPU(s) for them; start fewer with --nproc-per-node"
+            )
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if rehearsal:

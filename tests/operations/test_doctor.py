@@ -1,18 +1,24 @@
-"""The doctor's findings, one fault at a time; pairs by value; the command on one machine."""
+"""The doctor's findings, one fault at a time; pairs by value; the command on one machine, and on two ranks."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 from sora_train import doctor
+from sora_train.cli import InputError
 from sora_train.operations import checks
 from sora_train.operations.checks import FAILURE, OK, WARNING
 from sora_train.operations.links import judge, rounds
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 7])
@@ -83,3 +89,50 @@ def test_the_command_reports_and_answers_by_its_code(
     assert os.uname().nodename in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["doctor", f"run_dir={tmp_path / 'run'}", f"shards=[{tmp_path}/no.tar]"])
     assert doctor.main() == 1
+
+
+def test_a_check_that_breaks_is_a_finding_and_the_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Iterator[checks.Finding]:
+        raise RuntimeError("uncorrectable ECC\nerror")
+        yield
+
+    monkeypatch.setattr(checks, "gpus", broken)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
+    found = {f.check: f for f in checks.machine([], "runs")}
+    assert found["GPUs"].status == FAILURE and found["GPUs"].detail.endswith("RuntimeError: uncorrectable ECC error")
+    assert found["wandb"].status == WARNING  # the last one
+
+
+def test_a_report_without_a_folder_is_refused_before_any_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["doctor", "json=no/such/folder/report.json"])
+    with pytest.raises(InputError, match="there is no folder"):
+        doctor.main()
+
+
+@pytest.mark.timeout(600)  # seconds, but not on a busy machine
+def test_two_ranks_report_together_and_the_odd_one_is_named(tmp_path: Path) -> None:
+    """Rank 1 plays a second machine that has a stale build lock and another NCCL setting than the first."""
+    (tmp_path / "theirs" / "op").mkdir(parents=True)
+    (tmp_path / "theirs" / "op" / "lock").touch()
+    odd = f"export LOCAL_RANK=0 TORCH_EXTENSIONS_DIR={tmp_path}/theirs NCCL_ALGO=Tree"
+    shell = f'export LOCAL_WORLD_SIZE=1; [ $RANK = 0 ] || {odd}; exec "$0" -m sora_train.doctor "$@"'
+    out = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "sh", "-c",
+         shell, sys.executable, f"run_dir={tmp_path}/run", f"json={out}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=580,
+        env=os.environ | {
+            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_BASE_URL": "http://localhost:9", "NCCL_ALGO": "Ring"
+        },
+    )  # fmt: skip
+    host = os.uname().nodename
+    assert done.returncode == 1, done.stderr
+    found = json.loads(out.read_text())
+    assert set(found) == {host, f"{host}, rank 1", "between ranks"}
+    failures = {(place, f["check"], f["detail"]) for place in found for f in found[place] if f["status"] == FAILURE}
+    lock = f"stale, remove it: {tmp_path}/theirs/op/lock (1 in all)"
+    differs = "rank 1 has variable NCCL_ALGO = 'Tree', others 'Ring'"
+    assert failures >= {(f"{host}, rank 1", "build locks", lock), ("between ranks", "agreement", differs)}
+    assert f"failure: {host}, rank 1: build locks: {lock}" in done.stdout  # beside a table that may fold it
+    speeds = {f["check"]: f["value"] for f in found["between ranks"]}
+    assert speeds["pairs"] > 0 and speeds["all-reduce"] > 0 and speeds["clocks"] < 5

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
+from sora_train.assemble import out_of_memory
 from sora_train.cli import InputError
 from sora_train.config import Config, build, to_yaml
 from sora_train.generation import build_video_model
-from sora_train.operations.memory import is_out_of_memory, suggestion
+from sora_train.operations.memory import advice, is_out_of_memory, suggestion
 from sora_train.operations.planner import estimate, meta_network
 from sora_train.operations.preflight import changes, code_hash, count_restart, differences, facts
+from sora_train.training.parts import Place
 from sora_train.world import World
 
 Make = Callable[..., Config]
@@ -115,6 +118,37 @@ def test_the_suggestion_for_too_little_memory_fits(make: Make) -> None:
     assert better.state_bytes + better.activation_bytes < 0.7 * available
     assert config.parallel.accumulation == 1, "the run's own configuration is left alone"
     assert "nothing that keeps the model makes it fit" in suggestion(config, network, 1, 1 << 20)
+
+
+def test_advice_is_that_of_the_phase(make: Make) -> None:
+    config = make("model=demo", "data.slots=2")
+
+    def network() -> nn.Module:
+        return meta_network(build_video_model, config)
+
+    assert "data.prefetch_steps" in advice("data", config, network, 1, 1 << 40)
+    assert "logging.sample_clips" in advice("samples", config, network, 1, 1 << 40)
+    assert advice("forward and backward", config, network, 1, 1 << 40) == suggestion(config, network(), 1, 1 << 40)
+
+
+def test_a_gpu_that_is_full_leaves_a_snapshot(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what torch would be asked to write, and what is said."""
+    config = make(f"run_dir={tmp_path}")
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_text("blocks"))
+    path = tmp_path / "logs" / "rank-3.memory.pickle"
+    with pytest.raises(InputError) as caught, out_of_memory(config, World(rank=3, size=4)) as known:
+        known.where = lambda: Place(7, "forward and backward", "a pack of 9 tokens")
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert str(caught.value).startswith("out of memory in phase 'forward and backward' after step 7, on a pack of 9")
+    assert str(caught.value).endswith(f"; memory snapshot: {path}") and path.read_text() == "blocks"
+
+    path.unlink()
+    with pytest.raises(InputError, match="'start' after step 0") as caught, out_of_memory(config, World(3, 4)):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    assert "snapshot" not in str(caught.value) and not path.exists()  # that is the host's memory
+
+    with pytest.raises(RuntimeError, match="shape"), out_of_memory(config, World()):
+        raise RuntimeError("shape mismatch")
 
 
 def _last(overrides: list[str]) -> list[str]:

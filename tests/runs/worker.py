@@ -12,9 +12,14 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from benchmarks.fault_bed import Bed, Job, losses, outcome, run, samples_by_step
 from benchmarks.fault_trials import elastic, kill, stage_for
+from sora_train.config import Config
+from sora_train.flow.rectified import FlowTask
 
 # eight slots: four passes on each of two ranks; two steps an epoch
 _STEADY = ("data.slots=8", "data.max_tokens=4", "checkpoint.every_steps=20")
@@ -62,7 +67,46 @@ def moves(bed: Bed) -> object:
     return {"wrong": elastic(bed, "moved", ((2, 1), (1, 3), (1, 0)), folder), "steps": len(losses(folder))}
 
 
-KINDS: dict[str, Callable[[Bed], object]] = {"matrix": matrix, "kills": kills, "moves": moves}
+def debugs(bed: Bed) -> object:
+    """Two ranks run each file of conf/debug (`overfit` for fewer steps), then a run in which rank 1's memory ends."""
+    free = ("steps=", "logging.", "checkpoint.", "flow.caption")  # what the files set
+    tiny = ("logging.peak_tflops=1", "logging.validation_clips=2")
+    configs = {
+        "limit": bed.config("limit", "debug=limit", *tiny, leave=free),
+        "overfit": bed.config("overfit", "debug=overfit", "steps=6", *tiny, leave=free),
+        "profile": bed.config("profile", "debug=profile", *tiny, leave=free),
+        "memory": bed.config("memory"),
+    }
+    first, *then = configs.values()
+    job = Job(first, 2, _run_out, then=then)
+    job.wait()
+    found: dict[str, object] = {"codes": [job.codes[rank] for rank in (0, 1)], "output": job.log.read_text()[-4000:]}
+    for name, config in configs.items():
+        folder = Path(config.run_dir)
+        files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        ledger = samples_by_step(folder) if (folder / "ledger").is_dir() else {}
+        distinct = len({sample for samples in ledger.values() for sample in samples})
+        exit_note = json.loads((folder / "exit.json").read_text())
+        found[name] = {"files": files, "exit": exit_note, "losses": losses(folder), "samples": distinct}
+    return found
+
+
+def _run_out(config: Config, rank: int) -> None:
+    """In the run `memory`, have rank 1 ask for a million GiB in its third step."""
+    if Path(config.run_dir).name != "memory" or rank != 1:
+        return
+    true, count = FlowTask.loss, [0]
+
+    def asking(self: FlowTask, *arguments: Any) -> Any:
+        count[0] += 1
+        if count[0] > 4:  # two packs a step
+            torch.empty(1 << 50)
+        return true(self, *arguments)
+
+    FlowTask.loss = asking  # type: ignore[method-assign]
+
+
+KINDS: dict[str, Callable[[Bed], object]] = {"matrix": matrix, "kills": kills, "moves": moves, "debugs": debugs}
 
 if __name__ == "__main__":
     kind, folder, *shards = sys.argv[1:]

@@ -7,6 +7,9 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +173,42 @@ def test_wandb_that_cannot_start_is_one_warning(
     monkeypatch.setattr(metrics, "_Wandb", refuse)
     make(tmp_path, "wandb").close()
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "RuntimeError: no network" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["hangs", "gives up", "fails"])
+def test_wandb_without_a_network_does_not_keep_a_run_that_is_done(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    never = threading.Event()
+    settings: dict[str, Any] = {}
+
+    class Run:
+        def define_metric(self, *_: object, **__: object) -> None:
+            return None
+
+        def finish(self) -> None:
+            if ending == "hangs":
+                never.wait(60)
+            raise TimeoutError("Timed out finishing run.") if ending == "gives up" else RuntimeError("no\nservice")
+
+    def init(**given: Any) -> Run:
+        settings.update(vars(given["settings"]))
+        return Run()
+
+    stub = types.SimpleNamespace(Video=None, Table=None, init=init, Settings=lambda **s: types.SimpleNamespace(**s))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setattr(metrics, "_WANDB_GRACE_SECONDS", 0.1)
+    writers = Writers(tmp_path / "run", "run-1", {}, ["wandb"], 9, "demo", 0, wandb_finish_s=0.2)
+    start = time.monotonic()
+    writers.close()
+    assert time.monotonic() - start < 30  # and not the 60 s of the one that hangs
+    never.set()
+    assert settings["finish_timeout"] == 0.2 and settings["finish_timeout_raises"] is True
+    (warning,) = caplog.records
+    late = "not all was uploaded within logging.wandb_finish_s=0.2 s"
+    said = "RuntimeError: no service" if ending == "fails" else late
+    assert warning.levelname == "WARNING" and said in warning.getMessage()
+    assert ("`wandb sync" in warning.getMessage()) == (ending != "fails")
 
 
 def test_plain_console_prints_one_line_a_step(tmp_path: Path) -> None:
