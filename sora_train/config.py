@@ -273,6 +273,7 @@ class CheckpointConfig:
     every_steps: int = 200
     keep: int = 3  # the newest
     keep_every: int = 0  # and for ever every one whose step this divides; 0 is none
+    mirror: str | None = None  # folder of this run alone to copy them to, e.g. s3://bucket/runs/x; null: none
 
 
 @dataclass
@@ -474,6 +475,7 @@ def check(config: Config) -> None:
             _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
         _check_flow(flow, data)
     _check_text(config.text_encoder)
+    _check_mirror(config.checkpoint.mirror)
     _require(vae.class_name is not None or len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
              "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
     unknown = [name for name in config.logging.writers if name not in WRITERS]
@@ -484,6 +486,20 @@ def check(config: Config) -> None:
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)
+
+
+def _check_mirror(mirror: str | None) -> None:
+    if mirror is None:
+        return
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/]*)(/?.*)", mirror)
+    _require(
+        found is not None and bool(found[2] + found[3].strip("/")),
+        f"checkpoint.mirror={mirror} must be a URL such as s3://bucket/runs/x or file:///mnt/backup/x, or null",
+    )
+    assert found is not None
+    _require(found[1] not in ("http", "https"), f"checkpoint.mirror={mirror}: nothing can be written to http")
+    _require(":" not in found[2].rpartition("@")[0],
+             "checkpoint.mirror holds a password; give it by the environment or data.storage")  # fmt: skip
 
 
 def _check_text(text: TextEncoderConfig) -> None:

@@ -20,6 +20,7 @@ from sora_train.training.ema import Ema
 from sora_train.training.guard import BadShare
 from sora_train.training.health import Health, Verdict, differing_ranks
 from sora_train.training.ledger import Ledger
+from sora_train.training.mirror import Mirror
 from sora_train.training.optim import lr_factor
 from sora_train.training.parts import Agreement, Parts, Step
 from sora_train.training.profiling import StepProfile
@@ -35,7 +36,8 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.ema = Ema(self.engine.fragments, config.optim.ema_decay)
         keep = config.checkpoint
-        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep.keep, keep.keep_every)
+        mirror = Mirror.of(config) if world.is_main else None
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep.keep, keep.keep_every, mirror)
         self.ledger = Ledger(self.run_dir, world.rank)
         self.guard, self.bad = parts.guard, BadShare(config.data.max_bad_fraction)
         self.watch, self.health = parts.watch, Health(config.guard)
@@ -43,7 +45,10 @@ class Trainer:
         self.causes: dict[str, int] = {}
         self.left_out: set[tuple[int, ...]] = set()  # steps of the plan that rollbacks pass over
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
-        self.resume(self.checkpoints.newest())
+        newest = self.checkpoints.newest()
+        self.resume(newest)
+        if mirror and newest:
+            mirror.offer(newest)  # a run that was killed may not have come to it
         self.writers = parts.open_writers(self.step)
 
     def train(self) -> int:
@@ -220,6 +225,8 @@ class Trainer:
             return
         figures = self.meter.read() | {"grad_norm": self.engine.grad_norm, "lr": self.engine.lr}
         figures |= {"epoch": self.position[0], "failed_saves": self.checkpoints.failed}
+        if self.checkpoints.mirror:
+            figures["failed_uploads"] = self.checkpoints.mirror.failed
         figures |= self.watch.stragglers()
         self.console.step(self.step, figures)
         if self.writers:
@@ -298,6 +305,8 @@ class Trainer:
         """Finish what is in the background."""
         with self.watch.slow("save"):
             saved = self.checkpoints.wait()
+            if self.checkpoints.mirror:
+                self.checkpoints.mirror.finish(self.config.guard.slow_timeout_s / 2)  # no hang yet
         if not saved:
             code, reason = 1, f"{reason.removesuffix(' after saving')}, but the last checkpoint could not be written"
         self.console.say(f"step {self.step}/{self.config.steps}: {reason}")

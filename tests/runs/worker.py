@@ -62,7 +62,33 @@ def moves(bed: Bed) -> object:
     return {"wrong": elastic(bed, "moved", ((2, 1), (1, 3), (1, 0)), folder), "steps": len(losses(folder))}
 
 
-KINDS: dict[str, Callable[[Bed], object]] = {"matrix": matrix, "kills": kills, "moves": moves}
+def mirrored(bed: Bed) -> object:
+    """A run of two ranks with a mirror, and its last two steps again in an empty folder, from the mirror, on one."""
+    mirror = bed.folder / "elsewhere"
+    url = f"checkpoint.mirror=file://{mirror}"
+    first = bed.config("first", url, "deepspeed=zero2")
+    if code := run(first, 2):
+        raise RuntimeError(f"the run with a mirror ended with {code}; see {first.run_dir}")
+    held = sorted(path.name for path in mirror.iterdir())
+    last = Path(first.run_dir) / "checkpoints" / "step-00000020"
+    same = all(path.read_bytes() == (mirror / last.name / path.name).read_bytes() for path in last.iterdir())
+    (mirror / last.name / "manifest.json").unlink()  # as if the machine had been lost inside the last upload
+    second = bed.config("second", url, "deepspeed=zero3")
+    codes = [run(second, 1), run(first, 2)]
+    ours, theirs = outcome(Path(first.run_dir)), outcome(Path(second.run_dir))
+    figures = [json.loads(line) for line in (Path(first.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "held": held, "same": same, "codes": codes, "held again": sorted(path.name for path in mirror.iterdir()),
+        "samples": [theirs["samples"], {step: ours["samples"][step] for step in (19, 20)}],
+        "losses": [losses(Path(name)) for name in (second.run_dir, first.run_dir)],
+        "failed": [line["failed_uploads"] for line in figures if "failed_uploads" in line],
+        "refused": json.loads((Path(first.run_dir) / "exit.json").read_text())["reason"],
+    }  # fmt: skip
+
+
+KINDS: dict[str, Callable[[Bed], object]] = {
+    "matrix": matrix, "kills": kills, "moves": moves, "mirrored": mirrored,
+}  # fmt: skip
 
 if __name__ == "__main__":
     kind, folder, *shards = sys.argv[1:]
