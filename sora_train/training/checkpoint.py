@@ -1,7 +1,7 @@
 """Checkpoints that fit any cluster: tensors by parameter name, JSON, hashed, published by one rename.
 
     checkpoints/step-00001000/
-        rank-0.safetensors ...   this rank's pieces: `KIND/PARAMETER`, KIND = master, exp_avg, exp_avg_sq, ema
+        rank-0.safetensors ...   this rank's pieces: `KIND/PARAMETER`, KIND = master, exp_avg, exp_avg_sq, ema, ...
         state.json               step, position, counters, shapes
         manifest.json            size and SHA-256 of every file and of itself, where every piece begins; written last
 
@@ -50,11 +50,25 @@ _log = logging.getLogger(__name__)
 Pieces = dict[str, tuple[int, Tensor]]  # KIND/PARAMETER: first element, values
 
 
-def pieces(fragments: Sequence[Fragment], ema: Mapping[str, Tensor], split: tuple[int, int] | None) -> Pieces:
-    """What this rank saves. `split` (rank, ranks) shares tensors out that every rank holds whole (no ZeRO)."""
+def pieces(
+    fragments: Sequence[Fragment],
+    ema: Mapping[str, Tensor],
+    split: tuple[int, int] | None,
+    more: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Pieces:
+    """What this rank saves; `more` are further averages by kind. For `split` see `shares`."""
+    own = {kind: {f.name: getattr(f, kind) for f in fragments} for kind in KINDS[:-1]}
+    return shares(fragments, {**own, "ema": ema, **(more or {})}, split)
+
+
+def shares(
+    fragments: Sequence[Fragment], kinds: Mapping[str, Mapping[str, Tensor]], split: tuple[int, int] | None
+) -> Pieces:
+    """Kinds of tensors by parameter; `split` (rank, ranks) shares them out where every rank holds them whole."""
     mine: Pieces = {}
     for f in fragments:
-        for kind, values in zip(KINDS, (f.master, f.exp_avg, f.exp_avg_sq, ema[f.name]), strict=True):
+        for kind, tensors in kinds.items():
+            values = tensors[f.name]
             start, stop = 0, values.numel()
             if split is not None:
                 start, stop = (stop * split[0] // split[1], stop * (split[0] + 1) // split[1])

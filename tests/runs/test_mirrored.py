@@ -18,5 +18,8 @@ def test_a_run_goes_on_elsewhere_from_its_mirror(runs: Callable[[str], Any]) -> 
     assert found["failed"] and set(found["failed"]) == {0}
     ours, theirs = found["samples"]
     assert ours == theirs and sorted(ours) == ["19", "20"]
+    ours, theirs = found["averages"]
+    assert ours == pytest.approx(theirs, rel=1e-5) and ours["made"] == pytest.approx(ours["ema-0.1"], rel=1e-5)
+    assert len({ours["ema"], ours["ema-0.05"], ours["ema-0.1"]}) == 3
     ours, theirs = found["losses"]
     assert ours == pytest.approx({step: theirs[step] for step in ours}, rel=1e-5) and sorted(ours) == ["19", "20"]
