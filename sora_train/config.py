@@ -264,6 +264,7 @@ class OptimConfig:
     warmup_steps: int = 20
     decay_fraction: float = 0.5  # last part of the run over which the rate falls linearly to 0
     ema_decay: float = 0.99
+    ema_lengths: list[float] = field(default_factory=list)  # further averages, e.g. [0.05, 0.1]: deviation / run so far
 
 
 @dataclass
@@ -281,6 +282,9 @@ class CheckpointConfig:
     every_steps: int = 200
     keep: int = 3  # the newest
     keep_every: int = 0  # and for ever every one whose step this divides; 0 is none
+    snapshot_every: int = 1000  # steps between copies of optim.ema_lengths' averages in run_dir/snapshots
+    snapshots: int = 64  # of them kept, evenly over the run
+    mirror: str | None = None  # folder of this run alone to copy them to, e.g. s3://bucket/runs/x; null: none
 
 
 @dataclass
@@ -445,6 +449,8 @@ def check(config: Config) -> None:
         "steps": config.steps, "data.slots": data.slots, "data.max_frames": data.max_frames, "data.fps": data.fps,
         "data.max_tokens": data.max_tokens, "data.window": data.window, "data.workers": data.workers,
         "data.prefetch_steps": data.prefetch_steps, "optim.lr": config.optim.lr, "optim.clip": config.optim.clip,
+        "checkpoint.snapshot_every": config.checkpoint.snapshot_every,
+        "checkpoint.snapshots": config.checkpoint.snapshots,
         "checkpoint.every_steps": config.checkpoint.every_steps, "checkpoint.keep": config.checkpoint.keep,
         "logging.every_steps": config.logging.every_steps, "flow.shift": flow.shift,
         "flow.sampling_steps": flow.sampling_steps, "model.heads": model.heads, "model.patch": model.patch,
@@ -485,6 +491,10 @@ def check(config: Config) -> None:
             _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
         _check_flow(flow, data)
     _check_text(config.text_encoder)
+    _check_mirror(config.checkpoint.mirror)
+    lengths = config.optim.ema_lengths
+    _require(all(0.0 < length < 0.28 for length in lengths) and len(set(lengths)) == len(lengths),
+             f"optim.ema_lengths={lengths} must be different numbers in (0, 0.28), e.g. [0.05, 0.1]")  # fmt: skip
     _require(vae.class_name is not None or len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
              "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
     unknown = [name for name in config.logging.writers if name not in WRITERS]
@@ -495,6 +505,20 @@ def check(config: Config) -> None:
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)
+
+
+def _check_mirror(mirror: str | None) -> None:
+    if mirror is None:
+        return
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/]*)(/?.*)", mirror)
+    _require(
+        found is not None and bool(found[2] + found[3].strip("/")),
+        f"checkpoint.mirror={mirror} must be a URL such as s3://bucket/runs/x or file:///mnt/backup/x, or null",
+    )
+    assert found is not None
+    _require(found[1] not in ("http", "https"), f"checkpoint.mirror={mirror}: nothing can be written to http")
+    _require(":" not in found[2].rpartition("@")[0],
+             "checkpoint.mirror holds a password; give it by the environment or data.storage")  # fmt: skip
 
 
 def _check_text(text: TextEncoderConfig) -> None:

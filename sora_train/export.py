@@ -7,7 +7,8 @@ A VAE run becomes `vae.safetensors` and `config.json`, its latents' mean and dev
 video model becomes `model.safetensors`, `config.yaml` and a copy of its VAE under `vae/`. In the form of diffusers a
 video model becomes `transformer/` (`WanTransformer3DModel`), which `model.init_from` starts a run from again; where
 it was trained with a released VAE and text encoder, these are copied beside it and `WanPipeline.from_pretrained`
-loads the whole folder. Averaged (EMA) weights.
+loads the whole folder. Averaged (EMA) weights; with `ema_length=0.07` those of that relative length, made of the run's
+snapshots (`optim.ema_lengths`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from sora_train.generation import build_vae, trained_weights
 from sora_train.models.vae import VideoVAE
 from sora_train.models.wan import save_wan
 from sora_train.released import folder_of
+from sora_train.training.power_ema import combined
 
 _CLIPS_MEASURED = 512
 
@@ -44,6 +46,7 @@ class Options:
     run_dir: str = MISSING
     out: str = MISSING
     format: str = "safetensors"
+    ema_length: float | None = None
 
 
 def main() -> int:
@@ -57,7 +60,7 @@ def main() -> int:
     if o.format == "diffusers" and config.flow.prediction is not Prediction.velocity:
         raise InputError(f"diffusers reads velocities, and this run has flow.prediction={config.flow.prediction.value}")
     out.mkdir(parents=True, exist_ok=True)
-    weights = trained_weights(o.run_dir)
+    weights = trained_weights(o.run_dir) if o.ema_length is None else _of_length(Path(o.run_dir), o.ema_length)
     if config.method is Method.autoencoder:
         vae = build_vae(config.vae)
         vae.load_state_dict(weights, strict=False)  # the statistics are not parameters
@@ -75,6 +78,13 @@ def main() -> int:
             shutil.copytree(config.vae.path, out / "vae", dirs_exist_ok=True)
     print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
     return 0
+
+
+def _of_length(run_dir: Path, length: float) -> dict[str, torch.Tensor]:
+    """The weights averaged over any length, from snapshots."""
+    weights, step, error = combined(run_dir, length)
+    print(f"the average of length {length:g} at step {step}; its weighting is met to {error:.2%}")
+    return weights
 
 
 def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path) -> None:

@@ -21,6 +21,7 @@ from sora_train.data.index import expand
 from sora_train.data.source import scheme
 from sora_train.operations.lock import RunLock
 from sora_train.operations.preflight import changes, count_restart
+from sora_train.training.mirror import Mirror
 from sora_train.world import World, from_environment
 
 
@@ -66,6 +67,8 @@ def _start(config: Config, world: World) -> int:
     lock = RunLock(run_dir)
     try:
         (run_dir / "exit.json").unlink(missing_ok=True)
+        if mirror := Mirror.of(config):
+            mirror.restore()
         changed = changes(config)
         count_restart(config, world)
         return _train(config, world, changed)

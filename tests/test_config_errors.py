@@ -111,6 +111,12 @@ def test_a_deepspeed_key_that_follows_from_ours_is_refused(answer: Answer, key: 
         (["+data.storage.s3=anon"], "data.storage.s3 must be a map of options, e.g. +data.storage.s3.anon=true"),
         (["parallel.accumulation=0"], "parallel.accumulation=0 must be above 0"),
         (["vae.blocks=[1]"], "vae.widths and vae.blocks need one entry per level"),
+        (["optim.ema_lengths=[0.1,0.3]"], "optim.ema_lengths=[0.1, 0.3] must be different numbers in (0, 0.28)"),
+        (["checkpoint.snapshots=0"], "checkpoint.snapshots=0 must be above 0"),
+        (["checkpoint.mirror=/mnt/x"], "checkpoint.mirror=/mnt/x must be a URL such as s3://bucket/runs/x"),
+        (["checkpoint.mirror='s3:///'"], "checkpoint.mirror=s3:/// must be a URL"),
+        (["checkpoint.mirror=https://host/x"], "checkpoint.mirror=https://host/x: nothing can be written to http"),
+        (["checkpoint.mirror='ftp://me:hush@host/x'"], "checkpoint.mirror holds a password; give it by the env"),
         (["text_encoder.heads=3"], "text_encoder.width=128 must be a multiple of its heads"),
     ],
 )

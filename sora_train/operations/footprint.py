@@ -64,8 +64,9 @@ def memory(config: Config, parameters: int, traced: Trace, ranks: int, passes: i
         backward = max(activations + (gradients if passes > 1 else 0), traced.later + gradients) + bucket
     copies = 3 * 4 * owned if stage else (4 * parameters if each == 2 else 0)
     update = gradients + copies
+    averages = 4 * owned * (1 + len(config.optim.ema_lengths))
     return Memory(
-        weights, gradients, master + 8 * owned, 4 * owned, traced.encoder_weights, activations, bucket, backward, update
+        weights, gradients, master + 8 * owned, averages, traced.encoder_weights, activations, bucket, backward, update
     )
 
 

@@ -53,7 +53,8 @@ def forecast(
         other = replace(config, model=replace(config.model, activation_checkpointing=choice))
         name = f"model.activation_checkpointing={choice}"
         recomputing[name] = _stages(other, figures, sizes, share, device, per_node, untrained)
-    save = save_advice(figures.parameters, figures.ranks, disk, hours_per_failure)
+    averages = 1 + len(config.optim.ema_lengths)
+    save = save_advice(figures.parameters, figures.ranks, disk, hours_per_failure, averages)
     return Forecast(figures, device, stages, recomputing, save)
 
 

@@ -14,6 +14,7 @@ from sora_train.config import Config
 from sora_train.operations.trace import Recorder, Size, Untrained, clip_of
 from sora_train.training.ema import Ema
 from sora_train.training.optim import adamw
+from sora_train.training.power_ema import PowerEmas
 from sora_train.training.zero import Engine, connect, disconnect
 from sora_train.world import World
 
@@ -48,12 +49,14 @@ def rehearse(config: Config, ranks: int, passes: int, sizes: list[Size], untrain
             engine = _Alone(network, optimizer, config.precision, passes, config.optim.clip, config.deepspeed)
             before, recorder.peak = recorder.peak, recorder.live
             ema = Ema(engine.fragments, config.optim.ema_decay)
+            powers = PowerEmas(engine.fragments, config.optim.ema_lengths)
             start = time.monotonic()
             for number in range(passes):
                 pack = Pack([clip_of(number * len(sizes) + n, size) for n, size in enumerate(sizes)])
                 engine.backward(task.loss(engine, pack, device).sum, task.weight(pack) * passes)
             if engine.step(1.0):
                 ema.update()
+                powers.update()
             seconds = time.monotonic() - start
         return Rehearsal(before, recorder.peak, seconds, sum(f.master.numel() for f in engine.fragments), parameters)
     finally:

@@ -59,13 +59,13 @@ class SaveAdvice:
     lost: float  # share of the time, saves and repeated work together
 
 
-def save_advice(parameters: int, ranks: int, disk: float, hours_per_failure: float) -> SaveAdvice:
+def save_advice(parameters: int, ranks: int, disk: float, hours_per_failure: float, averages: int = 1) -> SaveAdvice:
     """The interval of Young 1974 (doi 10.1145/361147.361115), corrected by Daly 2006: sqrt(2 c M) - c for cost c, mean
     time between failures M; never shorter than a write. `disk` is byte/s of all ranks together.
 
-    Checkpoints hold fp32 masters, two moments and EMA: 16 bytes a parameter.
+    Checkpoints hold fp32 masters, two moments and `averages` of the weights: with one, 16 bytes a parameter.
     """
-    size = 16 * parameters
+    size = (12 + 4 * averages) * parameters
     blocked, written = size / ranks / _STAGING, size / disk
     failure = hours_per_failure * 3600 / ranks
     interval = max(math.sqrt(2 * blocked * failure) - blocked, written, 1.0)

@@ -1,7 +1,7 @@
 """Checkpoints that fit any cluster: tensors by parameter name, JSON, hashed, published by one rename.
 
     checkpoints/step-00001000/
-        rank-0.safetensors ...   this rank's pieces: `KIND/PARAMETER`, KIND = master, exp_avg, exp_avg_sq, ema
+        rank-0.safetensors ...   this rank's pieces: `KIND/PARAMETER`, KIND = master, exp_avg, exp_avg_sq, ema, ...
         state.json               step, position, counters, shapes
         manifest.json            size and SHA-256 of every file and of itself, where every piece begins; written last
 
@@ -28,22 +28,47 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sora_train.cli import InputError
-from sora_train.training.files import digest_of, remove_folder, sha256, sync_folder, write_json
+from sora_train.training.files import (
+    VERSION,
+    Damage,
+    check_file,
+    digest_of,
+    read_manifest,
+    remove_folder,
+    sha256,
+    surplus,
+    sync_folder,
+    write_json,
+)
+from sora_train.training.mirror import Mirror
 from sora_train.training.zero import Fragment
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-VERSION = 2  # of the manifest; 1 had no checksum of itself
 _SPARE = 16 << 20  # bytes that must stay free beside a checkpoint: JSON, logs, what others write meanwhile
 _log = logging.getLogger(__name__)
 
 Pieces = dict[str, tuple[int, Tensor]]  # KIND/PARAMETER: first element, values
 
 
-def pieces(fragments: Sequence[Fragment], ema: Mapping[str, Tensor], split: tuple[int, int] | None) -> Pieces:
-    """What this rank saves. `split` (rank, ranks) shares tensors out that every rank holds whole (no ZeRO)."""
+def pieces(
+    fragments: Sequence[Fragment],
+    ema: Mapping[str, Tensor],
+    split: tuple[int, int] | None,
+    more: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Pieces:
+    """What this rank saves; `more` are further averages by kind. For `split` see `shares`."""
+    own = {kind: {f.name: getattr(f, kind) for f in fragments} for kind in KINDS[:-1]}
+    return shares(fragments, {**own, "ema": ema, **(more or {})}, split)
+
+
+def shares(
+    fragments: Sequence[Fragment], kinds: Mapping[str, Mapping[str, Tensor]], split: tuple[int, int] | None
+) -> Pieces:
+    """Kinds of tensors by parameter; `split` (rank, ranks) shares them out where every rank holds them whole."""
     mine: Pieces = {}
     for f in fragments:
-        for kind, values in zip(KINDS, (f.master, f.exp_avg, f.exp_avg_sq, ema[f.name]), strict=True):
+        for kind, tensors in kinds.items():
+            values = tensors[f.name]
             start, stop = 0, values.numel()
             if split is not None:
                 start, stop = (stop * split[0] // split[1], stop * (split[0] + 1) // split[1])
@@ -55,8 +80,9 @@ def pieces(fragments: Sequence[Fragment], ema: Mapping[str, Tensor], split: tupl
 class Checkpoints:
     """The checkpoint folder of a run. All methods are called by all ranks together."""
 
-    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0, mirror: Mirror | None = None) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.mirror = mirror  # the main rank's, if any
         self.failed = 0  # saves that could not be written
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")  # the writer thread's own, so that it can't mix with the loop's
@@ -113,6 +139,8 @@ class Checkpoints:
             for path in _folders(self.folder):
                 if path.name > f"step-{step:08d}":
                     remove_folder(path)
+            if self.mirror:
+                self.mirror.discard_after(step)
         dist.barrier(group=self._group)
 
     def _stage(self, key: str, values: Tensor) -> Tensor:
@@ -169,10 +197,12 @@ class Checkpoints:
             remove_folder(final)
         temporary.rename(final)
         sync_folder(self.folder)
-        older = [path for path in _folders(self.folder) if path.name <= final.name]
-        for old in older[: -self.keep]:  # a newer one is damaged (see above) and doesn't count as kept
-            if not (self.keep_every and int(old.name.removeprefix("step-")) % self.keep_every == 0):
-                remove_folder(old)
+        older = [path.name for path in _folders(self.folder) if path.name <= final.name]
+        for old in surplus(older, self.keep, self.keep_every):  # a newer one is damaged and doesn't count as kept
+            if not (self.mirror and self.mirror.busy == old):  # it goes after the next save
+                remove_folder(self.folder / old)
+        if self.mirror:
+            self.mirror.offer(final)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -223,26 +253,15 @@ def latest_intact(folder: Path) -> Path:
 def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """What is wrong with a checkpoint, or None. Each of several ranks hashes its share of the files."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        own = manifest.pop("sha256", None)
-        if manifest["version"] not in (1, VERSION):
-            return f"manifest.json is of version {manifest['version']}; this code reads 1 and {VERSION}"
-        if own != (digest_of(manifest) if manifest["version"] > 1 else None):
-            return "manifest.json differs from its own checksum"
-        if f"step-{manifest['step']:08d}" != path.name:
-            return f"manifest.json is of step {manifest['step']}"
+        manifest = read_manifest(path)
         for number, (name, record) in enumerate(sorted(manifest["files"].items())):
-            if Path(name).name != name:
-                return f"manifest.json names {name!r}, which is no file of the checkpoint"
-            file = path / name
-            if file.stat().st_size != record["size"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {record['size']}"
-            if number % ranks == rank and sha256(file) != record["sha256"]:
-                return f"{name} differs from its checksum"
+            check_file(path / name, record, hashed=number % ranks == rank)
             if "pieces" in record:
-                with safe_open(file, "pt") as tensors:  # whatever its name says, only safetensors are read
+                with safe_open(path / name, "pt") as tensors:  # whatever its name says, only safetensors are read
                     if set(tensors.keys()) != set(record["pieces"]):
                         return f"{name} doesn't hold the tensors that manifest.json names"
+    except Damage as damage:
+        return str(damage)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -6,8 +6,49 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+VERSION = 2  # of the manifest; 1 had no checksum of itself
+
+
+class Damage(Exception):
+    """What is wrong with a checkpoint."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest.json of a checkpoint, true to its own checksum. Raises Damage, OSError, ValueError, KeyError."""
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    own = manifest.pop("sha256", None)
+    if manifest["version"] not in (1, VERSION):
+        raise Damage(f"manifest.json is of version {manifest['version']}; this code reads 1 and {VERSION}")
+    if own != (digest_of(manifest) if manifest["version"] > 1 else None):
+        raise Damage("manifest.json differs from its own checksum")
+    if f"step-{manifest['step']:08d}" != folder.name:
+        raise Damage(f"manifest.json is of step {manifest['step']}")
+    for name in manifest["files"]:
+        if Path(name).name != name:
+            raise Damage(f"manifest.json names {name!r}, which is no file of the checkpoint")
+    return manifest
+
+
+def check_file(path: Path, record: dict[str, Any], hashed: bool = True) -> None:
+    """Raise Damage where a file isn't what the manifest records of it; OSError where it can't be read."""
+    if path.stat().st_size != record["size"]:
+        raise Damage(f"{path.name} has {path.stat().st_size} bytes instead of {record['size']}")
+    if hashed and sha256(path) != record["sha256"]:
+        raise Damage(f"{path.name} differs from its checksum")
+
+
+def surplus(names: Sequence[str], keep: int, keep_every: int) -> list[str]:
+    """Which of these checkpoints, oldest first, needn't be kept: not of the newest, nor of a step that stays."""
+    return [name for name in names[:-keep] if not stays(name, keep_every)]
+
+
+def stays(name: str, keep_every: int) -> bool:
+    """Whether a checkpoint is kept for ever: its step is a multiple of `keep_every` (0: none is)."""
+    return keep_every > 0 and int(name.removeprefix("step-")) % keep_every == 0
 
 
 def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from sora_train.training.ema import Ema
 from sora_train.training.guard import BadShare
 from sora_train.training.health import Health, Verdict, differing_ranks
 from sora_train.training.ledger import Ledger
+from sora_train.training.mirror import Mirror
 from sora_train.training.optim import lr_factor
 from sora_train.training.parts import Agreement, Parts, Place, Step
+from sora_train.training.power_ema import PowerEmas, Snapshots
 from sora_train.training.profiling import StepProfile
 from sora_train.world import World
 
@@ -34,8 +36,12 @@ class Trainer:
         self.engine, self.meter, self.console = parts.engine, parts.meter, parts.console
         self.run_dir = Path(config.run_dir)
         self.ema = Ema(self.engine.fragments, config.optim.ema_decay)
+        self.powers = PowerEmas(self.engine.fragments, config.optim.ema_lengths)
         keep = config.checkpoint
-        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep.keep, keep.keep_every)
+        every, limit = keep.snapshot_every, keep.snapshots
+        self.snapshots = Snapshots(self.run_dir, self.powers, every, limit) if self.powers.lengths else None
+        mirror = Mirror.of(config) if world.is_main else None
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep.keep, keep.keep_every, mirror)
         self.ledger = Ledger(self.run_dir, world.rank)
         self.guard, self.bad = parts.guard, BadShare(config.data.max_bad_fraction)
         self.watch, self.health = parts.watch, Health(config.guard)
@@ -44,7 +50,10 @@ class Trainer:
         self.sizes: list[tuple[int, int, int]] = []  # of the clips in the pack under way, or in the last one
         self.left_out: set[tuple[int, ...]] = set()  # steps of the plan that rollbacks pass over
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
-        self.resume(self.checkpoints.newest())
+        newest = self.checkpoints.newest()
+        self.resume(newest)
+        if mirror and newest:
+            mirror.offer(newest)  # a run that was killed may not have come to it
         self.writers = parts.open_writers(self.step)
 
     def train(self) -> int:
@@ -81,6 +90,7 @@ class Trainer:
             applied = self.engine.step(lr_factor(self.step, self.config.steps, self.config.optim))
             if applied:
                 self.ema.update()
+                self.powers.update()
             verdict = self.advance(batch, own_loss, applied)
             self.profile.after(self.step)
             self.meter.step_done(agreed.arrived, agreed.tokens, agreed.refused, applied)
@@ -95,6 +105,9 @@ class Trainer:
                 self.validate()
             if self.due(self.config.logging.sample_every):
                 self.sample()
+            if self.snapshots and self.due(self.snapshots.every):
+                with self.watch.slow("save"), self.meter.overhead():
+                    self.snapshots.save(self.step, self.engine.fragments, self.split, self.engine.shapes)
             if self.saves():
                 self.save()
             if self.stop and self.step < self.config.steps:
@@ -205,6 +218,8 @@ class Trainer:
         if self.world.is_main:
             self.ledger.write_left_out(self.step, back_to, verdict.reason, places)
         self.checkpoints.discard_after(back_to)
+        if self.snapshots:
+            self.snapshots.discard_after(back_to)
         self.console.say(f"warning: {verdict.reason}; back to step {back_to}, {len(places)} step(s) are left out")
         self.resume(older)
         self.left_out |= set(places)  # known here, whenever a shared folder shows what the main rank wrote
@@ -229,6 +244,8 @@ class Trainer:
             return
         figures = self.meter.read() | {"grad_norm": self.engine.grad_norm, "lr": self.engine.lr}
         figures |= {"epoch": self.position[0], "failed_saves": self.checkpoints.failed}
+        if self.checkpoints.mirror:
+            figures["failed_uploads"] = self.checkpoints.mirror.failed
         figures |= self.watch.stragglers()
         self.console.step(self.step, figures)
         if self.writers:
@@ -261,11 +278,15 @@ class Trainer:
         if self.writers and videos:
             self.writers.videos(self.step, videos)
 
+    @property
+    def split(self) -> tuple[int, int] | None:
+        """How the ranks share out what every one of them holds whole."""
+        return (self.world.rank, self.world.size) if self.engine.stage == 0 else None
+
     def save(self) -> None:
         """Hand a copy of everything to the background writer."""
         with self.watch.slow("save"), self.meter.overhead():
-            split = (self.world.rank, self.world.size) if self.engine.stage == 0 else None
-            mine = pieces(self.engine.fragments, self.ema.values, split)
+            mine = pieces(self.engine.fragments, self.ema.values, self.split, self.powers.values)
             state = {
                 "step": self.step, "applied": self.applied,
                 "position": self.position, "plan_hash": self.parts.plan.hash,
@@ -273,6 +294,7 @@ class Trainer:
                 "ema_updates": self.ema.updates, "totals": asdict(self.meter.totals), "shapes": self.engine.shapes,
                 "health": self.health.state(), "left_out": sorted(self.left_out),
                 "ranks": self.world.size, "stage": self.engine.stage, "time": time.time(),
+                **self.powers.state(),
             }  # fmt: skip
             self.checkpoints.save(self.step, mine, state)
 
@@ -280,7 +302,8 @@ class Trainer:
         """Load a checkpoint, if there is one, and forget what was written after it."""
         if checkpoint is not None:
             state = read_state(checkpoint)
-            load_into(checkpoint, pieces(self.engine.fragments, self.ema.values, None))
+            self.powers.restore(state)
+            load_into(checkpoint, pieces(self.engine.fragments, self.ema.values, None, self.powers.values))
             self.engine.write_weights({f.name: f.master for f in self.engine.fragments})
             self.step, self.applied, self.position = state["step"], state["applied"], tuple(state["position"])
             self.ema.updates = state["ema_updates"]
@@ -308,6 +331,10 @@ class Trainer:
         """Finish what is in the background."""
         with self.watch.slow("save"):
             saved = self.checkpoints.wait()
+            if self.snapshots:
+                saved = self.snapshots.wait() and saved
+            if self.checkpoints.mirror:
+                self.checkpoints.mirror.finish(self.config.guard.slow_timeout_s / 2)  # no hang yet
         if not saved:
             code, reason = 1, f"{reason.removesuffix(' after saving')}, but the last checkpoint could not be written"
         self.console.say(f"step {self.step}/{self.config.steps}: {reason}")
@@ -316,6 +343,8 @@ class Trainer:
     def close(self) -> None:
         """Finish the checkpoint under way and the dashboards, however the run ended."""
         self.profile.close()
+        if self.snapshots:
+            self.snapshots.wait()
         self.checkpoints.wait()
         self.console.close()
         if self.writers:

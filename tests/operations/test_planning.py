@@ -89,6 +89,7 @@ def test_saves_follow_young_and_daly() -> None:
     advice = save_advice(10**9, 64, 2e9, 50_000)
     blocked, failure = 16e9 / 64 / 8e9, 50_000 * 3600 / 64
     assert advice.checkpoint_bytes == 16 * 10**9 and advice.written_s == 8.0
+    assert save_advice(10**9, 64, 2e9, 50_000, averages=3).checkpoint_bytes == 24 * 10**9
     assert advice.interval_s == pytest.approx(math.sqrt(2 * blocked * failure) - blocked)
     assert save_advice(10**12, 4096, 1e9, 50_000).interval_s == 16_000  # no sooner than the last one is written
 

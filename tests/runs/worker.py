@@ -20,7 +20,10 @@ from benchmarks.fault_bed import Bed, Job, losses, outcome, run, samples_by_step
 from benchmarks.fault_trials import elastic, kill, stage_for
 from sora_train.config import Config
 from sora_train.flow.rectified import FlowTask
+from sora_train.training.checkpoint import latest_intact, load_full
+from sora_train.training.power_ema import combined
 
+AVERAGES = ("optim.ema_lengths=[0.05,0.1]", "checkpoint.snapshot_every=4")
 # eight slots: four passes on each of two ranks; two steps an epoch
 _STEADY = ("data.slots=8", "data.max_tokens=4", "checkpoint.every_steps=20")
 
@@ -106,7 +109,42 @@ def _run_out(config: Config, rank: int) -> None:
     FlowTask.loss = asking  # type: ignore[method-assign]
 
 
-KINDS: dict[str, Callable[[Bed], object]] = {"matrix": matrix, "kills": kills, "moves": moves, "debugs": debugs}
+def averages(run_dir: Path) -> dict[str, float]:
+    """The sum of squares of each of a run's last averages, and of one that its snapshots make."""
+    newest = latest_intact(run_dir / "checkpoints")
+    kinds = {kind: load_full(newest, kind) for kind in ("ema", "ema-0.05", "ema-0.1")}
+    kinds["made"] = combined(run_dir, 0.1)[0]
+    return {kind: sum(float(v.double().square().sum()) for v in full.values()) for kind, full in kinds.items()}
+
+
+def mirrored(bed: Bed) -> object:
+    """A run of two ranks with a mirror, and its last two steps again in an empty folder, from the mirror, on one."""
+    mirror = bed.folder / "elsewhere"
+    url = (f"checkpoint.mirror=file://{mirror}", *AVERAGES)
+    first = bed.config("first", *url, "deepspeed=zero2")
+    if code := run(first, 2):
+        raise RuntimeError(f"the run with a mirror ended with {code}; see {first.run_dir}")
+    held = sorted(path.name for path in mirror.iterdir())
+    last = Path(first.run_dir) / "checkpoints" / "step-00000020"
+    same = all(path.read_bytes() == (mirror / last.name / path.name).read_bytes() for path in last.iterdir())
+    (mirror / last.name / "manifest.json").unlink()  # as if the machine had been lost inside the last upload
+    second = bed.config("second", *url, "deepspeed=zero3")
+    codes = [run(second, 1), run(first, 2)]
+    ours, theirs = outcome(Path(first.run_dir)), outcome(Path(second.run_dir))
+    figures = [json.loads(line) for line in (Path(first.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "held": held, "same": same, "codes": codes, "held again": sorted(path.name for path in mirror.iterdir()),
+        "samples": [theirs["samples"], {step: ours["samples"][step] for step in (19, 20)}],
+        "averages": [averages(Path(name)) for name in (second.run_dir, first.run_dir)],
+        "losses": [losses(Path(name)) for name in (second.run_dir, first.run_dir)],
+        "failed": [line["failed_uploads"] for line in figures if "failed_uploads" in line],
+        "refused": json.loads((Path(first.run_dir) / "exit.json").read_text())["reason"],
+    }  # fmt: skip
+
+
+KINDS: dict[str, Callable[[Bed], object]] = {
+    "matrix": matrix, "kills": kills, "moves": moves, "mirrored": mirrored, "debugs": debugs,
+}  # fmt: skip
 
 if __name__ == "__main__":
     kind, folder, *shards = sys.argv[1:]

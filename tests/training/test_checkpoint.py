@@ -165,7 +165,7 @@ def written_by(tmp_path: Path, ranks: list[checkpoint.Pieces]) -> Path:
     temporary.mkdir(parents=True)
     records = [checkpoint._write_pieces(temporary / f"rank-{n}.safetensors", mine) for n, mine in enumerate(ranks)]
     publisher = Checkpoints.__new__(Checkpoints)  # publishing needs its folder and retention, no process group
-    publisher.folder, publisher.keep = tmp_path, 3
+    publisher.folder, publisher.keep, publisher.keep_every, publisher.mirror = tmp_path, 3, 0, None
     publisher._publish(temporary, 9, records, state(9))
     return tmp_path / "step-00000009"
 
