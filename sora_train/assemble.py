@@ -30,7 +30,7 @@ from sora_train.data.plan import Plan, PlanInputs, Position
 from sora_train.data.pool import Pool
 from sora_train.data.source import Store
 from sora_train.data.stages import Stages, build_stages
-from sora_train.generation import build_vae, build_video_model
+from sora_train.generation import build_vae, untrained_model
 from sora_train.methods import METHODS, write_previews
 from sora_train.operations.memory import is_out_of_memory, suggestion
 from sora_train.operations.planner import meta_network
@@ -167,7 +167,7 @@ def out_of_memory(config: Config, world: World) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         network = (
-            meta_network(build_video_model, config)
+            meta_network(untrained_model, config)
             if config.method is Method.diffusion
             else meta_network(build_vae, config.vae)
         )

@@ -22,13 +22,13 @@ from sora_train.generation import (
     FrozenVae,
     Sampler,
     build_vae,
-    build_video_model,
     request_for,
     save_sample,
+    starting_model,
     tokenizer,
+    untrained_model,
 )
 from sora_train.models.autoencoding import AutoencodingTask
-from sora_train.models.wan import load_wan
 from sora_train.training.parts import Task
 from sora_train.world import World
 
@@ -50,9 +50,7 @@ class Diffusion:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.vae = FrozenVae(config.vae, device)
-        network = build_video_model(config)
-        if config.model.init_from is not None:
-            load_wan(network.dit, config.model.init_from)
+        network = starting_model(config)
         self.network: nn.Module = network
         self.groups: list[tuple[nn.Module, float]] = [(network.dit, 1.0)]
         if network.text is not None:
@@ -129,7 +127,7 @@ def untrained(config: Config) -> tuple[nn.Module, Task, nn.Module]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if config.precision is Precision.bf16 else torch.float32)
     try:
-        network: nn.Module = build_video_model(config) if config.method is Method.diffusion else build_vae(config.vae)
+        network: nn.Module = untrained_model(config) if config.method is Method.diffusion else build_vae(config.vae)
     finally:
         torch.set_default_dtype(before)
     if config.method is Method.autoencoder:
