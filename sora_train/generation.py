@@ -44,7 +44,7 @@ def build_video_model(config: Config) -> VideoModel:
 
 
 def untrained_model(config: Config) -> VideoModel:
-    """The network of a run with fresh weights and, where model.lora has a rank, adapters; for planning."""
+    """The network of a run with fresh weights and, where model.lora has a rank, adapters; for counting."""
     network = build_video_model(config)
     if config.model.lora.rank:
         add_adapters(network, network.dit, config.model.lora)

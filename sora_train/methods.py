@@ -22,11 +22,11 @@ from sora_train.generation import (
     FrozenVae,
     Sampler,
     build_vae,
+    build_video_model,
     request_for,
     save_sample,
     starting_model,
     tokenizer,
-    untrained_model,
 )
 from sora_train.models.autoencoding import AutoencodingTask
 from sora_train.training.parts import Task
@@ -122,12 +122,13 @@ def write_previews(
 def untrained(config: Config) -> tuple[nn.Module, Task, nn.Module]:
     """Network in the run's precision, task, and frozen VAE of a run, with fresh weights and without a trained VAE.
 
-    For planning, also on tensors without memory, which can't be cast in place: so all is built in its precision.
+    For planning, also on tensors without memory, which can't be cast in place: so all is built in its precision, and
+    without adapters, which peft can't make there.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if config.precision is Precision.bf16 else torch.float32)
     try:
-        network: nn.Module = untrained_model(config) if config.method is Method.diffusion else build_vae(config.vae)
+        network: nn.Module = build_video_model(config) if config.method is Method.diffusion else build_vae(config.vae)
     finally:
         torch.set_default_dtype(before)
     if config.method is Method.autoencoder:

@@ -119,7 +119,7 @@ def trace(config: Config, sizes: Sequence[Size], untrained: Untrained) -> Trace:
         pack = Pack([clip_of(number, size) for number, size in enumerate(sizes)])
         encoder = 0
         recorder = Recorder([*network.parameters(), *network.buffers(), *frozen.parameters(), *frozen.buffers()])
-        for parameter in (p for p in network.parameters() if p.requires_grad):
+        for parameter in network.parameters():
             parameter.register_post_accumulate_grad_hook(_let_go(recorder))
         with recorder:
             if isinstance(task, FlowTask):

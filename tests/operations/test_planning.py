@@ -179,12 +179,9 @@ def test_frozen_weights_are_held_and_gathered_but_have_no_states(config: Config)
 
 
 def test_a_run_of_adapters_is_planned_as_one(compose_tree: Callable[..., DictConfig], config: Config) -> None:
-    """Each adapter of rank 4 of the 128 wide demo model has 2 x 4 x 128 parameters, and its step is less work."""
+    """Each adapter of rank 4 of the 128 wide demo model has 2 x 4 x 128 parameters; the rest is frozen."""
     lora = build(compose_tree("experiment=demo", "precision=bf16", "model.lora.rank=4"), need_vae=False)
     figures, plain = (estimate(c, meta_network(untrained_model, c), None, 2) for c in (lora, config))
     trained = 4 * 8 * 2 * 4 * 128
     assert figures.parameters - figures.frozen == trained == figures.parameters - plain.parameters
     assert plain.frozen == 0 and figures.state_bytes < 0.5 * plain.state_bytes
-    sizes = [(9, 48, 48)] * 2
-    less, all_of_it = (trace(c, sizes, untrained) for c in (lora, config))
-    assert 0.6 < less.flops / all_of_it.flops < 0.9
