@@ -31,7 +31,7 @@ from sora_train.data.plan import Plan, PlanInputs, Position
 from sora_train.data.pool import Pool
 from sora_train.data.source import Store
 from sora_train.data.stages import Stages, build_stages
-from sora_train.generation import build_vae, build_video_model
+from sora_train.generation import build_vae, untrained_model
 from sora_train.methods import METHODS, write_previews
 from sora_train.operations.memory import advice, is_out_of_memory, line
 from sora_train.operations.planner import meta_network
@@ -186,7 +186,7 @@ def out_of_memory(config: Config, world: World) -> Iterator[Whereabouts]:
 
         def network() -> nn.Module:
             if config.method is Method.diffusion:
-                return meta_network(build_video_model, config)
+                return meta_network(untrained_model, config)
             return meta_network(build_vae, config.vae)
 
         available = (

@@ -25,6 +25,11 @@ DECODERS = ("decord", "pyav", "torchcodec")
 TASKS = (
     "text_to_video", "image_to_video", "extension", "extension_backwards", "interpolation", "frames", "image",
 )  # fmt: skip
+LORA_TARGETS = (  # linear layers of the transformer by the ends of their names
+    "q", "k", "v", "out", "self_attention.q", "self_attention.k", "self_attention.v", "self_attention.out",
+    "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.out", "mlp.0", "mlp.2",
+    "text_in.0", "text_in.2", "time_in.0", "time_in.2", "time_modulation.1", "out.project",
+)  # fmt: skip
 SOLVERS = ("euler", "heun", "adams_bashforth")
 VAE_USE = ("path", "cache_mib", "tile")  # how a run uses its VAE; the rest of VaeConfig is the VAE's shape
 WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
@@ -93,6 +98,15 @@ class Timesteps(Enum):
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters: with a rank, they alone are trained, and all other weights stay as they are."""
+
+    rank: int = 0  # of each adapter; 0: none, all weights are trained
+    alpha: float = 16.0  # an adapter counts alpha / rank
+    targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])  # layers by the ends of their names
+
+
+@dataclass
 class ModelConfig:
     """The diffusion transformer."""
 
@@ -110,6 +124,7 @@ class ModelConfig:
     attention: str = "auto"  # back end: auto, sdpa, varlen (FlashAttention), flex
     compile: bool = False  # torch.compile of the block
     init_from: str | None = None  # a diffusers Wan transformer or pipeline folder to start from; its shape rules
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
@@ -490,6 +505,7 @@ def check(config: Config) -> None:
         ):
             _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
         _check_flow(flow, data)
+    _check_lora(config)
     _check_text(config.text_encoder)
     _check_mirror(config.checkpoint.mirror)
     lengths = config.optim.ema_lengths
@@ -531,6 +547,24 @@ def _check_text(text: TextEncoderConfig) -> None:
     _require(
         text.pad_to == 0 or text.pad_to >= text.max_tokens,
         f"text_encoder.pad_to={text.pad_to} must be 0 or at least text_encoder.max_tokens={text.max_tokens}",
+    )
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.model.lora
+    _require(lora.rank >= 0, f"model.lora.rank={lora.rank} must not be below 0")
+    if lora.rank == 0:
+        return
+    _require(config.method is Method.diffusion, "model.lora is for the video model; method=diffusion, or lora.rank=0")
+    _require(lora.alpha > 0, f"model.lora.alpha={lora.alpha} must be above 0")
+    _require(bool(lora.targets), f"model.lora.targets is empty; known: {', '.join(LORA_TARGETS)}")
+    unknown = [name for name in lora.targets if name not in LORA_TARGETS]
+    _require(not unknown, f"model.lora.targets has no layer {unknown[:1]}; "
+                          + (nearest(unknown[0], list(LORA_TARGETS)) if unknown else ""))  # fmt: skip
+    _require(
+        config.model.init_from is None or config.text_encoder.path is not None,
+        "model.lora trains adapters of the transformer alone, and our own text encoder would stay at random beside "
+        "model.init_from; set text_encoder.path to the encoder that those weights were trained with",
     )
 
 

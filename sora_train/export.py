@@ -9,13 +9,18 @@ video model becomes `transformer/` (`WanTransformer3DModel`), which `model.init_
 it was trained with a released VAE and text encoder, these are copied beside it and `WanPipeline.from_pretrained`
 loads the whole folder. Averaged (EMA) weights; with `ema_length=0.07` those of that relative length, made of the run's
 snapshots (`optim.ema_lengths`).
+
+    python -m sora_train.export run_dir=runs/lora out=runs/lora/export format=adapter
+
+A run of adapters (`model.lora`) is written in both forms with the adapters added to the weights beneath them; with
+`format=adapter`, they alone: `pytorch_lora_weights.safetensors`, which `WanPipeline.load_lora_weights` reads.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -25,12 +30,13 @@ from safetensors.torch import save_file
 
 from sora_train.assemble import Shards
 from sora_train.cli import InputError, options, run
-from sora_train.config import VAE_USE, Config, Method, Prediction, load
+from sora_train.config import VAE_USE, Config, LoraConfig, Method, Prediction, load, to_yaml
 from sora_train.data.loader import Loader
 from sora_train.data.plan import Position
 from sora_train.data.pool import Pool
 from sora_train.data.transforms import to_unit
-from sora_train.generation import build_vae, trained_weights
+from sora_train.generation import build_vae, trained_weights, whole_weights
+from sora_train.models.lora import save_adapters
 from sora_train.models.vae import VideoVAE
 from sora_train.models.wan import save_wan
 from sora_train.released import folder_of
@@ -52,13 +58,11 @@ class Options:
 def main() -> int:
     """Export the newest checkpoint of a run."""
     o = options(Options, __doc__)
-    if o.format not in ("safetensors", "diffusers"):
-        raise InputError(f"format={o.format!r}; known: safetensors, diffusers")
+    if o.format not in ("safetensors", "diffusers", "adapter"):
+        raise InputError(f"format={o.format!r}; known: safetensors, diffusers, adapter")
     config, out = load(o.run_dir), Path(o.out)
-    if o.format == "diffusers" and config.method is Method.autoencoder:
-        raise InputError("format=diffusers writes video models; diffusers knows no VAE of ours")
-    if o.format == "diffusers" and config.flow.prediction is not Prediction.velocity:
-        raise InputError(f"diffusers reads velocities, and this run has flow.prediction={config.flow.prediction.value}")
+    if o.format != "safetensors":
+        _check_for_diffusers(config, o)
     out.mkdir(parents=True, exist_ok=True)
     weights = trained_weights(o.run_dir) if o.ema_length is None else _of_length(Path(o.run_dir), o.ema_length)
     if config.method is Method.autoencoder:
@@ -68,11 +72,14 @@ def main() -> int:
         save_file(vae.state_dict(), out / "vae.safetensors")
         shape = {key: value for key, value in asdict(config.vae).items() if key not in VAE_USE}
         (out / "config.json").write_text(json.dumps(shape, indent=1) + "\n")
+    elif o.format == "adapter":
+        save_adapters(_of_dit(weights), config.model, out)
     elif o.format == "diffusers":
-        _pipeline(weights, config, out)
+        _pipeline(whole_weights(config, weights), config, out)
     else:
-        save_file(weights, out / "model.safetensors")
-        shutil.copy(Path(o.run_dir) / "config.yaml", out / "config.yaml")
+        save_file(whole_weights(config, weights), out / "model.safetensors")
+        merged = replace(config, model=replace(config.model, lora=LoraConfig()))
+        (out / "config.yaml").write_text(to_yaml(merged))
         assert config.vae.path is not None
         if (out / "vae").resolve() != Path(config.vae.path).resolve():
             shutil.copytree(config.vae.path, out / "vae", dirs_exist_ok=True)
@@ -87,10 +94,29 @@ def _of_length(run_dir: Path, length: float) -> dict[str, torch.Tensor]:
     return weights
 
 
+def _check_for_diffusers(config: Config, o: Options) -> None:
+    """Raise InputError for a run that diffusers has no form for."""
+    if config.method is Method.autoencoder:
+        raise InputError(f"format={o.format} writes video models; diffusers knows no VAE of ours")
+    if config.flow.prediction is not Prediction.velocity:
+        raise InputError(f"diffusers reads velocities, and this run has flow.prediction={config.flow.prediction.value}")
+    if o.format == "adapter" and config.model.lora.rank == 0:
+        raise InputError(f"{o.run_dir} trained no adapters (model.lora.rank=0); format=diffusers or safetensors")
+    if o.format == "adapter" and config.model.init_from is None:
+        raise InputError(
+            "the adapters of this run belong to weights made from its seed (no model.init_from), which nobody else "
+            "has; format=diffusers or safetensors writes both together"
+        )
+
+
+def _of_dit(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What belongs to the transformer, without the prefix."""
+    return {name.removeprefix("dit."): w for name, w in weights.items() if name.startswith("dit.")}
+
+
 def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path) -> None:
     """The transformer in the form of diffusers; around it a `WanPipeline` where its other parts are released ones."""
-    dit = {name.removeprefix("dit."): w for name, w in weights.items() if name.startswith("dit.")}
-    save_wan(dit, config.model, config.text_encoder.width, out / "transformer")
+    save_wan(_of_dit(weights), config.model, config.text_encoder.width, out / "transformer")
     if config.vae.class_name is None or config.text_encoder.path is None:
         print("a WanPipeline also needs a released VAE and text encoder; this run has its own, so only transformer/")
         return

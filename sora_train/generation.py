@@ -20,10 +20,12 @@ from sora_train.flow.rectified import Tokenize
 from sora_train.flow.sampling import Request, generate
 from sora_train.media import contact_sheet, write_mp4, write_png
 from sora_train.models.dit import DiT
+from sora_train.models.lora import add_adapters, merge
 from sora_train.models.text import TextEncoder, tokenize_captions
 from sora_train.models.tiling import in_time, tiled
 from sora_train.models.vae import VideoVAE
 from sora_train.models.video_model import VideoModel
+from sora_train.models.wan import load_wan
 from sora_train.training.checkpoint import latest_intact, load_full
 
 
@@ -39,6 +41,35 @@ def build_video_model(config: Config) -> VideoModel:
             block.compile()
     own = TextEncoder(t.width, t.depth, t.heads, t.buckets, t.max_tokens) if t.path is None else None
     return VideoModel(dit, own)
+
+
+def untrained_model(config: Config) -> VideoModel:
+    """The network of a run with fresh weights and, where model.lora has a rank, adapters; for counting."""
+    network = build_video_model(config)
+    if config.model.lora.rank:
+        add_adapters(network, network.dit, config.model.lora)
+    return network
+
+
+def starting_model(config: Config) -> VideoModel:
+    """The network that a run begins with: fresh or from `model.init_from`, with adapters where model.lora has a rank.
+
+    Beneath adapters and in them, what isn't read from a folder depends on the seed alone, so that it can be made anew.
+    """
+    if config.model.lora.rank == 0:
+        return _filled(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        network = _filled(config)
+        add_adapters(network, network.dit, config.model.lora)
+    return network
+
+
+def _filled(config: Config) -> VideoModel:
+    network = build_video_model(config)
+    if config.model.init_from is not None:
+        load_wan(network.dit, config.model.init_from)
+    return network
 
 
 def build_vae(config: VaeConfig) -> VideoVAE:
@@ -151,6 +182,15 @@ def trained_weights(run_dir: str | Path) -> dict[str, Tensor]:
     return load_full(latest_intact(Path(run_dir) / "checkpoints"), "ema")
 
 
+def whole_weights(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of `build_video_model` from what a run trained: adapters are added to the weights beneath them."""
+    if config.model.lora.rank == 0:
+        return weights
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return merge(_filled(config).state_dict(), weights, config.model.lora)
+
+
 def load_sampler(config: Config, run_dir: str | Path, device: torch.device) -> Sampler:
     """A sampler with a run's averaged weights. Raises InputError for a run that isn't a video model's."""
     if config.method is not Method.diffusion:
@@ -158,7 +198,7 @@ def load_sampler(config: Config, run_dir: str | Path, device: torch.device) -> S
             f"{run_dir} holds a {config.method.value} run; samples come from a video model (experiment=demo)"
         )
     network = build_video_model(config)
-    network.load_state_dict(trained_weights(run_dir))
+    network.load_state_dict(whole_weights(config, trained_weights(run_dir)))
     network.to(device).eval().requires_grad_(False)
     return Sampler(config, network, FrozenVae(config.vae, device), device)
 

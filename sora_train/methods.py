@@ -25,10 +25,10 @@ from sora_train.generation import (
     build_video_model,
     request_for,
     save_sample,
+    starting_model,
     tokenizer,
 )
 from sora_train.models.autoencoding import AutoencodingTask
-from sora_train.models.wan import load_wan
 from sora_train.training.parts import Task
 from sora_train.world import World
 
@@ -50,9 +50,7 @@ class Diffusion:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.vae = FrozenVae(config.vae, device)
-        network = build_video_model(config)
-        if config.model.init_from is not None:
-            load_wan(network.dit, config.model.init_from)
+        network = starting_model(config)
         self.network: nn.Module = network
         self.groups: list[tuple[nn.Module, float]] = [(network.dit, 1.0)]
         if network.text is not None:
@@ -124,7 +122,8 @@ def write_previews(
 def untrained(config: Config) -> tuple[nn.Module, Task, nn.Module]:
     """Network in the run's precision, task, and frozen VAE of a run, with fresh weights and without a trained VAE.
 
-    For planning, also on tensors without memory, which can't be cast in place: so all is built in its precision.
+    For planning, also on tensors without memory, which can't be cast in place: so all is built in its precision, and
+    without adapters, which peft can't make there.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if config.precision is Precision.bf16 else torch.float32)

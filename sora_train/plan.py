@@ -29,7 +29,7 @@ from sora_train.cli import InputError, run
 from sora_train.compose import run_hydra
 from sora_train.config import Config, Method
 from sora_train.data.plan import Plan
-from sora_train.generation import build_vae, build_video_model
+from sora_train.generation import build_vae, untrained_model
 from sora_train.methods import untrained
 from sora_train.operations.footprint import stage_of
 from sora_train.operations.forecast import Forecast, forecast, show
@@ -84,7 +84,7 @@ def plan(config: Config, options: Options) -> int:
 def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
     """The forecast of a configuration, with its plan where there are shards."""
     if config.method is Method.diffusion:
-        network = meta_network(build_video_model, config)
+        network = meta_network(untrained_model, config)
     else:
         network = meta_network(build_vae, config.vae)
     device = hardware(options.hardware)

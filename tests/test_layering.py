@@ -29,6 +29,7 @@ HEAVY = {
     "hydra": {"sora_train/compose.py"},
     "diffusers": {"sora_train/models/released_vae.py"},
     "transformers": {"sora_train/models/released_text.py"},
+    "peft": {"sora_train/models/lora.py"},
 }
 
 

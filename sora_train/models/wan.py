@@ -91,12 +91,7 @@ def save_wan(weights: Mapping[str, Tensor], model: ModelConfig, text_width: int,
 
     Raises InputError for a model with options that Wan doesn't have.
     """
-    if model.absolute_positions or model.pooled_text or model.rope_theta != ROPE_THETA:
-        raise InputError(
-            "format=diffusers writes Wan transformers: train with model.absolute_positions=false, "
-            f"model.pooled_text=false and model.rope_theta={ROPE_THETA:.0f} (this run has "
-            f"{model.absolute_positions}, {model.pooled_text} and {model.rope_theta})"
-        )
+    require_wan(model, "diffusers")
     channels = weights["patch_in.weight"].shape[1] // model.patch**2
     shape = {
         "_class_name": "WanTransformer3DModel",
@@ -121,6 +116,16 @@ def save_wan(weights: Mapping[str, Tensor], model: ModelConfig, text_width: int,
     theirs = {wan_name(name): _to_theirs(name, tensor, model.patch) for name, tensor in weights.items()}
     save_file(theirs, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
+
+
+def require_wan(model: ModelConfig, form: str) -> None:
+    """Raise InputError for a model with options that Wan doesn't have; `form` is what was to be written."""
+    if model.absolute_positions or model.pooled_text or model.rope_theta != ROPE_THETA:
+        raise InputError(
+            f"format={form} is for Wan transformers: train with model.absolute_positions=false, "
+            f"model.pooled_text=false and model.rope_theta={ROPE_THETA:.0f} (this run has "
+            f"{model.absolute_positions}, {model.pooled_text} and {model.rope_theta})"
+        )
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

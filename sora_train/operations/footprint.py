@@ -47,17 +47,22 @@ def stage_of(config: Config) -> int:
     return int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
 
-def memory(config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int) -> Memory:
-    """Memory of one rank of `ranks` at a ZeRO stage, `passes` forward passes to a step."""
+def memory(
+    config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int, frozen: int = 0
+) -> Memory:
+    """Memory of one rank of `ranks` at a ZeRO stage, `passes` forward passes to a step.
+
+    `parameters` are trained; `frozen` ones are there beside them.
+    """
     each = 2 if config.precision is Precision.bf16 else 4
     mine = -(-parameters // ranks)
     owned = mine if stage else parameters
-    weights = (mine if stage == 3 else parameters) * each
+    weights = (mine + -(-frozen // ranks) if stage == 3 else parameters + frozen) * each
     master = owned * 4 if stage or each == 2 else 0
     kept = mine if stage >= 2 or (stage == 1 and passes == 1) else parameters
     gradients = kept * each
     activations = max(traced.activations, traced.encoder)
-    bucket = _bucket(config, parameters, stage) * each
+    bucket = _bucket(config, parameters, stage, frozen) * each
     if stage == 0 and passes == 1:
         backward = max(traced.with_gradients, traced.encoder)
     else:  # from the second pass on the gradients are there from the start
@@ -70,7 +75,7 @@ def memory(config: Config, parameters: int, traced: Trace, ranks: int, passes: i
     )
 
 
-def _bucket(config: Config, parameters: int, stage: int) -> int:
+def _bucket(config: Config, parameters: int, stage: int, frozen: int) -> int:
     """Elements of the buffers that DeepSpeed's own settings ask for."""
     zero: dict[str, Any] = config.deepspeed.get("zero_optimization", {})
     if stage == 0:
@@ -78,4 +83,4 @@ def _bucket(config: Config, parameters: int, stage: int) -> int:
     bucket = int(zero.get("reduce_bucket_size", _BUCKET)) * (2 if stage < 3 and zero.get("overlap_comm") else 1)
     if stage < 3:
         return bucket
-    return min(bucket, parameters) + min(int(zero.get("stage3_max_live_parameters", _LIVE)), parameters)
+    return min(bucket, parameters) + min(int(zero.get("stage3_max_live_parameters", _LIVE)), parameters + frozen)

@@ -54,7 +54,7 @@ def forecast(
         name = f"model.activation_checkpointing={choice}"
         recomputing[name] = _stages(other, figures, sizes, share, device, per_node, untrained)
     averages = 1 + len(config.optim.ema_lengths)
-    save = save_advice(figures.parameters, figures.ranks, disk, hours_per_failure, averages)
+    save = save_advice(figures.parameters - figures.frozen, figures.ranks, disk, hours_per_failure, averages)
     return Forecast(figures, device, stages, recomputing, save)
 
 
@@ -63,11 +63,11 @@ def _stages(
     untrained: Untrained,
 ) -> dict[int, StageForecast]:  # fmt: skip
     traced = trace(config, sizes, untrained)
-    count, ranks, passes = figures.parameters, figures.ranks, figures.passes
+    count, ranks, passes = figures.parameters - figures.frozen, figures.ranks, figures.passes
     found = {}
     for stage in range(3 if config.method is Method.autoencoder else 4):
-        needs = memory(config, count, traced, ranks, passes, stage)
-        time = step_time(config, count, traced, ranks, passes, stage, device, per_node, share)
+        needs = memory(config, count, traced, ranks, passes, stage, figures.frozen)
+        time = step_time(config, count, traced, ranks, passes, stage, device, per_node, share, figures.frozen)
         found[stage] = StageForecast(needs, time, needs.peak <= _USABLE * device.memory_gib * 2**30)
     return found
 
@@ -105,7 +105,7 @@ def _facts(config: Config, result: Forecast, note: str) -> Table:
     title = f"{config.method.value} on {e.ranks} rank(s) of {result.device.name}, {config.precision.value}"
     table = Table(title=title, show_header=False)
     rows = [
-        ("parameters", f"{e.parameters / 1e6:.1f}M"),
+        ("parameters", f"{e.parameters / 1e6:.1f}M" + (f", {e.frozen / 1e6:.1f}M of them frozen" if e.frozen else "")),
         ("slots per step", f"{data.slots}, {e.passes} pass(es) per rank, {e.idle:.0%} of the places idle"),
         ("tokens per step, at most", f"{data.slots * data.max_tokens:,}"),
         ("model FLOPs per full step", f"{e.step_flops:.3g}"),

@@ -29,6 +29,7 @@ class Estimate:
 
     ranks: int
     parameters: int
+    frozen: int  # of them, those that aren't trained
     state_bytes: int  # per rank
     activation_bytes: int  # per rank, of the largest pack
     passes: int  # per rank and step
@@ -43,15 +44,14 @@ class Estimate:
 def estimate(config: Config, network: nn.Module, plan: Plan | None, ranks: int) -> Estimate:
     """Figures for a network (it may live on the meta device) and, where there is data, its plan."""
     parameters = sum(p.numel() for p in network.parameters())
+    frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
     bytes_each = 4 if config.precision is Precision.fp32 else 2
     weights, gradients, optimizer = bytes_each, bytes_each, 4 + 4 + 4 + (4 if bytes_each == 2 else 0)
     if bytes_each == 4 and stage:
         optimizer += 4  # ZeRO keeps a master of its own even in fp32
-    state = parameters * (
-        weights / (ranks if stage == 3 else 1)
-        + gradients / (ranks if stage >= 2 else 1)
-        + optimizer / (ranks if stage else 1)
+    state = parameters * weights / (ranks if stage == 3 else 1) + (parameters - frozen) * (
+        gradients / (ranks if stage >= 2 else 1) + optimizer / (ranks if stage else 1)
     )
     sequence = config.parallel.sequence
     groups = max(1, ranks // sequence)
@@ -66,7 +66,7 @@ def estimate(config: Config, network: nn.Module, plan: Plan | None, ranks: int) 
     flops = slots * cost(config).training([min(longest, config.data.max_tokens)] * clips)
     figures = _of_plan(plan) if plan is not None else (None, None, None, None)
     idle = 1 - slots / (per_rank * groups)
-    return Estimate(ranks, parameters, int(state), activations, passes, idle, flops, *figures)
+    return Estimate(ranks, parameters, frozen, int(state), activations, passes, idle, flops, *figures)
 
 
 def heaviest_pass(config: Config, plan: Plan | None, ranks: int) -> tuple[list[Size], float]:

@@ -32,18 +32,18 @@ class StepTime:
 
 def step_time(
     config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int, device: Hardware,
-    per_node: int, share: float = 1.0,
+    per_node: int, share: float = 1.0, frozen: int = 0,
 ) -> StepTime:  # fmt: skip
-    """Time of a step whose passes cost `share` of the traced one."""
+    """Time of a step whose passes cost `share` of the traced one; `frozen` parameters are only gathered."""
     each = 2 if config.precision is Precision.bf16 else 4
     owned = -(-parameters // ranks) if stage else parameters
-    whole = parameters * each * (ranks - 1) / ranks
     reduced, gathered = (passes if stage >= 2 else 1), (2 * passes if stage == 3 else 1)
+    travels = parameters * (reduced + gathered) + (frozen * gathered if stage == 3 else 0)
     wire = device.link if ranks <= per_node else min(device.link, device.network)
     return StepTime(
         device.seconds(traced.operations) * passes * share,
         owned * _UPDATE_BYTES / device.bandwidth,
-        whole * (reduced + gathered) / wire,
+        travels * each * (ranks - 1) / ranks / wire,
     )
 
 

@@ -19,7 +19,7 @@ from sora_train.batch import Clip, Pack
 from sora_train.cli import InputError
 from sora_train.config import Config, build, to_yaml
 from sora_train.cost import geometry
-from sora_train.generation import FrozenVae, Sampler, request_for, tokenizer
+from sora_train.generation import FrozenVae, Sampler, request_for, starting_model, tokenizer
 from sora_train.methods import Diffusion
 
 CPU = torch.device("cpu")
@@ -161,3 +161,47 @@ def test_an_export_runs_in_a_wan_pipeline_and_gives_what_our_sampler_gives(
     assert close.all(), (denormalised[0] - theirs).abs().max()
     video = pipe("a block", height=32, width=32, num_frames=5, num_inference_steps=1, output_type="np").frames[0]
     assert video.shape == (5, 32, 32, 3) and np.isfinite(video).all()
+
+
+ADAPTED = "q,k,v,out,mlp.0,mlp.2,text_in.0,text_in.2,time_in.0,time_in.2,time_modulation.1,out.project"
+
+
+def test_adapters_on_released_weights_are_read_by_diffusers(
+    compose_tree: Callable[..., DictConfig], pipeline: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Every layer that can be adapted: diffusers' transformer with our file gives what it gives with merged weights."""
+    keys = [f"{key}={pipeline}" for key in ("model.init_from", "vae.path", "text_encoder.path")]
+    lora = ("model.lora.rank=2", "model.lora.alpha=6", f"model.lora.targets=[{ADAPTED}]")
+    config = build(compose_tree("experiment=demo", *keys, "flow.prediction=velocity", *lora))
+    network = starting_model(config)
+    torch.manual_seed(1)
+    start = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    trained = {name: p + 0.2 * torch.randn_like(p) for name, p in start.items()}
+    assert len(trained) == 2 * (8 + 2 + 2 + 2 + 1 + 1)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(export, "trained_weights", lambda _: trained)
+    for form in ("adapter", "diffusers"):
+        arguments = ["export", f"run_dir={tmp_path}", f"out={tmp_path / form}", f"format={form}"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert export.main() == 0
+    plain, adapted = (WanTransformer3DModel.from_pretrained(pipeline / "transformer") for _ in range(2))
+    adapted.load_lora_adapter(tmp_path / "adapter", use_safetensors=True)
+    merged = WanTransformer3DModel.from_pretrained(tmp_path / "diffusers" / "transformer")
+    inputs = (torch.randn(1, 4, 2, 4, 6), torch.tensor([300.0]), torch.randn(1, 5, 16))
+    with torch.no_grad():
+        base, expected, given = (wan(*inputs, return_dict=False)[0] for wan in (plain, merged, adapted))
+    assert (expected - base).abs().max() > 0.1
+    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
+    pipe = WanPipeline.from_pretrained(tmp_path / "diffusers", transformer=plain)
+    pipe.load_lora_weights(tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.transformer(*inputs, return_dict=False)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_beside_a_text_encoder_that_nobody_trained_are_refused(
+    compose_tree: Callable[..., DictConfig], pipeline: Path
+) -> None:
+    keys = (f"model.init_from={pipeline}", "vae.channels=4", "text_encoder.width=16", "model.lora.rank=2")
+    with pytest.raises(InputError, match="would stay at random"):
+        build(compose_tree("experiment=demo", *keys), need_vae=False)

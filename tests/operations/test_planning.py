@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from sora_train.cli import InputError
 from sora_train.config import Config, build
 from sora_train.cost import cost, geometry
-from sora_train.generation import build_video_model
+from sora_train.generation import build_video_model, untrained_model
 from sora_train.methods import untrained
 from sora_train.operations.footprint import memory
 from sora_train.operations.forecast import Forecast, StageForecast, forecast, suggestion
@@ -165,3 +165,24 @@ for stage in (1, 2, 3):
         assert owned <= parameters / 64 * 1.6  # rank 0's share; padding makes it a little uneven
         extra = parameters * 4 if stage < 3 else 0  # without other ranks DeepSpeed keeps the first copy of the weights
         assert planned == pytest.approx(peak - extra, rel=0.1 if stage < 3 else 0.6), stage
+
+
+def test_frozen_weights_are_held_and_gathered_but_have_no_states(config: Config) -> None:
+    for stage, weights in ((1, 2 * 5000), (2, 2 * 5000), (3, 2 * 625)):
+        without, m = (memory(config, 1000, PASS, 8, 1, stage, frozen) for frozen in (0, 4000))
+        assert m.weights == weights
+        assert (m.gradients, m.optimizer, m.ema) == (without.gradients, without.optimizer, without.ema)
+        h = GPUS["h100"]
+        alone, t = (step_time(config, 1000, PASS, 8, 1, stage, h, 8, frozen=frozen) for frozen in (0, 4000))
+        gathered = 2 * 4000 * 2 * 7 / 8 / h.link if stage == 3 else 0
+        assert t.communication - alone.communication == pytest.approx(gathered)
+        assert t.update == alone.update
+
+
+def test_a_run_of_adapters_is_planned_as_one(compose_tree: Callable[..., DictConfig], config: Config) -> None:
+    """Each adapter of rank 4 of the 128 wide demo model has 2 x 4 x 128 parameters; the rest is frozen."""
+    lora = build(compose_tree("experiment=demo", "precision=bf16", "model.lora.rank=4"), need_vae=False)
+    figures, plain = (estimate(c, meta_network(untrained_model, c), None, 2) for c in (lora, config))
+    trained = 4 * 8 * 2 * 4 * 128
+    assert figures.parameters - figures.frozen == trained == figures.parameters - plain.parameters
+    assert plain.frozen == 0 and figures.state_bytes < 0.5 * plain.state_bytes

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.fault_bed import Bed, Job, losses, outcome, run, samples_by_step
+from benchmarks.fault_bed import Bed, Job, differences, losses, outcome, run, samples_by_step
 from benchmarks.fault_trials import elastic, kill, stage_for
 from sora_train.config import Config
 from sora_train.flow.rectified import FlowTask
+from sora_train.training.checkpoint import KINDS as KINDS_OF_TENSORS
 from sora_train.training.checkpoint import latest_intact, load_full
 from sora_train.training.power_ema import combined
 
@@ -142,8 +143,37 @@ def mirrored(bed: Bed) -> object:
     }  # fmt: skip
 
 
+def adapters(bed: Bed) -> object:
+    """Two ranks train adapters at every ZeRO stage, in bf16, and again at stage 3 with a stop halfway."""
+    lora = (
+        "model.lora.rank=2", "model.lora.alpha=4", "model.lora.targets=[q,v,mlp.2,text_in.0,out.project]",
+        "optim.decay_fraction=0", "optim.lr=0.01", "optim.warmup_steps=1", "steps=4",
+    )  # fmt: skip
+    configs = [bed.config(f"stage-{stage}", *lora, f"deepspeed=zero{stage}") for stage in range(4)]
+    configs += [
+        bed.config(f"bf16-{stage}", *lora, f"deepspeed=zero{stage}", "precision=bf16", "logging.validate_every=4")
+        for stage in (0, 3)
+    ]
+    configs += [bed.config("resumed", *lora, "deepspeed=zero3", f"steps={steps}") for steps in (2, 4)]
+    first, *then = configs
+    job = Job(first, 2, then=then)
+    if code := job.wait(timeout_s=3000):
+        raise RuntimeError(f"ended with {code}:\n{job.log.read_text()[-4000:]}")
+    found: dict[str, object] = {}
+    for name in dict.fromkeys(Path(config.run_dir).name for config in configs):
+        newest = latest_intact(bed.run_dir(name) / "checkpoints")
+        found[name] = {
+            "losses": losses(bed.run_dir(name)),
+            "tensors": {kind: sorted(load_full(newest, kind)) for kind in KINDS_OF_TENSORS},
+            "moved": max(float(w.abs().max()) for n, w in load_full(newest, "ema").items() if "lora_B" in n),
+        }
+    same = differences(outcome(bed.run_dir("stage-3")), outcome(bed.run_dir("resumed")))
+    return {"runs": found, "resumed and undisturbed differ in": same}
+
+
 KINDS: dict[str, Callable[[Bed], object]] = {
     "matrix": matrix, "kills": kills, "moves": moves, "mirrored": mirrored, "debugs": debugs,
+    "adapters": adapters,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""Runs that train adapters alone, on two ranks: alike at every ZeRO stage, small checkpoints, resumed to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+LAYERS = (
+    "blocks.0.cross_attention.q", "blocks.0.cross_attention.v", "blocks.0.mlp.2", "blocks.0.self_attention.q",
+    "blocks.0.self_attention.v", "out.project", "text_in.0",
+)  # fmt: skip
+
+
+@pytest.mark.timeout(3600)  # a quarter of a minute, but not on a busy machine
+def test_adapters_train_alike_at_every_stage_and_resume(runs: Callable[[str], Any]) -> None:
+    found = runs("adapters")
+    assert found["resumed and undisturbed differ in"] == []
+    adapters = [f"dit.{layer}.lora_{part}.default.weight" for layer in LAYERS for part in "AB"]
+    every = found["runs"]
+    assert len(every) == 7
+    for name, run in every.items():
+        assert set(map(tuple, run["tensors"].values())) == {tuple(adapters)}, name
+        assert run["moved"] > 1e-3, name
+        assert len(set(run["losses"].values())) == 4, name
+    for name in ("stage-1", "stage-2", "stage-3"):
+        assert every[name]["losses"] == pytest.approx(every["stage-0"]["losses"], rel=1e-5), name
+    for stage in (0, 3):
+        assert every[f"bf16-{stage}"]["losses"] == pytest.approx(every["stage-0"]["losses"], rel=0.05)
