@@ -105,7 +105,7 @@ def test_the_text_encoder_is_small_beside_the_transformer(demo: Config) -> None:
     n = geometry(demo).tokens(17, 32, 32)
     pack = LatentPack(
         Layout(((5, 4, 4),), (TEXT_TOKENS,)), torch.zeros(n, 24), *([torch.zeros(n)] * 2), torch.zeros(1),
-        torch.zeros(n, dtype=torch.long), torch.zeros(n), torch.zeros(TEXT_TOKENS, dtype=torch.long),
+        torch.zeros(n, dtype=torch.long), torch.zeros(n), torch.zeros(TEXT_TOKENS, 2, dtype=torch.long),
     )  # fmt: skip
     with counter, torch.no_grad():
         network(pack)

@@ -26,6 +26,7 @@ from sora_train.training.zero import Engine
 SMALL = (
     "experiment=demo", "model.width=24", "model.depth=2", "model.heads=2", "model.ffn=48", "model.frequencies=16",
     "text_encoder.width=16", "text_encoder.heads=2", "text_encoder.buckets=64", "model.patch=1", "vae.channels=8",
+    "vae.path=nowhere",
 )  # fmt: skip
 LORA = ("model.lora.rank=3", "model.lora.alpha=6", "model.lora.targets=[q,mlp.2,text_in.0,time_in.2,out.project]")
 LAYOUT = Layout(((2, 2, 3), (1, 2, 2)), (3, 2))

@@ -35,7 +35,7 @@ def make_network() -> VideoModel:
 def make_pack(layout: Layout) -> LatentPack:
     generator = torch.Generator().manual_seed(layout.tokens)
     x, target = (torch.randn(layout.tokens, 8, generator=generator) for _ in range(2))
-    ids = torch.randint(0, 64, (sum(layout.texts),), generator=generator)
+    ids = torch.randint(0, 64, (sum(layout.texts), 2), generator=generator)
     t_of = torch.randint(0, 3, (layout.tokens,), generator=generator)
     weight = (t_of > 0).float()
     return LatentPack(layout, x, target, weight, torch.tensor([0.0, 0.4, 0.8]), t_of, weight, ids)
