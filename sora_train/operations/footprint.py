@@ -78,7 +78,7 @@ def memory(
 def _bucket(config: Config, parameters: int, stage: int, frozen: int) -> int:
     """Elements of the buffers that DeepSpeed's own settings ask for."""
     zero: dict[str, Any] = config.deepspeed.get("zero_optimization", {})
-    if stage == 0 or (stage < 3 and not zero.get("contiguous_gradients", True)):  # then gradients aren't copied together
+    if stage == 0 or (stage < 3 and not zero.get("contiguous_gradients", True)):  # then nothing is copied together
         return 0
     bucket = int(zero.get("reduce_bucket_size", _BUCKET)) * (2 if stage < 3 and zero.get("overlap_comm") else 1)
     if stage < 3:

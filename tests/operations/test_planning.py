@@ -181,7 +181,7 @@ def test_frozen_weights_are_held_and_gathered_but_have_no_states(config: Config)
 
 
 def test_a_run_of_adapters_is_planned_as_one(compose_tree: Callable[..., DictConfig], config: Config) -> None:
-    """Each adapter of rank 4 of the 128 wide demo model has 2 x 4 x 128 parameters, each block 8; the rest is frozen."""
+    """Each adapter of rank 4 of the 128 wide demo model has 2 x 4 x 128 parameters, each block 8; the rest stays."""
     lora = build(compose_tree("experiment=demo", "precision=bf16", "model.lora.rank=4"), need_vae=False)
     figures, plain = (estimate(c, meta_network(untrained_model, c), None, 2) for c in (lora, config))
     trained = config.model.depth * 8 * 2 * 4 * 128
