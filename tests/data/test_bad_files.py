@@ -267,7 +267,7 @@ def test_a_decoder_that_spins_dies_or_eats_memory_is_replaced(
             return pool.decode(str(path), "mp4", (0, -1, None), [0, 8, 16], (64, 64), (0, 0, 64, 64)).result()  # type: ignore[arg-type]
 
         before = ask(good)
-        pool.timeout_s = 3.0
+        pool.timeout_s = 15.0 if cause == "memory" else 3.0  # 2 GiB are not filled in 3 s on every busy machine
         start = time.monotonic()
         if cause is None:
             assert np.abs(ask(bad).astype(int) - before).max() <= 2, "the second back end steps in"
