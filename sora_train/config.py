@@ -494,17 +494,7 @@ def check(config: Config) -> None:
     _require(sequence > 0, f"parallel.sequence={sequence} must be above 0")
     _require(sequence == 1 or config.method is Method.diffusion, "an autoencoder has no sequence; parallel.sequence=1")
     if config.method is Method.diffusion:
-        _require(model.heads % sequence == 0,
-                 f"model.heads={model.heads} must be a multiple of parallel.sequence={sequence}")  # fmt: skip
-        _require(model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
-                 f"model.width={model.width} must be an even multiple of model.heads={model.heads}")  # fmt: skip
-        _require(vae.path is not None, "vae.path is not set; train a VAE (experiment=demo_vae) and export it first")
-        for name, chosen, known in (
-            ("activation_checkpointing", model.activation_checkpointing, ("none", "block", "selective")),
-            ("attention", model.attention, ("auto", "sdpa", "varlen", "flex")),
-        ):
-            _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
-        _check_flow(flow, data)
+        _check_diffusion(config)
     _check_lora(config)
     _check_text(config.text_encoder)
     _check_mirror(config.checkpoint.mirror)
@@ -521,6 +511,21 @@ def check(config: Config) -> None:
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)
+
+
+def _check_diffusion(config: Config) -> None:
+    model, sequence = config.model, config.parallel.sequence
+    _require(model.heads % sequence == 0,
+             f"model.heads={model.heads} must be a multiple of parallel.sequence={sequence}")  # fmt: skip
+    _require(model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
+             f"model.width={model.width} must be an even multiple of model.heads={model.heads}")  # fmt: skip
+    _require(config.vae.path is not None, "vae.path is not set; train a VAE (experiment=demo_vae) and export it first")
+    for name, chosen, known in (
+        ("activation_checkpointing", model.activation_checkpointing, ("none", "block", "selective")),
+        ("attention", model.attention, ("auto", "sdpa", "varlen", "flex")),
+    ):
+        _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
+    _check_flow(config.flow, config.data)
 
 
 def _check_mirror(mirror: str | None) -> None:
