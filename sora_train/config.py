@@ -509,10 +509,6 @@ def check(config: Config) -> None:
     sequence = config.parallel.sequence
     _require(sequence > 0, f"parallel.sequence={sequence} must be above 0")
     _require(sequence == 1 or config.method is Method.diffusion, "an autoencoder has no sequence; parallel.sequence=1")
-    perceptual = vae.perceptual
-    _require(perceptual.weight >= 0, f"vae.perceptual.weight={perceptual.weight} must not be below 0")
-    _require(perceptual.weight == 0 or bool(perceptual.files),
-             "vae.perceptual.weight needs VGG16 weights; give vae.perceptual.files=[vgg16.pth], or 0")  # fmt: skip
     if config.method is Method.diffusion:
         _check_diffusion(config)
     _check_lora(config)
@@ -521,8 +517,7 @@ def check(config: Config) -> None:
     lengths = config.optim.ema_lengths
     _require(all(0.0 < length < 0.28 for length in lengths) and len(set(lengths)) == len(lengths),
              f"optim.ema_lengths={lengths} must be different numbers in (0, 0.28), e.g. [0.05, 0.1]")  # fmt: skip
-    _require(vae.class_name is not None or len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
-             "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
+    _check_vae(vae)
     unknown = [name for name in config.logging.writers if name not in WRITERS]
     _require(not unknown, f"logging.writers has no {unknown}; known: {', '.join(WRITERS)}")
     profiled = config.logging.profile_steps
@@ -553,6 +548,15 @@ def _check_diffusion(config: Config) -> None:
              f"model.rope_factors={factors} say nothing with model.rope_scaling=none; "
              "choose interpolation or ntk, or leave them at 1")  # fmt: skip
     _check_flow(config.flow, config.data)
+
+
+def _check_vae(vae: VaeConfig) -> None:
+    _require(vae.class_name is not None or len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
+             "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
+    weight, files = vae.perceptual.weight, vae.perceptual.files
+    _require(weight >= 0, f"vae.perceptual.weight={weight} must not be below 0")
+    _require(weight == 0 or bool(files),
+             "vae.perceptual.weight needs VGG16 weights; give vae.perceptual.files=[vgg16.pth], or 0")  # fmt: skip
 
 
 def _check_mirror(mirror: str | None) -> None:
