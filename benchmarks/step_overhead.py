@@ -2,11 +2,12 @@
 
     python -m benchmarks.step_overhead [rounds=3] [tokens=6144]
 
-Both train the same 20M-parameter model in fp32 on packs of one plan, in turns in one process: a round is a few steps
-of one, then of the other; packs differ in size, so what is compared is the time per token. The trainer does everything
-it does in a run: decoding, VAE, ledger, ZeRO, EMA, metrics. The bare loop gets its packs ready in memory; beside it
-stands a bare loop that doesn't encode with the VAE either. What DeepSpeed copies in a step doesn't grow with the
-pack, so the overhead depends on `tokens`, the most that a pack holds. Peak memory is that of one process each.
+Both train the same 20M-parameter model in fp32 on the same packs, in turns in one process: a round is a few steps of
+one, then of the other. Packs differ in what they cost, so each step is compared with the bare loop's step on its own
+pack. The trainer does everything it does in a run: decoding, VAE, ledger, ZeRO, EMA, metrics. The bare loop gets its
+packs ready in memory; beside it stands a bare loop that doesn't encode with the VAE either. What DeepSpeed copies in a
+step doesn't grow with the pack, so the overhead depends on `tokens`, the most that a pack holds. Peak memory is that of
+one process each.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _trainer(config: Config, pool: Pool, device: torch.device) -> Trainer:
 
 
 def _run_trainer(trainer: Trainer) -> list[float]:
-    """Seconds for 1,000 tokens in a few more steps of a run, from its own metrics."""
+    """Seconds for 1,000 tokens in each of a few more steps of a run, from its own metrics."""
     trainer.config.steps = trainer.step + _STEPS + 1
     trainer.train()
     lines = (trainer.run_dir / "metrics.jsonl").read_text().splitlines()[-_STEPS:]
@@ -109,15 +110,16 @@ def _bare(config: Config, device: torch.device, packs: list[Pack], encode: bool)
     return run
 
 
-def _packs(trainer_config: Config, pool: Pool) -> list[Pack]:
+def _packs(trainer_config: Config, pool: Pool, rounds: int) -> list[Pack]:
+    """Those that the trainer sees in so many rounds, in its order."""
     plan = Shards(trainer_config).plan(trainer_config)
-    return [step.packs[0] for step in islice(Loader(plan, pool, [[0]], Position(), 2), 4)]
+    return [step.packs[0] for step in islice(Loader(plan, pool, [[0]], Position(), 2), rounds * (_STEPS + 1))]
 
 
 def main() -> None:
     """Run in turns, or (with `only=NAME`) one of them alone for its peak memory."""
     arguments = dict(a.split("=") for a in sys.argv[1:])
-    tokens = int(arguments.get("tokens", 6144))
+    tokens, rounds = int(arguments.get("tokens", 6144)), int(arguments.get("rounds", 3))
     device = connect(World())
     torch.set_num_threads(1)  # what decodes has the other cores to itself, as beside a GPU
     with tempfile.TemporaryDirectory() as folder, Pool(1) as pool:
@@ -126,8 +128,8 @@ def main() -> None:
             for stage in (0, 1)
         }
         config = _config(f"{folder}/bare", 0, tokens)
-        makers["bare loop"] = lambda: _bare(config, device, _packs(config, pool), encode=True)
-        makers["bare loop, latents ready"] = lambda: _bare(config, device, _packs(config, pool), encode=False)
+        makers["bare loop"] = lambda: _bare(config, device, _packs(config, pool, rounds), encode=True)
+        makers["bare loop, latents ready"] = lambda: _bare(config, device, _packs(config, pool, rounds), encode=False)
         if "only" in arguments:
             makers[arguments["only"]]()()
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -135,20 +137,19 @@ def main() -> None:
         peaks = {name: _peak(name, tokens) for name in makers}  # first: a child's figure begins at its parent's
         runs = {name: make() for name, make in makers.items()}
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(int(arguments.get("rounds", 3))):
+        for _ in range(rounds):
             for name, run in runs.items():
                 times[name] += run()
-    base = statistics.median(times["bare loop"])
+    base = times["bare loop"]
     rows = []
     for name, values in times.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        rows.append(
-            (name, f"{middle:.3f} s", f"{low:.3f} to {high:.3f}", f"{middle / base - 1:+.1%}", f"{peaks[name]:.0f} MiB")
-        )
+        low, middle, high = statistics.quantiles([a / b - 1 for a, b in zip(values, base, strict=True)], n=4)
+        seconds, memory = f"{statistics.median(values):.3f} s", f"{peaks[name]:.0f} MiB"
+        rows.append((name, seconds, f"{middle:+.1%}", f"{low:+.1%} to {high:+.1%}", memory))
     write(
         "Step time of the trainer against a bare loop",
-        f"20M parameters, fp32, one thread, one pack of up to {tokens:,} tokens per step, in turns.",
-        ("loop", "seconds for 1,000 tokens", "middle half", "against bare", "peak memory of the process"),
+        f"20M parameters, fp32, one thread, packs of up to {tokens:,} tokens, {rounds} rounds of {_STEPS} steps.",
+        ("loop", "seconds for 1,000 tokens", "against bare, same pack", "middle half", "peak memory of the process"),
         rows,
     )
 

@@ -32,7 +32,7 @@ CHANCE: dict[str, float] = {
 _AGREE = 0.75  # of the frames that count must be right: with half, an object could turn into another
 _SEEN = 0.5  # of all frames must count
 _ALONE = 4.0  # the one object outweighs everything else in its frame this many times
-_CLEAR = 0.75  # of the most pixels seen on that side of the gap: an object less visible than that is not judged
+_CLEAR = 0.85  # of the most pixels seen on that side of the gap: an object less visible than that is not judged
 _STAGE = 0.1  # of all frames: the shortest appearance before or after a gap
 _Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 
@@ -107,15 +107,16 @@ def _gap(seen: list[list[Sighting]]) -> tuple[int, int]:
 def _is_thing(stage: list[list[Sighting]], thing: Thing) -> bool:
     """Whether the one object of these frames, where enough of it is visible, has the thing's colour and shape.
 
-    Frames that show an object whole are judged where there are any: one that is half out of sight may be anything.
+    Frames that show an object whole are judged where there are any, and none in which much less is to be seen than in
+    another: what is half out of sight may be anything.
     """
-    telling = [frame for frame in stage if any(s.whole for s in frame)] or stage
+    telling = [frame for frame in stage if any(s.whole for s in frame)] or [frame for frame in stage if frame]
+    most = max((frame[0].pixels for frame in telling), default=0)
+    telling = [frame for frame in telling if frame[0].pixels >= _CLEAR * most]
     alone = only_objects(telling)
-    if len(alone) < _AGREE * len(telling):
+    if not alone or len(alone) < _AGREE * len(telling):
         return False
-    most = max(s.pixels for s in alone)
-    clear = [s for s in alone if s.pixels >= _CLEAR * most]
-    return shape_of(clear) == thing["shape"] and _share(clear, lambda s: s.colour == thing["colour"]) >= _AGREE
+    return shape_of(alone) == thing["shape"] and _share(alone, lambda s: s.colour == thing["colour"]) >= _AGREE
 
 
 def _passes_behind(seen: list[list[Sighting]], mover: Thing, cover: Thing) -> bool:

@@ -32,7 +32,8 @@ _SHORTEST = 0.04  # of the frame's shorter side: a smaller displacement is none;
 _JUMP = 0.5  # of the whole way: an object that covers more of it from one sighting to the next did not move there
 _FINE_SIDE = 96  # smaller frames are enlarged to about this shorter side
 _TOUCH = 0.04  # of the shorter side: objects nearer than this may hide each other's soft edges
-_TEMPLATE = 24  # whole outlines are compared on a grid of this many cells a side
+_EDGE = 2.0  # pixels of the frame: the width of an object's soft edge, through a codec or a VAE
+_FAINT = 0.1  # of an object's strength: less is background
 _PART_SIDE = 48  # cut or covered outlines are fitted on a frame reduced to about this many pixels a side
 _RADII = tuple(0.01 * i for i in range(9, 25))  # of the shorter side: sizes tried in that fit
 _LIKELY = (0.9, 2.2)  # times the region's pixels: what an outline of which it may be the visible part covers
@@ -92,7 +93,7 @@ def sight(frame_HWC: np.ndarray) -> list[Sighting]:
             if region.sum() >= _SMALLEST * region.size:
                 regions.append((colour, region))
     everything = np.logical_or.reduce([region for _, region in regions]) if regions else saturated
-    found = [_sighting(colour, region, everything & ~region, scale) for colour, region in regions]
+    found = [_sighting(colour, region, everything & ~region, strength, scale) for colour, region in regions]
     return sorted(found, key=lambda s: -s.pixels)
 
 
@@ -127,7 +128,9 @@ def _enlarged(frame_HWC: np.ndarray, scale: int) -> np.ndarray:
     return np.asarray(Image.fromarray(frame_HWC).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
 
 
-def _sighting(colour: int, region_HW: np.ndarray, others_HW: np.ndarray, scale: int) -> Sighting:
+def _sighting(
+    colour: int, region_HW: np.ndarray, others_HW: np.ndarray, strength_HW: np.ndarray, scale: int
+) -> Sighting:
     """Describe one region of a frame enlarged by `scale`; `others_HW` marks what may hide part of it."""
     ys, xs = np.nonzero(region_HW)
     top, bottom, left, right = ys.min(), ys.max(), xs.min(), xs.max()
@@ -135,8 +138,12 @@ def _sighting(colour: int, region_HW: np.ndarray, others_HW: np.ndarray, scale: 
     reach = round(_TOUCH * min(region_HW.shape))
     near = others_HW[max(top - reach, 0) : bottom + reach + 1, max(left - reach, 0) : right + reach + 1]
     whole = not cut and not near.any()
-    box = region_HW[top : bottom + 1, left : right + 1]
-    overlaps = _overlaps_whole(box) if whole else _overlaps_part(region_HW, others_HW)
+    if whole:
+        edge = ndimage.binary_dilation(region_HW, iterations=round(_EDGE * scale))
+        alpha = np.clip(strength_HW / np.quantile(strength_HW[region_HW], 0.9), 0.0, 1.0)
+        overlaps = _overlaps_whole(np.where(edge & (alpha >= _FAINT), alpha, 0.0), scale)
+    else:
+        overlaps = _overlaps_part(region_HW, others_HW)
     y, x = (float(at.mean() + 0.5) / scale - 0.5 for at in (ys, xs))
     return Sighting(y, x, max(1, len(ys) // scale**2), list(COLOURS)[colour], overlaps, whole)
 
@@ -159,10 +166,31 @@ def _hue(rgb: np.ndarray) -> np.ndarray:
     return np.where(high == low, 0.0, hue)
 
 
-def _overlaps_whole(box_HW: np.ndarray) -> tuple[float, ...]:
-    """Overlap (intersection over union) of a region with each shape's outline fitted to its box."""
-    seen = _resample(box_HW)
-    return tuple(float((seen & one).sum() / (seen | one).sum()) for one in _boxed_outlines())
+def _overlaps_whole(alpha_HW: np.ndarray, scale: int) -> tuple[float, ...]:
+    """Overlap (sum of the lesser over sum of the greater) of an object with each shape of its area and centre of mass.
+
+    `alpha_HW` says how much of each pixel it covers, 0 to 1. Moments stay what they are where a blur takes a tip away,
+    the box around it doesn't.
+    """
+    ys, xs = np.arange(alpha_HW.shape[0])[:, None], np.arange(alpha_HW.shape[1])[None, :]
+    mass = alpha_HW.sum()
+    y, x = (alpha_HW * ys).sum() / mass, (alpha_HW * xs).sum() / mass
+    soft = _EDGE * scale
+    overlaps = []
+    for shape in SHAPES:
+        area, middle = _moments(shape)
+        radius = np.sqrt(mass / area)
+        outline = coverage(shape, (ys - y + middle * radius) / soft, (xs - x) / soft, radius / soft)
+        overlaps.append(float(np.minimum(outline, alpha_HW).sum() / np.maximum(outline, alpha_HW).sum()))
+    return tuple(overlaps)
+
+
+@cache
+def _moments(shape: str) -> tuple[float, float]:
+    """Area of a shape of radius 1, and how far below its centre its centre of mass lies."""
+    at = np.linspace(-1.2, 1.2, 961)
+    covered = coverage(shape, at[:, None] * 400.0, at[None, :] * 400.0, 400.0)
+    return float(covered.sum()) * (at[1] - at[0]) ** 2, float((covered * at[:, None]).sum() / covered.sum())
 
 
 def _overlaps_part(region_HW: np.ndarray, others_HW: np.ndarray) -> tuple[float, ...]:
@@ -202,22 +230,3 @@ def _outline(shape: str, radius: float) -> np.ndarray:
     reach = int(np.ceil(radius)) + 1
     at = np.arange(-reach, reach + 1, dtype=np.float64)
     return coverage(shape, at[:, None], at[None, :], radius)
-
-
-@cache
-def _boxed_outlines() -> tuple[np.ndarray, ...]:
-    """Each shape, filling its box, on the template grid."""
-    at = np.linspace(-120, 120, 481)
-    outlines = []
-    for shape in SHAPES:
-        full = coverage(shape, at[:, None], at[None, :], 100.0) > 0.5
-        ys, xs = np.nonzero(full)
-        outlines.append(_resample(full[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]))
-    return tuple(outlines)
-
-
-def _resample(box_HW: np.ndarray) -> np.ndarray:
-    """A box on the template grid, by the nearest cell."""
-    rows = ((np.arange(_TEMPLATE) + 0.5) * box_HW.shape[0] / _TEMPLATE).astype(int)
-    columns = ((np.arange(_TEMPLATE) + 0.5) * box_HW.shape[1] / _TEMPLATE).astype(int)
-    return box_HW[rows][:, columns]

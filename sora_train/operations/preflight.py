@@ -17,13 +17,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sora_train.cli import InputError
-from sora_train.config import Config, to_dict
+from sora_train.config import Config, Method, to_dict
 from sora_train.world import World
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "decord", "av", "webdataset", "hydra-core", "omegaconf")
 _VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "WORLD_SIZE")
 _OWN = ("run_dir", "guard.accept_changes")  # keys whose change is no change of the run
-_FIXED = ("method", "model", "vae", "text_encoder")  # what the weights were shaped by and trained on
+_FIXED = {  # sections that shaped the weights or that they were trained on
+    Method.diffusion: ("method", "model", "vae", "text_encoder"),
+    Method.autoencoder: ("method", "vae"),
+}
 _FREE = ("model.activation_checkpointing", "vae.cache_mib")  # but these change nothing that is learnt
 
 
@@ -40,7 +43,7 @@ def changes(config: Config) -> list[str]:
     new = flat(to_dict(config))
     keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and key not in _OWN]
     differing = {key: f"{key}: {old[key]} -> {new[key]}" for key in keys}
-    dangerous = [key for key in keys if key.split(".")[0] in _FIXED and key not in _FREE]
+    dangerous = [key for key in keys if key.split(".")[0] in _FIXED[config.method] and key not in _FREE]
     if dangerous and not config.guard.accept_changes:
         raise InputError(
             f"the checkpoints in {run_dir} were trained with another {'; '.join(differing[key] for key in dangerous)}; "

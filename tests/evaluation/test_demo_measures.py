@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
-from data_tools.shapes_world import Scene, make_scene, render
+from data_tools.shapes_world import Scene, Thing, make_scene, render
 from sora_train.evaluation.demo import CHANCE, as_json, interval, judge, table
-from sora_train.evaluation.shapes import COLOURS, SHAPES
+from sora_train.evaluation.shapes import COLOURS, SHAPES, sight
 
 KINDS = ("one", "two", "behind", "return", "image")
 
@@ -59,6 +60,15 @@ def test_real_videos_are_right_at_the_size_the_demo_trains_at(kind: str) -> None
 def test_real_videos_are_right_at_their_own_size(kind: str) -> None:
     scene = scenes(kind, 1)[0]
     assert all(judge(render(scene), asdict(scene)).values())
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_blur_that_takes_the_tips_away_hides_no_shape(shape: str, colour: str) -> None:
+    thing = Thing(colour, shape, "small", "still", "still", ((0.0, 0.5, 0.8), (1.0, 0.5, 0.8)))
+    scene = Scene("image", "grey", 36, 60, 1, 0, (thing,))
+    frame = ndimage.gaussian_filter(render(scene)[0].astype(np.float64), (1.8, 1.8, 0)).astype(np.uint8)
+    assert [(s.colour, s.shape) for s in sight(frame)] == [(colour, shape)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -68,6 +68,13 @@ def test_dangerous_changes_are_refused_unless_forced(make: Make, started: Path, 
     assert any(line.startswith(f"{key}: ") for line in changes(make(override, "guard.accept_changes=true")))
 
 
+def test_a_vae_does_not_mind_another_video_model(make: Make, tmp_path: Path, started: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(make("method=autoencoder")))
+    assert [line.split(":")[0] for line in changes(make("method=autoencoder", "model.width=64"))] == ["model.width"]
+    with pytest.raises(InputError, match="vae.channels"):
+        changes(make("method=autoencoder", "vae.channels=7"))
+
+
 def test_restarts_without_progress_end_and_a_start_by_hand_begins_anew(make: Make, started: Path) -> None:
     config = make("guard.max_futile_restarts=2")
     count_restart(config, World())
