@@ -20,7 +20,7 @@ from sora_train.batch import Clip, Pack, Refusal
 from sora_train.cli import InputError
 from sora_train.compose import write_exit
 from sora_train.config import Config, Method, to_dict
-from sora_train.cost import cost, geometry
+from sora_train.cost import cost, geometry, training_cost
 from sora_train.data.consolidated import load_consolidated
 from sora_train.data.decode import Limits
 from sora_train.data.encoded import require
@@ -127,11 +127,11 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     group = ulysses.sequence_group(world)
     if world.sequence > 1:
         blocks: Any = method.network.get_submodule("dit.blocks")
-        ulysses.apply(method.network, [block.self_attention for block in blocks], group)
+        ulysses.apply(method.network, [block.self_attention for block in blocks], ulysses.Neighbours(group))
     optimizer = adamw(method.groups, config.optim)
     engine = Engine(method.network, optimizer, config.precision, len(passes), config.optim.clip, config.deepspeed)
     peak = peak_flops(device, logging.peak_tflops)
-    meter = Meter(geometry(config), cost(config), device, peak, d.slots * d.max_tokens, world.sequence)
+    meter = Meter(geometry(config), training_cost(config), device, peak, d.slots * d.max_tokens, world.sequence)
     console = Console(config.steps, world.is_main, Path(config.run_dir))
     console.say(_summary(config, world, plan, engine, len(passes)))
     for name, error in pool.load_errors().items():

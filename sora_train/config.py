@@ -30,8 +30,9 @@ LORA_TARGETS = (  # linear layers of the transformer by the ends of their names
     "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.out", "mlp.0", "mlp.2",
     "text_in.0", "text_in.2", "time_in.0", "time_in.2", "time_modulation.1", "out.project",
 )  # fmt: skip
+ROPE_SCALINGS = ("none", "interpolation", "ntk")
 SOLVERS = ("euler", "heun", "adams_bashforth")
-VAE_USE = ("path", "cache_mib", "tile")  # how a run uses its VAE; the rest of VaeConfig is the VAE's shape
+VAE_USE = ("path", "cache_mib", "tile", "perceptual")  # how a run uses its VAE; the rest of VaeConfig is its shape
 WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
 DERIVED = {  # DeepSpeed keys that follow from ours
     "train_batch_size": "data.slots",
@@ -81,6 +82,8 @@ class Prediction(Enum):
 
     velocity = "velocity"
     preconditioned = "preconditioned"  # velocity through skip and scale, so that input and output keep unit variance
+    x0 = "x0"  # the data; the loss is the velocity's all the same
+    noise = "noise"  # the noise; likewise
 
 
 class Weighting(Enum):
@@ -125,6 +128,8 @@ class ModelConfig:
     compile: bool = False  # torch.compile of the block
     init_from: str | None = None  # a diffusers Wan transformer or pipeline folder to start from; its shape rules
     lora: LoraConfig = field(default_factory=LoraConfig)
+    rope_scaling: str = "none"  # for clips longer or larger than trained: none, interpolation, ntk
+    rope_factors: tuple[float, float, float] = (1.0, 1.0, 1.0)  # new / trained length of time, height, width
 
 
 @dataclass
@@ -137,6 +142,14 @@ class TileConfig:
 
 
 @dataclass
+class PerceptualConfig:
+    """Perceptual loss of a VAE that is trained, from VGG16 weights in local files."""
+
+    weight: float = 0.0  # beside L1; 0: none
+    files: list[str] = field(default_factory=list)  # torchvision's vgg16; LPIPS's heads from another, where wanted
+
+
+@dataclass
 class VaeConfig:
     """The video autoencoder: a trained one at `path`, or the shape of one to train."""
 
@@ -144,6 +157,7 @@ class VaeConfig:
     class_name: str | None = None  # of a diffusers VAE, read from its folder; null: our own
     cache_mib: int = 0  # latents that each rank remembers, for small data sets seen many times
     tile: TileConfig = field(default_factory=TileConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     channels: int = 6
     patch: int = 4
     widths: list[int] = field(default_factory=lambda: [32, 64])
@@ -256,6 +270,7 @@ class FlowConfig:
     mean: float = 0.0  # of the logit-normal
     std: float = 1.0
     shift: float = 1.0  # t -> shift t / (1 + (shift - 1) t), towards noise
+    shift_tokens: int = 0  # tokens of a clip that `shift` is meant for; others: shift sqrt(tokens / this). 0: all alike
     caption_dropout: float = 0.1
     per_frame_noise: float = 0.0  # share of clips whose latent frames each have a timestep of their own
     weighting: Weighting = Weighting.token
@@ -482,6 +497,7 @@ def check(config: Config) -> None:
         "guard.spike": config.guard.spike, "guard.leave_out_before": config.guard.leave_out_before,
         "guard.max_rollbacks": config.guard.max_rollbacks,
         "guard.max_futile_restarts": config.guard.max_futile_restarts, "vae.tile.overlap": vae.tile.overlap,
+        "flow.shift_tokens": flow.shift_tokens,
     }.items():  # fmt: skip
         _require(count >= 0, f"{key}={count} must not be below 0")
     _require(bool(data.sources), "data.sources is empty; name shards, e.g. +data.sources.mine.shards=[my/*.tar]")
@@ -501,8 +517,7 @@ def check(config: Config) -> None:
     lengths = config.optim.ema_lengths
     _require(all(0.0 < length < 0.28 for length in lengths) and len(set(lengths)) == len(lengths),
              f"optim.ema_lengths={lengths} must be different numbers in (0, 0.28), e.g. [0.05, 0.1]")  # fmt: skip
-    _require(vae.class_name is not None or len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
-             "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
+    _check_vae(vae)
     unknown = [name for name in config.logging.writers if name not in WRITERS]
     _require(not unknown, f"logging.writers has no {unknown}; known: {', '.join(WRITERS)}")
     profiled = config.logging.profile_steps
@@ -523,9 +538,25 @@ def _check_diffusion(config: Config) -> None:
     for name, chosen, known in (
         ("activation_checkpointing", model.activation_checkpointing, ("none", "block", "selective")),
         ("attention", model.attention, ("auto", "sdpa", "varlen", "flex")),
+        ("rope_scaling", model.rope_scaling, ROPE_SCALINGS),
     ):
         _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
+    factors = list(model.rope_factors)
+    _require(len(factors) == 3 and min(factors) >= 1.0,
+             f"model.rope_factors={factors} must be three, none below 1: time, height, width")  # fmt: skip
+    _require(model.rope_scaling != "none" or max(factors) == 1.0,
+             f"model.rope_factors={factors} say nothing with model.rope_scaling=none; "
+             "choose interpolation or ntk, or leave them at 1")  # fmt: skip
     _check_flow(config.flow, config.data)
+
+
+def _check_vae(vae: VaeConfig) -> None:
+    _require(vae.class_name is not None or len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
+             "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
+    weight, files = vae.perceptual.weight, vae.perceptual.files
+    _require(weight >= 0, f"vae.perceptual.weight={weight} must not be below 0")
+    _require(weight == 0 or bool(files),
+             "vae.perceptual.weight needs VGG16 weights; give vae.perceptual.files=[vgg16.pth], or 0")  # fmt: skip
 
 
 def _check_mirror(mirror: str | None) -> None:

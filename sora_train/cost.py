@@ -1,7 +1,8 @@
 """Tokens and floating-point operations of a clip, a pack and a step: shared by packing, MFU and planning.
 
-A multiply-add counts as two operations; the backward pass costs twice the forward. Recomputation under activation
-checkpointing is not counted (model FLOPs, as in MFU of Chowdhery et al. 2022, PaLM, appendix B).
+A multiply-add counts as two operations; the backward pass costs twice the forward where all weights are trained.
+Recomputation under activation checkpointing is not counted (model FLOPs, as in MFU of Chowdhery et al. 2022, PaLM,
+appendix B).
 """
 
 from __future__ import annotations
@@ -58,8 +59,23 @@ class Cost:
 
     def training(self, lengths: list[int] | tuple[int, ...], texts: tuple[int, ...] | None = None) -> int:
         """FLOPs of forward and backward over a pack: lengths of its clips, and of their captions where known."""
-        known: tuple[int | None, ...] = (None,) * len(lengths) if texts is None else texts
-        return 3 * sum(self.forward(n, text) for n, text in zip(lengths, known, strict=True))
+        return 3 * _of_pack(self, lengths, texts)
+
+
+@dataclass(frozen=True)
+class AdapterCost:
+    """FLOPs of training where all but adapters is frozen: most of the backward pass's other half isn't there."""
+
+    both: Cost  # forward and backward together
+
+    def training(self, lengths: list[int] | tuple[int, ...], texts: tuple[int, ...] | None = None) -> int:
+        """FLOPs of forward and backward over a pack: lengths of its clips, and of their captions where known."""
+        return _of_pack(self.both, lengths, texts)
+
+
+def _of_pack(cost: Cost, lengths: list[int] | tuple[int, ...], texts: tuple[int, ...] | None) -> int:
+    known: tuple[int | None, ...] = (None,) * len(lengths) if texts is None else texts
+    return sum(cost.forward(n, text) for n, text in zip(lengths, known, strict=True))
 
 
 def geometry(config: Config) -> Geometry:
@@ -74,8 +90,15 @@ def patch_features(config: Config) -> int:
 
 
 def cost(config: Config) -> Cost:
-    """Cost of a clip in the network that is trained."""
+    """Forward cost of a clip in the network that is trained, without adapters."""
     return _autoencoder(config) if config.method is Method.autoencoder else _transformer(config)
+
+
+def training_cost(config: Config) -> Cost | AdapterCost:
+    """What training costs; packs are planned by `cost` in any case."""
+    if config.model.lora.rank and config.method is Method.diffusion:
+        return AdapterCost(_adapted(config))
+    return cost(config)
 
 
 def _transformer(config: Config) -> Cost:
@@ -103,3 +126,64 @@ def _autoencoder(config: Config) -> Cost:
         flops += 2 * v.blocks[level] * 2 * 27 * width**2 * positions
     ends = 27 * (3 * v.patch**2 * v.widths[0] * positions + 2 * v.channels * v.widths[-1])
     return Cost(2 * (flops + ends * 2), 0)
+
+
+@dataclass
+class _Flow:
+    """Goes through the layers of a network with adapters in the order of its forward pass, and adds up FLOPs.
+
+    A frozen layer's backward pass has the gradient of its input alone, and that only where something before it is
+    trained. `linear` and `attention` return whether what they give has a gradient.
+    """
+
+    rank: int
+    targets: list[str]
+    per_token: int = 0
+    per_text: int = 0
+    per_pair: int = 0
+    per_text_pair: int = 0
+
+    def linear(self, name: str, inputs: int, outputs: int, has_gradient: bool, text: bool = False) -> bool:
+        adapted = any(f".{name}".endswith(f".{target}") for target in self.targets)
+        flops = 2 * inputs * outputs * (1 + has_gradient)
+        if adapted:  # forward; gradients of A and B; of what is between them; of the input
+            down, up = 2 * inputs * self.rank, 2 * outputs * self.rank
+            flops += (down + up) + (down + up) + up + down * has_gradient
+        if text:
+            self.per_text += flops
+        else:
+            self.per_token += flops
+        return adapted or has_gradient
+
+    def attention(self, width: int, has_gradient: bool, text: bool) -> bool:
+        flops = 4 * width * (3 if has_gradient else 1)  # scores and weighted values
+        if text:
+            self.per_text_pair += flops
+        else:
+            self.per_pair += flops
+        return has_gradient
+
+
+def _adapted(config: Config) -> Cost:
+    """Forward and backward of the transformer with all but its adapters frozen, layer by layer as in models/dit.py."""
+    m, e = config.model, config.text_encoder
+    flow = _Flow(m.lora.rank, m.lora.targets)
+    linear, width = flow.linear, m.width
+    # the timesteps' layers run once per distinct timestep and aren't counted, but their adapters send gradients on
+    silent = _Flow(m.lora.rank, m.lora.targets)
+    time = silent.linear("time_in.0", 1, 1, False)
+    time = silent.linear("time_in.2", 1, 1, time)
+    modulation = silent.linear("time_modulation.1", 1, 1, time)
+    words = linear("text_in.0", e.width, width, False, text=True)
+    words = linear("text_in.2", width, width, words, text=True)
+    x = linear("patch_in", patch_features(config), width, False)
+    for _ in range(m.depth):
+        x = x or modulation
+        heads = [linear(f"self_attention.{part}", width, width, x) for part in "qkv"]
+        x |= linear("self_attention.out", width, width, flow.attention(width, any(heads), text=False))
+        heads = [linear("cross_attention.q", width, width, x)]
+        heads += [linear(f"cross_attention.{part}", width, width, words, text=True) for part in "kv"]
+        x |= linear("cross_attention.out", width, width, flow.attention(width, any(heads), text=True))
+        x = linear("mlp.2", m.ffn, width, linear("mlp.0", width, m.ffn, x)) or x
+    linear("out.project", width, patch_features(config), x or time)
+    return Cost(flow.per_token, flow.per_pair, flow.per_text, flow.per_text_pair, e.pad_to or TEXT_TOKENS)

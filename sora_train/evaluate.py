@@ -1,11 +1,15 @@
 """Measure a demo model: does a sample show what its held-out prompt says?
 
     python -m sora_train.evaluate run_dir=runs/demo [prompts=256] [seed=0]
+    python -m sora_train.evaluate run_dir=runs/demo tasks=[image_to_video,extension,...] [prompts=48]
     python -m sora_train.evaluate run_dir=runs/own_model by_heart=true
 
 Samples held-out captions and marks colour, shape, direction and returning identity with plain image analysis, beside
 the same marks for the real held-out videos (is the measure right?), for those through the VAE (the ceiling), and
 chance. Writes run_dir/evaluation.json and samples with contact sheets under run_dir/samples/evaluation.
+
+With `tasks` (image_to_video, extension, extension_backwards, interpolation) held-out clips are completed from some of
+their own frames, and the made part is marked alone; writes run_dir/tasks.json and samples under run_dir/samples/tasks.
 
 With `by_heart` the captions are those of training clips, and what counts is how near each sample is to its clip: PSNR
 against the clip as the VAE gives it back. For a run that learned a few videos by heart.
@@ -16,7 +20,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +33,7 @@ from rich.progress import track
 from sora_train.assemble import Shards
 from sora_train.batch import Visit
 from sora_train.cli import InputError, options, run
+from sora_train.completion import figures_table, marks, measure, part_of, request_of, summary
 from sora_train.config import Config, load
 from sora_train.data.index import Index
 from sora_train.data.loader import Loader
@@ -49,6 +54,7 @@ class Options:
     prompts: int = 256
     seed: int = 0
     by_heart: bool = False
+    tasks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -72,6 +78,8 @@ def main() -> int:
     plan = Shards(config).held_out(config)
     if plan is None:
         raise InputError("the run has no held-out shards (data.validation) to evaluate on")
+    if o.tasks:
+        return _tasks(config, sampler, plan, o)
     cases = list(_cases(config, plan, o.prompts, partial(_scene, plan.index)))
     columns: dict[str, list[np.ndarray]] = {
         COLUMNS[0]: _samples(config, sampler, cases, o.seed),
@@ -86,6 +94,51 @@ def main() -> int:
     (Path(o.run_dir) / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     _show(config, cases, columns[COLUMNS[0]], Path(o.run_dir) / "samples" / "evaluation")
     return 0
+
+
+def _tasks(config: Config, sampler: Sampler, plan: Plan, o: Options) -> int:
+    """Complete held-out clips of one moving object from some of their own frames, by every task asked for."""
+    whole = config.data.max_frames
+    cut = {task: part_of(task, whole, config.vae.temporal_stride) for task in o.tasks}  # wrong ones are answered here
+
+    def moving(visit: Visit) -> dict[str, object] | None:
+        scene = _scene(plan.index, visit)
+        return scene if scene is not None and scene["kind"] == "one" and visit.frames == whole else None
+
+    cases = list(_cases(config, plan, o.prompts, moving))
+    if not cases:
+        raise InputError(f"data.validation has no clip of one moving object, {whole} frames long")
+    real, scenes = [case.frames_THWC for case in cases], [case.scene for case in cases]
+    through = [_through_vae(sampler, frames) for frames in real]
+    rows: dict[str, Counts] = {}
+    figures, folder = {}, Path(o.run_dir) / "samples" / "tasks"
+    for task, part in cut.items():
+        requests = [
+            request_of(config, sampler.vae, case.frames_THWC, case.caption, part, o.seed + n)
+            for n, case in enumerate(cases)
+        ]
+        made = sampler.in_batches(requests)
+        rows[task.replace("_", " ")] = marks(made, scenes, part)
+        rows["real part"] = _added(rows.pop("real part", {}), marks(real, scenes, part))
+        figures[task] = [measure(*videos, part) for videos in zip(made, real, through, strict=True)]
+        for n, case in list(enumerate(cases))[:_SHOWN]:
+            about = {"prompt": case.caption, "given": part.given(whole), **figures[task][n]}
+            save_sample(folder, f"{task}-{n:02d}", np.concatenate((made[n], real[n]), axis=1), config.data.fps, about)
+    summed = summary(figures)
+    Console().print(table(rows), figures_table(summed))
+    print(f"{len(cases)} held-out clips of {whole} frames; above in each sample what was made, below the clip itself")
+    report = {"clips": len(cases), "seed": o.seed, "measures": as_json(rows), "figures": summed}
+    (Path(o.run_dir) / "tasks.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def _added(one: Counts, other: Counts) -> Counts:
+    """Counts of both together."""
+    none = (0, 0)
+    return {
+        name: (one.get(name, none)[0] + other.get(name, none)[0], one.get(name, none)[1] + other.get(name, none)[1])
+        for name in {**one, **other}
+    }
 
 
 def _by_heart(config: Config, sampler: Sampler, o: Options) -> int:

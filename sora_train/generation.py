@@ -35,6 +35,7 @@ def build_video_model(config: Config) -> VideoModel:
     dit = DiT(
         patch_features(config), m.width, m.depth, m.heads, m.ffn, t.width, m.frequencies, m.rope_theta, m.gate_init,
         m.absolute_positions, m.pooled_text, m.activation_checkpointing, m.attention,
+        rope_scaling=m.rope_scaling, rope_factors=(m.rope_factors[0], m.rope_factors[1], m.rope_factors[2]),
     )  # fmt: skip
     if m.compile:
         for block in dit.blocks:
@@ -160,7 +161,16 @@ class Sampler:
         """frames_THWC uint8 of each request, sampled together as one pack."""
         patch, channels = self.config.model.patch, self.config.vae.channels
         latents = generate(self.network, requests, self.config.flow, channels, patch, self.tokenize, self.device)
-        return [self.vae.decode(x) for x in latents]
+        return [self._decode(x, request) for x, request in zip(latents, requests, strict=True)]
+
+    def _decode(self, latents_CTHW: Tensor, request: Request) -> np.ndarray:
+        """A clip's frames. A given end is decoded as it was encoded: after a frame of its own, not after a made one."""
+        video = self.vae.decode(latents_CTHW)
+        if request.lead_CTHW is not None:
+            _, end = request.given[-1]
+            known = self.vae.decode(torch.cat((request.lead_CTHW, end), dim=1))[1:]
+            video[len(video) - len(known) :] = known
+        return video
 
     def in_batches(self, requests: Sequence[Request]) -> list[np.ndarray]:
         """The same for any number of requests, equal sizes together, a few thousand tokens at a time."""

@@ -29,6 +29,8 @@ from sora_train.generation import (
     tokenizer,
 )
 from sora_train.models.autoencoding import AutoencodingTask
+from sora_train.models.lora import add_outlines
+from sora_train.models.perceptual import Perceptual
 from sora_train.training.parts import Task
 from sora_train.world import World
 
@@ -73,7 +75,9 @@ class Autoencoding:
         self.device = device
         self.network: nn.Module = build_vae(config.vae)
         self.groups: list[tuple[nn.Module, float]] = [(self.network, 1.0)]
-        self.task: Task = AutoencodingTask(config.vae, geometry(config))
+        wanted = config.vae.perceptual
+        perceptual = Perceptual().load(wanted.files).to(device) if wanted.weight else None
+        self.task: Task = AutoencodingTask(config.vae, geometry(config), perceptual)
 
     def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:
         """Left the clip, right what comes out of the autoencoder."""
@@ -123,16 +127,19 @@ def untrained(config: Config) -> tuple[nn.Module, Task, nn.Module]:
     """Network in the run's precision, task, and frozen VAE of a run, with fresh weights and without a trained VAE.
 
     For planning, also on tensors without memory, which can't be cast in place: so all is built in its precision, and
-    without adapters, which peft can't make there.
+    adapters, which peft can't make there, are outlines of peft's.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if config.precision is Precision.bf16 else torch.float32)
     try:
         network: nn.Module = build_video_model(config) if config.method is Method.diffusion else build_vae(config.vae)
+        if config.method is Method.diffusion and config.model.lora.rank:
+            add_outlines(network, network.get_submodule("dit"), config.model.lora)
     finally:
         torch.set_default_dtype(before)
     if config.method is Method.autoencoder:
-        return network, AutoencodingTask(config.vae, geometry(config)), nn.Module()
+        seeing = Perceptual() if config.vae.perceptual.weight else None
+        return network, AutoencodingTask(config.vae, geometry(config), seeing), seeing or nn.Module()
     vae = build_vae(config.vae).requires_grad_(False)
 
     @torch.no_grad()

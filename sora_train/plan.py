@@ -11,7 +11,8 @@
     rehearse=true        besides, take one real step of one rank here, the others missing; needs that rank's memory
 
 Prints parameters, batch arithmetic, FLOPs, checkpoint advice; with shards at hand steps per epoch, packing and balance;
-memory by part and step time for ZeRO 0 to 3; and says which setting fits. How far off it is: docs/planning.md.
+memory by part and step time for ZeRO 0 to 3, and by the number of ranks that share a pack; and says which setting fits.
+How far off it is: docs/planning.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from sora_train.methods import untrained
 from sora_train.operations.footprint import stage_of
 from sora_train.operations.forecast import Forecast, forecast, show
 from sora_train.operations.hardware import hardware
-from sora_train.operations.planner import estimate, heaviest_pass, meta_network
+from sora_train.operations.planner import degrees, estimate, heaviest_pass, meta_network
 from sora_train.operations.rehearsal import rehearse
 from sora_train.operations.timing import DEVICE_HOURS_PER_FAILURE
 
@@ -94,7 +95,7 @@ def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
     sizes, share = heaviest_pass(config, data, options.world_size)
     return forecast(
         config, figures, sizes, share, device, options.per_node, options.disk_gb_s * 1e9, options.device_hours,
-        untrained,
+        untrained, degrees(config, data, options.world_size),
     )  # fmt: skip
 
 

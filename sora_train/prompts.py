@@ -103,14 +103,16 @@ class Prompt:
         most = self.most or max(1, frames // 3 if both else frames // 2)
         if self.before is not None:
             given.append((0, encode(vae, tail(self.before, most, grid))))
+        lead = None
         if self.after is not None:
             latents = encode_end(vae, self.after, most, grid)
+            lead, latents = latents[:, :1], latents[:, 1:]
             given.append((frames - latents.shape[1], latents))
         start = None if self.start is None else encode(vae, self.start)
         shots = spans(self.shots, frames, first, grid.temporal_stride, config.data.fps)
         caption = shots[0][1]
         return Request(
-            caption, grid.grid(*size), seed, tuple(given), start, self.strength, shots if len(shots) > 1 else ()
+            caption, grid.grid(*size), seed, tuple(given), start, self.strength, shots if len(shots) > 1 else (), lead
         )
 
 
@@ -135,16 +137,16 @@ def encode(vae: FrozenVae, frames_THWC: np.ndarray) -> Tensor:
 
 
 def encode_end(vae: FrozenVae, frames_THWC: np.ndarray, latents: int, grid: Geometry) -> Tensor:
-    """Latents of frames that end a clip: whole strides of them, encoded after one more frame before, which is dropped.
+    """Latents of frames that end a clip: whole strides of them, encoded after one more frame before them.
 
-    The first latent frame of any encoding holds one frame alone, and has no place at a clip's end. Fewer frames than
-    one stride stand still to fill it.
+    The first latent frame of any encoding holds one frame alone, and has no place at a clip's end: it only leads there.
+    Fewer frames than one stride stand still to fill it.
     """
     stride = grid.temporal_stride
     count = max(1, min(latents, (len(frames_THWC) - 1) // stride))
     frames = frames_THWC[: 1 + count * stride]
     still = np.repeat(frames[-1:], 1 + count * stride - len(frames), axis=0)
-    return encode(vae, np.concatenate((frames, still)))[:, 1:]
+    return encode(vae, np.concatenate((frames, still)))
 
 
 def around(config: Config, prompt: Prompt, request: Request, video: np.ndarray) -> np.ndarray:

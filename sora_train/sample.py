@@ -3,13 +3,15 @@
     python -m sora_train.sample run_dir=runs/demo prompt="a small red ring drifts left over a dark field"
         [out=clip.mp4] [image=first.png | video=before.mp4] [end_image=last.png | end_video=after.mp4]
         [strength=0.6] [seconds=2] [whole=true] [loop=true] [overlap=2] [height=32] [width=32] [seed=0] [count=1]
+        [rope_scaling=ntk rope_factors=[2,1,1]]
     python -m sora_train.sample run_dir=runs/demo prompt="[{seconds: 1, caption: a red ring}, {...}]"
     python -m sora_train.sample run_dir=runs/demo [count=8]
 
 Without a prompt, held-out captions are sampled into run_dir/samples/held_out. `image` or `video` is the beginning,
 `end_image` or `end_video` the end, and both together are joined; with `strength` below 1, `video` is made anew instead.
 More `seconds` than the model was trained on are made piece by piece, or at once with `whole=true`. Beside each video
-stand a contact sheet (PNG) and what it was made from (JSON). See docs/sampling.md.
+stand a contact sheet (PNG) and what it was made from (JSON). Under torchrun all ranks share the tokens of each clip,
+for clips too long for one. See docs/sampling.md.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from sora_train.cli import InputError, options, run
 from sora_train.config import Config, check, load
 from sora_train.data.plan import Position
 from sora_train.generation import Sampler, load_sampler, request_for, save_sample
+from sora_train.parallel import ulysses
 from sora_train.pieces import in_pieces
 from sora_train.prompts import (
     Prompt,
@@ -42,6 +45,7 @@ from sora_train.prompts import (
     read_shots,
     resized,
 )
+from sora_train.world import World, from_environment
 
 Video = np.ndarray | Iterable[np.ndarray]  # whole, or in pieces
 _FILES = ("image", "video", "end_image", "end_video")
@@ -71,6 +75,8 @@ class Options:
     guidance: float | None = None
     steps: int | None = None
     solver: str | None = None
+    rope_scaling: str | None = None
+    rope_factors: list[float] | None = None  # of time, height, width
 
 
 def main() -> int:
@@ -80,11 +86,13 @@ def main() -> int:
     for key, value in (("guidance", o.guidance), ("sampling_steps", o.steps), ("solver", o.solver)):
         if value is not None:
             setattr(config.flow, key, value)
+    _stretch(config, o)
     check(config)
     shots, given = _read(config, o)
-    sampler = load_sampler(config, o.run_dir, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = _sharing(config)
+    sampler = _sampler(config, o.run_dir, world)
     if not shots:
-        return _held_out(config, sampler, o)
+        return _held_out(config, sampler, o, world)
     ends = [frames for frames in given.values() if frames is not None]
     told = sum(shot.seconds for shot in shots)
     asked = o.seconds or (told if told < float("inf") else None)
@@ -104,8 +112,47 @@ def main() -> int:
     videos = (_long if longer else _short)(config, sampler, prompt, size, o)
     for n, video in enumerate(videos):
         name = out.stem if o.count in (None, 1) else f"{out.stem}-{n}"
-        print(save_sample(out.parent, name, video, config.data.fps, about | {"seed": o.seed + n}))
+        _keep(world, out.parent, name, video, config.data.fps, about | {"seed": o.seed + n})
     return 0
+
+
+def _sharing(config: Config) -> World:
+    """This process's place among the ranks, which share every clip's tokens. Raises InputError for too many."""
+    world = from_environment()
+    if config.model.heads % world.size:
+        raise InputError(f"{world.size} ranks can't share {config.model.heads} heads (model.heads); start fewer")
+    return world.with_sequence(world.size)
+
+
+def _sampler(config: Config, run_dir: str, world: World) -> Sampler:
+    if world.size == 1:
+        return load_sampler(config, run_dir, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    from sora_train.training.zero import connect  # deepspeed takes seconds to import
+
+    sampler = load_sampler(config, run_dir, connect(world))
+    others = ulysses.Neighbours(ulysses.sequence_group(world))
+    blocks: Any = sampler.network.get_submodule("dit.blocks")
+    ulysses.apply(sampler.network, [block.self_attention for block in blocks], others)
+    return sampler
+
+
+def _keep(
+    world: World, folder: Path, name: str, video: Video, fps: float, about: dict[str, object], note: str = ""
+) -> None:
+    """Write a video and say where. Every rank has it; the others only go through its pieces, to make them together."""
+    if world.is_main:
+        print(f"{save_sample(folder, name, video, fps, about)}  {note}".rstrip())
+    elif not isinstance(video, np.ndarray):
+        for _ in video:
+            pass
+
+
+def _stretch(config: Config, o: Options) -> None:
+    """Take over how far places are stretched for this sample."""
+    if o.rope_scaling is not None:
+        config.model.rope_scaling = o.rope_scaling
+    if o.rope_factors is not None:
+        config.model.rope_factors = tuple(o.rope_factors)  # type: ignore[assignment]  # `check` counts them
 
 
 def _read(config: Config, o: Options) -> tuple[list[Shot], dict[str, np.ndarray | None]]:
@@ -142,7 +189,7 @@ def _long(config: Config, sampler: Sampler, prompt: Prompt, size: Size, o: Optio
         yield made if prompt.before is None else chain([prompt.before], made)
 
 
-def _held_out(config: Config, sampler: Sampler, o: Options) -> int:
+def _held_out(config: Config, sampler: Sampler, o: Options, world: World) -> int:
     plan = Shards(config).held_out(config)
     if plan is None:
         raise InputError('the run has no held-out shards; give prompt="..."')
@@ -155,10 +202,8 @@ def _held_out(config: Config, sampler: Sampler, o: Options) -> int:
     ]
     folder = Path(o.run_dir) / "samples" / "held_out"
     for n, (request, frames) in enumerate(zip(requests, sampler.in_batches(requests), strict=True)):
-        path = save_sample(
-            folder, f"{n:02d}", frames, config.data.fps, {"prompt": request.caption, "seed": request.seed}
-        )
-        print(f"{path}  {request.caption}")
+        about: dict[str, object] = {"prompt": request.caption, "seed": request.seed}
+        _keep(world, folder, f"{n:02d}", frames, config.data.fps, about, request.caption)
     return 0
 
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sora_train.batch import LatentPack, Layout
 from sora_train.config import Config, build
-from sora_train.cost import TEXT_TOKENS, Cost, Geometry, cost, geometry, patch_features
-from sora_train.generation import build_vae, build_video_model
+from sora_train.cost import TEXT_TOKENS, Cost, Geometry, cost, geometry, patch_features, training_cost
+from sora_train.generation import build_vae, build_video_model, untrained_model
 
 SHAPE = (  # whatever the demo's may be
     "vae.channels=6", "vae.patch=4", "vae.widths=[32,64]", "vae.blocks=[0,2]", "vae.strides=[[4,1]]",
@@ -74,11 +74,48 @@ def test_flops_of_a_pack_are_exactly_those_that_torch_counts(demo: Config, plain
     counter = FlopCounterMode(display=False)
     with counter:
         network.dit(x, text, torch.zeros(1), t_of, layout).sum().backward()
-    ours = cost(demo).training(layout.lengths, layout.texts)
+    ours = training_cost(demo).training(layout.lengths, layout.texts)
     counts = counter.get_flop_counts()
     forward_only = 2 * n * patch_features(demo) * demo.model.width + 2 * text.numel() * demo.model.width  # of inputs
     width, timestep = demo.model.width, 256 * demo.model.width + 7 * demo.model.width**2
     assert sum(counts["Global"].values()) == ours - forward_only + 2 * (3 * timestep - 256 * width)
+
+
+def of_timesteps(width: int, targets: str, rank: int) -> int:
+    """FLOPs of the layers of one timestep, which the cost model leaves out: forward, and what of backward there is."""
+    flops, before = 0, False  # whether the input has a gradient
+    layers = {"time_in.0": (256, width), "time_in.2": (width, width), "time_modulation.1": (width, 6 * width)}
+    for name, (inputs, outputs) in layers.items():
+        flops += 2 * inputs * outputs * (1 + before)
+        if name in targets.split(","):
+            flops += 2 * rank * (2 * (inputs + outputs) + outputs + inputs * before)
+        before |= name in targets.split(",")
+    return flops
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["q,k,v,out", "cross_attention.q", "cross_attention.k", "mlp.0", "text_in.0,q", "time_in.0", "out.project",
+     "q,k,v,out,mlp.0,mlp.2,text_in.0,text_in.2,time_in.0,time_in.2,time_modulation.1,out.project"],
+)  # fmt: skip
+def test_flops_with_adapters_are_exactly_those_that_torch_counts(
+    compose_tree: Callable[..., DictConfig], targets: str
+) -> None:
+    """Frozen layers have no gradient of their weights, and before the first adapter no backward pass at all."""
+    keys = ("model.patch=2", "model.pooled_text=false", "model.absolute_positions=false", "model.depth=3")
+    lora = ("model.lora.rank=4", f"model.lora.targets=[{targets}]")
+    config = build(compose_tree("experiment=demo", "vae.path=nowhere", *keys, *SHAPE, *lora), need_vae=False)
+    network = untrained_model(config)
+    layout = Layout(((5, 8, 8), (1, 4, 6), (2, 3, 3)), (TEXT_TOKENS, 7, 1))
+    n = layout.tokens
+    x, t_of = torch.zeros(n, patch_features(config)), torch.zeros(n, dtype=torch.long)
+    text = torch.zeros(sum(layout.texts), config.text_encoder.width)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        network.dit(x, text, torch.zeros(1), t_of, layout).sum().backward()
+    ours = training_cost(config).training(layout.lengths, layout.texts)
+    assert sum(counter.get_flop_counts()["Global"].values()) == ours + of_timesteps(config.model.width, targets, 4)
+    assert ours < 0.8 * cost(config).training(layout.lengths, layout.texts)
 
 
 def test_a_caption_that_is_not_known_counts_as_a_typical_one(demo: Config) -> None:

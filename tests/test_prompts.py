@@ -178,3 +178,17 @@ def test_a_large_video_goes_through_the_vae_in_pieces_and_tiles(
     assert len(largest) == 12 and max(largest) <= 5 * 8 * 12, "six tiles of two pieces"
     difference = parts.decode(latents[0]).astype(int) - whole.decode(latents[0])
     assert abs(difference).max() <= 1 and difference.shape == (9, 32, 48, 3)
+
+
+def test_given_frames_come_back_as_from_the_vae_alone(config: Config) -> None:
+    """Both ends of a clip whose middle is made by a network that nobody trained."""
+    vae = FrozenVae(config.vae, torch.device("cpu"))
+    sampler = Sampler(config, build_video_model(config).eval(), vae, torch.device("cpu"))
+    before, after = (
+        np.random.default_rng(n).integers(0, 255, (count, 24, 24, 3), dtype=np.uint8) for n, count in ((0, 3), (1, 5))
+    )
+    request = Prompt(read_shots("x"), before, after, most=2).request(config, vae, (9, 24, 24), 3)
+    (video,) = sampler.videos([request])
+    alone = [vae.decode(vae.encode(torch.from_numpy(f).permute(3, 0, 1, 2)[None])[0]) for f in (before, after)]
+    assert np.abs(video[:3].astype(int) - alone[0]).max() <= 1
+    assert np.array_equal(video[5:], alone[1][1:]), "and what is given at the end, without the frame it was led by"

@@ -52,7 +52,7 @@ def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, boo
     kind = scene["kind"]
     if kind == "one":
         side = min(frames_THWC.shape[1:3])
-        direction = direction_of([s for s in _alone(seen) if s.whole], side)
+        direction = direction_of([s for s in only_objects(seen) if s.whole], side)
         return {**_looks(seen, things[0]), "direction": direction == things[0]["direction"]}
     if kind == "image":
         return _looks(seen, things[0])
@@ -67,7 +67,7 @@ def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, boo
 
 def _looks(seen: list[list[Sighting]], thing: Thing) -> dict[str, bool]:
     """Colour and shape of the one object, over the frames that show it whole."""
-    whole = [s for s in _alone(seen) if s.whole]
+    whole = [s for s in only_objects(seen) if s.whole]
     enough = len(whole) >= _SEEN * len(seen)
     return {
         "colour": enough and _share(whole, lambda s: s.colour == thing["colour"]) >= _AGREE,
@@ -75,7 +75,7 @@ def _looks(seen: list[list[Sighting]], thing: Thing) -> dict[str, bool]:
     }
 
 
-def _alone(seen: list[list[Sighting]]) -> list[Sighting]:
+def only_objects(seen: list[list[Sighting]]) -> list[Sighting]:
     """The largest object of every frame that shows one object and little else."""
     return [f[0] for f in seen if f and f[0].pixels >= _ALONE * sum(s.pixels for s in f[1:])]
 
@@ -113,7 +113,7 @@ def _is_thing(stage: list[list[Sighting]], thing: Thing) -> bool:
     telling = [frame for frame in stage if any(s.whole for s in frame)] or [frame for frame in stage if frame]
     most = max((frame[0].pixels for frame in telling), default=0)
     telling = [frame for frame in telling if frame[0].pixels >= _CLEAR * most]
-    alone = _alone(telling)
+    alone = only_objects(telling)
     if not alone or len(alone) < _AGREE * len(telling):
         return False
     return shape_of(alone) == thing["shape"] and _share(alone, lambda s: s.colour == thing["colour"]) >= _AGREE
@@ -133,7 +133,7 @@ def _passes_behind(seen: list[list[Sighting]], mover: Thing, cover: Thing) -> bo
     step = np.array(DIRECTIONS[mover["direction"]])
     middle = np.mean([(s.y, s.x) for s in stays], axis=0)
     before, after = (
-        np.mean([step @ (np.array((s.y, s.x)) - middle) for s in _alone([others[i] for i in stage])])
+        np.mean([step @ (np.array((s.y, s.x)) - middle) for s in only_objects([others[i] for i in stage])])
         for stage in stages
     )
     return bool(before < 0 < after)

@@ -98,7 +98,7 @@ class FlowTask:
             noise = torch.randn(latents_CTHW.shape, generator=generator).to(device, non_blocking=True)
             grid = self.geometry.grid(*clip.visit.size)
             given = given_frames(clip.visit.task, grid[0], seed)
-            drawn = draw_timesteps(self.config, seed, grid[0])
+            drawn = draw_timesteps(self.config, seed, grid)
             t_T = torch.tensor([0.0 if g else t for g, t in zip(given, drawn, strict=True)], device=device)
             x_CTHW = latents_CTHW + t_T.view(1, -1, 1, 1) * (noise - latents_CTHW)
             per_frame = grid[1] * grid[2]
@@ -192,18 +192,29 @@ def shifted(t: float, shift: float) -> float:
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
-def draw_timesteps(config: FlowConfig, seed: int, frames: int) -> list[float]:
+def shift_of(config: FlowConfig, grid: Grid) -> float:
+    """The shift of a clip: more tokens hide less under the same noise, by the root of their number.
+
+    Esser et al. 2024, equation 23, with the tokens of all frames in place of an image's.
+    """
+    if config.shift_tokens == 0:
+        return config.shift
+    return config.shift * math.sqrt(math.prod(grid) / config.shift_tokens)
+
+
+def draw_timesteps(config: FlowConfig, seed: int, grid: Grid) -> list[float]:
     """The timestep of each latent frame of a visit, in (0, 1): one for all, or one for each."""
+    shift, frames = shift_of(config, grid), grid[0]
     if float(uniform(seed, PER_FRAME)) < config.per_frame_noise:
-        return [_timestep(config, float(u)) for u in uniform(seed, TIMESTEP, np.arange(1, frames + 1))]
-    return [_timestep(config, float(uniform(seed, TIMESTEP)))] * frames
+        return [_timestep(config, float(u), shift) for u in uniform(seed, TIMESTEP, np.arange(1, frames + 1))]
+    return [_timestep(config, float(uniform(seed, TIMESTEP)), shift)] * frames
 
 
-def _timestep(config: FlowConfig, u: float) -> float:
+def _timestep(config: FlowConfig, u: float, shift: float) -> float:
     u += 2.0**-54  # never 0
     if config.timesteps is Timesteps.logit_normal:
         u = 1.0 / (1.0 + math.exp(-NormalDist(config.mean, config.std).inv_cdf(u)))
-    return shifted(u, config.shift)
+    return shifted(u, shift)
 
 
 def _by_task(pack: Pack, latents: LatentPack, error_N: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from sora_train.batch import Grid, LatentPack, Layout
 from sora_train.config import FlowConfig
 from sora_train.flow.patches import patchify, unpatchify
 from sora_train.flow.prediction import velocity
-from sora_train.flow.rectified import Tokenize, shifted
+from sora_train.flow.rectified import Tokenize, shift_of, shifted
 from sora_train.flow.solvers import SOLVE
 
 
@@ -28,7 +28,8 @@ class Request:
 
     `given`: latents `(C, T, H, W)` that are kept as they are, each with the latent frame it begins at. `start_CTHW`:
     latents of a whole clip that is noised up to t = `strength` and generated anew from there. `shots`: latent frames
-    and caption of each shot, in the caption's place.
+    and caption of each shot, in the caption's place. `lead_CTHW`: the latent frame that a given end was encoded after,
+    for whoever decodes it.
     """
 
     caption: str
@@ -38,6 +39,7 @@ class Request:
     start_CTHW: Tensor | None = None
     strength: float = 1.0
     shots: tuple[tuple[int, str], ...] = ()
+    lead_CTHW: Tensor | None = None
 
 
 @torch.no_grad()
@@ -71,9 +73,12 @@ def generate(
 
 def _times(requests: Sequence[Request], config: FlowConfig) -> list[list[float]]:
     """The time of every request at every step: the shift's, from its strength to 0."""
-    firsts = [shifted(request.strength, 1.0 / config.shift) for request in requests]  # before the shift
-    steps = config.sampling_steps
-    return [[shifted(first * (1.0 - k / steps), config.shift) for first in firsts] for k in range(steps + 1)]
+    shifts, steps = [shift_of(config, request.grid) for request in requests], config.sampling_steps
+    firsts = [shifted(r.strength, 1.0 / shift) for r, shift in zip(requests, shifts, strict=True)]  # before the shift
+    return [
+        [shifted(first * (1.0 - k / steps), shift) for first, shift in zip(firsts, shifts, strict=True)]
+        for k in range(steps + 1)
+    ]
 
 
 class _Guided:

@@ -1,6 +1,7 @@
 """What a step of autoencoder training does: reconstruct clips through the latents, keep the latents near a Gaussian.
 
-L1 and squared error (L1 alone forgets small objects) and a KL term (Kingma and Welling 2013), no adversary.
+L1 and squared error (L1 alone forgets small objects), a perceptual distance where its weights are at hand, and a KL
+term (Kingma and Welling 2013), no adversary.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from sora_train.batch import Pack
 from sora_train.config import VaeConfig
 from sora_train.cost import Geometry
+from sora_train.models.perceptual import Perceptual
 from sora_train.seeds import POSTERIOR, stream
 
 
@@ -29,10 +31,10 @@ class Reconstruction:
 
 
 class AutoencodingTask:
-    """Reconstruction loss of the clips of a pack, per pixel."""
+    """Reconstruction loss of the clips of a pack, per pixel. `perceptual` counts as the configuration says."""
 
-    def __init__(self, config: VaeConfig, geometry: Geometry) -> None:
-        self.config, self.geometry = config, geometry
+    def __init__(self, config: VaeConfig, geometry: Geometry, perceptual: Perceptual | None = None) -> None:
+        self.config, self.geometry, self.perceptual = config, geometry, perceptual
 
     def weight(self, pack: Pack) -> float:
         """Pixels of a pack."""
@@ -62,6 +64,9 @@ class AutoencodingTask:
         per_pixel = (
             error.abs().mean() + self.config.mse_weight * error.square().mean() + self.config.kl_weight * kl.mean()
         )
+        if self.perceptual is not None:
+            pictures = (x.transpose(1, 2).flatten(0, 1) for x in (decoded, video))
+            per_pixel = per_pixel + self.config.perceptual.weight * self.perceptual(*pictures).mean()
         return per_pixel * (video.numel() / video.shape[1])
 
     def _noise(self, seeds: list[int], size: tuple[int, int, int], device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from sora_train.batch import Layout
 from sora_train.models.attention import host_lengths, packed_attention
-from sora_train.models.rope import PLACE_FEATURES, place_features, rotate, rotations
+from sora_train.models.rope import PLACE_FEATURES, UNSCALED, Factors, place_features, rotate, rotations
 
 
 class DiT(nn.Module):
@@ -45,8 +45,11 @@ class DiT(nn.Module):
         activation_checkpointing: str = "none",
         attention: str = "auto",
         eps: float = 1e-6,
+        rope_scaling: str = "none",
+        rope_factors: Factors = UNSCALED,
     ) -> None:
         super().__init__()
+        self.rope_scaling, self.rope_factors = rope_scaling, rope_factors
         self.head_dim, self.frequencies, self.rope_theta = width // heads, frequencies, rope_theta
         self.activation_checkpointing = activation_checkpointing
         self.patch_in = nn.Linear(patch_features, width)
@@ -81,7 +84,10 @@ class DiT(nn.Module):
         if self.text_pool is not None:
             time_MD = time_MD + self.text_pool(pooled(text_LE, layout.texts))[clip_of_M]
         modulation_M6D = self.time_modulation(time_MD).unflatten(-1, (6, -1))
-        rope = tuple(x[layout.mine] for x in rotations(layout.grids, self.head_dim, self.rope_theta, x_ND.device))
+        turns = rotations(
+            layout.grids, self.head_dim, self.rope_theta, x_ND.device, self.rope_scaling, self.rope_factors
+        )
+        rope = tuple(x[layout.mine] for x in turns)
         groups = tuple(host_lengths(x) for x in (layout.lengths, layout.queries, layout.texts))
         for block in self.blocks:
             x_ND = self._run(block, x_ND, text_LD, modulation_M6D, t_of_N, rope, groups)

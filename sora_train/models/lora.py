@@ -47,6 +47,28 @@ def add_adapters(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
         raise RuntimeError("peft adapted other layers than it was told to")
 
 
+class Outline(nn.Module):
+    """Computes and keeps what peft's adapted layer does; for planning, where tensors have no memory."""
+
+    def __init__(self, base: nn.Linear, lora: LoraConfig) -> None:
+        super().__init__()
+        self.base, self.factor = base, lora.alpha / lora.rank
+        self.down = nn.Linear(base.in_features, lora.rank, bias=False)
+        self.up = nn.Linear(lora.rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + alpha / rank B A x."""
+        return self.base(x) + self.up(self.down(x)) * self.factor
+
+
+def add_outlines(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
+    """Freeze `network` and put outlines of adapters into the layers of its part `dit`."""
+    network.requires_grad_(False)
+    for name in targeted(dit, lora.targets):
+        owner, _, part = name.rpartition(".")
+        setattr(dit.get_submodule(owner), part, Outline(dit.get_submodule(name), lora))  # type: ignore[arg-type]
+
+
 def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
     """Weights of the network without adapters that computes the same: each W becomes W + alpha / rank B A."""
     merged = dict(weights)

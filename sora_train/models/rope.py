@@ -2,6 +2,11 @@
 
 Rotary: Su et al. 2021 (arXiv 2104.09864), in the three-axis form of Wan. It tells two tokens how far apart they are,
 and from that alone a small model is slow to learn where a token lies in the frame; the features say it outright.
+
+Clips longer or larger than a model was trained on reach angles that it never saw. Two remedies stretch an axis by a
+factor (new length / trained length): interpolation puts the places closer together (Chen et al. 2023, arXiv
+2306.15595); `ntk` stretches slow waves in full and the fastest not at all, so that neighbours stay as far apart as they
+were (bloc97 2023; Peng et al. 2023, YaRN, arXiv 2309.00071, section 3.1).
 """
 
 from __future__ import annotations
@@ -15,6 +20,9 @@ from torch import Tensor
 
 from sora_train.batch import Grid
 
+Factors = tuple[float, float, float]  # of time, height, width
+UNSCALED: Factors = (1.0, 1.0, 1.0)
+
 
 def axis_sizes(head_dim: int) -> tuple[int, int, int]:
     """Channels of a head that turn with time, height and width: two even sixths for space, the rest for time."""
@@ -22,14 +30,29 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * space, space, space
 
 
-def frequencies(head_dim: int, theta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Angular frequency of each channel pair per axis, float64."""
-    return tuple(theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size) for size in axis_sizes(head_dim))  # type: ignore[return-value]
+def frequencies(
+    head_dim: int, theta: float, scaling: str = "none", factors: Factors = UNSCALED
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Angular frequency of each channel pair per axis, float64; `factors` stretch time, height and width."""
+    return tuple(
+        _axis_frequencies(size, theta, scaling, factor)
+        for size, factor in zip(axis_sizes(head_dim), factors, strict=True)
+    )  # type: ignore[return-value]
 
 
-def rotations(grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _axis_frequencies(size: int, theta: float, scaling: str, factor: float) -> Tensor:
+    if scaling == "ntk" and size > 2:  # a single pair of channels is the fastest wave, which stays
+        theta = theta * factor ** (size / (size - 2))
+    plain = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    return plain / factor if scaling == "interpolation" else plain
+
+
+def rotations(
+    grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device, scaling: str = "none",
+    factors: Factors = UNSCALED,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """cos and sin of each token's angles, `(N, head_dim / 2)` fp32, every clip counted from its own origin."""
-    cached = [_grid_angles(grid, head_dim, theta) for grid in grids]
+    cached = [_grid_angles(grid, head_dim, theta, scaling, factors) for grid in grids]
     angles = torch.cat(cached) if cached else torch.zeros(0, head_dim // 2)
     angles = angles.to(device, non_blocking=True)
     return angles.cos(), angles.sin()
@@ -61,8 +84,8 @@ def _grid_features(grid: Grid) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _grid_angles(grid: Grid, head_dim: int, theta: float) -> Tensor:
+def _grid_angles(grid: Grid, head_dim: int, theta: float, scaling: str, factors: Factors) -> Tensor:
     """Angles of one clip's tokens, fp32, remembered per grid (a training set has few)."""
     places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).view(-1, 3)
-    axes = [places[:, i : i + 1] * freq for i, freq in enumerate(frequencies(head_dim, theta))]
+    axes = [places[:, i : i + 1] * freq for i, freq in enumerate(frequencies(head_dim, theta, scaling, factors))]
     return torch.cat(axes, dim=1).float()

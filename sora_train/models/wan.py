@@ -120,6 +120,8 @@ def save_wan(weights: Mapping[str, Tensor], model: ModelConfig, text_width: int,
 
 def require_wan(model: ModelConfig, form: str) -> None:
     """Raise InputError for a model with options that Wan doesn't have; `form` is what was to be written."""
+    if model.rope_scaling != "none":
+        raise InputError(f"format={form}: diffusers' Wan has no model.rope_scaling={model.rope_scaling}; train without")
     if model.absolute_positions or model.pooled_text or model.rope_theta != ROPE_THETA:
         raise InputError(
             f"format={form} is for Wan transformers: train with model.absolute_positions=false, "

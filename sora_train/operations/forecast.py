@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 from sora_train.config import Config, Method
 from sora_train.operations.footprint import Memory, memory, stage_of
 from sora_train.operations.hardware import Hardware
-from sora_train.operations.planner import Estimate
+from sora_train.operations.planner import Degree, Estimate
 from sora_train.operations.timing import SaveAdvice, StepTime, save_advice, step_time
 from sora_train.operations.trace import Size, Untrained, trace
 from sora_train.training.console import duration
@@ -40,13 +40,14 @@ class Forecast:
     stages: Mapping[int, StageForecast]  # as configured
     recomputing: Mapping[str, Mapping[int, StageForecast]]  # by override: what could be recomputed beside
     save: SaveAdvice
+    sharing: Mapping[int, StageForecast] = field(default_factory=dict)  # by degree, at the configured stage
 
 
 def forecast(
     config: Config, figures: Estimate, sizes: list[Size], share: float, device: Hardware, per_node: int, disk: float,
-    hours_per_failure: float, untrained: Untrained,
+    hours_per_failure: float, untrained: Untrained, degrees: Mapping[int, Degree] | None = None,
 ) -> Forecast:  # fmt: skip
-    """Trace the heaviest pass and lay it out over the stages."""
+    """Trace the heaviest pass and lay it out over the stages, and the configured stage over `degrees` of sharing it."""
     stages = _stages(config, figures, sizes, share, device, per_node, untrained)
     recomputing = {}
     for choice in _MORE[config.model.activation_checkpointing] if config.method is Method.diffusion else ():
@@ -55,7 +56,12 @@ def forecast(
         recomputing[name] = _stages(other, figures, sizes, share, device, per_node, untrained)
     averages = 1 + len(config.optim.ema_lengths)
     save = save_advice(figures.parameters - figures.frozen, figures.ranks, disk, hours_per_failure, averages)
-    return Forecast(figures, device, stages, recomputing, save)
+    sharing = {}
+    for degree, one in (degrees or {}).items():
+        same = replace(figures, passes=one.passes)
+        each = _stages(one.config, same, one.sizes, one.share, device, per_node, untrained)
+        sharing[degree] = each[stage_of(config)]
+    return Forecast(figures, device, stages, recomputing, save, sharing)
 
 
 def _stages(
@@ -97,6 +103,8 @@ def show(terminal: Console, config: Config, result: Forecast, note: str) -> None
     terminal.print(_facts(config, result, note))
     terminal.print(_memory_table(config, result))
     terminal.print(_time_table(config, result))
+    if len(result.sharing) > 1:
+        terminal.print(_sharing_table(config, result))
     terminal.print(suggestion(config, result), highlight=False)
 
 
@@ -160,6 +168,19 @@ def _memory_table(config: Config, result: Forecast) -> Table:
         for stage, recomputed, s in _rows(config, result)
     ]
     return _table("memory of one rank at its peak, GiB", [*parts, f"fits {result.device.memory_gib:.0f}"], rows)
+
+
+def _sharing_table(config: Config, result: Forecast) -> Table:
+    """What a rank needs where several of them share the tokens of a pack."""
+    table = Table(title=f"ranks that share a pack, at ZeRO {stage_of(config)}, GiB and seconds", box=SIMPLE)
+    for head in ("parallel.sequence", "activ.", "peak", f"fits {result.device.memory_gib:.0f}", "comm.", "step"):
+        table.add_column(head, justify="right")
+    for degree, s in result.sharing.items():
+        times = [f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in (s.time.communication, s.time.total)]
+        table.add_row(
+            str(degree), _gib(s.memory.activations), _gib(s.memory.peak), "yes" if s.fits else "no", *times
+        )
+    return table
 
 
 def _gib(count: float) -> str:

@@ -7,14 +7,14 @@ at once. `footprint.py` has the figures of a traced pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from sora_train.config import Config, Precision
-from sora_train.cost import cost, geometry
+from sora_train.config import Config, Method, Precision
+from sora_train.cost import geometry, training_cost
 from sora_train.data.packing import departure
 from sora_train.data.plan import Plan
 from sora_train.operations.trace import Size
@@ -63,10 +63,32 @@ def estimate(config: Config, network: nn.Module, plan: Plan | None, ranks: int) 
     activations = int(tokens * (kept + working) * config.model.width * bytes_each)
     longest = geometry(config).tokens(config.data.max_frames, *_square(config))
     clips = max(1, config.data.max_tokens // longest)
-    flops = slots * cost(config).training([min(longest, config.data.max_tokens)] * clips)
+    flops = slots * training_cost(config).training([min(longest, config.data.max_tokens)] * clips)
     figures = _of_plan(plan) if plan is not None else (None, None, None, None)
     idle = 1 - slots / (per_rank * groups)
     return Estimate(ranks, parameters, frozen, int(state), activations, passes, idle, flops, *figures)
+
+
+@dataclass(frozen=True)
+class Degree:
+    """A configuration in which so many ranks share a pack, its heaviest pass, and that one's share as below."""
+
+    config: Config
+    sizes: list[Size]
+    share: float
+    passes: int
+
+
+def degrees(config: Config, plan: Plan | None, ranks: int) -> dict[int, Degree]:
+    """The degrees of sequence parallelism that the heads and the ranks divide by, up to 16."""
+    found = {}
+    if config.method is Method.diffusion:
+        for degree in (1, 2, 4, 8, 16):
+            if config.model.heads % degree == 0 and ranks % degree == 0:
+                other = replace(config, parallel=replace(config.parallel, sequence=degree))
+                passes = config.parallel.accumulation or -(-config.data.slots // (ranks // degree))
+                found[degree] = Degree(other, *heaviest_pass(other, plan, ranks), passes)
+    return found
 
 
 def heaviest_pass(config: Config, plan: Plan | None, ranks: int) -> tuple[list[Size], float]:

@@ -41,7 +41,8 @@ def reference(conf: Path) -> str:
     for schema, where in (
         (configuration.SourceConfig, "`data.sources.NAME`"), (configuration.StageConfig, "an entry of `data.stages`"),
         (configuration.LimitsConfig, "`data.limits`"), (configuration.CacheConfig, "`data.cache`"),
-        (configuration.TileConfig, "`vae.tile`"), (configuration.LoraConfig, "`model.lora`"),
+        (configuration.TileConfig, "`vae.tile`"), (configuration.PerceptualConfig, "`vae.perceptual`"),
+        (configuration.LoraConfig, "`model.lora`"),
     ):  # fmt: skip
         parts.append(_table(where[0].upper() + where[1:], schema, comments))
     return "\n".join(parts)

@@ -40,10 +40,13 @@ def step_time(
     reduced, gathered = (passes if stage >= 2 else 1), (2 * passes if stage == 3 else 1)
     travels = parameters * (reduced + gathered) + (frozen * gathered if stage == 3 else 0)
     wire = device.link if ranks <= per_node else min(device.link, device.network)
+    sequence = config.parallel.sequence
+    near = device.link if sequence <= per_node else min(device.link, device.network)
+    exchanged = traced.exchanged * passes * share * (sequence - 1) / sequence / near
     return StepTime(
         device.seconds(traced.operations) * passes * share,
         owned * _UPDATE_BYTES / device.bandwidth,
-        travels * each * (ranks - 1) / ranks / wire,
+        travels * each * (ranks - 1) / ranks / wire + exchanged,
     )
 
 

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from sora_train.batch import Clip, Pack, Visit
 from sora_train.config import Config
 from sora_train.flow.rectified import FlowTask
+from sora_train.parallel import ulysses
 
 # Network, task and frozen encoder of a configuration, untrained (methods.untrained).
 Untrained = Callable[[Config], tuple[nn.Module, Any, nn.Module]]
@@ -52,6 +53,7 @@ class Trace:
     encoder: int  # most bytes alive while the clips are encoded and noised
     encoder_weights: int  # of the frozen VAE
     operations: tuple[Operation, ...]
+    exchanged: int = 0  # bytes that ranks which share a pack's tokens send each other
 
     @property
     def flops(self) -> int:
@@ -111,15 +113,19 @@ def _operation(func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor
 
 
 def trace(config: Config, sizes: Sequence[Size], untrained: Untrained) -> Trace:
-    """Trace one forward and backward pass over a pack of clips of these sizes."""
+    """Trace one forward and backward pass of a rank over a pack of clips of these sizes."""
     device = torch.device("cpu")
     # lengths of attention's groups are real, so that its operations can be counted
     with _fresh_caches(), FakeTensorMode(allow_non_fake_inputs=True):
         network, task, frozen = untrained(config)
+        others = ulysses.Imagined(config.parallel.sequence)
+        if others.parts > 1:
+            blocks: Any = network.get_submodule("dit.blocks")
+            ulysses.apply(network, [block.self_attention for block in blocks], others)
         pack = Pack([clip_of(number, size) for number, size in enumerate(sizes)])
         encoder = 0
         recorder = Recorder([*network.parameters(), *network.buffers(), *frozen.parameters(), *frozen.buffers()])
-        for parameter in network.parameters():
+        for parameter in (p for p in network.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(_let_go(recorder))
         with recorder:
             if isinstance(task, FlowTask):
@@ -135,7 +141,7 @@ def trace(config: Config, sizes: Sequence[Size], untrained: Untrained) -> Trace:
             task.loss(network, pack, device).sum.backward()
     weights = sum(p.numel() * p.element_size() for p in frozen.parameters())
     r = recorder
-    return Trace(r.peak, r.peak_with_gradients, r.later, encoder, weights, tuple(r.operations))
+    return Trace(r.peak, r.peak_with_gradients, r.later, encoder, weights, tuple(r.operations), exchanged=others.sent)
 
 
 @contextmanager

@@ -42,6 +42,42 @@ def sequence_group(world: World) -> Group:
     return mine
 
 
+class Neighbours:
+    """The ranks that share a pack, this one among them."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.place, self.parts = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """Send `x[i]` to rank i of the group; the result holds at i what rank i sent here."""
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=self.group)
+        return received
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts of all ranks end to end."""
+        whole = [torch.empty_like(part) for _ in range(self.parts)]
+        dist.all_gather(whole, part, group=self.group)
+        return torch.cat(whole)
+
+
+class Imagined(Neighbours):
+    """For planning: shapes and memory are those of a rank among its neighbours; nothing is sent, but counted."""
+
+    def __init__(self, parts: int) -> None:
+        self.place, self.parts, self.sent = 0, parts, 0  # bytes, those that a rank sends to itself among them
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """Something of the shape of what would arrive."""
+        self.sent += x.numel() * x.element_size()
+        return torch.empty_like(x)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Something of the shape of the whole."""
+        self.sent += self.parts * part.numel() * part.element_size()
+        return torch.cat([torch.empty_like(part) for _ in range(self.parts)])
+
+
 def same_clips(steps: Iterable[Any], group: Group) -> Iterator[Any]:
     """Steps of a loader, without the clips that failed on any rank of the group: a time-out may strike one of them."""
     for step in steps:
@@ -55,21 +91,20 @@ def same_clips(steps: Iterable[Any], group: Group) -> Iterator[Any]:
         yield step
 
 
-def apply(network: nn.Module, self_attentions: Sequence[Any], group: Group) -> None:
+def apply(network: nn.Module, self_attentions: Sequence[Any], others: Neighbours) -> None:
     """Share out the tokens of every pack that `network` is called with. Each of `self_attentions` has an `attend`."""
-    place, parts = dist.get_rank(group), dist.get_world_size(group)
 
     def share_out(_: nn.Module, arguments: tuple[LatentPack]) -> tuple[LatentPack]:
-        return (part_of(arguments[0], place, parts),)
+        return (part_of(arguments[0], others.place, others.parts),)
 
     def bring_together(_: nn.Module, arguments: tuple[LatentPack], velocity_NP: Tensor) -> Tensor:
         layout = arguments[0].layout
-        return _Gather.apply(velocity_NP, group)[: sum(layout.spans)]  # without what pads the pack
+        return _Gather.apply(velocity_NP, others)[: sum(layout.spans)]  # without what pads the pack
 
     network.register_forward_pre_hook(share_out)
     network.register_forward_hook(bring_together)
     for attention in self_attentions:
-        attention.attend = across(attention.attend, group)
+        attention.attend = across(attention.attend, others)
 
 
 def part_of(pack: LatentPack, place: int, parts: int) -> LatentPack:
@@ -83,53 +118,43 @@ def part_of(pack: LatentPack, place: int, parts: int) -> LatentPack:
     return replace(pack, layout=layout, x_NP=x_NP, t_of_N=t_of_N)
 
 
-def across(attend: Attend, group: Group) -> Attend:
+def across(attend: Attend, others: Neighbours) -> Attend:
     """Attention over the tokens of all ranks of a group, from each rank's part of them to the same part."""
-    parts = dist.get_world_size(group)
+    parts = others.parts
 
     @torch.compiler.disable
     def attend_across(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor) -> Tensor:
         heads = torch.stack((q, k, v)).unflatten(2, (parts, -1))  # 3 n P K/P d
-        heads = _Exchange.apply(heads.permute(2, 0, 1, 3, 4).contiguous(), group)  # P 3 n K/P d
+        heads = _Exchange.apply(heads.permute(2, 0, 1, 3, 4).contiguous(), others)  # P 3 n K/P d
         q, k, v = heads.permute(1, 0, 2, 3, 4).flatten(1, 2)  # all tokens, a part of the heads
         out = attend(q, k, v, q_lengths, k_lengths).unflatten(0, (parts, -1))
-        return _Exchange.apply(out.contiguous(), group).transpose(0, 1).flatten(1, 2)
+        return _Exchange.apply(out.contiguous(), others).transpose(0, 1).flatten(1, 2)
 
     return attend_across
-
-
-def _exchange(x: Tensor, group: Group) -> Tensor:
-    """Send `x[i]` to rank i of the group; the result holds at i what rank i sent here."""
-    received = torch.empty_like(x)
-    dist.all_to_all_single(received, x, group=group)
-    return received
 
 
 class _Exchange(torch.autograd.Function):
     """All-to-all over the first dimension, which is its own transpose."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _exchange(x, group)
+    def forward(ctx: Any, x: Tensor, others: Neighbours) -> Tensor:
+        ctx.others = others
+        return others.exchange(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grad.contiguous(), ctx.group), None
+        return ctx.others.exchange(grad.contiguous()), None
 
 
 class _Gather(torch.autograd.Function):
     """The parts of all ranks end to end; backwards every rank gets the sum of all ranks' gradients of its part."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        parts = dist.get_world_size(group)
-        whole = [torch.empty_like(part) for _ in range(parts)]
-        dist.all_gather(whole, part.contiguous(), group=group)
-        return torch.cat(whole)
+    def forward(ctx: Any, part: Tensor, others: Neighbours) -> Tensor:
+        ctx.others = others
+        return others.gather(part.contiguous())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        parts = dist.get_world_size(ctx.group)
-        return _exchange(grad.unflatten(0, (parts, -1)).contiguous(), ctx.group).sum(0), None
+        parts = grad.unflatten(0, (ctx.others.parts, -1))
+        return ctx.others.exchange(parts.contiguous()).sum(0), None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sora_train.batch import Pack
 from sora_train.config import TASKS
-from sora_train.cost import Cost, Geometry
+from sora_train.cost import AdapterCost, Cost, Geometry
 
 PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
     "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "B200": 2250.0, "GB200": 2250.0, "A100": 312.0, "L40S": 362.0,
@@ -53,8 +53,9 @@ class Meter:
     """Adds up between two logged steps; one all-reduce when they are read."""
 
     def __init__(
-        self, geometry: Geometry, cost: Cost, device: torch.device, peak: float, capacity: int, sharing: int = 1
-    ) -> None:
+        self, geometry: Geometry, cost: Cost | AdapterCost, device: torch.device, peak: float, capacity: int,
+        sharing: int = 1,
+    ) -> None:  # fmt: skip
         self.geometry, self.cost, self.device, self.peak = geometry, cost, device, peak
         self.capacity = capacity  # tokens that one step could hold
         self.sharing = sharing  # ranks that share the work on a pack, and all count it

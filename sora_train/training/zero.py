@@ -213,13 +213,16 @@ class Engine:
         return z if z is self.optimizer else z.optimizer
 
     def _create_moments(self) -> None:
-        """Adam makes its state at the first step; a checkpoint needs a place to be loaded to before that."""
+        """Make Adam's state, so that a checkpoint has a place to be loaded to before the first step. In bf16 without
+        ZeRO DeepSpeed has made it by a step with gradients of zero, which counts in Adam's correction of young moments
+        (the first updates come out up to a quarter too small) and decays the weights: undo that.
+        """
         z, inner = self.engine.optimizer, self._inner
+        for parameter in self.names if self.stage == 0 and not self.fp32 else ():
+            self._master_of(parameter).data.copy_(parameter.data)
         for p in self._masters():
-            state = inner.state[p]
-            if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state |= {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in _MOMENTS}
+            zeros = {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in _MOMENTS}
+            inner.state[p] |= {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
         if self.stage in (1, 2) and hasattr(z, "_lazy_init_hp_params_optimizer_state"):
             z._lazy_init_hp_params_optimizer_state()
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sora_train.batch import Clip, LatentPack, Pack
-from sora_train.config import TASKS, FlowConfig, Timesteps, Weighting
+from sora_train.config import TASKS, FlowConfig, Prediction, Timesteps, Weighting
 from sora_train.cost import Geometry
 from sora_train.flow.conditioning import given_frames
 from sora_train.flow.patches import patchify
-from sora_train.flow.rectified import LEVELS, FlowTask, draw_timesteps, shifted
+from sora_train.flow.prediction import velocity
+from sora_train.flow.rectified import LEVELS, FlowTask, draw_timesteps, shift_of, shifted
 from sora_train.models.text import tokenize_captions
 
 CPU = torch.device("cpu")
@@ -147,7 +148,7 @@ def test_the_shift_moves_towards_noise_and_keeps_the_ends(t: float, shift: float
 def test_timesteps_follow_their_distribution() -> None:
     def draw(**changes: object) -> np.ndarray:
         config = replace(FlowConfig(shift=1.0), **changes)
-        return np.array([draw_timesteps(config, seed, 1)[0] for seed in range(4000)])
+        return np.array([draw_timesteps(config, seed, (1, 2, 2))[0] for seed in range(4000)])
 
     uniform = draw(timesteps=Timesteps.uniform)
     assert np.abs(np.sort(uniform) - (np.arange(4000) + 0.5) / 4000).max() < 1.95 / math.sqrt(4000)  # p = 0.001
@@ -172,9 +173,9 @@ def test_a_share_of_clips_has_a_timestep_per_frame_and_given_frames_stay_clean(c
         assert (generated == generated[:, :1]).all() and len(set(generated[:, 0].tolist())) == len(generated)
     clip_of_N = torch.arange(4).repeat_interleave(torch.tensor(pack.layout.lengths))
     assert torch.equal(pack.clip_of_M[pack.t_of_N], clip_of_N)
-    shares = [len(set(draw_timesteps(FlowConfig(per_frame_noise=0.3), seed, 5))) for seed in range(1000)]
+    shares = [len(set(draw_timesteps(FlowConfig(per_frame_noise=0.3), seed, (5, 2, 2)))) for seed in range(1000)]
     assert set(shares) == {1, 5} and 240 < shares.count(5) < 360
-    drawn = [t for seed in range(2000) for t in draw_timesteps(FlowConfig(per_frame_noise=1.0), seed, 2)]
+    drawn = [t for seed in range(2000) for t in draw_timesteps(FlowConfig(per_frame_noise=1.0), seed, (2, 2, 2))]
     logit = np.log(np.array(drawn) / (1 - np.array(drawn)))
     assert abs(logit.mean()) < 0.05 and abs(logit.std() - 1) < 0.04
 
@@ -224,3 +225,27 @@ def test_a_cache_encodes_each_clip_once_and_keeps_to_its_room(clips: list[Clip])
     cramped.prepare(Pack(clips), CPU)
     cramped.prepare(Pack(clips), CPU)
     assert len(calls) == 2 * len(clips)
+
+
+@pytest.mark.parametrize("prediction", [Prediction.x0, Prediction.noise])
+def test_data_or_noise_that_is_known_gives_the_velocity(clips: list[Clip], prediction: Prediction) -> None:
+    pack = make_task(per_frame_noise=0.5).prepare(Pack(clips), CPU)
+    t_N1 = pack.t_M[pack.t_of_N].unsqueeze(1)
+    data = pack.x_NP - t_N1 * pack.target_NP
+    known = data if prediction is Prediction.x0 else data + pack.target_NP
+    apart = t_N1 if prediction is Prediction.x0 else 1.0 - t_N1
+    found = velocity(prediction, known, pack)
+    assert found.isfinite().all(), "given frames stand at t = 0"
+    clear = (apart > 0.05).squeeze(1)
+    torch.testing.assert_close(found[clear], pack.target_NP[clear], rtol=1e-3, atol=1e-3)
+    near = ~clear & (pack.weight_N > 0)
+    assert (found[near].abs() <= pack.target_NP[near].abs() + 1e-4).all(), "no division by what is nearly nothing"
+
+
+def test_the_shift_grows_with_the_root_of_the_tokens() -> None:
+    flow = FlowConfig(shift=3.0, shift_tokens=64)
+    assert [shift_of(flow, grid) for grid in ((1, 8, 8), (4, 8, 8), (1, 4, 4))] == [3.0, 6.0, 1.5]
+    assert shift_of(FlowConfig(shift=3.0), (4, 8, 8)) == 3.0
+    for seed in range(50):
+        small, large = (draw_timesteps(flow, seed, grid)[0] for grid in ((1, 8, 8), (4, 8, 8)))
+        assert large == pytest.approx(shifted(shifted(small, 1 / 3.0), 6.0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_train.batch import LatentPack
-from sora_train.config import SOLVERS, FlowConfig
+from sora_train.config import SOLVERS, FlowConfig, Prediction
 from sora_train.flow.patches import patchify, unpatchify
 from sora_train.flow.sampling import Request, _noise, generate
 from sora_train.models.dit import DiT
@@ -65,6 +65,23 @@ def test_times_go_from_noise_to_data_along_the_shift() -> None:
     assert field.times == pytest.approx([1.0, 2 * 0.75 / 1.75, 2 / 3, 0.4])
 
 
+def test_clips_of_one_batch_go_along_their_own_shifts() -> None:
+    """GRIDS have 12, 6 and 16 tokens; with a shift of 2 at 6 tokens, the second goes as above."""
+    seen: list[list[float]] = []
+
+    class Times(nn.Module):
+        def forward(self, pack: LatentPack) -> Tensor:
+            seen.append([float(pack.t_M[part].max()) for part in pack.t_of_N.split(pack.layout.lengths)])
+            return torch.zeros_like(pack.x_NP)
+
+    flow = replace(FLOW, sampling_steps=4, guidance=1.0, shift_tokens=6)
+    run(Times(), [Request("x", grid, 0) for grid in GRIDS], flow)
+    for place, grid in enumerate(GRIDS):
+        shift = 2.0 * math.sqrt(math.prod(grid) / 6)
+        expected = [shift * t / (1 + (shift - 1) * t) for t in (1.0, 0.75, 0.5, 0.25)]
+        assert [times[place] for times in seen] == pytest.approx(expected)
+
+
 def test_guidance_goes_beyond_the_conditional_velocity() -> None:
     request = Request("a caption", GRIDS[0], 3)
     noise = unpatchify(_noise(request, 4, 2), request.grid, 2)
@@ -114,6 +131,15 @@ def model() -> VideoModel:
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return network.eval()
+
+
+def test_predicted_data_leads_to_the_data() -> None:
+    """A network that knows the data: the last step, from t = 0.05 of 20, isn't cut short."""
+    wanted = latents(GRIDS[0], 1)
+    known = patchify(wanted, 2)
+    flow = replace(FLOW, prediction=Prediction.x0, guidance=1.0, sampling_steps=20, shift=1.0)
+    (result,) = run(Field(lambda x, t, told: known.expand_as(x)), [Request("x", GRIDS[0], 5)], flow)
+    torch.testing.assert_close(result, wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
+from omegaconf import DictConfig
 
-from sora_train.models.rope import PLACE_FEATURES, axis_sizes, frequencies, place_features, rotate, rotations
+from sora_train.batch import Layout
+from sora_train.cli import InputError
+from sora_train.config import ROPE_SCALINGS, build
+from sora_train.models.dit import DiT
+from sora_train.models.rope import (
+    PLACE_FEATURES,
+    UNSCALED,
+    Factors,
+    axis_sizes,
+    frequencies,
+    place_features,
+    rotate,
+    rotations,
+)
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("head", "sizes"), [(128, (44, 42, 42)), (16, (8, 4, 4)), (64, (24, 20, 20)), (24, (8, 8, 8))])
@@ -72,3 +89,64 @@ def test_place_features_tell_every_token_of_a_clip_apart_and_scale_with_the_clip
     middle = place_features([(1, 1, 1)], cpu)[0]
     half_wave = math.sqrt(2.0) * torch.tensor([1.0, 0.0, -1.0, 0.0])  # sines at the middle of every axis
     assert torch.allclose(middle[:4], half_wave, atol=1e-6)
+
+
+def test_interpolation_puts_places_closer_together_by_the_factor_of_each_axis() -> None:
+    plain = rotations([(2, 2, 2)], 24, 100.0, CPU)
+    cos, sin = rotations([(3, 7, 2)], 24, 100.0, CPU, "interpolation", (2.0, 6.0, 1.0))
+    token = 2 * 14 + 6 * 2 + 1  # time 2, height 6, width 1: at 1, 1 and 1
+    torch.testing.assert_close(cos[token], plain[0][-1])
+    torch.testing.assert_close(sin[token], plain[1][-1])
+
+
+def test_ntk_stretches_the_slowest_wave_by_the_factor_and_the_fastest_not() -> None:
+    plain = frequencies(128, 10000.0)
+    scaled = frequencies(128, 10000.0, "ntk", (4.0, 1.0, 2.5))
+    for before, after, factor in zip(plain, scaled, (4.0, 1.0, 2.5), strict=True):
+        ratio = before / after
+        assert ratio[0] == 1.0 and ratio[-1].item() == pytest.approx(factor)
+        assert factor == 1.0 or (ratio.diff() > 0).all()
+    assert scaled[0][1].item() == pytest.approx((10000.0 * 4.0 ** (44 / 42)) ** (-2 / 44))
+    assert [f.tolist() for f in frequencies(6, 100.0, "ntk", (2.0, 2.0, 2.0))] == [[1.0]] * 3
+
+
+@pytest.mark.parametrize("scaling", ROPE_SCALINGS)
+def test_without_factors_nothing_is_changed(scaling: str) -> None:
+    grid = [(3, 2, 4)]
+    both = zip(rotations(grid, 24, 50.0, CPU), rotations(grid, 24, 50.0, CPU, scaling), strict=True)
+    assert all(torch.equal(plain, ours) for plain, ours in both)
+
+
+def test_the_model_turns_by_scaled_places() -> None:
+    """With factors of 1 bit by bit as without; else each scaling gives something of its own."""
+
+    def network(scaling: str, factors: Factors) -> DiT:
+        torch.manual_seed(0)
+        dit = DiT(4, 24, 1, 2, 48, 8, 16, gate_init=1.0, rope_scaling=scaling, rope_factors=factors)
+        torch.nn.init.normal_(dit.out.project.weight)
+        return dit
+
+    layout, generator = Layout(((5, 2, 2),), (3,)), torch.Generator().manual_seed(1)
+    x, text = torch.randn(20, 4, generator=generator), torch.randn(3, 8, generator=generator)
+    inputs = (x, text, torch.tensor([0.5]), torch.zeros(20, dtype=torch.long), layout)
+    with torch.no_grad():
+        plain, same = (network(scaling, UNSCALED)(*inputs) for scaling in ("none", "ntk"))
+        pi, ntk = (network(scaling, (2.0, 1.0, 1.0))(*inputs) for scaling in ("interpolation", "ntk"))
+    assert torch.equal(plain, same)
+    assert len({float(v.abs().sum()) for v in (plain, pi, ntk)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.rope_scaling=nkt",), "model.rope_scaling=nkt; did you mean 'ntk'"),
+        (("model.rope_scaling=ntk", "model.rope_factors=[0.5,1,1]"), "must be three, none below 1"),
+        (("model.rope_factors=[2,1,1]",), "say nothing with model.rope_scaling=none"),
+        (("model.rope_scaling=ntk", "model.rope_factors=[2,1]"), "must be three, none below 1"),
+    ],
+)
+def test_wrong_scalings_are_answered(
+    compose_tree: Callable[..., DictConfig], overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build(compose_tree("experiment=demo", *overrides), need_vae=False)

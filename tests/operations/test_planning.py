@@ -13,13 +13,13 @@ from omegaconf import DictConfig
 
 from sora_train.cli import InputError
 from sora_train.config import Config, build
-from sora_train.cost import cost, geometry
+from sora_train.cost import geometry, training_cost
 from sora_train.generation import build_video_model, untrained_model
 from sora_train.methods import untrained
 from sora_train.operations.footprint import memory
 from sora_train.operations.forecast import Forecast, StageForecast, forecast, suggestion
 from sora_train.operations.hardware import GPUS, hardware
-from sora_train.operations.planner import estimate, heaviest_pass, meta_network
+from sora_train.operations.planner import degrees, estimate, heaviest_pass, meta_network
 from sora_train.operations.timing import save_advice, step_time
 from sora_train.operations.trace import Operation, Trace, trace
 from sora_train.plan import take
@@ -69,7 +69,7 @@ def test_a_trace_counts_the_operations_of_the_cost_model(config: Config) -> None
     config.model.depth = 4  # or the text encoder, which isn't in the cost model, would be an eighth of the work
     sizes = [(9, 48, 48)] * 2
     traced = trace(config, sizes, untrained)
-    expected = cost(config).training([geometry(config).tokens(*size) for size in sizes])
+    expected = training_cost(config).training([geometry(config).tokens(*size) for size in sizes])
     encoding = sum(o.flops for o in traced.operations if o.kind == "convolution")
     assert traced.flops - encoding == pytest.approx(expected, rel=0.15)
     assert 0 < traced.later <= traced.activations <= traced.with_gradients
@@ -187,3 +187,40 @@ def test_a_run_of_adapters_is_planned_as_one(compose_tree: Callable[..., DictCon
     trained = config.model.depth * 8 * 2 * 4 * 128
     assert figures.parameters - figures.frozen == trained == figures.parameters - plain.parameters
     assert plain.frozen == 0 and figures.state_bytes < 0.5 * plain.state_bytes
+
+
+def test_adapters_are_traced_with_what_is_frozen_left_out(
+    compose_tree: Callable[..., DictConfig], config: Config
+) -> None:
+    """The work is that of the cost model, a backward pass costs about as much as a forward one, and no big gradient."""
+    keys = ("experiment=demo", "precision=bf16", "model.depth=4", "model.pooled_text=false")
+    plain, lora = (build(compose_tree(*keys, f"model.lora.rank={rank}"), need_vae=False) for rank in (0, 4))
+    sizes = [(9, 48, 48)] * 2
+    full, adapted = (trace(c, sizes, untrained) for c in (plain, lora))
+    expected = training_cost(lora).training([geometry(lora).tokens(*size) for size in sizes])
+    encoding = sum(o.flops for o in adapted.operations if o.kind == "convolution")
+    assert adapted.flops - encoding == pytest.approx(expected, rel=0.1)
+    assert 0.6 < (adapted.flops - encoding) / (full.flops - encoding) < 0.75
+    assert adapted.with_gradients - adapted.activations < 0.1 * (full.with_gradients - full.activations)
+
+
+def test_ranks_that_share_a_pack_need_less_each(compose_tree: Callable[..., DictConfig]) -> None:
+    """Whole packs are encoded, and heads traded for tokens: half the activations, not more than a third in addition."""
+    keys = ("experiment=demo", "model.depth=4", "data.max_frames=65", "data.max_tokens=2112")
+    config = build(compose_tree(*keys), need_vae=False)
+    found = degrees(config, None, 8)
+    assert list(found) == [1, 2, 4], "four heads"
+    assert [d.passes for d in found.values()] == [1, 1, 1] and found[4].config.parallel.sequence == 4
+    traces = {degree: trace(d.config, d.sizes, untrained) for degree, d in found.items()}
+    assert traces[1].exchanged == 0
+    one, four = traces[1].activations, traces[4].activations
+    assert 0.25 * one < four < 0.4 * one
+    work = {d: sum(o.flops for o in t.operations if o.kind in ("matmul", "attention")) for d, t in traces.items()}
+    assert work[4] == pytest.approx(work[1] / 4, rel=0.1)
+    # q, k, v and the output of each block, forwards and backwards, of a quarter of the tokens; and what is gathered
+    tokens, width = 2112 // 4, config.model.width
+    assert traces[4].exchanged == pytest.approx(4 * 2 * 4 * tokens * width * 4, rel=0.1)
+    alone, shared = (
+        step_time(found[d].config, 10**6, traces[d], 8, 1, 1, GPUS["h100"], 8).communication for d in (1, 4)
+    )
+    assert shared - alone == pytest.approx(traces[4].exchanged * 3 / 4 / GPUS["h100"].link)

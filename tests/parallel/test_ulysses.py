@@ -54,9 +54,11 @@ def test_places_in_groups_of_neighbours() -> None:
     ],
 )
 def test_two_and_four_ranks_equal_one_rank(cases: tuple[str, ...]) -> None:
-    """One launch of four ranks, cases of (degree, ZeRO stage); degree 2 stands beside data parallelism of 2."""
+    """One launch of four ranks, cases of (degree, ZeRO stage); degree 2 stands beside data parallelism of 2. Then they
+    sample together: the same seeds, the same videos, on every rank."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(WORKER)]
     done = subprocess.run([*command, *cases], capture_output=True, text=True, env=environment, timeout=290)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert done.stdout.count("equal to one rank") == len(cases)
+    assert done.stdout.count("equal to one rank\n") == len(cases)
+    assert done.stdout.count("samples equal to one rank's") == 4

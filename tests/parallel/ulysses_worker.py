@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from sora_train.batch import LatentPack, Layout
-from sora_train.config import OptimConfig, Precision
+from sora_train.config import FlowConfig, OptimConfig, Precision
+from sora_train.flow.sampling import Request, generate
 from sora_train.models.dit import DiT
-from sora_train.models.text import TextEncoder
+from sora_train.models.text import TextEncoder, tokenize_captions
 from sora_train.models.video_model import VideoModel
 from sora_train.parallel import ulysses
 from sora_train.training.optim import adamw
@@ -57,8 +59,8 @@ def alone() -> tuple[float, dict[str, Tensor]]:
 def shared(world: World, stage: int) -> tuple[float, dict[str, Tensor]]:
     """The same under the engine: groups share out packs, the ranks of a group the tokens of a pack."""
     network = make_network()
-    group = ulysses.sequence_group(world)
-    ulysses.apply(network, [block.self_attention for block in network.dit.blocks], group)
+    others = ulysses.Neighbours(ulysses.sequence_group(world))
+    ulysses.apply(network, [block.self_attention for block in network.dit.blocks], others)
     mine = LAYOUTS[world.data_rank :: world.data_size]
     options = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     optimizer = adamw([(network, 1.0)], OptimConfig())
@@ -81,6 +83,14 @@ def close(mine: Tensor, their: Tensor, scale: float, name: str) -> None:
     assert (mine - their).abs().max() <= 1e-5 * scale, (name, float((mine - their).abs().max()), scale)
 
 
+def sampled(network: VideoModel) -> list[Tensor]:
+    """Clips of two sizes, one with a given frame, whose 39 tokens don't divide by the ranks."""
+    requests = [Request("a ring", (3, 2, 2), 1), Request("two", (3, 3, 3), 2, ((0, torch.ones(2, 1, 6, 6)),))]
+    flow = FlowConfig(sampling_steps=3, solver="heun", guidance_rescale=0.5)
+    tokenize = partial(tokenize_captions, buckets=64, max_tokens=16)
+    return generate(network.eval(), requests, flow, 2, 2, tokenize, torch.device("cpu"))
+
+
 def equal(cases: list[tuple[int, int]]) -> None:
     """Each case is a degree and a ZeRO stage."""
     world = from_environment()
@@ -96,6 +106,13 @@ def equal(cases: list[tuple[int, int]]) -> None:
             close(our_gradients[name], gradient, scale, name)
         if world.is_main:
             print(f"degree {degree}, stage {stage}: equal to one rank", flush=True)
+    network = make_network()
+    expected = sampled(network)
+    others = ulysses.Neighbours(ulysses.sequence_group(world.with_sequence(world.size)))
+    ulysses.apply(network, [block.self_attention for block in network.dit.blocks], others)
+    for one, other in zip(sampled(network), expected, strict=True):
+        close(one, other, float(other.abs().max()), "sample")
+    print(f"rank {world.rank}: samples equal to one rank's", flush=True)
     dist.barrier()
 
 

@@ -28,3 +28,4 @@ def test_adapters_train_alike_at_every_stage_and_resume(runs: Callable[[str], An
         assert every[name]["losses"] == pytest.approx(every["stage-0"]["losses"], rel=1e-5), name
     for stage in (0, 3):
         assert every[f"bf16-{stage}"]["losses"] == pytest.approx(every["stage-0"]["losses"], rel=0.05)
+        assert every[f"bf16-{stage}"]["moved"] == pytest.approx(every["stage-0"]["moved"], rel=0.05)

@@ -14,12 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import webdataset as wds
 
 from benchmarks.fault_bed import Bed, Job, differences, losses, outcome, run, samples_by_step
 from benchmarks.fault_trials import elastic, kill, stage_for
 from sora_train.config import Config
+from sora_train.data.index import index_shards
 from sora_train.flow.rectified import FlowTask
+from sora_train.media import encode_mp4
 from sora_train.training.checkpoint import KINDS as KINDS_OF_TENSORS
 from sora_train.training.checkpoint import latest_intact, load_full
 from sora_train.training.power_ema import combined
@@ -171,9 +175,40 @@ def adapters(bed: Bed) -> object:
     return {"runs": found, "resumed and undisturbed differ in": same}
 
 
+def minute(bed: Bed, side: int = 24) -> object:
+    """A clip of 60 s at 24 frames a second, whole, in full attention: on one rank, and shared out over four."""
+    path = bed.folder / "minute.tar"
+    places = np.arange(60 * 24 + 1) // 8 % (side - 8)
+    frames = np.full((len(places), side, side, 3), 90, np.uint8)
+    for frame, place in zip(frames, places, strict=True):
+        frame[4:12, place : place + 8] = 40 + place * 8, 200, 60
+    with wds.TarWriter(str(path)) as tar:
+        tar.write({"__key__": "0", "txt": b"a block that comes and goes for a minute", "mp4": encode_mp4(frames, 24.0)})
+    index_shards([str(path)], workers=1)
+    keys = (
+        f"data.sources.demo.shards=[{path}]", "data.fps=24", f"data.max_frames={len(frames)}", "data.slots=1",
+        f"data.max_pixels={side**2}", f"data.max_tokens={len(frames) * side**2 // 64}", "model.width=32",
+        "model.heads=4", "model.depth=2", "steps=2", "optim.decay_fraction=0", "deepspeed=zero2",
+    )  # fmt: skip
+    found: dict[str, object] = {}
+    for ranks in (1, 4):
+        config = bed.config(f"minute-{ranks}", *keys, f"parallel.sequence={ranks}")
+        job = Job(config, ranks)
+        if code := job.wait(timeout_s=3000):
+            raise RuntimeError(f"{ranks} rank(s) ended with {code}:\n{job.log.read_text()[-4000:]}")
+        lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+        found[str(ranks)] = [{k: line[k] for k in ("loss", "grad_norm", "tokens")} for line in lines if "loss" in line]
+    return found
+
+
+def large_minute(bed: Bed) -> object:
+    """The same with four times as many tokens."""
+    return minute(bed, side=48)
+
+
 KINDS: dict[str, Callable[[Bed], object]] = {
     "matrix": matrix, "kills": kills, "moves": moves, "mirrored": mirrored, "debugs": debugs,
-    "adapters": adapters,
+    "adapters": adapters, "minute": minute, "large minute": large_minute,
 }  # fmt: skip
 
 if __name__ == "__main__":
