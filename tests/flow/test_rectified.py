@@ -224,3 +224,13 @@ def test_a_cache_encodes_each_clip_once_and_keeps_to_its_room(clips: list[Clip])
     cramped.prepare(Pack(clips), CPU)
     cramped.prepare(Pack(clips), CPU)
     assert len(calls) == 2 * len(clips)
+
+
+def test_the_cache_tells_training_and_validation_samples_apart(make_clip: Callable[..., Clip]) -> None:
+    """Both number their samples from 0: clips that are alike in all but their pixels must not share latents."""
+    ours = make_clip((9, 16, 16), seed=1)
+    theirs = replace(ours, video_TCHW=255 - ours.video_TCHW)
+    cached = FlowTask(FlowConfig(), GEOMETRY, 3, encode, lambda texts: tokenize_captions(texts, 64, 32), 1 << 20)
+    plain = FlowTask(FlowConfig(), GEOMETRY, 3, encode, lambda texts: tokenize_captions(texts, 64, 32))
+    for clip in (ours, theirs, ours):
+        assert torch.equal(cached.prepare(Pack([clip]), CPU).x_NP, plain.prepare(Pack([clip]), CPU).x_NP)
