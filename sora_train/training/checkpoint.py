@@ -140,7 +140,7 @@ class Checkpoints:
                 if path.name > f"step-{step:08d}":
                     remove_folder(path)
             if self.mirror:
-                self.mirror.discard_after(step)
+                self.mirror.discard_after(self.folder, step)
         dist.barrier(group=self._group)
 
     def _stage(self, key: str, values: Tensor) -> Tensor:
@@ -193,13 +193,13 @@ class Checkpoints:
         write_json(temporary / "manifest.json", manifest | {"sha256": digest_of(manifest)})
         sync_folder(temporary)
         final = self.folder / f"step-{step:08d}"
-        if final.exists():  # damaged, or it would have been loaded
+        if os.path.lexists(final):  # damaged, or it would have been loaded
             remove_folder(final)
         temporary.rename(final)
         sync_folder(self.folder)
         older = [path.name for path in _folders(self.folder) if path.name <= final.name]
         for old in surplus(older, self.keep, self.keep_every):  # a newer one is damaged and doesn't count as kept
-            if not (self.mirror and self.mirror.busy == old):  # it goes after the next save
+            if not (self.mirror and self.mirror.busy == self.folder / old):  # it goes after the next save
                 remove_folder(self.folder / old)
         if self.mirror:
             self.mirror.offer(final)

@@ -72,7 +72,13 @@ def sha256(path: Path) -> str:
 
 
 def remove_folder(path: Path) -> None:
-    """Take a folder away in one rename first, so that a kill leaves no half of it under its name."""
+    """Take a folder away in one rename first, so that a kill leaves no half of it under its name.
+
+    What isn't a folder (a link, a file that somebody put there) just goes.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
     away = path.with_name(f".tmp-old-{path.name}")
     shutil.rmtree(away, ignore_errors=True)
     path.rename(away)

@@ -3,6 +3,7 @@
     URL/run.json                 which run writes here
     URL/config.yaml              that run's configuration
     URL/step-00001000/...        a checkpoint's files; manifest.json last, so that half a copy is never taken
+    URL/snapshots/step-.../...   the same of the averages' snapshots, all of those that the run folder keeps
 
 The main rank uploads what it has published, in a thread of its own: the loop and the next save never wait for the
 network, and whatever fails there is counted, told and made up for by the next checkpoint. A run folder without
@@ -30,6 +31,8 @@ from sora_train.training.files import Damage, check_file, read_manifest, stays, 
 
 _FLAT = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # stores without folders to be made
 _AT_ONCE = 8  # files fetched at the same time, where the store can
+_SNAPSHOTS = "snapshots/"
+_DAMAGED = (Damage, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)  # what a wrong file makes of it
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +45,7 @@ class Mirror:
     def __init__(self, url: str, run_dir: Path, keep: int, keep_every: int, options: dict[str, Any]) -> None:
         self.url, self.run_dir, self.keep, self.keep_every = url, run_dir, keep, keep_every
         self.failed = 0  # uploads and removals that didn't come about
-        self.busy = ""  # name of the checkpoint that is being uploaded
+        self.busy: Path | None = None  # the checkpoint or snapshot that is being uploaded
         self._latest = ""  # name of the newest that was offered
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -87,14 +90,20 @@ class Mirror:
             _log.error("%s; training goes on, and the next checkpoint tries again", what)
             return None
 
-    def offer(self, checkpoint: Path) -> None:
-        """Upload a published checkpoint, in the background; one that a newer one overtakes may be left out."""
-        self._latest = checkpoint.name
-        self._do(partial(self._upload, checkpoint))
+    def offer(self, published: Path) -> None:
+        """Upload a published checkpoint or snapshot, in the background.
 
-    def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, in the background."""
-        self._do(partial(self._discard_after, f"step-{step:08d}"))
+        A checkpoint that a newer one overtakes may be left out; with a snapshot go all others that aren't there yet.
+        """
+        if _under(published.parent):
+            self._do(partial(self._upload_snapshots, published.parent))
+            return
+        self._latest = published.name
+        self._do(partial(self._upload_checkpoint, published))
+
+    def discard_after(self, folder: Path, step: int) -> None:
+        """Remove the checkpoints, or snapshots, of later steps, in the background. `folder` is where they are here."""
+        self._do(partial(self._discard_after, f"{_under(folder)}step-{step:08d}"))
 
     def finish(self, limit_s: float) -> bool:
         """Wait for what is under way, at most so many seconds; whether it is done."""
@@ -124,32 +133,51 @@ class Mirror:
                     self.url, type(error).__name__, error, self.run_dir / "checkpoints",
                 )  # fmt: skip
 
-    def _upload(self, folder: Path) -> None:
-        self.busy = folder.name
+    def _upload_checkpoint(self, folder: Path) -> None:
+        self.busy = folder
         try:
             overtaken = folder.name != self._latest and not stays(folder.name, self.keep_every)
             if overtaken or not folder.is_dir():
                 _log.warning("%s isn't copied to %s: a newer one was saved before its turn", folder.name, self.url)
                 return
             self._claim(take_over=False)
-            if self._text(f"{folder.name}/manifest.json") == (folder / "manifest.json").read_text():
-                return  # before the restart
-            self._remove(folder.name)  # half of it, or another one
-            for name, record in read_manifest(folder)["files"].items():
-                self._put(folder / name, f"{folder.name}/{name}")
-                size = self._fs.size(self._at(f"{folder.name}/{name}"))
-                if size != record["size"]:
-                    raise OSError(f"{size} of {record['size']} bytes of {folder.name}/{name} arrived")
             if (self.run_dir / "config.yaml").is_file():
                 self._put(self.run_dir / "config.yaml", "config.yaml")
-            self._put(folder / "manifest.json", f"{folder.name}/manifest.json")
+            self._upload(folder)
         finally:
-            self.busy = ""
+            self.busy = None
         self._tidy(folder.name)
+
+    def _upload_snapshots(self, folder: Path) -> None:
+        """Bring the snapshots there to those here: few, small against checkpoints, and each needed in the end."""
+        self._claim(take_over=False)
+        here = sorted(path for path in folder.glob("step-*") if path.is_dir())
+        for path in here:
+            self.busy = path
+            try:
+                if path.is_dir():  # not thinned out meanwhile
+                    self._upload(path)
+            finally:
+                self.busy = None
+        for name in self._found(_under(folder)).keys() - {_under(folder) + path.name for path in here}:
+            self._remove(name)
+
+    def _upload(self, folder: Path) -> None:
+        """Copy what isn't there in the same form, the manifest last."""
+        name = _under(folder.parent) + folder.name
+        if self._text(f"{name}/manifest.json") == (folder / "manifest.json").read_text():
+            return  # before the restart
+        self._remove(name)  # half of it, or another one
+        for file, record in read_manifest(folder)["files"].items():
+            self._put(folder / file, f"{name}/{file}")
+            size = self._fs.size(self._at(f"{name}/{file}"))
+            if size != record["size"]:
+                raise OSError(f"{size} of {record['size']} bytes of {name}/{file} arrived")
+        self._put(folder / "manifest.json", f"{name}/manifest.json")
 
     def _tidy(self, newest: str) -> None:
         """Keep here what is kept there. What is newer than the newest is of a way that the run turned back from."""
-        there = self._checkpoints()
+        there = self._found()
         older = sorted(name for name, files in there.items() if "manifest.json" in files and name <= newest)
         halves = [name for name, files in there.items() if "manifest.json" not in files]
         for name in (*surplus(older, self.keep, self.keep_every), *halves, *(n for n in there if n > newest)):
@@ -159,7 +187,7 @@ class Mirror:
 
     def _discard_after(self, step: str) -> None:
         self._claim(take_over=False)
-        for name in self._checkpoints():
+        for name in self._found(step.rpartition("/")[0]):
             if name > step:
                 self._remove(name)
 
@@ -181,13 +209,14 @@ class Mirror:
 
     def _fetch_newest(self) -> Path | None:
         """The newest checkpoint here that is whole and true to its manifest, brought to the run folder."""
-        whole = sorted(name for name, files in self._checkpoints().items() if "manifest.json" in files)
+        whole = sorted(name for name, files in self._found().items() if "manifest.json" in files)
         if not (self.run_dir / "config.yaml").is_file() and (configured := self._text("config.yaml")):
             (self.run_dir / "config.yaml").write_text(configured)  # what is changed is then seen as at any other start
         for name in reversed(whole):
             try:
+                self._fetch_snapshots(name)
                 return self._fetch(name)
-            except (Damage, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except _DAMAGED as error:
                 _log.error("%s/%s is damaged (%s); trying an older one", self.url, name, error)
         if whole:
             raise InputError(
@@ -196,40 +225,50 @@ class Mirror:
             )
         return None
 
+    def _fetch_snapshots(self, until: str) -> None:
+        """Bring the whole snapshots up to a checkpoint, which comes after them: until it is here, all begins anew."""
+        for name, files in self._found(_SNAPSHOTS).items():
+            if "manifest.json" in files and name <= _SNAPSHOTS + until and not (self.run_dir / name).is_dir():
+                try:
+                    self._fetch(name)
+                except _DAMAGED as error:
+                    _log.error("%s/%s is damaged (%s) and is left out", self.url, name, error)
+
     def _fetch(self, name: str) -> Path:
-        """Bring one checkpoint; it gets its name when all of it is here and its hashes agree."""
-        checkpoints = self.run_dir / "checkpoints"
-        temporary = checkpoints / ".tmp-mirror"  # what begins so is removed at the next start
-        folder = temporary / name
+        """Bring a checkpoint or snapshot; it gets its name when all of it is here and its hashes agree."""
+        home = self.run_dir / (name.rpartition("/")[0] or "checkpoints")
+        temporary = home / ".tmp-mirror"  # what begins so is removed at the next start
+        folder = temporary / name.rpartition("/")[2]
         shutil.rmtree(temporary, ignore_errors=True)
         folder.mkdir(parents=True)
-        self._get(folder, "manifest.json")
+        self._get(name, folder, "manifest.json")
         files = read_manifest(folder)["files"]
         needed, free = sum(record["size"] for record in files.values()), shutil.disk_usage(folder).free
         if free < needed:
-            raise InputError(f"{name} needs {needed / 2**30:.2f} GiB, {checkpoints} has {free / 2**30:.2f} GiB free")
+            raise InputError(f"{name} needs {needed / 2**30:.2f} GiB, {home} has {free / 2**30:.2f} GiB free")
         with ThreadPoolExecutor(_AT_ONCE if self._fs.async_impl else 1) as pool:
-            list(pool.map(partial(self._get, folder), files))
+            list(pool.map(partial(self._get, name, folder), files))
         for file, record in files.items():
             check_file(folder / file, record)
-        final = folder.rename(checkpoints / name)
+        final = folder.rename(home / folder.name)
         temporary.rmdir()
-        sync_folder(checkpoints)
+        sync_folder(home)
         _log.warning("fetched %s from %s", name, self.url)
         return final
 
-    def _checkpoints(self) -> dict[str, set[str]]:
-        """The files of each checkpoint here, whole or not, by its name."""
+    def _found(self, under: str = "") -> dict[str, set[str]]:
+        """The files of each checkpoint here (under `snapshots/`: of each snapshot), whole or not, by its name."""
         found: dict[str, set[str]] = {}
-        for path in self._fs.find(self._root):
-            name, _, file = str(path).removeprefix(self._root).strip("/").partition("/")
-            if name.startswith("step-") and name.removeprefix("step-").isdigit():
+        for path in self._fs.find(self._at(under)):
+            name, _, file = str(path).removeprefix(self._root).strip("/").rpartition("/")
+            folder, _, step = name.rpartition("/")
+            if folder == under.strip("/") and step.startswith("step-") and step.removeprefix("step-").isdigit():
                 found.setdefault(name, set()).add(file)
         return found
 
     def _remove(self, name: str) -> None:
         """Take a checkpoint away, its manifest first, so that a break leaves no whole one behind."""
-        files = self._checkpoints().get(name, set())
+        files = self._found(name.rpartition("/")[0]).get(name, set())
         for file in sorted(files, key=lambda file: file != "manifest.json"):
             self._fs.rm_file(self._at(f"{name}/{file}"))
         if self._kind not in _FLAT and self._fs.isdir(self._at(name)):
@@ -246,8 +285,13 @@ class Mirror:
             self._fs.makedirs(self._at(name).rpartition("/")[0], exist_ok=True)
         self._fs.put_file(str(path), self._at(name))
 
-    def _get(self, folder: Path, file: str) -> None:
-        self._fs.get_file(self._at(f"{folder.name}/{file}"), str(folder / file))
+    def _get(self, name: str, folder: Path, file: str) -> None:
+        self._fs.get_file(self._at(f"{name}/{file}"), str(folder / file))
 
     def _at(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}"
+        return f"{self._root.rstrip('/')}/{name}".rstrip("/")
+
+
+def _under(folder: Path) -> str:
+    """What stands before the names of a folder of the run in its mirror."""
+    return _SNAPSHOTS if folder.name == _SNAPSHOTS.rstrip("/") else ""

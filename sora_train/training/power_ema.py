@@ -21,6 +21,7 @@ from torch import Tensor
 from sora_train.cli import InputError
 from sora_train.training.checkpoint import Checkpoints, load_full, read_state, shares, verify
 from sora_train.training.files import remove_folder
+from sora_train.training.mirror import Mirror
 from sora_train.training.zero import Fragment
 
 
@@ -77,9 +78,9 @@ class Snapshots:
     At most `limit` are kept, evenly over the whole run (see `thinned`).
     """
 
-    def __init__(self, run_dir: Path, emas: PowerEmas, every: int, limit: int) -> None:
+    def __init__(self, run_dir: Path, emas: PowerEmas, every: int, limit: int, mirror: Mirror | None = None) -> None:
         self.emas, self.every, self.limit = emas, every, limit
-        self._checkpoints = Checkpoints(run_dir / "snapshots", sys.maxsize)
+        self._checkpoints = Checkpoints(run_dir / "snapshots", sys.maxsize, mirror=mirror)
 
     def save(self, step: int, fragments: Sequence[Fragment], split: tuple[int, int] | None, shapes: Any) -> None:
         """Copy now, write in the background, and drop what the one before made too many."""
@@ -89,7 +90,8 @@ class Snapshots:
             there = sorted(path.name for path in folder.glob("step-*"))
             kept = thinned([int(name.removeprefix("step-")) for name in there], self.every, self.limit - 1)
             for name in there:
-                if int(name.removeprefix("step-")) not in kept:
+                uploading = self._checkpoints.mirror and self._checkpoints.mirror.busy == folder / name
+                if int(name.removeprefix("step-")) not in kept and not uploading:  # it goes with the next one
                     remove_folder(folder / name)
         mine = shares(fragments, self.emas.values, split)
         self._checkpoints.save(step, mine, {"step": step, "shapes": shapes, **self.emas.state()})

@@ -39,8 +39,8 @@ class Trainer:
         self.powers = PowerEmas(self.engine.fragments, config.optim.ema_lengths)
         keep = config.checkpoint
         every, limit = keep.snapshot_every, keep.snapshots
-        self.snapshots = Snapshots(self.run_dir, self.powers, every, limit) if self.powers.lengths else None
         mirror = Mirror.of(config) if world.is_main else None
+        self.snapshots = Snapshots(self.run_dir, self.powers, every, limit, mirror) if self.powers.lengths else None
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep.keep, keep.keep_every, mirror)
         self.ledger = Ledger(self.run_dir, world.rank)
         self.guard, self.bad = parts.guard, BadShare(config.data.max_bad_fraction)

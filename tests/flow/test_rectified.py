@@ -249,3 +249,13 @@ def test_the_shift_grows_with_the_root_of_the_tokens() -> None:
     for seed in range(50):
         small, large = (draw_timesteps(flow, seed, grid)[0] for grid in ((1, 8, 8), (4, 8, 8)))
         assert large == pytest.approx(shifted(shifted(small, 1 / 3.0), 6.0))
+
+
+def test_the_cache_tells_training_and_validation_samples_apart(make_clip: Callable[..., Clip]) -> None:
+    """Both number their samples from 0: clips that are alike in all but their pixels must not share latents."""
+    ours = make_clip((9, 16, 16), seed=1)
+    theirs = replace(ours, video_TCHW=255 - ours.video_TCHW)
+    cached = FlowTask(FlowConfig(), GEOMETRY, 3, encode, lambda texts: tokenize_captions(texts, 64, 32), 1 << 20)
+    plain = FlowTask(FlowConfig(), GEOMETRY, 3, encode, lambda texts: tokenize_captions(texts, 64, 32))
+    for clip in (ours, theirs, ours):
+        assert torch.equal(cached.prepare(Pack([clip]), CPU).x_NP, plain.prepare(Pack([clip]), CPU).x_NP)

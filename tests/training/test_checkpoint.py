@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,50 @@ def test_a_step_saved_again_replaces_the_damaged_one(tmp_path: Path) -> None:
     (tmp_path / "step-00000003" / "state.json").write_text("{}")
     checkpoints.save(3, pieces(*whole(3), None), state(3))
     assert checkpoints.wait() and checkpoints.newest() == tmp_path / "step-00000003"
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no kill shows, as the page cache outlives a process: the order of syncs and rename, for a power cut."""
+    order: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def syncing(descriptor: int) -> None:
+        order.append(("sync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def renaming(path: Path, target: Path) -> Path:
+        order.append(("rename", str(target)))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    saved(tmp_path, 1)
+    temporary = tmp_path / ".tmp-step-00000001"
+    names = ("rank-0.safetensors", "state.json", "manifest.json")
+    assert order == [
+        *(("sync", str(temporary / name)) for name in names), ("sync", str(temporary)),
+        ("rename", str(tmp_path / "step-00000001")), ("sync", str(tmp_path)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["dangling link", "link to itself", "file", "empty folder", "link to another"])
+def test_what_stands_in_a_checkpoints_place_is_not_taken_for_one_and_gives_way(tmp_path: Path, what: str) -> None:
+    checkpoints = saved(tmp_path, 1)
+    place = tmp_path / "step-00000002"
+    other = tmp_path / "step-00000001"
+    target = {"dangling link": tmp_path / "gone", "link to itself": place, "link to another": other}
+    if what in target:
+        place.symlink_to(target[what])
+    elif what == "file":
+        place.write_bytes(b"")
+    else:
+        place.mkdir()
+    assert checkpoints.newest() == tmp_path / "step-00000001"
+    checkpoints.save(2, pieces(*whole(2), None), state(2))
+    assert checkpoints.wait() and checkpoints.newest() == place and not place.is_symlink()
+    assert verify(tmp_path / "step-00000001") is None
 
 
 def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sora_train.cli import InputError
 from sora_train.training.checkpoint import Checkpoints, verify
 from sora_train.training.files import digest_of
 from sora_train.training.mirror import Mirror
+from sora_train.training.power_ema import PowerEmas, Snapshots, combined
+from sora_train.training.zero import Fragment
 from tests.training.test_checkpoint import assert_same, flat, loaded, pieces, state, whole
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -107,7 +110,7 @@ def test_the_manifest_comes_last_and_retention_is_that_of_the_run_folder(make: M
         f"step-00000050/{name}" for name in ("rank-0.safetensors", "state.json", "manifest.json")
     }
     assert mirror.failed == 0
-    assert sorted(mirror._checkpoints()) == ["step-00000020", "step-00000040", "step-00000050"]
+    assert sorted(mirror._found()) == ["step-00000020", "step-00000040", "step-00000050"]
     assert names(tmp_path / "run/checkpoints") == ["step-00000020", "step-00000040", "step-00000050"]
 
 
@@ -154,10 +157,10 @@ def test_an_upload_that_fails_is_counted_told_and_made_up_for(
     assert checkpoints.newest() == tmp_path / "run/checkpoints/step-00000001"
     (tmp_path / "elsewhere").unlink()
     save(mirror, 2)
-    assert mirror.failed == 1 and sorted(mirror._checkpoints()) == ["step-00000002"]
+    assert mirror.failed == 1 and sorted(mirror._found()) == ["step-00000002"]
     mirror.offer(tmp_path / "run/checkpoints/step-00000001")  # as a restart does with its newest
     settle(mirror)
-    assert mirror.failed == 1 and sorted(mirror._checkpoints()) == ["step-00000001"], "2 is of a way turned back from"
+    assert mirror.failed == 1 and sorted(mirror._found()) == ["step-00000001"], "2 is of a way turned back from"
 
 
 def test_a_break_inside_an_upload_leaves_the_older_one_and_the_next_cleans_up(tmp_path: Path) -> None:
@@ -173,13 +176,13 @@ def test_a_break_inside_an_upload_leaves_the_older_one_and_the_next_cleans_up(tm
     mirror._put = broken  # type: ignore[method-assign]
     save(mirror, 2)
     assert mirror.failed == 1
-    assert mirror._checkpoints()["step-00000002"] == {"rank-0.safetensors"}
+    assert mirror._found()["step-00000002"] == {"rank-0.safetensors"}
     fetched = local(tmp_path, "new").restore()
     assert fetched is not None and fetched.name == "step-00000001"
     shutil.copy(tmp_path / "new/mirror.json", tmp_path / "run/mirror.json")
     mirror._put = put  # type: ignore[method-assign]
     save(mirror, 3)
-    assert sorted(mirror._checkpoints()) == ["step-00000001", "step-00000003"]
+    assert sorted(mirror._found()) == ["step-00000001", "step-00000003"]
 
 
 def test_a_store_that_lacks_or_does_not_answer_stops_only_a_run_without_checkpoints(
@@ -203,7 +206,7 @@ def test_two_runs_never_mix(tmp_path: Path) -> None:
     assert new.restore() is not None
     save(new, 2)
     save(old, 3)  # the run that was gone on with elsewhere is still alive
-    assert (old.failed, new.failed) == (1, 0) and sorted(new._checkpoints()) == ["step-00000001", "step-00000002"]
+    assert (old.failed, new.failed) == (1, 0) and sorted(new._found()) == ["step-00000001", "step-00000002"]
     with pytest.raises(InputError, match="gone on with in another run folder"):
         local(tmp_path, "old").restore()
     assert local(tmp_path, "new").restore() is None
@@ -218,6 +221,59 @@ def test_a_rollback_takes_the_later_ones_away_there_too(tmp_path: Path) -> None:
     assert names(tmp_path / "elsewhere") == ["notes.txt", "run.json", "step-00000001"]
 
 
+def test_snapshots_go_along_and_come_back(make: Make, tmp_path: Path) -> None:
+    """All that the run folder keeps, thinned out alike; those up to the checkpoint that is fetched come with it."""
+    mirror = make("old")
+    part = Fragment("w", 0, *(torch.arange(50.0) for _ in range(3)))
+    emas = PowerEmas([part], [0.05, 0.1])
+    snapshots = Snapshots(mirror.run_dir, emas, 10, 3, mirror)
+
+    def snapshot(*steps: int) -> None:
+        for step in steps:
+            part.master.add_(step)
+            emas.update()
+            snapshots.save(step, [part], None, {"w": [50]})
+            assert snapshots.wait()
+            settle(mirror)
+
+    snapshot(10, 20)
+    save(mirror, 20)
+    snapshot(30, 40)
+    assert mirror.failed == 0
+    here = names(mirror.run_dir / "snapshots")
+    assert [f"snapshots/{name}" for name in here] == sorted(mirror._found("snapshots"))
+    assert here == ["step-00000020", "step-00000040"] and sorted(mirror._found()) == ["step-00000020"]
+    save(mirror, 40)
+    snapshots.discard_after(20)
+    settle(mirror)
+    assert sorted(mirror._found("snapshots")) == ["snapshots/step-00000020"] and len(mirror._found()) == 2
+    snapshot(30, 40, 50)
+    new = make("new")
+    fetched = new.restore()
+    assert fetched is not None and fetched.name == "step-00000040"
+    assert names(tmp_path / "new/snapshots") == ["step-00000020", "step-00000040"]
+    shutil.rmtree(tmp_path / "old/snapshots/step-00000050")
+    ours, theirs = (combined(tmp_path / name, 0.07)[0]["w"] for name in ("old", "new"))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_damaged_snapshot_there_is_left_out_and_the_checkpoint_comes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mirror = local(tmp_path, "old")
+    part = Fragment("w", 0, *(torch.zeros(50) for _ in range(3)))
+    snapshots = Snapshots(mirror.run_dir, PowerEmas([part], [0.1]), 10, 3, mirror)
+    for step in (10, 20):
+        snapshots.save(step, [part], None, {"w": [50]})
+        assert snapshots.wait()
+    save(mirror, 20)
+    (tmp_path / "elsewhere/snapshots/step-00000010/rank-0.safetensors").write_bytes(b"")
+    assert local(tmp_path, "new").restore() is not None
+    assert "snapshots/step-00000010 is damaged" in caplog.text
+    Snapshots(tmp_path / "new", PowerEmas([part], [0.1]), 10, 3)  # as the start does: clears what was begun
+    assert names(tmp_path / "new/snapshots") == ["step-00000020"]
+
+
 def test_saves_do_not_wait_for_a_slow_store_and_what_is_uploaded_stays_until_it_is_there(tmp_path: Path) -> None:
     mirror = local(tmp_path, "run", keep=1)
     gate, put = threading.Event(), mirror._put
@@ -230,7 +286,7 @@ def test_saves_do_not_wait_for_a_slow_store_and_what_is_uploaded_stays_until_it_
     mirror._put = slow  # type: ignore[method-assign]
     checkpoints = Checkpoints(tmp_path / "run/checkpoints", 1, 0, mirror)
     for step in (1, 2, 3, 4):
-        while mirror.busy == "" and step == 2:  # the thread begins
+        while mirror.busy is None and step == 2:  # the thread begins
             threading.Event().wait(0.01)
         checkpoints.save(step, pieces(*whole(step), None), state(step))
         assert checkpoints.wait()
@@ -238,7 +294,7 @@ def test_saves_do_not_wait_for_a_slow_store_and_what_is_uploaded_stays_until_it_
     assert not mirror.finish(0.1)
     gate.set()
     assert mirror.finish(60) and mirror.failed == 0
-    assert sorted(mirror._checkpoints()) == ["step-00000004"], "2 and 3 were overtaken, and 1 went by retention"
+    assert sorted(mirror._found()) == ["step-00000004"], "2 and 3 were overtaken, and 1 went by retention"
 
 
 def test_what_is_there_already_is_not_uploaded_again(tmp_path: Path) -> None:
