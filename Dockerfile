@@ -2,8 +2,8 @@
 #   docker build --target gpu -t sora_train .          docker run --gpus all --shm-size 16g sora_train python -m sora_train.doctor
 #   docker build --target cpu -t sora_train:cpu .      docker run sora_train:cpu        (runs the tests)
 #
-# Both install the versions in constraints.txt into /opt/venv and run as the user "sora". Mount a folder at
-# /app/runs to keep what a run writes.
+# Both install the versions in constraints.txt into /opt/venv and run as the user "sora" (10001). Mount a folder at
+# /app/runs that this user may write to, to keep what a run writes.
 
 # ---- gpu: a devel image, since DeepSpeed compiles with nvcc. Its CUDA must have the major version of PyTorch's.
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
@@ -28,9 +28,12 @@ RUN DS_ACCELERATOR=cuda DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1 TORCH_CUDA_ARC
 COPY . .
 RUN pip install -c constraints.txt -e '.[dev,models,dash,eval,storage]'
 # Anything that is still compiled at run time goes where this user may write and no other job looks.
-RUN useradd --create-home sora && mkdir -p runs && chown -R sora /app
-USER sora
+RUN useradd --uid 10001 --create-home sora && mkdir -p runs && chown -R sora /app
+USER 10001
 ENV TORCH_EXTENSIONS_DIR=/home/sora/torch_extensions
+# That the container is fit to train; the GPU is left alone, because its memory is the run's.
+HEALTHCHECK --interval=10m --timeout=2m --start-period=2m \
+    CMD ["env", "CUDA_VISIBLE_DEVICES=", "python", "-m", "sora_train.doctor"]
 CMD ["python", "-m", "sora_train.doctor"]
 
 # ---- cpu: small, for continuous integration.
@@ -51,8 +54,11 @@ RUN DS_BUILD_SHM_COMM=1 pip install --no-build-isolation -c constraints.txt deep
 
 COPY . .
 RUN pip install -c constraints.txt -e '.[dev,dash,eval,models,docs]'
-RUN useradd --create-home sora && mkdir -p runs && chown -R sora /app
-USER sora
+RUN useradd --uid 10001 --create-home sora && mkdir -p runs && chown -R sora /app
+USER 10001
 ENV TORCH_EXTENSIONS_DIR=/home/sora/torch_extensions
+# That the container is fit to train; the GPU is left alone, because its memory is the run's.
+HEALTHCHECK --interval=10m --timeout=2m --start-period=2m \
+    CMD ["env", "CUDA_VISIBLE_DEVICES=", "python", "-m", "sora_train.doctor"]
 # What launch/test.sh runs, in the environment made above.
 CMD ["bash", "-c", "ruff check . && mypy && pytest -q"]

@@ -24,6 +24,7 @@ def logged() -> set[str]:
         "sora_train/training/meter.py": {"read"},
         "sora_train/training/trainer.py": {"report", "validate"},
         "sora_train/training/prometheus.py": {"scalars", "_checkpoint_age"},
+        "sora_train/training/watch.py": {"stragglers"},
     }.items():
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
             if not isinstance(node, ast.FunctionDef) or node.name not in functions:
@@ -53,9 +54,38 @@ def test_the_dashboard_shows_only_figures_that_exist() -> None:
     board = json.loads((ROOT / "launch/grafana/sora_train.json").read_text())
     asked = {name for p in board["panels"] for t in p["targets"] for name in re.findall(r"sora_train_(\w+)", t["expr"])}
     assert asked <= {name.partition("/")[0] for name in DOCUMENTED}
-    assert {"tokens_per_s", "mfu", "data_wait", "goodput", "skipped_samples", "checkpoint_age"} <= asked
+    shown = ("tokens_per_s", "mfu", "data_wait", "goodput", "skipped_samples", "checkpoint_age", "slowest_rank_lag")
+    assert set(shown) <= asked
     assert len({p["id"] for p in board["panels"]}) == len(board["panels"])
     assert all({"type", "title", "gridPos", "datasource"} <= set(p) for p in board["panels"])
+
+
+def test_the_dashboard_asks_for_what_the_exporter_emits(tmp_path: Path) -> None:
+    """Each panel's metric, what it selects by and what its legend shows, against the text that Prometheus reads."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    checkpoint(tmp_path / "run")
+    writers = Writers(tmp_path / "run", "id", {}, ["prometheus"], 10, "p", 0)
+    writers.scalars(7, {name.replace("/B", "/0.7"): 1.0 for name in logged() - {"checkpoint_age"}})
+    writers.close()
+    emitted: dict[str, set[str]] = {}
+    for family in parser.text_string_to_metric_families((tmp_path / "run/metrics.prom").read_text()):
+        for sample in family.samples:
+            assert sample.labels["run"] == "run"
+            emitted.setdefault(sample.name, set()).update(sample.labels)
+    assert len(emitted) == len(logged())
+
+    board = json.loads((ROOT / "launch/grafana/sora_train.json").read_text())
+    (run,) = [v for v in board["templating"]["list"] if v["name"] == "run"]
+    metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", run["query"]).groups()  # type: ignore[union-attr]
+    assert label in emitted[metric]
+    places = set()
+    for panel in board["panels"]:
+        places.add((panel["gridPos"]["x"], panel["gridPos"]["y"]))
+        for target in panel["targets"]:
+            asked = re.fullmatch(r'(\w+)\{(\w+)=~"\$run"\}', target["expr"])
+            assert asked and asked[2] in emitted[asked[1]], target["expr"]
+            assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= emitted[asked[1]]
+    assert len(places) == len(board["panels"])
 
 
 FIGURES = {"loss": 0.5, "loss_by_noise/0.7": 0.25, "mfu": 0.3, "grad_norm": float("nan")}

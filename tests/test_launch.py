@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), ROOT / ".ci/run"])
+SCRIPTS = sorted([*ROOT.glob("launch/*.*sh"), *ROOT.glob("launch/*.sbatch"), ROOT / ".ci/run"])
 
 # Notes how it was called, writes exit.json as rank 0 would, and exits with 1 whatever the run's code, as torchrun does.
 TORCHRUN = """#!/usr/bin/env bash
@@ -98,7 +99,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_parses(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
-    assert script.read_text().startswith("#!/usr/bin/env bash\n") or script.name == "common.sh"
+    assert script.read_text().startswith("#!/usr/bin/env bash\n") or script.name in ("common.sh", "completion.bash")
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])
@@ -178,6 +179,30 @@ def test_stale_build_lock_is_removed_and_a_held_one_is_not(sandbox: Sandbox) -> 
         sandbox.code("torchrun.sh", TORCH_EXTENSIONS_DIR=str(extensions))
         assert not (extensions / "stale" / "lock").exists()
         assert (extensions / "held" / "lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("python -m sora_train.train model=1", {"model=100m", "model=14b", "model=1b3"}),
+        ("./launch/torchrun.sh NPROC=1 optim.lr_sc", set()),  # there is no such key
+        ("./launch/torchrun.sh experiment=demo optim.wei", {"optim.weight_decay="}),
+        ("python other.py experiment=dem", set()),
+    ],
+)
+def test_the_shell_completes(line: str, found: set[str]) -> None:
+    words = " ".join(f"'{word}'" for word in line.split())
+    script = f"""source launch/completion.bash
+COMP_LINE='{line}' COMP_POINT={len(line)} COMP_WORDS=({words}) COMP_CWORD={len(line.split()) - 1}
+_sora_train_complete
+printf '%s\\n' "${{COMPREPLY[@]}}"
+complete -p python torchrun.sh >&2
+"""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == found
+    assert done.stderr.count("_sora_train_complete") == 2
 
 
 def test_quickstart_takes_no_arguments(sandbox: Sandbox) -> None:

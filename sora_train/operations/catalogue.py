@@ -69,7 +69,7 @@ def help_text(usage: str, conf: Path) -> str:
         "Any key can be overridden: optim.lr=1e-3. All of them, with their meaning: docs/config_reference.md.",
         "  --cfg job               show the composed configuration and end",
         "  --hydra-help            Hydra's own options",
-        '  eval "$(python -m sora_train.train -sc install=bash)"   complete keys and values in the shell',
+        "  source launch/completion.bash   complete keys, groups and values in bash",
     ]
     return "\n".join(lines)
 
