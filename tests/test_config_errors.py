@@ -109,6 +109,7 @@ def test_a_deepspeed_key_that_follows_from_ours_is_refused(answer: Answer, key: 
         (["data.limits.pixels=0"], "data.limits.pixels=0 must be above 0"),
         (["data.cache.gib=0"], "data.cache.gib=0.0 must be above 0"),
         (["+data.storage.s3=anon"], "data.storage.s3 must be a map of options, e.g. +data.storage.s3.anon=true"),
+        (["data.commands=['rm -rf']"], "data.commands=['rm -rf'] must be names of programs, without arguments"),
         (["parallel.accumulation=0"], "parallel.accumulation=0 must be above 0"),
         (["vae.blocks=[1]"], "vae.widths and vae.blocks need one entry per level"),
         (["optim.ema_lengths=[0.1,0.3]"], "optim.ema_lengths=[0.1, 0.3] must be different numbers in (0, 0.28)"),
