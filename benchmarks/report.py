@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -12,6 +13,12 @@ import deepspeed
 import torch
 
 _FILE = Path(__file__).with_name("RESULTS.md")
+
+
+def command() -> str:
+    """The command that is running, without where its files are."""
+    given = [a for a in sys.argv[1:] if not a.startswith("write=") and "/" not in a]
+    return " ".join(("python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *given))
 
 
 def write(title: str, about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -2,10 +2,13 @@
 
     python -m data_tools.inspect SHARD [SHARD ...] out=page.html [run_dir=RUN] [samples=48]
         [fps=16 max_frames=81 max_pixels=102400 multiple=16 temporal_stride=4]
+    python -m data_tools.inspect [SHARD ...] out=page.html experiment=NAME [key=value ...] [samples=48]
 
 The page needs no network and no other file. Tokens and cuts are those of the run at `run_dir`, or of the figures given:
-`multiple` is the side of a token in pixels, `temporal_stride` the frames of a latent frame. Shards without an index are
-indexed first.
+`multiple` is the side of a token in pixels, `temporal_stride` the frames of a latent frame. With `experiment=NAME` they
+are those of that configuration, any key of which can be overridden, and the page also says what it leaves out of each
+source, with which causes, and how it packs the rest; the shards are its own where none are named. Shards without an
+index are indexed first.
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_tools.configured import report
 from sora_train import config as configuration
+from sora_train.assemble import Shards
 from sora_train.cli import InputError, run
-from sora_train.config import DataConfig
+from sora_train.compose import run_hydra
+from sora_train.config import Config, DataConfig, SourceConfig
 from sora_train.cost import geometry
 from sora_train.data.decode import DecodeError
 from sora_train.data.encoded import LATENT
@@ -46,7 +52,8 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 2rem 0 .6re
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem; overflow: hidden }
 .card img { width: 100%; border-radius: 4px; display: block; image-rendering: auto }
 .card p { margin: .5rem 0 .2rem; color: var(--ink); overflow-wrap: anywhere; max-height: 6em; overflow: auto }
-svg { width: 100%; height: 7rem } svg rect { fill: var(--bar) } svg text { fill: var(--soft); font-size: 9px }
+svg { width: 100%; height: 7rem } svg.wide { height: auto }
+svg rect { fill: var(--bar) } svg text { fill: var(--soft); font-size: 9px }
 table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top;
   border-bottom: 1px solid var(--line) } .bad { color: var(--bad) }
 """
@@ -70,31 +77,65 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    names = {"out", "run_dir", "samples", *(f.name for f in fields(View))}
+    composed = any(a.startswith("experiment=") for a in sys.argv[1:])
+    names = {"out", "samples"} if composed else {"out", "run_dir", "samples", *(f.name for f in fields(View))}
     given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in names)
-    patterns = [a for a in sys.argv[1:] if a.partition("=")[0] not in names]
-    if not patterns or "out" not in given or not given.get("samples", "48").isdigit():
-        raise InputError("give shards and out=page.html; --help shows the rest")
+    rest = [a for a in sys.argv[1:] if a.partition("=")[0] not in names]
+    if not given.get("samples", "48").isdigit() or "out" not in given or not (rest or composed):
+        raise InputError("give shards or experiment=NAME, and out=page.html; --help shows the rest")
+    out, samples = Path(given["out"]), int(given.get("samples", "48"))
+    if composed:
+        patterns = [a for a in rest if "=" not in a]
+        sys.argv[1:] = [a for a in rest if "=" in a]
+        if not any(a.startswith("run_dir=") for a in sys.argv[1:]):
+            sys.argv.append("run_dir=runs/inspected")  # nothing is written there
+        return run_hydra(lambda config: _inspect(config, patterns, out, samples), need_vae=False)
     store = Store.of(DataConfig())
-    shards = expand(patterns, store)
+    shards = expand(rest, store)
     index_shards(shards, None, store)
     index = load_index(shards, store)
     with Pool(store=store) as pool:
-        page = render(index, _view(given), pool, int(given.get("samples", "48")))
-    out = Path(given["out"])
+        _write(out, render(index, _view(given), pool, samples), index)
+    return 0
+
+
+def _inspect(config: Config, patterns: list[str], out: Path, samples: int) -> int:
+    """Write the page of a configuration, over its own shards or over those named."""
+    config.data.validation = []
+    if patterns:
+        config.data.sources = {"shards": SourceConfig(patterns)}
+        for stage in config.data.stages:
+            stage.weights = {}
+    shards = Shards(config)
+    shards.index()
+    index = load_index(shards.training, shards.store)
+    part = report(config, index, shards.source_of, shards.filters)
+    with Pool.of(config.data, shards.store) as pool:
+        _write(out, render(index, view_of(config), pool, samples, part), index)
+    return 0
+
+
+def _write(out: Path, page: str, index: Index) -> None:
     try:
         out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write out={out}: {error.strerror}") from error
     print(f"wrote {out}: {int(index.usable.sum())} usable samples of {len(index)}")
-    return 0
+
+
+def view_of(config: Config) -> View:
+    """What a configuration makes of a sample; in the first stage of training, where there are several."""
+    d, grid = config.data, geometry(config)
+    stage = d.stages[0] if d.stages else configuration.StageConfig()
+    return View(
+        stage.fps or d.fps, stage.max_frames or d.max_frames, stage.max_pixels or d.max_pixels, grid.multiple,
+        grid.temporal_stride, d.fit.value, d.max_tokens,
+    )  # fmt: skip
 
 
 def _view(given: dict[str, str]) -> View:
     if "run_dir" in given:
-        loaded = configuration.load(given["run_dir"])
-        d, grid = loaded.data, geometry(loaded)
-        return View(d.fps, d.max_frames, d.max_pixels, grid.multiple, grid.temporal_stride, d.fit.value, d.max_tokens)
+        return view_of(configuration.load(given["run_dir"]))
     view = View()
     for name, value in given.items():
         if hasattr(view, name):
@@ -115,8 +156,8 @@ def seen(index: Index, view: View) -> dict[str, np.ndarray]:
     return {"frames": cut.frames, "tokens": cut.tokens, "share": cut.frames / cut.available}
 
 
-def render(index: Index, view: View, pool: Pool, samples: int) -> str:
-    """The page."""
+def render(index: Index, view: View, pool: Pool, samples: int, part: str = "") -> str:
+    """The page; `part` is what `configured.report` says."""
     rows = np.flatnonzero(index.usable)
     made = seen(index, view)
     moving = index.fps[rows] > 0
@@ -142,6 +183,7 @@ def render(index: Index, view: View, pool: Pool, samples: int) -> str:
         *(f"<div class=card><small>{title}</small>{histogram(values)}</div>" for title, values in charts),
         "</div>",
         _dropped(index, view, made, c["duration"], moving),
+        part,
         "<h2>Samples</h2><div class=row>",
         *(_card(index, int(row), pool) for row in chosen),
         "</div>",

@@ -258,6 +258,7 @@ class DataConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     storage: dict[str, Any] = field(default_factory=dict)  # fsspec options by scheme, e.g. s3: {anon: true}
+    commands: list[str] = field(default_factory=list)  # programs that shards named pipe:... may run
 
 
 @dataclass
@@ -628,6 +629,8 @@ def _check_data(data: DataConfig) -> None:
                 "decode_timeout_s": data.decode_timeout_s, "decode_memory_gib": data.decode_memory_gib}  # fmt: skip
     for key, value in positive.items():
         _require(value > 0, f"data.{key}={value} must be above 0")
+    strange = [name for name in data.commands if not re.fullmatch(r"[\w./+-]+", name)]
+    _require(not strange, f"data.commands={strange[:1]} must be names of programs, without arguments, e.g. [rclone]")
     wrong = [kind for kind, options in data.storage.items() if not isinstance(options, dict)]
     _require(not wrong, f"data.storage.{(wrong or [''])[0]} must be a map of options, e.g. +data.storage.s3.anon=true")
 

@@ -109,6 +109,7 @@ def test_a_deepspeed_key_that_follows_from_ours_is_refused(answer: Answer, key: 
         (["data.limits.pixels=0"], "data.limits.pixels=0 must be above 0"),
         (["data.cache.gib=0"], "data.cache.gib=0.0 must be above 0"),
         (["+data.storage.s3=anon"], "data.storage.s3 must be a map of options, e.g. +data.storage.s3.anon=true"),
+        (["data.commands=['rm -rf']"], "data.commands=['rm -rf'] must be names of programs, without arguments"),
         (["parallel.accumulation=0"], "parallel.accumulation=0 must be above 0"),
         (["vae.blocks=[1]"], "vae.widths and vae.blocks need one entry per level"),
         (["optim.ema_lengths=[0.1,0.3]"], "optim.ema_lengths=[0.1, 0.3] must be different numbers in (0, 0.28)"),
@@ -224,3 +225,13 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(name: str, tmp_path: P
 )
 def test_a_mistake_in_the_mix_names_its_key(answer: Answer, arguments: list[str], message: str) -> None:
     assert message in answer("experiment=demo_vae", *arguments)
+
+
+@pytest.mark.parametrize("named", ["[]", "[cat]"])
+@pytest.mark.parametrize("command", ["touch marker", "cat x.tar; touch marker", "cat $(touch marker)"])
+def test_a_command_in_a_shard_name_is_refused_before_anything_runs(
+    answer: Answer, tmp_path: Path, command: str, named: str
+) -> None:
+    line = answer("experiment=demo_vae", f"data.sources.demo.shards=['pipe:{command}']", f"data.commands={named}")
+    assert "commands in shard names are not run" in line or "no shell reads it" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "no marker"

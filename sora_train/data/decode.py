@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -170,7 +171,7 @@ def _pyav(data: bytes, frames: list[int], resize: tuple[int, int], timing: Timin
     import av
     from av.video.reformatter import Interpolation
 
-    with av.open(io.BytesIO(data), format=container(data)) as file:
+    with av.open(io.BytesIO(data), format=container(data), metadata_errors="replace") as file:
         stream = best_stream(file)
         check_pixels(stream.height, stream.width, limits)
         stamps, keys, _ = timeline(file, stream)
@@ -270,6 +271,9 @@ def load_error(name: str) -> str:
     try:
         import_module(_MODULES[name])
     except Exception as error:  # a library that is missing or broken raises anything
+        absent = re.findall(r"(\S+): cannot open shared object file", str(error))
+        if absent:  # torchcodec's message is pages long: every version of FFmpeg that it tried
+            return f"{name} finds none of {', '.join(dict.fromkeys(absent))}; install FFmpeg's shared libraries"
         return first_line(error)
     return ""
 

@@ -33,7 +33,7 @@ from sora_train.config import Probe
 from sora_train.data.decode import LIMITS, DecodeError, Limits, Timing
 from sora_train.data.pool import Pool
 from sora_train.data.scan import META, parse_captions, scan_shard
-from sora_train.data.source import Store, scheme
+from sora_train.data.source import PIPE, Store, scheme
 from sora_train.data.tar import BLOCK
 
 VERSION = 2
@@ -208,8 +208,8 @@ def _index(shard: str, pool: Pool, store: Store, probe: Probe, advance: Callable
         with store.local(shard) as path:
             table, headers = scan_shard(str(path), pool, probe is Probe.frame, advance)
         mark = shard_mark(shard, store, headers)
-    except OSError as error:
-        raise InputError(f"{shard} can't be read: {error.strerror or error}") from error
+    except (OSError, DecodeError) as error:
+        raise InputError(f"{shard} can't be read: {getattr(error, 'strerror', None) or error}") from error
     about = {
         "version": VERSION, "shard": mark, "headers": json.dumps(headers), "limits": json.dumps(pool.limits),
         "identity": identity, "probe": probe.value,
@@ -220,7 +220,7 @@ def _index(shard: str, pool: Pool, store: Store, probe: Probe, advance: Callable
 
 def _adopted(shard: str, store: Store, limits: Limits, probe: Probe) -> bool:
     """Take over the index that lies beside a remote shard, if there is one and it was made from that very shard."""
-    if scheme(shard) is None:
+    if scheme(shard) in (None, PIPE):
         return False
     beside = shard.removesuffix(".tar") + ".index.parquet"
     try:

@@ -36,6 +36,8 @@ _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTU
 _RECYCLE_AFTER = 5000  # requests; decoders leak a little
 _ROOT = Path(__file__).parents[2]
 _PIECE = 16 << 20  # bytes of pixels handed over at once; containers often have no more than 64 MiB of shared memory
+# glibc hands large memory back to the kernel and asks for it anew, page by page: that is half of the time of a probe
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}
 _PAUSES = (0.5, 2.0)  # seconds before a read that failed is tried again
 T = TypeVar("T")
 Probed = dict[str, Any] | DecodeError  # the index's figures of a member, or why there are none
@@ -292,7 +294,7 @@ class _Child:
         self.kill()
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-        environment["OMP_NUM_THREADS"] = "1"
+        environment |= {"OMP_NUM_THREADS": "1", **_ALLOCATOR}
         descriptor, pool = self.memory.fileno(), self.pool
         options = {"memory_bytes": pool.memory_bytes, "decoders": pool.decoders, "limits": pool.limits._asdict()}
         self.process = subprocess.Popen(

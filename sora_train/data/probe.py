@@ -27,6 +27,7 @@ from sora_train.data.decode import (
     shown_at,
     timeline,
 )
+from sora_train.data.tables import frame_times
 
 _FASTEST = 1000.0  # frames a second; more is a broken time line
 _LONGEST = 10 * 24 * 3600.0  # seconds
@@ -68,8 +69,7 @@ def _video(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
         check_pixels(stream.height, stream.width, limits)
         for other in file.streams:
             other.discard = Discard.default if other.index == stream.index else Discard.all
-        stamps, _, careful = timeline(file, stream)
-        times = np.array(stamps, dtype=np.float64) * float(stream.time_base)
+        times, careful = _times(data, file, stream, limits)
         if len(times) > limits.frames:
             raise DecodeError("frames", f"{len(times)} frames, data.limits.frames is {limits.frames}")
         fps, duration, vfr = rate(times, float(stream.average_rate or 0))
@@ -84,6 +84,20 @@ def _video(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def _times(data: bytes, file: Any, stream: Any, limits: Limits) -> tuple[np.ndarray, bool]:
+    """Seconds at which frames are shown, ascending, and whether to be careful (see `timeline`).
+
+    From the tables of a plain mp4, if FFmpeg counts as many frames in it; else from its packets.
+    """
+    found = frame_times(data, limits.frames) if file.format.name.startswith("mov") else None
+    if found is None or stream.frames != len(found.ticks) or stream.time_base * found.scale != 1:
+        stamps, _, careful = timeline(file, stream)
+        return np.array(stamps, dtype=np.float64) * float(stream.time_base), careful
+    key = np.maximum.accumulate(np.where(found.is_key, np.arange(len(found.ticks)), -1))
+    careful = bool(((key >= 0) & (found.ticks < found.ticks[key])).any())
+    return np.sort(found.ticks) / found.scale, careful
+
+
 def _opened(data: bytes) -> Any:
     """The container, if possible without what FFmpeg decodes to find out about streams.
 
@@ -94,11 +108,11 @@ def _opened(data: bytes) -> Any:
 
     kind = container(data)
     if kind != "avi":
-        file = av.open(io.BytesIO(data), format=kind, options={"codec_whitelist": "none"})
+        file = av.open(io.BytesIO(data), format=kind, options={"codec_whitelist": "none"}, metadata_errors="replace")
         if len(file.streams.video) == 1:
             return file
         file.close()
-    return av.open(io.BytesIO(data), format=kind)
+    return av.open(io.BytesIO(data), format=kind, metadata_errors="replace")
 
 
 def _first(file: Any, stream: Any, pixels: bool) -> Any:

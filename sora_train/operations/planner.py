@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import nn
 
 from sora_train.config import Config, Method, Precision
 from sora_train.cost import geometry, training_cost
-from sora_train.data.packing import departure
+from sora_train.data.packed import packed
 from sora_train.data.plan import Plan
 from sora_train.operations.trace import Size
 
@@ -64,7 +63,7 @@ def estimate(config: Config, network: nn.Module, plan: Plan | None, ranks: int) 
     longest = geometry(config).tokens(config.data.max_frames, *_square(config))
     clips = max(1, config.data.max_tokens // longest)
     flops = slots * training_cost(config).training([min(longest, config.data.max_tokens)] * clips)
-    figures = _of_plan(plan) if plan is not None else (None, None, None, None)
+    figures = packed(plan) if plan is not None else (None, None, None, None)
     idle = 1 - slots / (per_rank * groups)
     return Estimate(ranks, parameters, frozen, int(state), activations, passes, idle, flops, *figures)
 
@@ -117,24 +116,6 @@ def _square(config: Config) -> tuple[int, int]:
     multiple = geometry(config).multiple
     side = max(1, round(config.data.max_pixels**0.5 / multiple)) * multiple
     return side, side
-
-
-def _of_plan(plan: Plan) -> tuple[int, float, float, float]:
-    """Steps of an epoch, and fill, balance and departure from the mix over its first window."""
-    steps = plan.steps(0, 0)
-    grid, cost_of, capacity = plan.inputs.geometry, plan.inputs.cost, plan.inputs.slots * plan.inputs.max_tokens
-    used, balance = 0, 0.0
-    flat: list[tuple[int, int]] = []
-    for number, slots in enumerate(steps):
-        lengths = [[grid.tokens(*visit.size) for visit in slot] for slot in slots]
-        used += sum(map(sum, lengths))
-        loads = [cost_of.training(slot) for slot in lengths]
-        balance += sum(loads) / len(loads) / max(loads)
-        flat += [(tokens, number) for slot in lengths for tokens in slot]
-    tokens, step_of = np.array(flat, dtype=np.int64).T
-    farthest = departure(tokens, cost_of.per_token * tokens + cost_of.per_pair * tokens**2, step_of, len(steps)).max()
-    count = sum(len(plan.steps(0, window)) for window in range(len(plan.windows(0))))
-    return count, used / (capacity * len(steps)), balance / len(steps), int(farthest) / 1000
 
 
 def meta_network(build: type[nn.Module] | object, *arguments: object) -> nn.Module:

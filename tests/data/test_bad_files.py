@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import random
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.bad_decoder import BOTH, CRASH, EAT, SPIN
+from benchmarks.bad_files import HARMLESS, MARKER, TARS, Corpus, damaged_tar, hostile_names
 from sora_train.batch import Clip
 from sora_train.config import Probe
 from sora_train.cost import Cost, Geometry
@@ -29,8 +28,6 @@ from sora_train.data.loader import Loader, Step
 from sora_train.data.plan import Plan, PlanInputs, Position
 from sora_train.data.pool import Pool, _Child
 from tests.conftest import sample, write_shard
-from tests.data.bad_decoder import BOTH, CRASH, EAT, SPIN
-from tests.data.bad_files import HARMLESS, MARKER, TARS, Corpus, damaged_tar, hostile_names
 
 GOOD = sample(2)  # 17 frames of 64x64
 
@@ -136,56 +133,6 @@ def test_a_thousand_bad_samples(tmp_path: Path, listener: Listener) -> None:
     print(f"\n{causes.total()} refused in {time.monotonic() - start:.0f} s: {dict(causes.most_common())}")
 
 
-@pytest.mark.campaign
-@pytest.mark.timeout(3600)
-def test_a_thousand_bad_inputs_through_training_at_two_ranks(tmp_path: Path, listener: Listener) -> None:
-    """Bad samples and damaged tars for the index, flipped bits behind its back: no stop, and all accounted for."""
-    rng = random.Random(3)
-    shards, kinds = write_corpus(tmp_path, listener.port, each=20, seed=2)
-    for number in range(40):
-        entries = [{**sample(n), "__key__": f"t{number}-{n}"} for n in range(4)]
-        path = Path(write_shard(tmp_path / f"tar-{number:03d}.tar", entries))
-        path.write_bytes(damaged_tar(TARS[number % len(TARS)], path.read_bytes(), rng))
-        shards.append(str(path))
-    for number in range(4):
-        entries = [{**sample(n), "__key__": f"f{number}-{n}"} for n in range(60)]
-        shards.append(write_shard(tmp_path / f"flip-{number:03d}.tar", entries))
-    shards.sort()  # as the glob of the run does
-    index_shards(shards, workers=2)
-    index = load_index(shards)
-    whole = [int(row) for row in np.flatnonzero(index.usable) if str(index.key[row]).startswith("f")]
-    altered = set(rng.sample(whole, 200))
-    for number, shard in enumerate(shards):
-        data = bytearray(Path(shard).read_bytes())
-        for row in altered & set(np.flatnonzero(index.shard == number).tolist()):
-            data[int(index.offset[row]) + rng.randrange(int(index.size[row]))] ^= 1 << rng.randrange(8)
-        Path(shard).write_bytes(data)
-    run_dir, steps = tmp_path / "run", 24
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "sora_train.train", "experiment=demo_vae", f"run_dir={run_dir}", "data.validation=[]"),
-        f"data.sources.demo.shards=[{tmp_path}/*.tar]",
-        *(f"steps={steps}", "data.max_bad_fraction=1.0", "data.slots=4", "data.max_tokens=9216", "logging.writers=[]"),
-        *("vae.widths=[8,16]", "logging.sample_every=0", "logging.validate_every=0", "checkpoint.every_steps=1000"),
-    ]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=3000)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = [json.loads(line) for path in run_dir.glob("ledger/*.jsonl") for line in path.read_text().splitlines()]
-    epoch = [line for line in lines if line["position"][0] == 0]
-    trained = [row for line in epoch for row in line["samples"]]
-    refused = {r["sample"]: r["cause"] for line in epoch for r in line["refused"]}
-    assert len(trained) + len(refused) == len(set(trained) | set(refused)), "none came twice in the epoch"
-    assert any(line["position"][0] == 1 for line in lines), "steps are enough for a whole epoch"
-    assert set(trained) | set(refused) == set(np.flatnonzero(index.usable).tolist()), "none was lost without a word"
-    assert not altered & set(trained) and all(refused[row] == "checksum" for row in altered)
-    quarantine = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
-    at_start = Counter(entry["cause"] for entry in quarantine if entry["step"] == 0)
-    assert at_start == Counter(index.refused[~index.usable].tolist())
-    assert listener.hits == 0 and not list(tmp_path.rglob(MARKER))
-    print(f"\n{len(kinds)} bad samples of {len(set(kinds.values()))} kinds, 40 damaged tars, 200 flips")
-    print(f"refused by the index {dict(at_start.most_common())}, in training {dict(Counter(refused.values()))}")
-
-
 @pytest.mark.parametrize("kind", TARS)
 def test_a_damaged_tar_loses_what_is_damaged_and_says_so(own_corpus: list[str], kind: str) -> None:
     rng = random.Random(kind)
@@ -240,7 +187,7 @@ def test_damage_inside_a_picture_passes_an_index_of_headers_and_is_refused_and_c
 
 @pytest.fixture
 def bad_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Child, "module", "tests.data.bad_decoder")
+    monkeypatch.setattr(_Child, "module", "benchmarks.bad_decoder")
 
 
 @pytest.mark.parametrize(

@@ -245,3 +245,24 @@ def test_a_back_end_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(decoding._MODULES, "decord", "no_such_library")
     assert "no_such_library" in load_error("decord")
     assert load_error("pyav") == ""
+
+
+def test_libraries_that_are_not_there_are_named_in_one_short_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchcodec says it: pages, with a traceback for each version of FFmpeg."""
+    tried = "\n".join(f"  OSError: libavutil.so.{n}: cannot open shared object file: No file" for n in (60, 59, 59))
+
+    def fail(name: str) -> None:
+        raise RuntimeError(f"Could not load libtorchcodec. Likely causes:\n  1. FFmpeg\n{tried}\n")
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    assert load_error("torchcodec") == (
+        "torchcodec finds none of libavutil.so.60, libavutil.so.59; install FFmpeg's shared libraries"
+    )
+
+
+def test_a_title_in_another_encoding_is_no_damage(steady: bytes) -> None:
+    """Whatever bytes stand in a video's metadata: it is not looked at, and PyAV would refuse the file for it."""
+    at = steady.index(b"Lavf")  # the name of the program that wrote it
+    data = steady[:at] + b"\xb1\xe9\xff\xfe" + steady[at + 4 :]
+    assert probe(data, "mp4", Limits())["frames"] == 60
+    assert numbers(data, [0, 41], "pyav") == [0, 41]

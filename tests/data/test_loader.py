@@ -175,8 +175,17 @@ def nine_shards(
     return shards
 
 
+@pytest.fixture(scope="module")
+def pools() -> Iterator[dict[int, Pool]]:
+    """A pool of one, two and three workers, for all cases."""
+    with Pool(1, timeout_s=600) as one, Pool(2, timeout_s=600) as two, Pool(3, timeout_s=600) as three:
+        yield {1: one, 2: two, 3: three}
+
+
 @pytest.mark.parametrize(("shards", "ranks", "workers"), _PARAMETERS)
-def test_unequal_shards_hang_no_rank(nine_shards: list[str], shards: int, ranks: int, workers: int) -> None:
+def test_unequal_shards_hang_no_rank(
+    nine_shards: list[str], pools: dict[int, Pool], shards: int, ranks: int, workers: int
+) -> None:
     """The first epoch, which is what validation runs through too, and the second, of each rank in turn.
 
     Each rank takes as many steps of as many passes, and together they see each sample once. The configuration refuses
@@ -188,13 +197,12 @@ def test_unequal_shards_hang_no_rank(nine_shards: list[str], shards: int, ranks:
             check(config)
         return
     plan = make_plan(nine_shards[:shards])
-    with Pool(workers, timeout_s=600) as pool:
-        for epoch in (0, 1):
-            count = sum(len(plan.steps(epoch, w)) for w in range(len(plan.windows(epoch))))
-            start = Position(epoch, 0, 0)
-            steps = [load(plan, pool, rank, ranks, count, start=start) for rank in range(ranks)]
-            assert {tuple((step.position, len(step.packs)) for step in mine) for mine in steps} == {
-                tuple((Position(epoch, 0, n), -(-4 // ranks)) for n in range(count))
-            }
-            arrived = sorted(sample for mine in steps for step in mine for sample in step.samples)
-            assert arrived == list(range(len(plan.index)))
+    for epoch in (0, 1):
+        count = sum(len(plan.steps(epoch, w)) for w in range(len(plan.windows(epoch))))
+        start = Position(epoch, 0, 0)
+        steps = [load(plan, pools[workers], rank, ranks, count, start=start) for rank in range(ranks)]
+        assert {tuple((step.position, len(step.packs)) for step in mine) for mine in steps} == {
+            tuple((Position(epoch, 0, n), -(-4 // ranks)) for n in range(count))
+        }
+        arrived = sorted(sample for mine in steps for step in mine for sample in step.samples)
+        assert arrived == list(range(len(plan.index)))

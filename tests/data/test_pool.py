@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -302,3 +304,45 @@ def test_closing_does_not_wait_for_a_decoder_that_hangs(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
     assert not is_running(first) and not is_running(pid_of(pool))
     assert isinstance(pending.exception(timeout=1), Exception)
+
+
+@pytest.fixture
+def ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV's own FFmpeg under the names that torchcodec looks for."""
+    import av
+
+    bundled = Path(av.__file__).parents[1] / "av.libs"
+    for path in bundled.glob("lib*.so.*"):
+        named = re.fullmatch(r"(lib\w+)-[0-9a-f]+(\.so\.\d+)[.\d]*", path.name)
+        if named:
+            (tmp_path / (named[1] + named[2])).symlink_to(path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path}:{bundled}")
+
+
+def test_torchcodec_takes_its_place_in_the_chain_where_its_libraries_are(
+    ffmpeg: None, corpus: list[str]
+) -> None:
+    if importlib.util.find_spec("torchcodec") is None:
+        pytest.skip("sora_train[torchcodec] is not installed")
+    frames = [0, 2, 4, 30, 32]
+    with Pool(1) as pool:
+        expected = ask(pool, corpus, LONG, frames, (48, 96)).astype(int)
+    with Pool(1, decoders=("torchcodec", "pyav")) as pool:
+        if said := pool.load_errors()["torchcodec"]:
+            pytest.skip(f"not of a version that goes with PyAV's FFmpeg: {said}")
+        assert np.abs(ask(pool, corpus, LONG, frames, (48, 96)) - expected).max() <= 2
+        maps = Path(f"/proc/{pid_of(pool)}/maps").read_text()
+        assert "libtorchcodec_core" in maps and "decord" not in maps
+
+
+def test_torchcodec_without_its_libraries_is_left_out_with_one_line_and_the_chain_goes_on(
+    corpus: list[str],
+) -> None:
+    if importlib.util.find_spec("torchcodec") is None:
+        pytest.skip("sora_train[torchcodec] is not installed")
+    with Pool(1, decoders=("torchcodec", "pyav")) as pool:
+        said = pool.load_errors()["torchcodec"]
+        if not said:
+            pytest.skip("FFmpeg's libraries are installed here")
+        assert "\n" not in said and "finds none of libavutil.so" in said and len(said) < 300
+        assert ask(pool, corpus, VIDEO, [0, 1]).shape == (2, 64, 64, 3)

@@ -13,10 +13,11 @@ import pytest
 
 from sora_train.cli import InputError
 from sora_train.config import DataConfig
+from sora_train.data.cache import Cache
 from sora_train.data.decode import DecodeError
 from sora_train.data.index import expand, index_path, index_shards, load_index
 from sora_train.data.pool import Pool
-from sora_train.data.source import Cache, Store, scheme
+from sora_train.data.source import Store
 from tests.data.servers import WebServer
 from tests.data.test_bad_files import clips_of, epoch
 
@@ -118,16 +119,6 @@ def test_what_stays_broken_or_is_not_there_has_a_cause(server: WebServer, tmp_pa
         index_shards([f"{server.url}/none.tar"], 1, store)
 
 
-def test_a_server_without_ranges_is_read_once_and_from_the_cache_then(own_corpus: list[str], store: Store) -> None:
-    server = WebServer(Path(own_corpus[0]).parent, ranges=False)
-    whole, shard = Path(own_corpus[0]).read_bytes(), remote(server)[0]
-    for offset in (0, 512, 3000):
-        assert store.read(shard, offset, 1000) == whole[offset : offset + 1000]
-    assert len(server.asked) == 1
-    server.shutdown()
-    server.server_close()
-
-
 def test_a_damaged_copy_in_the_cache_is_fetched_anew(server: WebServer, store: Store) -> None:
     shards = remote(server)
     index_shards(shards, 1, store)
@@ -173,7 +164,7 @@ def test_a_bucket_gives_the_same_bytes_and_names(
     "shard", ["pipe:cat x.tar", "PIPE:touch y", "ssh://host/x.tar", "file:///etc/passwd", "ftp://x/y.tar", "exec://x"]
 )
 def test_commands_and_unknown_kinds_of_source_are_refused(shard: str) -> None:
-    for use in (lambda: expand([shard]), lambda: scheme(shard), lambda: Store().read(shard, 0, 1)):
+    for use in (lambda: expand([shard]), lambda: Store().read(shard, 0, 1), lambda: Store().size(shard)):
         with pytest.raises(InputError, match="commands in shard names are not run|no such kind of source"):
             use()
 
@@ -194,7 +185,7 @@ def test_the_cache_never_grows_beyond_its_size_and_drops_what_was_longest_unused
 
 def test_processes_share_a_cache_and_keep_it_whole(tmp_path: Path) -> None:
     code = (
-        "import random, sys\nfrom pathlib import Path\nfrom sora_train.data.source import Cache\n"
+        "import random, sys\nfrom pathlib import Path\nfrom sora_train.data.cache import Cache\n"
         "cache, rng = Cache(Path(sys.argv[1]), 200_000), random.Random(int(sys.argv[2]))\n"
         "for _ in range(300):\n"
         "    n = rng.randrange(60)\n"

@@ -57,11 +57,44 @@ def test_a_histogram_of_one_value_or_none_is_no_error() -> None:
     assert histogram(np.array([])) == "<p>none</p>"
 
 
-@pytest.mark.parametrize("arguments", [[], ["x.tar"], ["fps=fast"]])
+CONFIGURED = ("experiment=demo", "data.max_pixels=1024", "data.max_tokens=96", "data.slots=3", "samples=4")
+
+
+def test_a_configuration_shows_what_it_leaves_out_and_how_it_packs(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_samples: Write, make_sample: Make
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = write_samples(tmp_path / "other.tar", [make_sample(1), {"__key__": "bad", "mp4": b"no", "txt": b"x"}])
+    sources = (
+        f"data.sources.demo.shards=[{','.join(corpus[:2])}]", "+data.sources.demo.filter='frames > 1'",
+        f"+data.sources.more.shards=[{other}]",
+    )  # fmt: skip
+    text = page(monkeypatch, tmp_path / "page.html", *CONFIGURED, *sources)
+    assert "demo</td><td>2</td><td>16</td><td>0</td><td>4 (00000, 00004, 00008, 00012)</td><td>frames &gt; 1" in text
+    assert "more</td><td>1</td><td>2</td><td>1 (not_a_video 1)</td><td>0</td><td>none" in text
+    assert "3 shards, 17 usable samples" in text
+    assert "steps of an epoch" in text and "balance of the slots" in text and "How it packs</h2>" in text
+    drawn = re.findall(r"<title>(\w+): (\d+)x(\d+)x(\d+), (\d+) tokens</title>", text)
+    assert drawn and all(int(tokens) <= 96 for *_, tokens in drawn)
+    assert not {key for key, *_ in drawn} & {"00000", "00004", "00008", "00012", "bad"}
+    assert not (tmp_path / "runs").exists(), "nothing is written but the page"
+
+
+def test_shards_that_are_named_stand_for_the_configurations_own_and_each_stage_has_its_packing(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = "data.stages=[{until_step:5,max_pixels:256},{max_frames:5}]"
+    text = page(monkeypatch, tmp_path / "page.html", corpus[0], *CONFIGURED, stages)
+    assert "How it packs in stage 1 of 2, until step 5" in text and "How it packs in stage 2 of 2" in text
+    assert "shards</td><td>1</td><td>8</td>" in text and "max_pixels 256" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["x.tar"], ["fps=fast"], ["experiment=none"], ["experiment=demo", "fps=2"]])
 def test_wrong_use_is_one_line(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     shards = [] if not arguments else arguments if "x.tar" in arguments else [corpus[0], "out=/nowhere/p", *arguments]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["inspect", *shards])
     with pytest.raises(InputError):
         inspecting.main()

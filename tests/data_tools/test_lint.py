@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.bad_files import damaged_tar
 from data_tools import lint as linting
 from data_tools.lint import MEANING, WARNINGS, lint
 from sora_train.cli import InputError
 from sora_train.data.index import index_path, index_shards
 from sora_train.data.source import Store
-from tests.data.bad_files import damaged_tar
 
 Write = Callable[[Path, list[dict[str, Any]]], str]
 Make = Callable[[int], dict[str, Any]]

@@ -13,6 +13,7 @@ import random
 import struct
 import tarfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -80,6 +81,21 @@ def _many_frames(video: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
+def _elsewhere(video: bytes, url: str, kind: bytes = b"url ") -> bytes:
+    """An mp4 whose pictures are said to lie in another file, at a URL."""
+    at = video.index(b"dref") - 4
+    entry = at + 16
+    old = int.from_bytes(video[entry : entry + 4], "big")
+    said = struct.pack(">I4sI", 12 + len(url) + 1, kind, 0) + url.encode() + b"\0"
+    out = bytearray(video[:entry] + said + video[entry + old :])
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"):
+        box = out.index(name) - 4
+        size = int.from_bytes(out[box : box + 4], "big") + len(said) - old
+        out[box : box + 4] = size.to_bytes(4, "big")
+    return bytes(out)
+
+
+@cache
 def _png_bomb() -> bytes:
     buffer = io.BytesIO()
     Image.new("1", (40000, 40000)).save(buffer, "PNG")
@@ -123,6 +139,8 @@ class Corpus:
             "png_bomb": lambda r: {"png": _png_bomb(), **text},
             "playlist": lambda r: {"mp4": _playlist(self.url), **text},
             "playlist_in_box": lambda r: {"mp4": b"\0\0\0\x10ftyp" + _playlist(self.url), **text},
+            "media_elsewhere": lambda r: {"mp4": _elsewhere(v, self.url), **text},
+            "media_in_a_file": lambda r: {"mp4": _elsewhere(v, "file:///etc/passwd", b"alis"), **text},
             "concat_script": lambda r: {"mp4": b"ffconcat version 1.0\nfile /etc/passwd\n", **text},
             "dash": lambda r: {"mkv": f"<MPD><BaseURL>{self.url}</BaseURL></MPD>".encode(), **text},
             "sdp": lambda r: {"avi": b"v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n", **text},
@@ -154,7 +172,8 @@ class Corpus:
 # may decode: the damage may hit what no one reads, or is beside the sample and ignored
 HARMLESS = {
     "payload_flip", "payload_flips", "payload_zeros", "header_flip", "header_flips", "cut_short", "random_tail",
-    "claims_pixels", "pickle", "pickle_pyd", "pickle_pth", "pickle_gz", "gzip_bomb",
+    "claims_pixels", "media_elsewhere", "media_in_a_file", "pickle", "pickle_pyd", "pickle_pth", "pickle_gz",
+    "gzip_bomb",
 }  # fmt: skip
 
 
@@ -178,6 +197,10 @@ def damaged_tar(kind: str, data: bytes, rng: random.Random) -> bytes:
         out[start : start + 512] = bytes(512)
     elif kind == "tar_random_block":
         out[header : header + 512] = rng.randbytes(512)
+    elif kind == "tar_claims_size":
+        out[header + 124 : header + 136] = b"\x80" + bytes(3) + (1 << 50).to_bytes(8, "big")
+        total = sum(out[header : header + 148]) + 8 * 32 + sum(out[header + 156 : header + 512])
+        out[header + 148 : header + 156] = b"%06o\0 " % total
     elif kind == "tar_html":
         return b"<html>404 not found</html>" * 40
     elif kind == "tar_empty":
@@ -189,8 +212,29 @@ def damaged_tar(kind: str, data: bytes, rng: random.Random) -> bytes:
 
 TARS = (
     "tar_cut_between", "tar_cut_inside", "tar_cut_anywhere", "tar_header_flip", "tar_zero_header", "tar_zero_block",
-    "tar_random_block", "tar_html", "tar_empty",
+    "tar_random_block", "tar_claims_size", "tar_html", "tar_empty",
 )  # fmt: skip
+
+
+DAMAGES = ("one bit", "five bits", "500 zeros", "header bits", "other media", "lost tail")
+
+
+def altered(kind: str, video: bytes, rng: random.Random) -> bytes:
+    """The bytes of a media member, as many as before, after damage that an index made before it knows nothing of."""
+    if kind == "one bit":
+        return _flip(video, rng, 0, len(video), 1)
+    if kind == "five bits":
+        return _flip(video, rng, 0, len(video), 5)
+    if kind == "500 zeros":
+        return _zeroed(video, rng)
+    if kind == "header bits":
+        return _moov(video, rng)
+    if kind == "other media":
+        return rng.randbytes(len(video))
+    if kind == "lost tail":
+        at = rng.randrange(len(video) - 1)
+        return video[:at] + bytes(len(video) - at)
+    raise KeyError(kind)
 
 
 def hostile_names(path: Path, samples: list[tuple[str, Members]]) -> None:

@@ -1,0 +1,46 @@
+"""A sample of the campaigns of bad input and of numbers that don't go together, with real ranks.
+
+`python -m benchmarks.bad_input` and `python -m benchmarks.shard_counts` are the whole of them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def campaign(name: str, *numbers: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *numbers], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.timeout(3600)  # half a minute, but not on a busy machine
+def test_every_kind_of_bad_input_goes_through_training_at_two_ranks(tmp_path: Path) -> None:
+    numbers = ("each=1", "tars=10", "flips=12", "spins=false", "samples=0", "clips=0")
+    said = campaign("bad_input", *numbers, f"folder={tmp_path}")
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in said.splitlines() if line.count(" | ") == 4}
+    assert rows["playlist"] == ["1", "1", "0", "0"] and rows["pickle"] == ["1", "0", "0", "1"]
+    assert rows["behind the index: one bit"] == ["2", "0", "2", "0"]
+    assert rows["decoder: all crash"] == ["1", "0", "1", "0"] and rows["decoder: crash"] == ["1", "0", "0", "1"]
+    assert len(rows) == 1 + 43 + 10 + 6 + 3 + 1
+
+
+@pytest.mark.timeout(3600)
+def test_numbers_of_shards_ranks_and_workers_that_do_not_go_together(tmp_path: Path) -> None:
+    said = campaign("shard_counts", "shards=2", "ranks=2", "workers=1", f"folder={tmp_path}")
+    assert [line.split(" | ")[-1] for line in said.splitlines()] == ["0", "0"]
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", ["bad_input", "shard_counts"])
+def test_the_whole_campaign(name: str, tmp_path: Path) -> None:
+    print(campaign(name, f"folder={tmp_path}"))
