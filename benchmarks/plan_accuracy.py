@@ -39,18 +39,19 @@ from sora_train.training.optim import adamw
 from sora_train.training.zero import Engine, connect, disconnect
 from sora_train.world import World, from_environment
 
+_COPIED = "++deepspeed.zero_optimization.contiguous_gradients=true"  # DeepSpeed's default; experiment=demo turns it off
 _CASES: dict[str, tuple[list[str], list[Size]]] = {
     "demo model, 8 clips": (["model=demo"], [(9, 48, 48)] * 8),
     "10M, recomputing": (
-        ["model=20m", "model.depth=4", "model.activation_checkpointing=block", "data.max_pixels=4096"],
+        ["model=20m", "model.depth=4", "model.activation_checkpointing=block", "data.max_pixels=4096", _COPIED],
         [(9, 64, 64)],
     ),
     "wide and shallow, bf16": (
-        ["model=20m", "model.width=512", "model.heads=8", "model.ffn=2048", "model.depth=3", "precision=bf16"],
+        ["model=20m", "model.width=512", "model.heads=8", "model.ffn=2048", "model.depth=3", "precision=bf16", _COPIED],
         [(9, 48, 64)],
     ),
 }
-_STAGES = (0, 1, 3)
+_STAGES = (0, 1, 2, 3)
 _BUCKET = 1_000_000  # DeepSpeed's default of half a billion elements would hide everything else
 
 
@@ -110,7 +111,7 @@ def _worker(out: Path) -> None:
             del prof
             times, _ = _train(config, world, device, sizes, 5)
             traced = trace(config, sizes, untrained)
-            planned = memory(config, parameters, traced, world.size, 1, stage).peak
+            planned = memory(config, parameters, traced, world.size, 1, stage, gloo=True).peak
             seconds = step_time(config, parameters, traced, world.size, 1, stage, hardware, 8).total
             results.append((name, stage, peak, planned, statistics.median(times[1:]), seconds))
     if world.is_main:

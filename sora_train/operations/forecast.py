@@ -72,7 +72,7 @@ def _stages(
     count, ranks, passes = figures.parameters - figures.frozen, figures.ranks, figures.passes
     found = {}
     for stage in range(3 if config.method is Method.autoencoder else 4):
-        needs = memory(config, count, traced, ranks, passes, stage, figures.frozen)
+        needs = memory(config, count, traced, ranks, passes, stage, figures.frozen, bool(device.gloo))
         time = step_time(config, count, traced, ranks, passes, stage, device, per_node, share, figures.frozen)
         found[stage] = StageForecast(needs, time, needs.peak <= _USABLE * device.memory_gib * 2**30)
     return found

@@ -11,14 +11,14 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from sora_train.batch import Clip, Pack, Visit
@@ -34,6 +34,27 @@ _SEPARATE = {"convolution": "convolution", "attention": "attention", "mm": "matm
 
 
 @dataclass(frozen=True)
+class Like:
+    """A tensor by its shape."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """How an operation that computes was called, so that it can be tried: its arguments flat, tensors by their shape.
+
+    Tensors that are real in a trace (lengths) are the tuple of their values.
+    """
+
+    function: Any
+    leaves: tuple[Any, ...]
+    spec: TreeSpec = field(compare=False)
+
+
+@dataclass(frozen=True)
 class Operation:
     """What one operation of a pass does."""
 
@@ -41,6 +62,16 @@ class Operation:
     flops: int
     bytes: int  # read and written
     fp32: bool
+    call: Call | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """The moment when a weight's gradient is made; in the bytes alive it counts, earlier ones don't."""
+
+    most: int  # bytes alive since the gradient before
+    now: int
+    elements: int
 
 
 @dataclass(frozen=True)
@@ -48,11 +79,11 @@ class Trace:
     """One pass: memory over what was there before it, and the work."""
 
     activations: int  # most bytes alive at once, gradients of the weights left out
-    with_gradients: int  # the same, every weight's gradient kept from when it is made
-    later: int  # most bytes alive once the first gradient is made
+    made: tuple[Made, ...]  # in the order of backward
     encoder: int  # most bytes alive while the clips are encoded and noised
     encoder_weights: int  # of the frozen VAE
     operations: tuple[Operation, ...]
+    modules: int = 0  # of the network
     exchanged: int = 0  # bytes that ranks which share a pack's tokens send each other
 
     @property
@@ -66,7 +97,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, ignore: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self.live = self.peak = self.gradients = self.peak_with_gradients = self.later = 0
+        self.live = self.peak = self._since = 0
+        self.made: list[Made] = []
         self.operations: list[Operation] = []
         self._seen: set[int] = set()
         for tensor in ignore:
@@ -78,12 +110,15 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors:
             self._watch(tensor)
         self.peak = max(self.peak, self.live)
-        if self.gradients:
-            self.later = max(self.later, self.live)
-        self.peak_with_gradients = max(self.peak_with_gradients, self.live + self.gradients)
+        self._since = max(self._since, self.live)
         if not func.is_view and tensors:
             self.operations.append(_operation(func, args, kwargs or {}, out, tensors))
         return out
+
+    def gradient(self, elements: int) -> None:
+        """A weight's gradient has been made."""
+        self.made.append(Made(self._since, self.live, elements))
+        self._since = 0
 
     def _watch(self, tensor: Tensor, nbytes: int | None = None) -> None:
         storage = tensor.untyped_storage()
@@ -109,7 +144,20 @@ def _operation(func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor
         with _disable_current_modes():  # attention's formula reads the lengths of its groups
             flops = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
     kind = next((kind for part, kind in _SEPARATE.items() if part in name), "memory") if flops else "memory"
-    return Operation(kind, flops, moved, bool(inputs) and inputs[0].dtype == torch.float32)
+    call = _call(func, args, kwargs) if flops else None
+    return Operation(kind, flops, moved, bool(inputs) and inputs[0].dtype == torch.float32, call)
+
+
+def _call(func: Any, args: Any, kwargs: Any) -> Call:
+    leaves, spec = tree_flatten((args, kwargs))
+
+    def plain(leaf: Any) -> Any:
+        if isinstance(leaf, FakeTensor):
+            return Like(tuple(leaf.shape), leaf.stride(), leaf.dtype)
+        return tuple(leaf.tolist()) if isinstance(leaf, Tensor) else leaf
+
+    with _disable_current_modes():
+        return Call(func, tuple(map(plain, leaves)), spec)
 
 
 def trace(config: Config, sizes: Sequence[Size], untrained: Untrained) -> Trace:
@@ -134,14 +182,15 @@ def trace(config: Config, sizes: Sequence[Size], untrained: Untrained) -> Trace:
                 def prepared(pack: Pack, device: torch.device) -> Any:
                     nonlocal encoder
                     latents = prepare(pack, device)
-                    encoder, recorder.peak, recorder.peak_with_gradients = recorder.peak, recorder.live, recorder.live
+                    encoder, recorder.peak = recorder.peak, recorder.live
                     return latents
 
                 task.prepare = prepared  # type: ignore[method-assign]
             task.loss(network, pack, device).sum.backward()
     weights = sum(p.numel() * p.element_size() for p in frozen.parameters())
     r = recorder
-    return Trace(r.peak, r.peak_with_gradients, r.later, encoder, weights, tuple(r.operations), exchanged=others.sent)
+    modules = sum(1 for _ in network.modules())
+    return Trace(r.peak, tuple(r.made), encoder, weights, tuple(r.operations), modules, others.sent)
 
 
 @contextmanager
@@ -163,10 +212,10 @@ def _fresh_caches() -> Iterator[None]:
 
 
 def _let_go(recorder: Recorder) -> Callable[[Tensor], None]:
-    """Drop a gradient when it is made, but keep count of it."""
+    """Note a gradient when it is made, and drop it."""
 
     def hook(parameter: Tensor) -> None:
-        recorder.gradients += parameter.numel() * parameter.element_size()
+        recorder.gradient(parameter.numel())
         parameter.grad = None
 
     return hook
