@@ -269,8 +269,9 @@ def _timeouts(kind: str, seconds: float, patient: bool) -> dict[str, Any]:
     if kind in ("http", "https"):
         import aiohttp
 
-        limits = {"sock_read": seconds} if patient else {"total": seconds}
-        limit = aiohttp.ClientTimeout(**{"total": None, "sock_connect": min(10.0, seconds), **limits})
+        limit = aiohttp.ClientTimeout(
+            total=None if patient else seconds, sock_connect=min(10.0, seconds), sock_read=seconds if patient else None
+        )
         return {"client_kwargs": {"timeout": limit}}
     if kind == "s3":
         return {"config_kwargs": {"connect_timeout": min(10.0, seconds), "read_timeout": seconds}}
