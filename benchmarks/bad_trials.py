@@ -41,6 +41,8 @@ from sora_train.data import loader, pool
 from sora_train.data.index import index_shards, load_index
 from sora_train.training.checkpoint import latest_intact, read_state
 
+_DEADLINE_S = 10  # enough to fill 2 GiB on a busy machine
+
 
 def decoders(bed: Bed, endings: Sequence[str], seed: int) -> Found:
     """Decoders that spin holding the interpreter's lock, die, or eat memory: the other clips are to the bit those of
@@ -57,8 +59,10 @@ def decoders(bed: Bed, endings: Sequence[str], seed: int) -> Found:
     shards = [write(folder / "0.tar", entries[:half]), write(folder / "1.tar", entries[half:])]
     index_shards(shards, workers=1)
     index = load_index(shards)
-    options = (sources(shards), *QUIET, "data.max_tokens=32", "data.max_bad_fraction=1.0", "data.decode_timeout_s=6",
-               "data.decode_memory_gib=2")  # fmt: skip
+    options = (
+        sources(shards), *QUIET, "data.max_tokens=32", "data.max_bad_fraction=1.0", "data.decode_memory_gib=2",
+        f"data.decode_timeout_s={_DEADLINE_S}",
+    )  # fmt: skip
     undisturbed, disturbed = (bed.config(f"decoders-{name}", *options) for name in ("behaving", "bad"))
     undisturbed.steps = disturbed.steps = steps_of_an_epoch(undisturbed)
     job = Job(undisturbed, RANKS, _watched, then=[disturbed])
@@ -75,8 +79,8 @@ def decoders(bed: Bed, endings: Sequence[str], seed: int) -> Found:
     if len(theirs) != len(entries) or len(ours) != len(entries) - len(causes):
         wrong.append(f"{len(theirs)} and {len(ours)} clips of {len(entries)}")
     longest = max(json.loads(line)["seconds"] for path in _notes(disturbed) for line in path.read_text().splitlines())
-    if longest > 6 + 2:
-        wrong.append(f"a decoder was waited for {longest:.1f} s, with a deadline of 6")
+    if longest > _DEADLINE_S + 2:
+        wrong.append(f"a decoder was waited for {longest:.1f} s, with a deadline of {_DEADLINE_S}")
     return [(f"decoder: {word}", 1, 0, int(f"bad-{word.replace(' ', '_')}" in causes),
              int(f"bad-{word.replace(' ', '_')}" not in causes)) for word in endings], wrong  # fmt: skip
 
