@@ -60,8 +60,8 @@ def decoders(bed: Bed, endings: Sequence[str], seed: int) -> Found:
     index_shards(shards, workers=1)
     index = load_index(shards)
     options = (
-        sources(shards), *QUIET, "data.max_tokens=32", "data.max_bad_fraction=1.0",
-        f"data.decode_timeout_s={_DEADLINE_S}", "data.decode_memory_gib=2",
+        sources(shards), *QUIET, "data.max_tokens=32", "data.max_bad_fraction=1.0", "data.decode_memory_gib=2",
+        f"data.decode_timeout_s={_DEADLINE_S}",
     )  # fmt: skip
     undisturbed, disturbed = (bed.config(f"decoders-{name}", *options) for name in ("behaving", "bad"))
     undisturbed.steps = disturbed.steps = steps_of_an_epoch(undisturbed)

@@ -235,8 +235,8 @@ def main() -> None:
     header = ("clips", "loader, ms", "bare decord, ms", "webdataset, ms", "loader / bare", "loader / webdataset",
               "indexing, MB/s", "reading and CRC-32 alone, MB/s")  # fmt: skip
     about = (
-        f"`{command()}`. CPU per clip of {len(ways.visits)}, {o.rounds} "
-        "rounds in turns: median, in brackets the middle half of the rounds."
+        f"`{command()}`. CPU per clip over {len(ways.visits)} visits, {o.rounds} rounds in turns: median, in brackets "
+        "the middle half of the rounds."
     )
     if o.write:
         write("CPU of the loader and of indexing", about, header, rows)

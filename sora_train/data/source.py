@@ -269,9 +269,8 @@ def _timeouts(kind: str, seconds: float, patient: bool) -> dict[str, Any]:
     if kind in ("http", "https"):
         import aiohttp
 
-        limit = aiohttp.ClientTimeout(
-            total=None if patient else seconds, sock_connect=min(10.0, seconds), sock_read=seconds if patient else None
-        )
+        total, read = (None, seconds) if patient else (seconds, None)
+        limit = aiohttp.ClientTimeout(total=total, sock_connect=min(10.0, seconds), sock_read=read)
         return {"client_kwargs": {"timeout": limit}}
     if kind == "s3":
         return {"config_kwargs": {"connect_timeout": min(10.0, seconds), "read_timeout": seconds}}

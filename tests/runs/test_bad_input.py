@@ -36,7 +36,7 @@ def test_every_kind_of_bad_input_goes_through_training_at_two_ranks(tmp_path: Pa
 @pytest.mark.timeout(3600)
 def test_numbers_of_shards_ranks_and_workers_that_do_not_go_together(tmp_path: Path) -> None:
     said = campaign("shard_counts", "shards=2", "ranks=2", "workers=1", f"folder={tmp_path}")
-    assert [line.split(" | ")[-1] for line in said.splitlines()] == ["0", "0"]
+    assert [line.split(" | ")[-1] for line in said.splitlines() if line.count(" | ") == 6] == ["0", "0"]
 
 
 @pytest.mark.campaign
