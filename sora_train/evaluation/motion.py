@@ -66,5 +66,5 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     if not len(known):
         return float("nan"), float("nan"), float("nan")
     drawn = np.random.default_rng(0).choice(known, (_RESAMPLES, len(known)))
-    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5], method="nearest")
     return float(np.median(known)), float(low), float(high)

