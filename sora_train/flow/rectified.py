@@ -155,7 +155,7 @@ class FlowTask:
             return self._ready(clip, device)
         # by content: sample N of the validation shards is another than sample N of the training shards
         pixels = clip.video_TCHW.cpu().contiguous().numpy()
-        key = (hashlib.blake2b(pixels, digest_size=16).digest(), pixels.shape)
+        key = (hashlib.blake2b(pixels.data, digest_size=16).digest(), pixels.shape)
         if key not in self._cache:
             video_TCHW = clip.video_TCHW.to(device, non_blocking=True)
             latents_CTHW = self.encode(video_TCHW.transpose(0, 1).unsqueeze(0))[0]
