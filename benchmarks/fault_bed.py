@@ -1,13 +1,16 @@
-"""Where faults are tried out: a tiny data set and model, and real ranks that are forked from a warm process.
+"""Where faults are tried out: a tiny data set and model, and real ranks, forked from a warm process or by torchrun.
 
-The ranks run `sora_train.train.train` as under torchrun, on gloo; only the imports are shared. A *sabotage* is a
-function that a rank calls before it starts, to break something in itself.
+Forked ranks run `sora_train.train.train` as under torchrun, on gloo; only the imports are shared. A *sabotage* is a
+function that such a rank calls before it starts, to break something in itself.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
+import faulthandler
+import gc
+import importlib
 import io
 import json
 import os
@@ -23,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import webdataset as wds
+from deepspeed.comm.torch import build_shm_op
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
@@ -39,6 +44,8 @@ from sora_train.generation import build_vae
 from sora_train.media import encode_mp4
 from sora_train.train import train
 from sora_train.training.checkpoint import KINDS, latest_intact, load_full, read_state
+from sora_train.training.power_ema import kind_of
+from sora_train.training.trainer import Trainer
 
 Sabotage = Callable[[Config, int], None]  # configuration, rank
 _TINY = (
@@ -56,13 +63,14 @@ class Bed:
 
     def __init__(self, folder: Path, steps: int = 8, shards: Sequence[str] = ()) -> None:
         self.folder, self.steps = folder, steps
-        self.torn_saves = 0  # kills that fell into a save
+        self.facts: dict[str, Any] = {}  # what the trial under way found out beside its verdict
         folder.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)  # a process with threads can't be forked
         if not shards:
             firsts = {"train-0": 0, "train-1": 12, "val": 24}
             shards = [_shard(folder / f"{name}.tar", first) for name, first in firsts.items()]
             index_shards(list(shards), workers=1)
+        build_shm_op()  # DeepSpeed's collectives on a CPU: loaded here, and not by every rank
         *training, validation = shards
         self._base = [
             *_TINY, f"steps={steps}", f"data.sources.demo.shards=[{','.join(training)}]",
@@ -75,6 +83,17 @@ class Bed:
         shape = {k: v for k, v in vars(vae).items() if k not in VAE_USE}
         (folder / "vae" / "config.json").write_text(json.dumps(shape))
         self._base.append(f"vae.path={folder}/vae")
+
+    def warm(self) -> None:
+        """Import what a run imports on its way, so that no fork has to: a run of one rank tells what that is."""
+        told = self.folder / "modules.json"
+        if not told.exists():
+            Job(self.config("warm", "steps=2"), 1, lambda mine, rank: _tell_modules(told)).wait()
+        for name in json.loads(told.read_text()):
+            with suppress(Exception):  # parts of packages that only stand where something else was imported first
+                importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # what stands now is not looked through again, nor copied for it, by every fork's collections
 
     def config(self, name: str, *overrides: str, leave: tuple[str, ...] = ()) -> Config:
         """The configuration of a run in `name` under the bed's folder, without own keys that begin as in `leave`."""
@@ -94,6 +113,8 @@ class Bed:
 
 
 def _shard(path: Path, first: int) -> str:
+    if path.exists():  # a campaign that goes on
+        return str(path)
     with wds.TarWriter(str(path)) as tar:
         for number in range(first, first + 12):
             rng = np.random.default_rng(number)
@@ -109,7 +130,7 @@ def _shard(path: Path, first: int) -> str:
 
 
 class Job:
-    """The ranks of one start. As torchrun does, the first that fails has the others told to end, then killed.
+    """The ranks of one start, forked. As torchrun does, the first that fails has the others told to end, then killed.
 
     `then` are runs that the same processes make afterwards, as long as every one ends with 0.
     """
@@ -124,6 +145,7 @@ class Job:
         self.pids = [self._fork(rank, ranks, runs, sabotage, restarts) for rank in range(ranks)]
 
     codes: dict[int, int]
+    stuck = 0  # ranks that didn't end by themselves after another had failed
 
     def poll(self) -> bool:
         """Whether every rank has ended; collects the codes of those that have."""
@@ -143,6 +165,9 @@ class Job:
                 failed = now
                 self.send(signal.SIGTERM)
             if now - asked > timeout_s or (failed is not None and now - failed > grace_s):
+                self.stuck = len(self.pids) - len(self.codes)
+                self.send(signal.SIGUSR2)  # their stacks, into the log
+                time.sleep(0.3)
                 self.send(signal.SIGKILL)
             time.sleep(0.01)
         self.seconds = time.monotonic() - self.started
@@ -173,6 +198,7 @@ class Job:
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+            faulthandler.register(signal.SIGUSR2, sys.stderr)
             os.environ |= {
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "faults", "SORA_RESTARTS": str(restarts),
@@ -195,10 +221,70 @@ class Job:
             os._exit(code)
 
 
+def _tell_modules(path: Path) -> None:
+    """Have this rank write down at its end which modules it has imported."""
+    true = Trainer.leave
+
+    def leaving(self: Trainer, code: int, reason: str) -> int:
+        path.write_text(json.dumps(sorted(sys.modules)))
+        return true(self, code, reason)
+
+    Trainer.leave = leaving  # type: ignore[method-assign]
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+class Launch:
+    """The ranks of one start by torchrun, as a user gives it; `through` is the module that torchrun starts."""
+
+    def __init__(
+        self, config: Config, overrides: Sequence[str], ranks: int, through: str = "sora_train.train", *more: str
+    ) -> None:
+        self.config, self.ranks = config, ranks
+        self.log = Path(config.run_dir).with_suffix(".out")
+        self._mark = _exit_mark(config)
+        launcher = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+            "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=120", "-m", through,
+        ]  # fmt: skip
+        with self.log.open("ab") as output:
+            self.process = psutil.Popen(
+                [*launcher, *more, *overrides], cwd=CONF.parent, stdout=output, stderr=output,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)}, start_new_session=True,
+            )  # fmt: skip
+
+    def poll(self) -> bool:
+        """Whether torchrun has ended."""
+        return self.process.poll() is not None
+
+    def wait(self, timeout_s: float = 300.0) -> int:
+        """Wait for torchrun's end: the code that the run left in exit.json, as the launch scripts see it."""
+        try:
+            status = int(self.process.wait(timeout_s))
+        except psutil.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return 1
+        if status == 0 or _exit_mark(self.config) in (None, self._mark):
+            return status
+        return int(json.loads((Path(self.config.run_dir) / "exit.json").read_text())["code"])
+
+    def send(self, number: int, rank: int | None = None) -> None:
+        """Signal one rank, or all."""
+        for worker in self.process.children():
+            with suppress(psutil.Error, OSError):
+                if rank is None or worker.environ().get("RANK") == str(rank):
+                    worker.send_signal(number)
+
+
+def _exit_mark(config: Config) -> object:
+    with suppress(OSError):
+        about = (Path(config.run_dir) / "exit.json").stat()
+        return about.st_ino, about.st_mtime_ns
+    return None
 
 
 def run(config: Config, ranks: int, sabotage: Sabotage | None = None) -> int:
@@ -209,9 +295,11 @@ def run(config: Config, ranks: int, sabotage: Sabotage | None = None) -> int:
 def outcome(run_dir: Path) -> dict[str, Any]:
     """What must be the same however often a run was disturbed: state, figures of each step, samples of each step."""
     newest = latest_intact(run_dir / "checkpoints")
-    tensors = {f"{kind}/{n}": v.numpy().tobytes() for kind in KINDS for n, v in load_full(newest, kind).items()}
     state = read_state(newest)
-    kept = {k: state[k] for k in ("step", "applied", "position", "ema_updates", "health")}
+    kinds = (*KINDS, *map(kind_of, state.get("ema_lengths", [])))
+    tensors = {f"{kind}/{n}": v.numpy().tobytes() for kind in kinds for n, v in load_full(newest, kind).items()}
+    counters = ("step", "applied", "position", "ema_updates", "ema_power_updates", "health", "left_out", "amendments")
+    kept = {name: state.get(name) for name in counters}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     figures = [(e["step"], e["loss"], e["lr"], e["samples"]) for e in lines if "loss" in e]
     return {"tensors": tensors, "state": kept, "figures": figures, "samples": samples_by_step(run_dir)}
@@ -231,6 +319,12 @@ def samples_by_step(run_dir: Path) -> dict[int, list[int]]:
             entry = json.loads(line)
             steps.setdefault(entry["step"], []).extend(entry["samples"])
     return {step: sorted(samples) for step, samples in sorted(steps.items())}
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, without one that is being written; none where there is no file."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Sequence[str]:

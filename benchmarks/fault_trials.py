@@ -1,76 +1,125 @@
-"""The faults of the campaign: each function does one trial and returns what was wrong, or None.
+"""The faults of the campaign that happen to a run: each function does one trial and returns what was wrong, or None.
 
-A trial gets the bed, a name for its folder and a seeded generator. Longer than other files, because the trials share
-the sabotages at the end, and are a list to read from top to bottom.
+A trial gets the bed, a name for its folder and a seeded generator. Longer than other files, because the trials are a
+list to read from top to bottom.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import pickle
 import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+import psutil
 
-from benchmarks.fault_bed import Bed, Job, differences, losses, outcome, run, samples_by_step
+from benchmarks.fault_bed import Bed, Job, Launch, differences, lines_of, losses, outcome, run, samples_by_step
+from benchmarks.fault_sabotage import (
+    HELD_S,
+    differ,
+    fill_disk,
+    hang_in,
+    limit_files,
+    multiply_gradient,
+    multiply_loss,
+    note_changes,
+    signal_in,
+    slow_saves,
+)
 from sora_train.assemble import Shards
 from sora_train.cli import BAD_INPUT, STOPPED, InputError
-from sora_train.compose import CONF
-from sora_train.config import Config, build, known_keys
+from sora_train.config import Config
 from sora_train.data.plan import Position
-from sora_train.operations import preflight
-from sora_train.training import checkpoint, watch
-from sora_train.training.trainer import Trainer
-from sora_train.training.zero import Engine
+from sora_train.training import checkpoint
 
 PHASES = (
     "start", "data", "agreement", "forward and backward", "optimizer step", "validation", "samples", "save",
 )  # fmt: skip
-DAMAGES = (
-    "flip", "truncate", "delete", "empty", "swapped", "stale", "manifest flip", "no manifest", "pointer to nothing",
-    "half deleted", "pickle", "pickle with manifest",
-)  # fmt: skip
-SKEWS = ("torch", "package", "config", "data set index", "code", "environment")
+# Steps between the last one that was done when a signal came and the one that is saved. The ranks agree on a stop at
+# the start of a step, and in a validation after it; one that comes later in the step is served by the next.
+_SERVED = {"forward and backward": (1, 2), "optimizer step": (1, 2), "validation": (0,), "samples": (0,)}
 LEGS = ((2, 1), (4, 2), (3, 3), (1, 0))  # ranks and ZeRO stage, one after the other
-_WAITS = 0.15  # seconds that a save is held open for, so that kills fall into it
+AVERAGES = ("optim.ema_lengths=[0.05,0.1]", "checkpoint.snapshot_every=4")  # what kills are tried with
+EPOCH = (*AVERAGES, "data.slots=2", "steps=12")  # an epoch of eleven steps, for three resumes in one
+_STAGES = (0, 3, 1, 2)  # the ZeRO stage that one, two, three and four ranks are tried with
+
+
+def stage_for(ranks: int) -> tuple[str, ...]:
+    """Overrides that choose the stage of a number of ranks."""
+    return (f"deepspeed=zero{_STAGES[ranks - 1]}",)
 
 
 def kill(
-    bed: Bed, name: str, rng: random.Random, reference: dict[str, Any], ranks: int, in_save: Sequence[bool]
-) -> str | None:
+    bed: Bed, name: str, rng: random.Random, reference: dict[str, Any], ranks: int, in_save: Sequence[bool],
+    *overrides: str, through_torchrun: bool = False,
+) -> str | None:  # fmt: skip
     """Kill one rank or all at a random step, once for each of `in_save` (whether inside a save), each in its own part
     of the run; the end must be the undisturbed run's, to the bit."""
-    config, run_dir = bed.config(name, *stage_for(ranks)), bed.run_dir(name)
+    config, run_dir = bed.config(name, *overrides), bed.run_dir(name)
+    torn = 0
     for number, inside in enumerate(in_save):
-        first, last = (bed.steps * n // len(in_save) for n in (number, number + 1))
+        first, last = (config.steps * n // len(in_save) for n in (number, number + 1))
         wanted = rng.randint(first + 1, max(first + 1, last - 1))  # a save follows, every second step
-        job = Job(config, ranks, _slow_saves)
+        if through_torchrun:
+            job: Job | Launch = Launch(config, [*bed.overrides(name), *overrides], ranks)
+        else:
+            job = Job(config, ranks, lambda mine, rank: slow_saves())
         while not job.poll() and max(samples_by_step(run_dir), default=0) < wanted:
             time.sleep(0.01)
         while inside and not job.poll() and not _saving(run_dir):
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, _WAITS if inside else 0.02))
+            time.sleep(0.001)
+        time.sleep(0.0 if through_torchrun else rng.uniform(0, HELD_S if inside else 0.02))
         if job.poll():
-            return f"ended with {job.wait()} before kill {number} at step {wanted}: {_tail(config)}"
+            return f"ended with {job.wait()} before kill {number} at step {wanted}: {tail(config)}"
         job.send(signal.SIGKILL, None if rng.random() < 0.5 else rng.randrange(ranks))
+        killed, reached = time.monotonic(), max(samples_by_step(run_dir))
         job.wait()
-        bed.torn_saves += _saving(run_dir)
-    code = run(config, ranks)
-    if code:
-        return f"ended with {code}: {_tail(config)}"
+        torn += _saving(run_dir)
+        if wrong := _false_success(config):
+            return f"kill {number} at step {wanted}: {wrong}"
+        if isinstance(job, Job) and job.stuck:
+            shutil.copy(job.log, bed.folder / f"stuck {name}.txt")
+            return f"kill {number} at step {wanted}: {job.stuck} rank(s) didn't end by themselves"
+    job = Job(config, ranks)
+    resumed = _first_step_after(job, run_dir)
+    recovery_s = time.monotonic() - killed
+    if code := job.wait():
+        return f"ended with {code}: {tail(config)}"
+    bed.facts |= {"torn": torn, "kills": len(in_save), "lost_steps": reached - resumed}
+    bed.facts["recovery_s"] = recovery_s
     differing = differences(reference, outcome(run_dir))
     return f"differs in {', '.join(differing)}" if differing else None
+
+
+def _false_success(config: Config) -> str | None:
+    """What is wrong where exit.json says that a killed run is done: it may be, but then its last step is saved."""
+    note, run_dir = Path(config.run_dir) / "exit.json", Path(config.run_dir)
+    if not note.exists() or json.loads(note.read_text())["code"] != 0:
+        return None
+    last = run_dir / "checkpoints" / f"step-{config.steps:08d}"
+    damage = checkpoint.verify(last)
+    return f"exit.json says done, and {last.name} is not: {damage}" if damage else None
+
+
+def _first_step_after(job: Job, run_dir: Path) -> int:
+    """Wait until a run that goes on has taken a step; the step that it went on from."""
+    metrics = run_dir / "metrics.jsonl"
+    before = metrics.stat().st_ino if metrics.exists() else 0
+    resumed = 0
+    with suppress(InputError):  # killed before its first checkpoint
+        resumed = checkpoint.read_state(checkpoint.latest_intact(run_dir / "checkpoints"))["step"]
+    while not job.poll():
+        cut = metrics.exists() and metrics.stat().st_ino != before  # of what the killed run had logged after that
+        if cut and max((line["step"] for line in lines_of(metrics)), default=0) > resumed:
+            break
+        time.sleep(0.01)
+    return int(resumed)
 
 
 def elastic(
@@ -84,14 +133,16 @@ def elastic(
 
         def stop(mine: Config, rank: int, last: bool = last, steps: int = steps) -> None:
             if not last:
-                _signal_in("agreement", steps, signal.SIGTERM)
+                signal_in("agreement", steps, signal.SIGTERM)
 
         if (code := run(config, ranks, stop)) != (0 if last else STOPPED):
-            return f"{ranks} ranks at stage {stage}: ended with {code}: {_tail(config)}"
-    return unlike(reference, bed.run_dir(name), tolerance)
+            return f"{ranks} ranks at stage {stage}: ended with {code}: {tail(config)}"
+    return unlike(reference, bed.run_dir(name), tolerance, bed.facts)
 
 
-def unlike(reference: Path, other: Path, tolerance: float = 1e-5) -> str | None:
+def unlike(
+    reference: Path, other: Path, tolerance: float = 1e-5, facts: dict[str, Any] | None = None
+) -> str | None:
     """Where the samples of a step, or its loss by more than a relative tolerance, differ between two runs."""
     if samples_by_step(reference) != samples_by_step(other):
         return f"{other.name} took other samples than {reference.name}"
@@ -100,351 +151,252 @@ def unlike(reference: Path, other: Path, tolerance: float = 1e-5) -> str | None:
         return f"{other.name} logged steps {sorted(theirs)}, {reference.name} {sorted(ours)}"
     far = {step: abs(theirs[step] / ours[step] - 1) for step in ours}
     worst = max(far, key=lambda step: far[step])
+    if facts is not None:
+        facts["loss_off"] = far[worst]
     return None if far[worst] <= tolerance else f"{other.name} step {worst}: loss is {far[worst]:.1e} off"
 
 
 def disk(bed: Bed, name: str, rng: random.Random, reference: dict[str, Any], point: int) -> str | None:
     """A disk that is full at one of the 16 writes of four saves (12 of rank 0, 4 of rank 1), for a few writes or for
-    good: what is on it stays intact, the run goes on or ends cleanly, and with room again ends as the undisturbed one.
+    good, or (points 16 to 19) one whose kernel cuts files off: what is on it stays intact, the run goes on or ends
+    cleanly, and with room again ends as the undisturbed one.
     """
-    victim, at = (0, 1 + point) if point < 12 else (1, point - 11)
+    victim, at = (0, 1 + point) if point < 12 else (1, point - 11) if point < 16 else (point % 2, 0)
     lasts = rng.choice((1, 2, 1 << 30))
     config = bed.config(name, *stage_for(2))
 
     def sabotage(mine: Config, rank: int) -> None:
-        if rank == victim:
-            _fill_disk(at, lasts)
+        if rank == victim and point < 16:
+            fill_disk(at, lasts)
+        elif rank == victim:  # a rank's tensors are 60 KB; its logs and the JSON are smaller than that
+            limit_files(rng.randrange(12_000, 50_000))
 
     code = run(config, 2, sabotage)
-    if code not in (0, 1) or "Traceback" in _tail(config):
-        return f"point {point}: ended with {code}: {_tail(config)}"
-    if code == 1 and "could not be written" not in _tail(config):
-        return f"point {point}: ended without saying why: {_tail(config)}"
+    if code not in (0, 1) or "Traceback" in tail(config):
+        return f"point {point}: ended with {code}: {tail(config)}"
+    text = config_log(config)
+    if "not written: rank" not in text:
+        return f"point {point}: the failed save was not told: {tail(config)}"
+    if code == 1 and "could not be written" not in tail(config):
+        return f"point {point}: ended without saying why: {tail(config)}"
     for path in (bed.run_dir(name) / "checkpoints").glob("step-*"):
         if damage := checkpoint.verify(path):
             return f"point {point}: {path.name} is not intact: {damage}"
     if code := run(config, 2):
-        return f"point {point}: with room again it ended with {code}: {_tail(config)}"
+        return f"point {point}: with room again ended with {code}: {tail(config)}"
     differing = differences(reference, outcome(bed.run_dir(name)))
     return f"point {point}: differs in {', '.join(differing)}" if differing else None
 
 
-def term(bed: Bed, name: str, rng: random.Random, phase: str) -> str | None:
-    """Signal one rank or all in a phase; a checkpoint of the current step, code 75, and the run goes on to its end."""
+def term(
+    bed: Bed, name: str, rng: random.Random, phase: str, reference: dict[str, Any] | None,
+    through_torchrun: bool = False,
+) -> str | None:  # fmt: skip
+    """Signal one rank or all in a phase, sometimes twice: a checkpoint of the step under way or of the next, code 75,
+    no decode child lost. With a reference, the run then goes on and must end as that one, which was never stopped, nor
+    validated, nor sampled from."""
     number = rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     count, victim = rng.randint(1, 2), rng.choice((None, 0, 1))
-    config = bed.config(name, "steps=8", "logging.validate_every=2", "logging.sample_every=2")
-
-    def sabotage(mine: Config, rank: int) -> None:
-        if victim in (None, rank):
-            _signal_in(phase, count if phase != "start" else 1, number)
-
-    job = Job(config, 2, sabotage)
-    code = job.wait()
+    count = 1 if phase in ("start", "validation", "samples") else count
+    again_s = 0.0 if number == signal.SIGINT or rng.random() < 0.5 else 0.1  # a second Ctrl-C means something else
+    settings = (*stage_for(2), "logging.validate_every=4", "logging.sample_every=4")
+    config, run_dir = bed.config(name, *settings), bed.run_dir(name)
+    note = bed.folder / f"{name}.signalled"
+    note.unlink(missing_ok=True)
+    if through_torchrun:
+        about = json.dumps({"phase": phase, "count": count, "number": int(number), "note": str(note)})
+        own = [*bed.overrides(name), *settings]
+        code = Launch(config, own, 2, "benchmarks.fault_start", about).wait()
+    else:
+        code = Job(
+            config, 2,
+            lambda mine, rank: signal_in(phase, count, number, again_s, note=note if rank == (victim or 0) else None)
+            if victim in (None, rank) else None,
+        ).wait()  # fmt: skip
+    sent = signal.Signals(number).name
     if code != STOPPED:
-        return f"{phase}: ended with {code} after {signal.Signals(number).name}: {_tail(config)}"
-    newest = checkpoint.latest_intact(bed.run_dir(name) / "checkpoints")
-    if checkpoint.read_state(newest)["step"] != max(samples_by_step(bed.run_dir(name))):
-        return f"{phase}: {newest.name} is not of the current step"
-    code = run(config, 2)
-    return f"{phase}: went on and ended with {code}: {_tail(config)}" if code else None
+        return f"{phase}: ended with {code} after {sent}: {tail(config)}"
+    ended, signalled = time.time(), json.loads(note.read_text())
+    newest = checkpoint.latest_intact(run_dir / "checkpoints")
+    saved = checkpoint.read_state(newest)["step"]
+    if saved != max(samples_by_step(run_dir)):
+        return f"{phase}: {newest.name} is not of the last step taken"
+    after = saved - signalled["done"]
+    if after not in _SERVED.get(phase, (1,)) and not through_torchrun:  # whose launcher takes its time
+        return f"{phase}: {sent} came after step {signalled['done']}, saved was {saved}"
+    if lines_of(run_dir / "quarantine.jsonl"):
+        return f"{phase}: samples were refused: {lines_of(run_dir / 'quarantine.jsonl')}"
+    bed.facts |= {"steps_after": after, "served_s": ended - signalled["time"]}
+    if reference is None:
+        return None
+    if code := run(config, 2):
+        return f"{phase}: went on and ended with {code}: {tail(config)}"
+    differing = differences(reference, outcome(run_dir))
+    return f"{phase}: differs in {', '.join(differing)}" if differing else None
 
 
-def nan(bed: Bed, name: str, rng: random.Random, stage: int, precision: str) -> str | None:
-    """A loss that isn't finite on one rank in one step: nothing changes on any rank, and the samples are named."""
-    victim, bad_step, value = rng.randrange(2), rng.randint(2, 5), rng.choice((float("nan"), float("inf")))
-    config = bed.config(
-        name, "steps=6", f"deepspeed=zero{stage}", f"precision={precision}"
-    )
+def nan(bed: Bed, name: str, rng: random.Random, stage: int, precision: str, of: str, ranks: int = 4) -> str | None:
+    """A loss or gradient that isn't finite on one rank in one step: nothing changes on any rank, and the samples are
+    named."""
+    victim, bad_step = rng.randrange(ranks), rng.randint(2, 5)
+    value = rng.choice((float("nan"), float("inf"), float("-inf")))
+    config = bed.config(name, *AVERAGES, "steps=6", f"deepspeed=zero{stage}", f"precision={precision}")
+    breaking = {"loss": multiply_loss, "gradient": multiply_gradient}[of]
 
     def sabotage(mine: Config, rank: int) -> None:
-        _multiply_loss(lambda step: value if rank == victim and step == bad_step else 1.0)
-        _note_changes(Path(mine.run_dir) / f"changes-{rank}.jsonl")
+        breaking(lambda step: value if rank == victim and step == bad_step else 1.0)
+        note_changes(Path(mine.run_dir) / f"changes-{rank}.jsonl")
 
-    if code := run(config, 2, sabotage):
-        return f"stage {stage} {precision}: ended with {code}: {_tail(config)}"
-    for rank in range(2):
-        lines = [json.loads(x) for x in (bed.run_dir(name) / f"changes-{rank}.jsonl").read_text().splitlines()]
+    where = f"{of} {value} on rank {victim} in step {bad_step}, stage {stage} {precision}"
+    if code := run(config, ranks, sabotage):
+        return f"{where}: ended with {code}: {tail(config)}"
+    counters = []
+    for rank in range(ranks):
+        lines = lines_of(bed.run_dir(name) / f"changes-{rank}.jsonl")
         kept = [line["step"] for line in lines if not line["changed"]]
         if kept != [bad_step] or [line["step"] for line in lines if not line["applied"]] != [bad_step]:
-            return f"stage {stage} {precision}: rank {rank} kept its state at steps {kept}, wanted {[bad_step]}"
-    skipped = [json.loads(x) for x in (bed.run_dir(name) / "skipped.jsonl").read_text().splitlines()]
+            changed = [line["changed"][:3] for line in lines if line["step"] == bad_step]
+            return f"{where}: rank {rank} kept its state at steps {kept}, not {changed}"
+        counters.append([line["counters"] for line in lines])
+    if any(mine != counters[0] for mine in counters) or counters[0][-1] != [5, 5, 5]:
+        return f"{where}: the ranks count their steps and averages as {counters}"
+    skipped = lines_of(bed.run_dir(name) / "skipped.jsonl")
     guilty = [e["rank"] for e in skipped if e["loss"] in ("nan", "inf", "-inf")]
-    if guilty != [victim] or {e["step"] for e in skipped} != {bad_step}:
-        return f"stage {stage} {precision}: skipped.jsonl names {skipped}"
+    if guilty != [victim] * (of == "loss") or {e["step"] for e in skipped} != {bad_step} or len(skipped) != ranks:
+        return f"{where}: skipped.jsonl names {skipped}"
     return None
 
 
 def spike(bed: Bed, name: str, rng: random.Random) -> str | None:
     """Three steps of the plan with a huge loss: back to the checkpoint before, those left out; also if killed then."""
-    settings = ("steps=34", "checkpoint.every_steps=8")
+    settings = ("steps=34", "checkpoint.every_steps=8", "checkpoint.keep=4")
     first = rng.randint(25, 27)
     plan = Shards(bed.config(name)).plan(bed.config(name)).from_position(Position())
     guilty = [position for position, _ in islice(plan, first + 2)][-3:]
 
     def sabotage(mine: Config, rank: int) -> None:
-        _multiply_loss(lambda step: 1e3, lambda position: position in guilty)
+        multiply_loss(lambda step: 1e3, lambda position: position in guilty)
 
     code = run(bed.config(name, *settings), 2, sabotage)
     record = bed.run_dir(name) / "left_out.jsonl"
     if code or not record.exists():
-        return f"ended with {code}, left out {record.exists()}: {_tail(bed.config(name))}"
-    (entry,) = [json.loads(line) for line in record.read_text().splitlines()]
+        return f"ended with {code}, left out {record.exists()}: {tail(bed.config(name))}"
+    (entry,) = lines_of(record)
     if entry["back_to"] != 24 or not {tuple(p) for p in entry["positions"]} >= set(guilty):
         return f"left out {entry}, the guilty ones were {guilty}"
+    taken = [tuple(e["position"]) for e in lines_of(bed.run_dir(name) / "ledger" / "rank-0.jsonl")]
+    if len(taken) != 34 or set(taken) & set(guilty):
+        return f"took {len(taken)} steps, of the guilty ones {set(taken) & set(guilty)}"
     job = Job(bed.config(f"{name}-killed", *settings), 2, sabotage)
     while not job.poll() and not (bed.run_dir(f"{name}-killed") / "left_out.jsonl").exists():
         time.sleep(0.005)
     job.send(signal.SIGKILL)
     job.wait()
     if code := run(bed.config(f"{name}-killed", *settings), 2, sabotage):
-        return f"ended with {code} after a kill: {_tail(bed.config(f'{name}-killed'))}"
+        return f"ended with {code} after a kill: {tail(bed.config(f'{name}-killed'))}"
     differing = differences(outcome(bed.run_dir(name)), outcome(bed.run_dir(f"{name}-killed")))
     return f"a kill after the rollback changes {', '.join(differing)}" if differing else None
 
 
-def hang(bed: Bed, name: str, rng: random.Random, rank: int) -> str | None:
-    """Stop one rank: found within the time-out and two seconds, stacks of the live one on disk, no process left."""
-    limit = 4.0
+def hang(bed: Bed, name: str, rng: random.Random, rank: int, kind: str) -> str | None:
+    """One rank stands still: found within the time-out and two seconds, stacks of the live one on disk, and within ten
+    more seconds no process is left, decode children included."""
+    limit, note = 4.0, bed.folder / f"{name}.hung"
     config = bed.config(name, "steps=1000", f"guard.timeout_s={limit}")
-    job = Job(config, 2)
-    wanted = rng.randint(3, 8)
-    while not job.poll() and len(samples_by_step(bed.run_dir(name))) < wanted:
-        time.sleep(0.02)
-    stopped, began = time.time(), time.monotonic()
-    job.send(signal.SIGSTOP, rank)
-    code = job.wait()
-    seconds = time.monotonic() - began
+    phase, count = rng.choice(("data", "forward and backward", "optimizer step")), rng.randint(2, 6)
+    note.unlink(missing_ok=True)
+    job = Job(config, 2, lambda mine, r: hang_in(phase, count, kind, note) if r == rank else None)
+    code = job.wait(timeout_s=120)
+    gone = time.time()
+    stopped = float(note.read_text())
+    children = _decode_children(until=stopped + limit + 12.0)
     stacks = bed.run_dir(name) / "logs" / f"rank-{1 - rank}.stacks.txt"
     text = stacks.read_text() if stacks.exists() else ""
     if "no progress for" not in text or "trainer.py" not in text or "phase" not in text:
-        return f"rank {1 - rank} left no stacks; ended with {code}: {_tail(config)}"
+        return f"{kind} in {phase}: rank {1 - rank} left no stacks; ended with {code}: {tail(config)}"
     found = stacks.stat().st_mtime - stopped
-    if code != 1 or found > limit + 2.0 or seconds > limit + 12.0:
-        return f"ended with {code}, found after {found:.1f} s, gone after {seconds:.1f} s"
-    return None
+    bed.facts |= {"found_s": found, "gone_s": gone - stopped}
+    if code != 1 or found > limit + 2.0 or gone - stopped > limit + 12.0 or children:
+        times = f"found after {found:.1f} s, gone after {gone - stopped:.1f} s"
+        return f"{kind}: ended with {code}, {times}, {children} decode children left"
+    reason = json.loads((bed.run_dir(name) / "exit.json").read_text())["reason"]
+    return None if "hangs" in reason else f"{kind}: exit.json says {reason!r}"
+
+
+def _decode_children(until: float) -> int:
+    """Decode processes below this one, when none is left or time is up."""
+    while True:
+        below = _below(psutil.Process())
+        alive = {p.pid for p in below if "sora_train.data.child" in _command(p)}
+        forked = {p.pid for server in below if "benchmarks.decode_server" in _command(server) for p in _below(server)}
+        if not (alive | forked) or time.time() > until:
+            return len(alive | forked)
+        time.sleep(0.1)
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    while True:
+        with suppress(psutil.NoSuchProcess):  # one that ends while the list is made
+            return list(process.children(recursive=True))
+        if not process.is_running():
+            return []
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 def two_jobs(bed: Bed, name: str, rng: random.Random) -> str | None:
-    """A second run in a folder is refused; after kill -9 of the first the folder is free at once."""
+    """A second run in a folder is refused by name; after kill -9 of the first the next takes the folder over."""
     config = bed.config(name, "steps=1000")
-    first = Job(config, 1)
-    while not first.poll() and not (bed.run_dir(name) / "metrics.jsonl").exists():
-        time.sleep(0.05)
+    first, wanted = Job(config, 1), rng.randint(1, 4)
+    while not first.poll() and len(samples_by_step(bed.run_dir(name))) < wanted:
+        time.sleep(0.02)
+    steps = len(samples_by_step(bed.run_dir(name)))
     second = Job(config, 1)
     code = second.wait()
     alive = not first.poll()
     first.send(signal.SIGKILL)
     first.wait()
-    if code != BAD_INPUT or not alive or f"process {first.pids[0]}" not in _tail(config):
-        return f"the second ended with {code}, the first was {'alive' if alive else 'gone'}: {_tail(config)}"
-    code = run(bed.config(name, "steps=2"), 1)
-    return f"not taken over: {code}: {_tail(config)}" if code else None
+    if code != BAD_INPUT or not alive or f"process {first.pids[0]}" not in tail(config):
+        return f"the second ended with {code}, the first was {'alive' if alive else 'gone'}: {tail(config)}"
+    if len(samples_by_step(bed.run_dir(name))) < steps:
+        return "the second touched the ledger of the first"
+    third = Job(bed.config(name, "steps=8"), 1)
+    if code := third.wait():
+        return f"not taken over: {code}: {tail(config)}"
+    holder = json.loads((bed.run_dir(name) / "lock.json").read_text())
+    return None if holder["pid"] == third.pids[0] else f"lock.json names {holder}"
 
 
 def skew(bed: Bed, name: str, rng: random.Random, kind: str) -> str | None:
     """One rank differs: refused before the first step, the rank and the thing named."""
-    odd = rng.randrange(3)
-    config = bed.config(name)
+    odd, told = rng.randrange(3), bed.folder / f"{name}.told"
 
     def sabotage(mine: Config, rank: int) -> None:
-        true = preflight.facts
-        names = {"torch": "package torch", "package": "package numpy", "environment": "variable NCCL_ALGO"}
-
-        def wrong(config: Config, device: str, fingerprint: str) -> dict[str, str]:
-            return true(config, device, fingerprint) | ({names.get(kind, kind): "odd"} if kind != "config" else {})
-
         if rank == odd:
-            if kind == "config":
-                mine.optim.lr *= 2
-            sora_assemble().facts = wrong
+            told.write_text(differ(mine, kind))
 
+    config = bed.config(name)
     code = run(config, 3, sabotage)
-    wanted = f"rank {odd} has {'key optim.lr' if kind == 'config' else ''}"
-    if code != BAD_INPUT or wanted not in _tail(config) or (bed.run_dir(name) / "ledger").exists():
-        return f"{kind}: ended with {code}: {_tail(config)}"
+    wanted = f"rank {odd} has {told.read_text()} = "
+    if code != BAD_INPUT or wanted not in tail(config) or (bed.run_dir(name) / "ledger").exists():
+        return f"{kind}: ended with {code}, not {wanted!r}: {tail(config)}"
     return None
-
-
-def sora_assemble() -> Any:
-    """The module whose names a sabotage replaces."""
-    import sora_train.assemble
-
-    return sora_train.assemble
-
-
-def damage(source: Path, target: Path, rng: random.Random, kind: str) -> str | None:
-    """Damage the newest of two checkpoints of two ranks; the older one must be chosen, and nothing executed."""
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target)
-    older, newest = sorted(target.glob("step-*"))[-2:]
-    files = sorted(p for p in newest.iterdir() if p.name != "manifest.json")
-    victim = rng.choice(files)
-    payload = pickle.dumps(_Payload(target / "executed"))
-    if kind in ("flip", "manifest flip"):
-        victim = newest / "manifest.json" if kind == "manifest flip" else victim
-        data = bytearray(victim.read_bytes())
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        victim.write_bytes(data)
-    elif kind == "truncate":
-        victim.write_bytes(victim.read_bytes()[: rng.randrange(victim.stat().st_size)])
-    elif kind == "delete":
-        victim.unlink()
-    elif kind == "empty":
-        victim.write_bytes(b"")
-    elif kind == "swapped":
-        a, b = newest / "rank-0.safetensors", newest / "rank-1.safetensors"
-        data = a.read_bytes()
-        a.write_bytes(b.read_bytes())
-        b.write_bytes(data)
-    elif kind == "stale":
-        shutil.copy(older / "rank-1.safetensors", newest)
-    elif kind == "no manifest":
-        (newest / "manifest.json").unlink()
-    elif kind == "pointer to nothing":
-        shutil.rmtree(newest)
-        newest.symlink_to(target / "gone")
-        (target / "latest").write_text(rng.choice(("", "step-99999999", "\0garbage", str(newest))))
-    elif kind == "half deleted":
-        for file in rng.sample(files, 2):
-            file.unlink()
-    else:
-        victim = newest / "rank-0.safetensors"
-        victim.write_bytes(payload)
-        if kind == "pickle with manifest":  # by somebody who knows how the manifest is made
-            manifest = json.loads((newest / "manifest.json").read_text())
-            del manifest["sha256"]
-            manifest["files"][victim.name] |= {"size": len(payload), "sha256": checkpoint.sha256(victim)}
-            checkpoint.write_json(
-                newest / "manifest.json", manifest | {"sha256": checkpoint.digest_of(manifest)}
-            )
-    chosen = checkpoint.latest_intact(target)
-    if (target / "executed").exists():
-        return f"{kind}: the payload ran"
-    return None if chosen == older else f"{kind}: {chosen.name} was chosen"
-
-
-def wrong_config(rng: random.Random) -> str | None:
-    """A key with a slip of the hand: refused within three seconds of CPU time, and named."""
-    keys = [key for key in known_keys() if "." in key and not key.startswith(("data.sources.", "deepspeed."))]
-    key = rng.choice(keys)
-    place = rng.randrange(key.index(".") + 1, len(key))
-    slipped = key[:place] + rng.choice("xqz") + key[place + rng.randrange(2) :]
-    began = time.process_time()
-    try:
-        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            build(compose("train", overrides=["experiment=demo_vae", "run_dir=x", f"+{slipped}=1"]))
-    except (InputError, HydraException) as error:
-        message = str(error)
-    else:
-        return f"{slipped}=1 was taken"
-    seconds = time.process_time() - began
-    ends = [n for n in range(place, len(slipped) + 1) if n == len(slipped) or slipped[n] == "."]
-    named = any(f"'{slipped[:n]}'" in message for n in ends)  # a wrong group is named without what stands in it
-    return None if named and seconds < 3.0 else f"{slipped}: {seconds:.1f} s, {message}"
-
-
-class _Payload:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.marker,)
-
-
-def stage_for(ranks: int) -> tuple[str, ...]:
-    """The ZeRO stage that a number of ranks is tried with: 0 alone, 3 with two, 1 with three, 2 with four."""
-    return (f"deepspeed=zero{(0, 3, 1, 2)[ranks - 1]}",)
-
-
-def _slow_saves(mine: Config, rank: int) -> None:
-    true = checkpoint.write_json
-
-    def slow(path: Path, value: dict[str, Any]) -> dict[str, Any]:
-        time.sleep(_WAITS / 2)
-        return true(path, value)
-
-    checkpoint.write_json = slow
 
 
 def _saving(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob(".tmp-step-*"))
 
 
-def _fill_disk(at: int, lasts: int) -> None:
-    """Have this rank's writes to checkpoints fail from the `at`-th on, `lasts` times, with half a file left behind."""
-    seen = [0]
-
-    def failing(true: Callable[..., Any], place: int) -> Callable[..., Any]:
-        def write(*arguments: Any) -> Any:
-            seen[0] += 1
-            if at <= seen[0] < at + lasts:
-                arguments[place].write_bytes(b"x" * 100)
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return true(*arguments)
-
-        return write
-
-    checkpoint.save_file = failing(checkpoint.save_file, 1)
-    checkpoint.write_json = failing(checkpoint.write_json, 0)
+def config_log(config: Config) -> str:
+    """All that the ranks printed."""
+    path = Path(config.run_dir).with_suffix(".out")
+    return path.read_text() if path.exists() else ""
 
 
-def _signal_in(phase: str, count: int, number: int) -> None:
-    """Signal this process when it enters a phase for the `count`-th time."""
-    true, seen = watch.Watch.phase, [0]
-
-    def entering(self: watch.Watch, name: str, slow: bool = False) -> None:
-        true(self, name, slow)
-        if name == phase:
-            seen[0] += 1
-            if seen[0] == count:
-                signal.raise_signal(number)
-
-    watch.Watch.phase = entering  # type: ignore[method-assign]
-
-
-_here: dict[str, Any] = {}  # what a sabotaged rank knows of the step that it is in
-
-
-def _multiply_loss(factor: Callable[[int], float], at: Callable[[Any], bool] = lambda position: True) -> None:
-    """Multiply this rank's losses by a factor that depends on the step, where its place in the plan says so."""
-    agree, backward = Trainer.agree, Engine.backward
-
-    def agreeing(self: Trainer, batch: Any) -> Any:
-        _here["factor"] = factor(self.step + 1) if at(batch.position) else 1.0
-        return agree(self, batch)
-
-    def going_back(self: Engine, loss_sum: torch.Tensor, weight: float) -> None:
-        if _here["factor"] != 1.0:
-            loss_sum.data.mul_(_here["factor"])
-            loss_sum = loss_sum * _here["factor"]
-        backward(self, loss_sum, weight)
-
-    Trainer.agree, Engine.backward = agreeing, going_back  # type: ignore[method-assign]
-
-
-def _note_changes(path: Path) -> None:
-    """Write after every step whether weights, moments or averages changed."""
-    judge = Trainer.advance
-
-    def advancing(self: Trainer, batch: Any, own_loss: torch.Tensor, applied: bool) -> Any:
-        verdict = judge(self, batch, own_loss, applied)
-        now = [
-            tensor.clone()
-            for f in self.engine.fragments
-            for tensor in (f.master, f.exp_avg, f.exp_avg_sq, self.ema.values[f.name])
-        ] + [p.data.clone() for p in self.engine.names]
-        before = _here.get("tensors")
-        changed = before is None or not all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
-        _here["tensors"] = now
-        with path.open("a") as file:
-            file.write(json.dumps({"step": self.step, "changed": changed, "applied": applied}) + "\n")
-        return verdict
-
-    Trainer.advance = advancing  # type: ignore[method-assign]
-
-
-def _tail(config: Config) -> str:
-    with suppress(OSError):
-        return Path(config.run_dir).with_suffix(".out").read_text()[-1500:]
-    return "(no output)"
+def tail(config: Config) -> str:
+    """The end of what the ranks printed."""
+    return config_log(config)[-1500:] or "(no output)"

@@ -5,9 +5,11 @@
         state.json               step, position, counters, shapes
         manifest.json            size and SHA-256 of every file and of itself, where every piece begins; written last
 
-Written in the background from a copy. A folder counts only if its manifest is there and every byte agrees; the
-newest that counts on every rank is loaded, at any number of ranks and any ZeRO stage. There is no pointer file to be
-wrong, and nothing on disk is ever unpickled.
+Written in the background from a copy, and what lies in host memory is copied in the background too: nothing of it
+changes before the next optimizer step, which waits for the copy (`settle`). A folder counts only if its manifest is
+there and every byte agrees; the newest that counts on every rank is loaded, at any number of ranks and any ZeRO stage.
+There is no pointer file to be wrong, and nothing on disk is ever unpickled. A little longer than most files, as writing
+and reading share one form.
 """
 
 from __future__ import annotations
@@ -85,10 +87,13 @@ class Checkpoints:
         self.mirror = mirror  # the main rank's, if any
         self.failed = 0  # saves that could not be written
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")  # the writer thread's own, so that it can't mix with the loop's
+        # the writer thread's own, so that it can't mix with the loop's; None once another rank is gone
+        self._group: Any = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._staging: dict[str, Tensor] = {}  # copies of the last save, overwritten by the next
+        self._copied = threading.Event()  # whether the save under way needs the live tensors no more
+        self._copied.set()
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".tmp-*"):  # of a save that was killed
@@ -96,18 +101,29 @@ class Checkpoints:
         dist.barrier()
 
     def save(self, step: int, mine: Pieces, state: dict[str, Any]) -> None:
-        """Copy now, write in the background. Waits for the save before this one; a failed save is logged, not fatal."""
+        """Copy and write in the background: `mine` must not change before `settle` returns.
+
+        Waits for the save before this one; a failed save is logged, not fatal.
+        """
         self.wait()
-        staged = {key: (start, self._stage(key, values)) for key, (start, values) in mine.items()}
         if any(values.is_cuda for _, values in mine.values()):
-            torch.cuda.synchronize()  # the copies to pinned memory were only queued
-        self._thread = threading.Thread(target=self._write, args=(step, staged, state), name="checkpoint", daemon=True)
+            mine = self._stage(mine)  # now, behind what the device has queued
+            torch.cuda.synchronize()
+        else:
+            self._copied.clear()
+        self._thread = threading.Thread(target=self._write, args=(step, mine, state), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> bool:
-        """Wait for the save under way; whether it succeeded."""
+    def settle(self) -> None:
+        """Wait until the save under way has its copy: from then on the tensors may change."""
+        self._copied.wait()
+
+    def wait(self, limit_s: float | None = None) -> bool:
+        """Wait for the save under way, at most so many seconds; whether it succeeded."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(limit_s)
+            if self._thread.is_alive():
+                return False
             self._thread = None
         failure, self._failure = self._failure, None
         return failure is None
@@ -143,18 +159,38 @@ class Checkpoints:
                 self.mirror.discard_after(self.folder, step)
         dist.barrier(group=self._group)
 
-    def _stage(self, key: str, values: Tensor) -> Tensor:
+    def _stage(self, mine: Pieces) -> Pieces:
         """A copy in host memory that is kept and used again, page-locked where it comes from a GPU."""
-        kept = self._staging.get(key)
-        if kept is None or kept.shape != values.shape or kept.dtype != values.dtype:
-            kept = self._staging[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        return kept.copy_(values.detach(), non_blocking=True)
+        staged: Pieces = {}
+        for key, (start, values) in mine.items():
+            kept = self._staging.get(key)
+            if kept is None or kept.shape != values.shape or kept.dtype != values.dtype:
+                kept = self._staging[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            staged[key] = start, kept.copy_(values.detach(), non_blocking=True)
+        return staged
 
-    def _write(self, step: int, staged: Pieces, state: dict[str, Any]) -> None:
+    def _write(self, step: int, mine: Pieces, state: dict[str, Any]) -> None:
+        """The writer thread; whatever happens in it, the save counts as failed unless it was published."""
+        try:
+            self._write_together(step, mine, state)
+        except Exception as error:  # of a collective: another rank is gone, and this one will soon notice elsewhere too
+            self._fail(step, f"rank {self.rank}: {error}")
+            group, self._group = self._group, None
+            if group is not None:  # so that the others' writers, which may wait for this one, fail as well and let go
+                dist.destroy_process_group(group)
+
+    def _write_together(self, step: int, mine: Pieces, state: dict[str, Any]) -> None:
         temporary = self.folder / f".tmp-step-{step:08d}"
         record: dict[str, Any] = {}
+        if self._group is None:
+            self._copied.set()
+            raise OSError("another rank is gone")
         try:
-            self._check_space(staged)
+            try:
+                staged = mine if self._copied.is_set() else self._stage(mine)
+            finally:
+                self._copied.set()
+                self._check_space(mine)  # a collective: also where this rank had no memory for the copy
             temporary.mkdir(parents=True, exist_ok=True)
             record = _write_pieces(temporary / f"rank-{self.rank}.safetensors", staged)
         except Exception as error:  # reported to all ranks below: a rank that stays silent would hang the others
@@ -170,17 +206,19 @@ class Checkpoints:
         outcome = [errors]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0]:
-            self._failure, self.failed = OSError("; ".join(outcome[0])), self.failed + 1
-            _log.error(
-                "checkpoint of step %d not written: %s; training goes on, older checkpoints are untouched",
-                step, self._failure,
-            )  # fmt: skip
+            self._fail(step, "; ".join(outcome[0]))
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _check_space(self, staged: Pieces) -> None:
+    def _fail(self, step: int, reason: str) -> None:
+        self._failure, self.failed = OSError(reason), self.failed + 1
+        _log.error(
+            "checkpoint of step %d not written: %s; training goes on, older checkpoints are untouched", step, reason
+        )
+
+    def _check_space(self, mine: Pieces) -> None:
         """Raise OSError where the whole checkpoint will not fit; all ranks together."""
-        total = torch.tensor([sum(values.nbytes for _, values in staged.values())], dtype=torch.int64)
+        total = torch.tensor([sum(values.nbytes for _, values in mine.values())], dtype=torch.int64)
         dist.all_reduce(total, group=self._group)
         needed, free = int(total.item()) + _SPARE, shutil.disk_usage(self.folder).free
         if free < needed:

@@ -101,9 +101,13 @@ class Snapshots:
         self._checkpoints.wait()
         self._checkpoints.discard_after(step)
 
-    def wait(self) -> bool:
-        """Wait for the one under way; whether it was written."""
-        return self._checkpoints.wait()
+    def settle(self) -> None:
+        """Wait until the one under way is copied."""
+        self._checkpoints.settle()
+
+    def wait(self, limit_s: float | None = None) -> bool:
+        """Wait for the one under way, at most so many seconds; whether it was written."""
+        return self._checkpoints.wait(limit_s)
 
 
 def thinned(steps: Sequence[int], every: int, limit: int) -> set[int]:

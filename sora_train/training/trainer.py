@@ -87,6 +87,7 @@ class Trainer:
                 self.meter.add(pack, loss, agreed.weight)
                 own_loss += loss.sum.detach() / agreed.weight
             self.enter("optimizer step")
+            self.settle()
             applied = self.engine.step(lr_factor(self.step, self.config.steps, self.config.optim))
             if applied:
                 self.ema.update()
@@ -298,6 +299,12 @@ class Trainer:
             }  # fmt: skip
             self.checkpoints.save(self.step, mine, state)
 
+    def settle(self) -> None:
+        """Wait until what is being saved is copied: the optimizer step changes it."""
+        self.checkpoints.settle()
+        if self.snapshots:
+            self.snapshots.settle()
+
     def resume(self, checkpoint: Path | None) -> None:
         """Load a checkpoint, if there is one, and forget what was written after it."""
         if checkpoint is not None:
@@ -341,11 +348,14 @@ class Trainer:
         return code
 
     def close(self) -> None:
-        """Finish the checkpoint under way and the dashboards, however the run ended."""
+        """Finish the checkpoint under way and the dashboards, however the run ended.
+
+        Where it failed, ranks may be gone, and a save may wait for one that never comes: no longer than for any hang.
+        """
         self.profile.close()
         if self.snapshots:
-            self.snapshots.wait()
-        self.checkpoints.wait()
+            self.snapshots.wait(self.config.guard.timeout_s)
+        self.checkpoints.wait(self.config.guard.timeout_s)
         self.console.close()
         if self.writers:
             self.writers.close()

@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.timeout(3600)  # half a minute, but not on a busy machine
 def test_a_run_goes_on_elsewhere_from_its_mirror(runs: Callable[[str], Any]) -> None:
     found = runs("mirrored")
-    held = ["config.yaml", "run.json", "step-00000018", "step-00000020"]
+    held = ["config.yaml", "run.json", "snapshots", "step-00000018", "step-00000020"]
     assert found["held"] == found["held again"] == held and found["same"]
     assert found["codes"] == [0, 2]
     assert found["refused"].endswith("choose another mirror, or null")
@@ -23,3 +23,8 @@ def test_a_run_goes_on_elsewhere_from_its_mirror(runs: Callable[[str], Any]) -> 
     assert len({ours["ema"], ours["ema-0.05"], ours["ema-0.1"]}) == 3
     ours, theirs = found["losses"]
     assert ours == pytest.approx({step: theirs[step] for step in ours}, rel=1e-5) and sorted(ours) == ["19", "20"]
+    every = [f"step-{step:08d}" for step in (4, 8, 12, 16, 20)]
+    assert found["snapshots"] == [every, every, every]
+    code, output, errors, whole, off = found["exported"]
+    assert code == 0 and whole and off < 1e-5, errors
+    assert "the average of length 0.1 at step 20; its weighting is met to 0.00%" in output

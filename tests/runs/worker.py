@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
+from safetensors.torch import load_file
 
 from benchmarks.fault_bed import Bed, Job, differences, losses, outcome, run, samples_by_step
 from benchmarks.fault_trials import elastic, kill, stage_for
@@ -26,7 +28,9 @@ from sora_train.flow.rectified import FlowTask
 from sora_train.media import encode_mp4
 from sora_train.training.checkpoint import KINDS as KINDS_OF_TENSORS
 from sora_train.training.checkpoint import latest_intact, load_full
+from sora_train.training.deepspeed_files import read
 from sora_train.training.power_ema import combined
+from sora_train.training.trainer import Trainer
 
 AVERAGES = ("optim.ema_lengths=[0.05,0.1]", "checkpoint.snapshot_every=4")
 # eight slots: four passes on each of two ranks; two steps an epoch
@@ -61,9 +65,9 @@ def kills(bed: Bed) -> object:
         raise RuntimeError(f"the undisturbed run ended with {code}; see {config.run_dir}")
     reference = outcome(bed.run_dir("undisturbed"))
     inside = (False, True, False, True, False)
-    wrong = kill(bed, "killed", random.Random(7), reference, 2, inside)
+    wrong = kill(bed, "killed", random.Random(7), reference, 2, inside, *stage_for(2))
     compared = {name: len(values) for name, values in reference.items()}
-    return {"wrong": wrong, "torn saves": bed.torn_saves, "compared": compared}
+    return {"wrong": wrong, "torn saves": bed.facts["torn"], "compared": compared}
 
 
 def moves(bed: Bed) -> object:
@@ -137,7 +141,20 @@ def mirrored(bed: Bed) -> object:
     codes = [run(second, 1), run(first, 2)]
     ours, theirs = outcome(Path(first.run_dir)), outcome(Path(second.run_dir))
     figures = [json.loads(line) for line in (Path(first.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    exported = subprocess.run(
+        [sys.executable, "-m", "sora_train.export", f"run_dir={second.run_dir}", f"out={bed.folder}/out",
+         "ema_length=0.1"], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    kept = load_full(latest_intact(Path(second.run_dir) / "checkpoints"), "ema-0.1")
+    made = load_file(bed.folder / "out" / "model.safetensors") if exported.returncode == 0 else {}
+    off = max((float((made[n] - w).norm() / w.norm()) for n, w in kept.items() if n in made), default=9.0)
+    snapshots = [
+        sorted(path.name for path in folder.glob("step-*"))
+        for folder in (mirror / "snapshots", Path(first.run_dir) / "snapshots", Path(second.run_dir) / "snapshots")
+    ]
     return {
+        "exported": [exported.returncode, exported.stdout, exported.stderr[-2000:], made.keys() == kept.keys(), off],
+        "snapshots": snapshots,
         "held": held, "same": same, "codes": codes, "held again": sorted(path.name for path in mirror.iterdir()),
         "samples": [theirs["samples"], {step: ours["samples"][step] for step in (19, 20)}],
         "averages": [averages(Path(name)) for name in (second.run_dir, first.run_dir)],
@@ -206,9 +223,53 @@ def large_minute(bed: Bed) -> object:
     return minute(bed, side=48)
 
 
+def imports(bed: Bed) -> object:
+    """Two ranks train at ZeRO 1, 2, 3 and 1 in bf16, and DeepSpeed saves beside us; both read back and compared."""
+    stages = {"1": (), "2": (), "3": (), "1-bf16": ("precision=bf16", "+deepspeed.data_types.grad_accum_dtype=fp32")}
+    configs = {
+        name: bed.config(f"stage-{name}", "steps=3", f"deepspeed=zero{name[0]}", *more) for name, more in stages.items()
+    }
+    first, *then = configs.values()
+    job = Job(first, 2, _save_theirs, then=then)
+    if code := job.wait():
+        raise RuntimeError(f"ended with {code}:\n{job.log.read_text()[-4000:]}")
+    found: dict[str, object] = {}
+    for name, config in configs.items():
+        folder = Path(config.run_dir)
+        theirs, newest = read(folder / "theirs"), latest_intact(folder / "checkpoints")
+        wrong, count = [], 0
+        for kind, tensors in theirs.tensors.items():
+            ours = load_full(newest, kind)
+            wrong += [f"{kind}/{n}" for n in ours.keys() ^ tensors.keys()]
+            wrong += [f"{kind}/{n}" for n in ours.keys() & tensors.keys() if not torch.equal(ours[n], tensors[n])]
+            count += len(tensors)
+        about = [theirs.steps, theirs.applied, theirs.ranks, theirs.stage]
+        found[name] = {"wrong": wrong, "count": count, "about": about}
+    done = subprocess.run(
+        [sys.executable, "-m", "sora_train.import_deepspeed", f"checkpoint={bed.run_dir('stage-3')}/theirs",
+         f"run_dir={bed.run_dir('taken')}"], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    taken = bed.config("taken", "steps=5", "deepspeed=zero0")
+    code = run(taken, 1)
+    return {"saved": found, "command": [done.returncode, done.stdout, done.stderr[-2000:]], "code": code,
+            "output": Path(taken.run_dir).with_suffix(".out").read_text(), "losses": losses(Path(taken.run_dir))}
+
+
+def _save_theirs(config: Config, rank: int) -> None:
+    """Have DeepSpeed save as well at the end of a run."""
+    true = getattr(Trainer.leave, "true", Trainer.leave)  # one process makes several runs
+
+    def leaving(self: Trainer, code: int, reason: str) -> int:
+        self.engine.engine.save_checkpoint(str(self.run_dir / "theirs"))
+        return int(true(self, code, reason))
+
+    leaving.true = true  # type: ignore[attr-defined]
+    Trainer.leave = leaving  # type: ignore[method-assign]
+
+
 KINDS: dict[str, Callable[[Bed], object]] = {
     "matrix": matrix, "kills": kills, "moves": moves, "mirrored": mirrored, "debugs": debugs,
-    "adapters": adapters, "minute": minute, "large minute": large_minute,
+    "adapters": adapters, "minute": minute, "large minute": large_minute, "imports": imports,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,47 @@ def test_it_is_a_copy_that_is_written(tmp_path: Path) -> None:
     fragments, ema = whole(1)
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(1, pieces(fragments, ema, None), state(1))
+    checkpoints.settle()
     for f in fragments:
         f.master.fill_(-1.0)  # the next step
     assert checkpoints.wait()
     assert_same(loaded(tmp_path / "step-00000001"), flat(1))
+
+
+def test_the_copy_is_made_in_the_background_and_settle_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fragments, ema = whole(1)
+    checkpoints, gate, settled = Checkpoints(tmp_path, 1), threading.Event(), threading.Event()
+    stage = checkpoints._stage
+
+    def slow(mine: checkpoint.Pieces) -> checkpoint.Pieces:
+        assert gate.wait(60)
+        return stage(mine)
+
+    monkeypatch.setattr(checkpoints, "_stage", slow)
+    checkpoints.save(1, pieces(fragments, ema, None), state(1))  # returns at once
+    waiting = threading.Thread(target=lambda: (checkpoints.settle(), settled.set()))
+    waiting.start()
+    assert not settled.wait(0.1)
+    gate.set()
+    waiting.join(60)
+    assert settled.is_set() and checkpoints.wait()
+    assert_same(loaded(tmp_path / "step-00000001"), flat(1))
+
+
+def test_without_memory_for_the_copy_the_save_fails_and_the_loop_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = saved(tmp_path, 1)
+
+    def full(mine: checkpoint.Pieces) -> checkpoint.Pieces:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(checkpoints, "_stage", full)
+    checkpoints.save(2, pieces(*whole(2), None), state(2))
+    checkpoints.settle()
+    assert not checkpoints.wait() and checkpoints.newest() == tmp_path / "step-00000001"
 
 
 @pytest.mark.parametrize("name", ["rank-0.safetensors", "state.json", "manifest.json"])
@@ -202,6 +240,22 @@ def test_a_save_that_fails_is_told_and_leaves_the_older_ones(tmp_path: Path) -> 
     assert checkpoints.newest() == tmp_path / "step-00000001"
     checkpoints.save(3, pieces(*whole(3), None), state(3))
     assert checkpoints.wait() and checkpoints.newest() == tmp_path / "step-00000003"
+
+
+def test_a_rank_that_goes_away_inside_a_save_makes_it_a_failed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or a run whose last save it was would end as if it had been written."""
+    checkpoints = saved(tmp_path, 1)
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(checkpoint.dist, "all_gather_object", gone)
+    checkpoints.save(2, pieces(*whole(2), None), state(2))
+    assert not checkpoints.wait() and checkpoints.failed == 1
+    assert "checkpoint of step 2 not written: rank 0: Connection closed by peer" in caplog.text
+    assert checkpoints.newest() == tmp_path / "step-00000001"
 
 
 def written_by(tmp_path: Path, ranks: list[checkpoint.Pieces]) -> Path:

@@ -78,6 +78,7 @@ def test_snapshots_make_any_length(tmp_path: Path, length: float) -> None:
     for step in range(100, 2001, 100):
         run(part, emas, weights[step - 100 : step])
         snapshots.save(step, [part], None, {"w": [50]})
+        snapshots.settle()
     assert snapshots.wait()
     made, step, error = combined(tmp_path, length)
     wanted = direct(weights, length)
