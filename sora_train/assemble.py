@@ -19,7 +19,7 @@ from torch import nn
 from sora_train.batch import Clip, Pack, Refusal
 from sora_train.cli import InputError
 from sora_train.compose import write_exit
-from sora_train.config import Config, Method, to_dict
+from sora_train.config import Config, Method, Previews, to_dict
 from sora_train.cost import cost, geometry, training_cost
 from sora_train.data.consolidated import load_consolidated
 from sora_train.data.decode import Limits
@@ -147,7 +147,9 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
         return _validation(held_out, pool, passes, logging.validation_clips, group) if held_out else iter(())
 
     def sample(live: nn.Module, step: int, break_off: Callable[[], bool]) -> dict[str, Path]:
-        clips = _preview_clips(held_out, pool, logging.sample_clips, group) if held_out else []
+        # a plan of its own: the run's is shared by the ranks of this machine, and has gone on
+        source = held_out if logging.previews is Previews.held_out else shards.plan(config)
+        clips = _preview_clips(source, pool, logging.sample_clips, group) if source else []
         folder = Path(config.run_dir) / "samples" / f"step-{step:06d}"
         return write_previews(method, live, clips, folder, d.fps, world, break_off)
 
@@ -215,8 +217,8 @@ def _validation(plan: Plan, pool: Pool, passes: list[list[int]], clips: int, gro
         yield from step.packs
 
 
-def _preview_clips(plan: Plan, pool: Pool, count: int, group: Group) -> list[Clip]:
-    """The first held-out clips that move, the same on every rank."""
+def _preview_clips(plan: Plan | Stages, pool: Pool, count: int, group: Group) -> list[Clip]:
+    """The first clips of a plan that move, the same on every rank."""
     clips: list[Clip] = []
     everything = [list(range(plan.inputs.slots))]
     loader = Loader(plan, pool, everything, Position(), prefetch_steps=1)

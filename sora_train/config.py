@@ -77,6 +77,13 @@ class Probe(Enum):
     frame = "frame"  # the first picture too
 
 
+class Previews(Enum):
+    """The clips whose captions are sampled while a run trains."""
+
+    held_out = "held_out"
+    training = "training"  # those of the first steps: whether a run learns its samples by heart
+
+
 class Prediction(Enum):
     """What the network's output means."""
 
@@ -344,6 +351,7 @@ class LoggingConfig:
     validation_clips: int = 64
     sample_every: int = 500
     sample_clips: int = 4
+    previews: Previews = Previews.held_out
     writers: list[str] = field(default_factory=lambda: ["tensorboard", "wandb"])  # beside metrics.jsonl
     project: str = "sora_train"
     group: str = ""  # of the wandb run; empty: the folder that the run folder lies in

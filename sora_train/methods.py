@@ -43,7 +43,7 @@ class MethodParts(Protocol):
     task: Task
 
     def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:
-        """Show what the network makes of a held-out clip, frames_THWC uint8; `live` runs it (under ZeRO)."""
+        """Show what the network makes of a clip, frames_THWC uint8; `live` runs it (under ZeRO)."""
 
 
 class Diffusion:
@@ -115,7 +115,7 @@ def write_previews(
         with torch.no_grad():
             frames = method.preview(live, clip)
         if place < len(clips) and world.sequence_rank == 0:
-            about = {"prompt": clip.caption, "seed": clip.visit.seed >> 1, "held_out": clip.key}
+            about = {"prompt": clip.caption, "seed": clip.visit.seed >> 1, "clip": clip.key}
             save_sample(folder, f"{place:02d}", frames, clip.visit.fps or fps, about)
     for place, clip in enumerate(clips):
         if clip.visit.frames > 1:

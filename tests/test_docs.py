@@ -28,8 +28,9 @@ def commands() -> list[str]:
     """Commands in code blocks (joined over `\\`) and between backquotes."""
     found = set()
     for page in PAGES:
-        text = page.read_text().replace("\\\n", " ")
-        blocks = "\n".join(re.findall(r"```\n(.*?)```", text, re.S))
+        text = re.sub(r"\\\n\s*", " ", page.read_text())
+        text = re.sub(r"^```\w+\n.*?^```$", "", text, flags=re.M | re.S)  # blocks of YAML and the like
+        blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
         lines = [line.strip() for line in blocks.splitlines()]
         lines += [" ".join(c.split()) for c in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
         found |= {line.partition("  ")[0].partition(" # ")[0] for line in lines if re.match(STARTS, line)}

@@ -120,13 +120,14 @@ class Watch:
     def _fire(self, waited: float) -> None:
         assert self._file is not None
         faulthandler.cancel_dump_traceback_later()
-        reason = f"no progress for {waited:.0f} s in step {self.step + 1}, phase {self._phase!r}"
+        who = f"rank {dist.get_rank()} on {socket.gethostname()}"
+        reason = f"{who} made no progress for {waited:.0f} s in step {self.step + 1}, phase {self._phase!r}"
         self._file.write(f"{reason}; the stacks of all threads:\n")
         self._file.flush()
         faulthandler.dump_traceback(file=self._file)
         os.fsync(self._file.fileno())
         _log.critical("%s; stacks are in %s; the run ends", reason, self.path)
-        self.tell(f"a rank hangs: {reason}; see logs/rank-*.stacks.txt")
+        self.tell(f"{reason}; see logs/rank-*.stacks.txt")
         time.sleep(_GRACE)
         for pid in self._peers:  # a stopped or stuck process would keep the launcher waiting
             with suppress(ProcessLookupError):

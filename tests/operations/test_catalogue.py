@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sora_train.compose import CONF
 from sora_train.config import known_keys
-from sora_train.operations.catalogue import group, help_text, read_head
+from sora_train.operations.catalogue import FIELDS, group, help_text, read_head
 from sora_train.operations.reference import reference
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +28,9 @@ def test_every_experiment_says_what_it_is_for_and_help_lists_it() -> None:
     text = help_text("usage", CONF)
     heads = group(CONF, "experiment")
     assert len(heads) >= 5
+    for head in heads:
+        assert all(head.facts.get(name) for name in FIELDS), head.name  # command, hardware, time, result
+        assert f"experiment={head.name} " in head.facts["command"] or "quickstart.sh" in head.facts["command"]
     for head in [*heads, *group(CONF, "debug")]:
         assert head.purpose, head.name
         assert any(f"={head.name} " in line and line.split(maxsplit=1)[1] for line in text.splitlines())

@@ -29,6 +29,9 @@ def test_debug_groups_and_a_rank_without_memory(runs: Callable[[str], Any], tmp_
     overfit = found["overfit"]
     assert overfit["exit"]["code"] == 0
     assert 1 <= overfit["samples"] <= 6 < limit["samples"]  # what lies first in each of the shards
+    # the first 16 samples of the corpus are for training: what is learnt by heart is shown, not what is held out
+    assert all(int(key) < 16 for key in previewed(tmp_path / "bed/overfit"))
+    assert all(int(key) >= 16 for key in previewed(tmp_path / "bed/limit"))
 
     assert found["profile"]["exit"]["code"] == 0
     for rank in (0, 1):
@@ -44,3 +47,10 @@ def test_debug_groups_and_a_rank_without_memory(runs: Callable[[str], Any], tmp_
     assert reason.startswith("out of memory in phase 'forward and backward' after step 2, on a pack of 6 tokens, 2 cl")
     assert "GiB per rank" in reason and "snapshot" not in reason and is_out_of_memory(RuntimeError(reason))
     assert f"error: {reason}" in (tmp_path / "bed/limit.out").read_text()  # both ranks' output of all four
+
+
+def previewed(run_dir: Path) -> list[str]:
+    """Keys of the clips whose captions a run sampled."""
+    found = [str(json.loads(path.read_text())["clip"]) for path in run_dir.glob("samples/step-*/*.json")]
+    assert found
+    return found

@@ -1,10 +1,14 @@
-"""Two machines on one: two network namespaces with addresses and host names of their own, a torchrun agent in each,
-started by launch/multinode.sh. One of them dies and comes back."""
+"""Two machines on one: two network namespaces with addresses and host names of their own, a torchrun agent in each.
+
+Started by launch/multinode.sh: one of them dies and comes back; the link between them is cut. Started by
+launch/slurm.sbatch through a stand-in for srun: the time limit comes, and a node fails. What is trained is each time
+what an undisturbed run trains, bit by bit."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +24,24 @@ from sora_train.training.checkpoint import KINDS, latest_intact, load_full
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
+# As Slurm's srun: starts the command once on every node, hands signals on, ends with the highest code.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do [[ $1 == *=* ]] || shift; shift; done
+for node in $NODES; do
+    ip netns exec "$node" unshare --uts bash -c 'hostname "$0" && exec "$@"' "$node" "$@" >>"$LOGS/$node.log" 2>&1 &
+    tasks+=($!)
+done
+trap 'told=1; kill -USR1 "${tasks[@]}"' USR1
+code=0
+for task in "${tasks[@]}"; do
+    while told=; do wait "$task"; status=$?; [[ -n $told ]] || break; done # a signal ends `wait` early
+    ((status <= code)) || code=$status
+done
+exit $code
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then printf '%s\\n' $NODES; else echo "$@" >>"$LOGS/scontrol"; fi
+"""
 # The same run without disturbance, in a process of its own because it forks.
 CLEAN = """
 import sys
@@ -46,6 +68,14 @@ class Machine:
         environment = os.environ | {"LOCAL_ADDR": self.address, "INTERFACE": "train0", **settings}
         with self.log.open("ab") as out:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+    def give_up_sooner(self) -> None:
+        """Have TCP give up a connection after some 25 s without an answer, not after a quarter of an hour."""
+        subprocess.run(["ip", "netns", "exec", self.name, "sysctl", "-qw", "net.ipv4.tcp_retries2=6"], check=True)
+
+    def link(self, state: str) -> None:
+        """Cut the cable (`down`), or plug it in again (`up`)."""
+        subprocess.run(["ip", "-n", self.name, "link", "set", "train0", state], check=True)
 
     def die(self) -> None:
         """Kill everything that runs here, all at once."""
@@ -91,12 +121,28 @@ def ledger(run_dir: Path, rank: int) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def undisturbed(tmp_path: Path) -> list[str]:
+    """Train without disturbance; returns the overrides of the run that is to be disturbed."""
+    command = [sys.executable, "-c", CLEAN, str(tmp_path / "bed"), str(STEPS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if "=" in line]
+
+
+def assert_exact(tmp_path: Path) -> None:
+    """Every step once, with the samples and the weights of the undisturbed run."""
+    disturbed, clean = tmp_path / "bed/disturbed", tmp_path / "bed/clean"
+    assert "resumed step-" in (disturbed / "logs/rank-0.log").read_text()
+    for rank in range(2):
+        lines = ledger(disturbed, rank)
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert lines == ledger(clean, rank)
+    assert weights(disturbed) == weights(clean)
+
+
 @pytest.mark.campaign
 @pytest.mark.timeout(1200)
 def test_a_machine_dies_and_comes_back(machines: list[Machine], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CLEAN, str(tmp_path / "bed"), str(STEPS)]
-    clean = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    arguments = [line for line in clean.stdout.splitlines() if "=" in line]
+    arguments = undisturbed(tmp_path)
     first, second = machines
     run = {"NNODES": "2", "NPROC": "1", "MASTER_ADDR": first.address, "RUN_ID": "two", "MAX_RESTARTS": "3"}
     staying = first.start(arguments, **run)
@@ -110,15 +156,87 @@ def test_a_machine_dies_and_comes_back(machines: list[Machine], tmp_path: Path) 
         back = second.start(arguments, **run)
         assert staying.wait(timeout=600) == 0 and back.wait(timeout=60) == 0
     finally:
-        for machine in machines:
-            print(machine.name, machine.log.read_text()[-4000:])
+        show(machines)
     assert died_at < STEPS
-    assert "resumed step-" in (disturbed / "logs/rank-0.log").read_text()
-    for rank in range(2):
-        lines = ledger(disturbed, rank)
-        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-        assert lines == ledger(tmp_path / "bed/clean", rank)
-    assert weights(disturbed) == weights(tmp_path / "bed/clean")
+    assert_exact(tmp_path)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1800)
+def test_a_cut_link_ends_both_machines_and_a_restart_resumes(machines: list[Machine], tmp_path: Path) -> None:
+    arguments = [*undisturbed(tmp_path), "guard.timeout_s=15", "guard.slow_timeout_s=90"]
+    first, second = machines
+    run = {"NNODES": "2", "NPROC": "1", "MASTER_ADDR": first.address}
+    second.give_up_sooner()
+    disturbed = tmp_path / "bed/disturbed"
+    try:
+        both = [machine.start(arguments, RUN_ID="before", **run) for machine in machines]
+        wait_until(lambda: len(ledger(disturbed, 1)) >= 5, 400, "the run didn't get to step 5")
+        second.link("down")
+        assert [process.wait(timeout=600) for process in both] == [1, 1]
+        cut_at = len(ledger(disturbed, 1))
+        note = json.loads((disturbed / "exit.json").read_text())
+        assert note["code"] == 1 and re.match(r"rank [01] on sora-\d+-[01] made no progress for \d+ s", note["reason"])
+        for rank, machine in enumerate(machines):  # each says which rank waited, and in what
+            said = (disturbed / f"logs/rank-{rank}.stacks.txt").read_text()
+            assert f"rank {rank} on {machine.name} made no progress" in said and "phase" in said.partition("\n")[0]
+        second.link("up")
+        both = [machine.start(arguments, RUN_ID="after", **run) for machine in machines]
+        assert [process.wait(timeout=600) for process in both] == [0, 0]
+    finally:
+        show(machines)
+    assert cut_at < STEPS
+    assert_exact(tmp_path)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1800)
+def test_slurm_time_limit_and_failed_node(machines: list[Machine], tmp_path: Path) -> None:
+    arguments, disturbed = undisturbed(tmp_path), tmp_path / "bed/disturbed"
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    names = [machine.name for machine in machines]
+    slurm = {
+        "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": ",".join(names), "NPROC": "1",
+        "SLURM_SUBMIT_DIR": str(ROOT), "INTERFACE": "train0", "NODES": " ".join(names), "LOGS": str(tmp_path),
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }  # fmt: skip
+
+    def submit(count: int) -> subprocess.Popen[bytes]:
+        command = ["bash", str(ROOT / "launch/slurm.sbatch"), *arguments]
+        environment = os.environ | slurm | {"SLURM_RESTART_COUNT": str(count)}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+
+    try:
+        job = submit(0)
+        wait_until(lambda: len(ledger(disturbed, 1)) >= 4, 400, "the job didn't get to step 4")
+        job.send_signal(signal.SIGUSR1)  # as five minutes before the time limit
+        assert job.wait(timeout=300) == 75
+        assert (tmp_path / "scontrol").read_text() == "requeue 42\n"
+        stopped_at = len(ledger(disturbed, 1))
+
+        job = submit(1)
+        wait_until(lambda: len(ledger(disturbed, 1)) >= stopped_at + 4, 400, "the requeued job didn't go on")
+        machines[1].die()  # the node is lost; Slurm then ends the job everywhere, and queues it again by itself
+        machines[0].die()
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait(timeout=60)
+        failed_at = len(ledger(disturbed, 1))
+
+        assert submit(2).wait(timeout=600) == 0
+    finally:
+        for machine in machines:
+            print((tmp_path / f"{machine.name}.log").read_text()[-4000:])
+    assert stopped_at < failed_at < STEPS
+    assert_exact(tmp_path)
+
+
+def show(machines: list[Machine]) -> None:
+    for machine in machines:
+        print(machine.name, machine.log.read_text()[-4000:])
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:

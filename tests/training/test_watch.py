@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def test_a_process_without_progress_is_ended_and_leaves_its_stacks(case: str, tm
     text = (tmp_path / "logs/rank-0.stacks.txt").read_text()
     assert 'File "<string>", line' in text
     if case == "sleeps":
-        assert "no progress for" in text and "in step 7, phase 'data'" in text
+        assert f"rank 0 on {socket.gethostname()} made no progress for" in text and "in step 7, phase 'data'" in text
         assert "in step 7, phase 'data'" in (tmp_path / "logs/told").read_text()
 
 
