@@ -16,7 +16,7 @@ from sora_train.operations.report import finite
 def table(records: Sequence[Record], figures: Sequence[str]) -> None:
     """Print differences and last values."""
     shown = Table(title="differences, then last values")
-    shown.add_column("")
+    shown.add_column("", no_wrap=True)  # a key that is cut short says nothing
     for record in records:
         shown.add_column(record.name, justify="right", overflow="fold")
     for key, values in differences(list(records)).items():
