@@ -22,6 +22,11 @@ from torch import Tensor
 Grid = tuple[int, int, int]  # tokens in time, height, width
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, without waiting for what the device is doing: that takes page-locked memory."""
+    return (x.pin_memory() if device.type == "cuda" and not x.is_pinned() else x).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Visit:
     """One planned use of a sample: what to cut out of it, and the seed of everything random about it."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_train.batch import Clip, Grid, LatentPack, Layout, Pack
+from sora_train.batch import Clip, Grid, LatentPack, Layout, Pack, send
 from sora_train.config import TASKS, FlowConfig, Timesteps, Weighting
 from sora_train.cost import Geometry
 from sora_train.flow.conditioning import given_frames
@@ -96,14 +96,14 @@ class FlowTask:
         for clip, latents_CTHW in zip(pack.clips, self._encode(pack, device), strict=True):
             seed = clip.visit.seed
             generator = torch.Generator().manual_seed(stream(seed, NOISE))
-            noise = torch.randn(latents_CTHW.shape, generator=generator).to(device, non_blocking=True)
+            noise = send(torch.randn(latents_CTHW.shape, generator=generator), device)
             grid = self.geometry.grid(*clip.visit.size)
             given = given_frames(clip.visit.task, grid[0], seed)
             drawn = draw_timesteps(self.config, seed, grid)
-            t_T = torch.tensor([0.0 if g else t for g, t in zip(given, drawn, strict=True)], device=device)
+            t_T = send(torch.tensor([0.0 if g else t for g, t in zip(given, drawn, strict=True)]), device)
             x_CTHW = latents_CTHW + t_T.view(1, -1, 1, 1) * (noise - latents_CTHW)
             per_frame = grid[1] * grid[2]
-            generate_T = torch.tensor([not g for g in given], dtype=torch.float32, device=device)
+            generate_T = send(torch.tensor([not g for g in given], dtype=torch.float32), device)
             distinct = [0.0, *dict.fromkeys(drawn)]
             place_T = torch.tensor([0 if g else distinct.index(t) for g, t in zip(given, drawn, strict=True)])
             xs.append(patchify(x_CTHW, self.geometry.patch))
@@ -111,8 +111,8 @@ class FlowTask:
             if self.config.weighting is Weighting.clip:
                 generate_T /= given.count(False) * per_frame
             weights.append(generate_T.repeat_interleave(per_frame))
-            t_of.append((place_T + len(table)).to(device, non_blocking=True).repeat_interleave(per_frame))
-            levels.append(torch.tensor(drawn, device=device).repeat_interleave(per_frame))
+            t_of.append(send(place_T + len(table), device).repeat_interleave(per_frame))
+            levels.append(send(torch.tensor(drawn), device).repeat_interleave(per_frame))
             table += distinct
             clip_of += [len(grids)] * len(distinct)
             grids.append(grid)
@@ -122,11 +122,11 @@ class FlowTask:
             torch.cat(xs),
             torch.cat(targets),
             torch.cat(weights),
-            torch.tensor(table, device=device),
+            send(torch.tensor(table), device),
             torch.cat(t_of),
             torch.cat(levels),
             text.to(device, non_blocking=True),
-            torch.tensor(clip_of, device=device),
+            send(torch.tensor(clip_of), device),
         )
 
     def _encode(self, pack: Pack, device: torch.device) -> list[Tensor]:
@@ -228,7 +228,7 @@ def _by_task(pack: Pack, latents: LatentPack, error_N: Tensor) -> Tensor:
         torch.full((tokens,), TASKS.index(clip.visit.task))
         for clip, tokens in zip(pack.clips, latents.layout.lengths, strict=True)
     ]
-    task_N = torch.cat(places).to(device, non_blocking=True)
+    task_N = send(torch.cat(places), device)
     both_2N = torch.stack((error_N, latents.weight_N))
     return torch.zeros(2, len(TASKS), device=device).index_add(1, task_N, both_2N)
 

@@ -3,7 +3,8 @@
 One function, `packed_attention`, in front of three back ends:
 
     sdpa    torch's fused attention group by group; runs anywhere
-    varlen  FlashAttention over all groups in one call (`torch.nn.attention.varlen`); CUDA, bf16 or fp16
+    varlen  FlashAttention over all groups in one call; CUDA, bf16 or fp16. Where the package of a newer one is
+            installed (FlashAttention-4, or 3), torch is told to run that in place of its own (2)
     flex    FlexAttention with a block mask (`torch.nn.attention.flex_attention`), compiled; CUDA
 
 To the compiler it is one opaque operation (for flex a call that it doesn't look into), which takes the lengths of the
@@ -20,12 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import attention as implementations
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
+from sora_train.batch import send
 from sora_train.cli import InputError
 
 BACKENDS = ("auto", "sdpa", "varlen", "flex")
+_ALL_KEYS = {"window_size_left": -1, "window_size_right": -1}  # of a group
 _aten = torch.ops.aten
 
 
@@ -42,11 +46,14 @@ def packed_attention(
     Lengths given as tensors are int64 on the host. A group may have keys and no queries, not the other way round.
     Returns `(N, K, d)` like the queries. Raises ValueError if the lengths don't add up to the tensors.
     """
-    lengths = [x if isinstance(x, Tensor) else host_lengths(x) for x in (q_lengths, k_lengths)]
-    chosen = choose(backend, q_NKd.device.type, q_NKd.dtype)
-    if chosen == "flex":
-        return _flex(q_NKd, k_NKd, v_NKd, *lengths)
-    return _forward(q_NKd, k_NKd, v_NKd, *lengths, chosen)[0]
+    q_host, k_host = (x if isinstance(x, Tensor) else host_lengths(x) for x in (q_lengths, k_lengths))
+    return _attend(q_NKd, k_NKd, v_NKd, q_host, k_host, choose(backend, q_NKd.device.type, q_NKd.dtype))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, backend: str) -> Tensor:
+    if backend == "flex":
+        return _flex(q, k, v, q_lengths, k_lengths)
+    return _forward(q, k, v, q_lengths, k_lengths, backend)[0]
 
 
 def host_lengths(lengths: Sequence[int]) -> Tensor:
@@ -62,20 +69,37 @@ def choose(backend: str, device: str, dtype: torch.dtype) -> str:
     if backend == "auto":
         if device != "cuda":
             return "sdpa"
-        return "varlen" if half and _works("varlen", dtype) else "flex" if _works("flex", dtype) else "sdpa"
+        return "varlen" if half and newest_flash(dtype) else "flex" if _works("flex", dtype) else "sdpa"
     if backend in ("varlen", "flex") and device != "cuda":
         raise InputError(f"model.attention={backend} needs a CUDA GPU, and this is {device}; use auto or sdpa")
     if backend == "varlen" and not half:
         raise InputError(f"model.attention=varlen computes in bf16, not in {dtype}; set precision=bf16, or use flex")
+    if backend == "varlen" and not newest_flash(dtype):
+        raise InputError("model.attention=varlen: FlashAttention doesn't run on this GPU or isn't built in; use auto")
     return backend
+
+
+@lru_cache
+def newest_flash(dtype: torch.dtype) -> str | None:
+    """Have torch run the newest FlashAttention that is installed and works on this GPU; which, or None if none does."""
+    for version in ("FA4", "FA3"):
+        try:
+            implementations.activate_flash_attention_impl(version)
+        except (AttributeError, ImportError, RuntimeError, ValueError):  # an older torch, or not installed
+            continue
+        if _works("varlen", dtype):
+            return version
+        implementations.restore_flash_attention_impl()
+    return "FA2" if _works("varlen", dtype) else None
 
 
 def _works(backend: str, dtype: torch.dtype) -> bool:
     """Try a back end once, forwards and backwards, on two small groups: a build or a GPU may lack its kernels."""
     try:
         q = torch.ones(32, 1, 64, device="cuda", dtype=dtype, requires_grad=True)
+        lengths = host_lengths((16, 16))
         with torch.enable_grad():
-            packed_attention(q, q, q, [16, 16], [16, 16], backend).sum().backward()
+            _attend(q, q, q, lengths, lengths, backend).sum().backward()
         return True
     except (RuntimeError, NotImplementedError, ImportError):
         return False
@@ -90,7 +114,8 @@ def _forward(
     if sum(q_list) != q.shape[0] or sum(k_list) != k.shape[0] or len(q_list) != len(k_list):
         raise ValueError(f"groups of {q_list} queries and {k_list} keys don't match {q.shape}, {k.shape}")
     if backend == "varlen":
-        out, lse, _ = torch.ops.torch_attn._varlen_attn(q, k, v, *_bounds(tuple(q_list), tuple(k_list), q.device))
+        bounds = _bounds(tuple(q_list), tuple(k_list), q.device)
+        out, lse, *_ = _aten._flash_attention_forward(q, k, v, *bounds, 0.0, False, False, **_ALL_KEYS)
         return out, lse
     outs, lses = [], []
     for q_part, k_part, count in _runs(q_list, k_list):
@@ -121,8 +146,10 @@ def _backward(
     q_list, k_list = q_lengths.tolist(), k_lengths.tolist()
     if backend == "varlen":
         bounds = _bounds(tuple(q_list), tuple(k_list), q.device)
-        rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # there is no dropout
-        dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(grad, q, k, v, out, lse, *bounds, False, rng)
+        rng, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)  # there is no dropout
+        dq, dk, dv = _aten._flash_attention_backward(
+            grad, q, k, v, out, lse, *bounds, 0.0, False, rng, unused, **_ALL_KEYS
+        )
         return dq, dk, dv
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for q_part, k_part, count in _runs(q_list, k_list):
@@ -199,30 +226,31 @@ def _join(x_BKnd: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _bounds(q_list: tuple[int, ...], k_list: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
     """Where groups begin and end, on the device, and the longest ones: made once per layout, not once per layer."""
-    ends = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (q_list, k_list))
-    on_device = [x.to(device, non_blocking=True) for x in ends]
-    return on_device[0], on_device[1], max(q_list), max(k_list)
+    q_ends, k_ends = (send(torch.tensor([0, *x]).cumsum(0).int(), device) for x in (q_list, k_list))
+    return q_ends, k_ends, max(q_list), max(k_list)
 
 
 @torch.compiler.disable
 def _flex(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    q_list, k_list = tuple(q_lengths.tolist()), tuple(k_lengths.tolist())
-    q_group, k_group = (_groups(lengths, q.device) for lengths in (q_list, k_list))
-
-    def same(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return q_group[query] == k_group[key]
-
-    mask = create_block_mask(same, None, None, len(q_group), len(k_group), device=q.device)
+    mask = _block_mask(tuple(q_lengths.tolist()), tuple(k_lengths.tolist()), q.device)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return _compiled_flex()(q, k, v, block_mask=mask).squeeze(0).transpose(0, 1)
 
 
-@lru_cache(maxsize=64)
-def _groups(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """The group of each token."""
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device, non_blocking=True)
+@lru_cache(maxsize=16)
+def _block_mask(q_list: tuple[int, ...], k_list: tuple[int, ...], device: torch.device) -> Any:
+    """Which blocks of queries see which blocks of keys: made once per layout, not once per layer."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    q_group, k_group = (
+        send(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), device)
+        for lengths in (q_list, k_list)
+    )
+
+    def same(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return q_group[query] == k_group[key]
+
+    return create_block_mask(same, None, None, len(q_group), len(k_group), device=device)
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sora_train.batch import Grid
+from sora_train.batch import Grid, send
 
 Factors = tuple[float, float, float]  # of time, height, width
 UNSCALED: Factors = (1.0, 1.0, 1.0)
@@ -54,16 +54,24 @@ def rotations(
     """cos and sin of each token's angles, `(N, head_dim / 2)` fp32, every clip counted from its own origin."""
     cached = [_grid_angles(grid, head_dim, theta, scaling, factors) for grid in grids]
     angles = torch.cat(cached) if cached else torch.zeros(0, head_dim // 2)
-    angles = angles.to(device, non_blocking=True)
+    angles = send(angles, device)
     return angles.cos(), angles.sin()
 
 
 def rotate(x_NKd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of every head by its token's angle."""
-    pairs = x_NKd.unflatten(-1, (-1, 2))
-    even, odd = pairs[..., 0], pairs[..., 1]
+    """Turn each pair of neighbouring channels of every head by its token's angle.
+
+    A pair is a complex number and the turn a product, which is ten times as fast on a CPU as taking pairs apart; but
+    the compiler fuses real arithmetic only.
+    """
+    pairs = x_NKd.to(torch.promote_types(x_NKd.dtype, cos.dtype)).unflatten(-1, (-1, 2))
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_NKd)
+    if torch.compiler.is_compiling():
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+    return turned.flatten(-2).type_as(x_NKd)
 
 
 _WAVES = 4  # half waves of the finest feature along an axis
@@ -73,7 +81,7 @@ PLACE_FEATURES = 3 * _WAVES * 2
 def place_features(grids: Sequence[Grid], device: torch.device) -> Tensor:
     """`(N, PLACE_FEATURES)` fp32: sine and cosine of 1 to 4 half waves along each axis of the token's clip."""
     cached = [_grid_features(grid) for grid in grids]
-    return (torch.cat(cached) if cached else torch.zeros(0, PLACE_FEATURES)).to(device, non_blocking=True)
+    return send(torch.cat(cached) if cached else torch.zeros(0, PLACE_FEATURES), device)
 
 
 @lru_cache(maxsize=4096)

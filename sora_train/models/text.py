@@ -14,6 +14,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
+from sora_train.batch import send
 from sora_train.models.attention import packed_attention
 
 # A word of letters, a single digit, a single character of a script written without spaces, or a punctuation mark.
@@ -59,7 +60,7 @@ class TextEncoder(nn.Module):
     def forward(self, ids_L2: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Features `(L, E)` of packed captions, of which `ids_L2` are the rows."""
         places = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
-        x_LE = self.words(ids_L2).sum(1) + self.places(places.to(ids_L2.device, non_blocking=True))
+        x_LE = self.words(ids_L2).sum(1) + self.places(send(places, ids_L2.device))
         for layer in self.layers:
             x_LE = layer(x_LE, lengths)
         return self.norm(x_LE)

@@ -34,6 +34,25 @@ class Verdict:
     guilty: tuple[tuple[int, Position], ...]
 
 
+class OnItsWay:
+    """A number that is being copied from the device behind the work already queued there.
+
+    Reading it waits until that work is done, and no longer: nothing that was queued later.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.detach().to("cpu", non_blocking=True)  # into page-locked memory
+        self._arrived = torch.cuda.Event() if value.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> float:
+        """The number, on the host."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value.tolist())
+
+
 class Health:
     """Judges every step of a run from its loss; its memory rides in the checkpoint."""
 
@@ -45,12 +64,12 @@ class Health:
         self._recent: deque[tuple[int, Position]] = deque(maxlen=remembered)
         self.own_loss = 0.0  # this rank's share of the last step's loss
 
-    def judge(self, step: int, position: Position, own_loss: Tensor, applied: bool) -> Verdict | None:
+    def judge(self, step: int, position: Position, own_loss: float, applied: bool) -> Verdict | None:
         """Look at a step that was just taken; all ranks together. `own_loss` is this rank's share of its loss."""
-        total = own_loss.detach().to("cpu", torch.float64).reshape(1)
-        self.own_loss = float(total)
+        self.own_loss = own_loss
+        total = torch.tensor([own_loss], dtype=torch.float64)
         dist.all_reduce(total)
-        loss = float(total)
+        [loss] = total.tolist()
         self._recent.append((step, position))
         if not applied or not math.isfinite(loss):
             self.not_finite += 1

@@ -18,7 +18,7 @@ from sora_train.config import Config
 from sora_train.training.checkpoint import Checkpoints, load_into, pieces, read_state
 from sora_train.training.ema import Ema
 from sora_train.training.guard import BadShare
-from sora_train.training.health import Health, Verdict, differing_ranks
+from sora_train.training.health import Health, OnItsWay, Verdict, differing_ranks
 from sora_train.training.ledger import Ledger
 from sora_train.training.mirror import Mirror
 from sora_train.training.optim import lr_factor
@@ -88,11 +88,12 @@ class Trainer:
                 own_loss += loss.sum.detach() / agreed.weight
             self.enter("optimizer step")
             self.settle()
+            arriving = OnItsWay(own_loss)  # there before DeepSpeed's own wait for the gradient norm ends
             applied = self.engine.step(lr_factor(self.step, self.config.steps, self.config.optim))
             if applied:
                 self.ema.update()
                 self.powers.update()
-            verdict = self.advance(batch, own_loss, applied)
+            verdict = self.advance(batch, arriving.read(), applied)
             self.profile.after(self.step)
             self.meter.step_done(agreed.arrived, agreed.tokens, agreed.refused, applied)
             self.bad.add(agreed.arrived, agreed.refused, self.causes)
@@ -183,7 +184,7 @@ class Trainer:
         self.stop = bool(told.item())
         return self.stop
 
-    def advance(self, batch: Step, own_loss: torch.Tensor, applied: bool) -> Verdict | None:
+    def advance(self, batch: Step, own_loss: float, applied: bool) -> Verdict | None:
         """Count the step, stand behind it in the plan, and judge it."""
         epoch, window, step = batch.position
         self.step, self.position = self.step + 1, (epoch, window, step + 1)

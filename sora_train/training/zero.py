@@ -102,7 +102,7 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        self._grad_norm, self._applied = 0.0, True
+        self._grad_norm: Tensor | float | None = 0.0
         self._create_moments()
         self.fragments = sorted(self._fragments(), key=lambda f: f.name)
         self._check_fragments()
@@ -129,14 +129,14 @@ class Engine:
         if self.stage == 0 and self.fp32:
             return self._step_fp32()
         self.engine.step()
-        self._grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        self._grad_norm = self.engine.get_global_grad_norm()  # may still be on the device; read when it is logged
         return bool(self.engine.was_step_applied())
 
     def _step_fp32(self) -> bool:
         """Without ZeRO in fp32 DeepSpeed would let a NaN into the weights, and doesn't keep the norm."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
-        self._grad_norm = float(norm)
-        finite = self._grad_norm < float("inf")  # False for NaN too
+        self._grad_norm = known = float(norm)  # the one wait for the device in such a step
+        finite = known < float("inf")  # False for NaN too
         if finite:
             torch.nn.utils.clip_grads_with_norm_(list(self.names), self.clip, norm)
         else:
@@ -158,8 +158,8 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
-        return self._grad_norm
+        """Global gradient norm of the last step, before clipping; 0 for a step without one. Waits for the device."""
+        return 0.0 if self._grad_norm is None else float(self._grad_norm)
 
     @property
     def lr(self) -> float:

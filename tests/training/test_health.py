@@ -21,7 +21,7 @@ def noise(step: int) -> float:
 
 def run(health: Health, losses: list[float], first: int = 1, applied: bool = True) -> list[Verdict | None]:
     return [
-        health.judge(first + n, (0, 0, first + n - 1), torch.tensor(loss), applied and math.isfinite(loss))
+        health.judge(first + n, (0, 0, first + n - 1), loss, applied and math.isfinite(loss))
         for n, loss in enumerate(losses)
     ]
 
