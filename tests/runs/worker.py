@@ -60,6 +60,7 @@ def matrix(bed: Bed) -> object:
 
 def kills(bed: Bed) -> object:
     """Five kills of one run of two ranks, two of them inside a save."""
+    bed.warm()  # twelve ranks start
     config = bed.config("undisturbed", *stage_for(2))
     if code := run(config, 2):
         raise RuntimeError(f"the undisturbed run ended with {code}; see {config.run_dir}")
