@@ -50,7 +50,7 @@ class OnItsWay:
         """The number, on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return float(self._value.tolist())
+        return float(self._value.item())
 
 
 class Health:
