@@ -320,7 +320,7 @@ def hang(bed: Bed, name: str, rng: random.Random, rank: int, kind: str) -> str |
         times = f"found after {found:.1f} s, gone after {gone - stopped:.1f} s"
         return f"{kind}: ended with {code}, {times}, {children} decode children left"
     reason = json.loads((bed.run_dir(name) / "exit.json").read_text())["reason"]
-    return None if "hangs" in reason else f"{kind}: exit.json says {reason!r}"
+    return None if "made no progress" in reason else f"{kind}: exit.json says {reason!r}"
 
 
 def _decode_children(until: float) -> int:

@@ -32,11 +32,26 @@ class _Record:
     """Takes the fields of an object of DeepSpeed's, and nothing else of it."""
 
 
+class _Stage(int):
+    """Stands in for DeepSpeed's enumeration of stages, whose members early Python 3.11 pickles by name."""
+
+    NAMES = ("disabled", "optimizer_states", "gradients", "weights")
+
+
+def _member(owner: Any, name: str) -> _Stage:
+    """What getattr may do in a checkpoint's files: find a stage by its name."""
+    if owner is not _Stage or name not in _Stage.NAMES:
+        raise pickle.UnpicklingError(f"GLOBAL getattr of {name!r}")
+    return _Stage(_Stage.NAMES.index(name))
+
+
 _ALLOWED: Sequence[tuple[Any, str]] = (
+    (_member, "__builtin__.getattr"),
+    (_member, "builtins.getattr"),
     (_Record, "deepspeed.utils.tensor_fragment.fragment_address"),
     (_Record, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Record, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 )
 
 
