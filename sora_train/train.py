@@ -17,6 +17,7 @@ from pathlib import Path
 from sora_train.cli import BAD_INPUT, InputError, run
 from sora_train.compose import run_hydra, write_exit
 from sora_train.config import Config, to_yaml
+from sora_train.data.commands import is_command, words
 from sora_train.data.index import expand
 from sora_train.data.source import scheme
 from sora_train.operations.lock import RunLock
@@ -61,6 +62,8 @@ def _start(config: Config, world: World) -> int:
     """What costs no import: shards, the lock, what changed."""
     for patterns in (*(source.shards for source in config.data.sources.values()), config.data.validation):
         expand([p for p in patterns if scheme(p) is None])  # a missing shard is answered now, before slow imports
+        for command in filter(is_command, patterns):
+            words(command, config.data.commands)  # and so is a command that isn't allowed
     if not world.is_main:
         return _train(config, world, [])
     run_dir = Path(config.run_dir)
