@@ -144,7 +144,7 @@ class _Flow:
     per_text_pair: int = 0
 
     def linear(self, name: str, inputs: int, outputs: int, has_gradient: bool, text: bool = False) -> bool:
-        """Add a layer's FLOPs for a token (of the text: for a text token); `has_gradient`: whether its input has one."""
+        """Add a layer's FLOPs for a token, or for a text token; `has_gradient`: whether its input has one."""
         adapted = any(f".{name}".endswith(f".{target}") for target in self.targets)
         flops = 2 * inputs * outputs * (1 + has_gradient)
         if adapted:  # forward; gradients of A and B; of what is between them; of the input
