@@ -1,7 +1,8 @@
 """Where faults are tried out: a tiny data set and model, and real ranks, forked from a warm process or by torchrun.
 
 Forked ranks run `sora_train.train.train` as under torchrun, on gloo; only the imports are shared. A *sabotage* is a
-function that such a rank calls before it starts, to break something in itself.
+function that such a rank calls before it starts, to break something in itself. Longer than most files, as starting
+ranks, waiting for them and comparing what they leave belong together.
 """
 
 from __future__ import annotations

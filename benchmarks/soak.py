@@ -7,7 +7,7 @@ all, a NaN, a damaged shard, a stop signal. What ends the ranks is answered by t
 would do; the ranks are forked from this process, the decode children are the product's own. Memory, descriptors and
 threads of each rank with its children, and what lies in /dev/shm, are noted every five seconds. At the end the run is
 told to finish some steps later; its ledger must then hold every step of the plan once. Exits with 1 if something was
-wrong.
+wrong. A little longer than most files, as faults, answers and watch share one state.
 """
 
 from __future__ import annotations
