@@ -131,6 +131,7 @@ class ModelConfig:
     pooled_text: bool = False  # the caption's mean joins the timestep; without it a short run hardly hears the caption
     absolute_positions: bool = False  # tell each token its place in the clip, beside RoPE; helps small models
     activation_checkpointing: str = "none"  # recompute in backward: none, block (all of it), selective (not attention)
+    mlp_chunk: int = 0  # tokens that go through an MLP at a time, and again in backward, to save memory; 0 for all
     attention: str = "auto"  # back end: auto, sdpa, varlen (FlashAttention), flex
     compile: bool = False  # torch.compile of the block
     init_from: str | None = None  # a diffusers Wan transformer or pipeline folder to start from; its shape rules
@@ -550,6 +551,10 @@ def _check_diffusion(config: Config) -> None:
         ("rope_scaling", model.rope_scaling, ROPE_SCALINGS),
     ):
         _require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
+    _require(model.mlp_chunk >= 0, f"model.mlp_chunk={model.mlp_chunk} tokens; must be 0 (all at once) or more")
+    _require(not (model.mlp_chunk and model.compile),
+             "model.mlp_chunk and model.compile: a block would be compiled anew for each number of chunks; "
+             "set one of them to 0 or false")  # fmt: skip
     factors = list(model.rope_factors)
     _require(len(factors) == 3 and min(factors) >= 1.0,
              f"model.rope_factors={factors} must be three, none below 1: time, height, width")  # fmt: skip

@@ -34,7 +34,7 @@ def build_video_model(config: Config) -> VideoModel:
     m, t = config.model, config.text_encoder
     dit = DiT(
         patch_features(config), m.width, m.depth, m.heads, m.ffn, t.width, m.frequencies, m.rope_theta, m.gate_init,
-        m.absolute_positions, m.pooled_text, m.activation_checkpointing, m.attention,
+        m.absolute_positions, m.pooled_text, m.activation_checkpointing, m.mlp_chunk, m.attention,
         rope_scaling=m.rope_scaling, rope_factors=(m.rope_factors[0], m.rope_factors[1], m.rope_factors[2]),
     )  # fmt: skip
     if m.compile:

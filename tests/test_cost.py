@@ -78,7 +78,17 @@ def test_flops_of_a_pack_are_exactly_those_that_torch_counts(demo: Config, plain
     counts = counter.get_flop_counts()
     forward_only = 2 * n * patch_features(demo) * demo.model.width + 2 * text.numel() * demo.model.width  # of inputs
     width, timestep = demo.model.width, 256 * demo.model.width + 7 * demo.model.width**2
-    assert sum(counts["Global"].values()) == ours - forward_only + 2 * (3 * timestep - 256 * width)
+    sums = of_sums(layout, width, demo.model.depth, tables=True, head=True, norms=True)
+    assert sum(counts["Global"].values()) == ours - forward_only + 2 * (3 * timestep - 256 * width) + sums
+
+
+def of_sums(layout: Layout, width: int, depth: int, tables: bool, head: bool, norms: bool) -> int:
+    """FLOPs of sums over tokens that run as products with one row: gradients of modulation tables and norms' weights.
+
+    Additions, so no FLOPs of the model. `tables`: six of a block; `head`: two of the last norm's, one timestep each.
+    """
+    wide, of_norms = 2 * layout.tokens * width, 3 * layout.tokens + sum(layout.texts)
+    return wide * (6 * depth * tables + 2 * head) + 2 * width * depth * of_norms * norms
 
 
 def of_timesteps(width: int, targets: str, rank: int) -> int:
@@ -114,7 +124,9 @@ def test_flops_with_adapters_are_exactly_those_that_torch_counts(
     with counter:
         network.dit(x, text, torch.zeros(1), t_of, layout).sum().backward()
     ours = training_cost(config).training(layout.lengths, layout.texts)
-    assert sum(counter.get_flop_counts()["Global"].values()) == ours + of_timesteps(config.model.width, targets, 4)
+    width, head = config.model.width, "time_in" in targets
+    sums = of_sums(layout, width, config.model.depth, head or "time_modulation" in targets, head, norms=False)
+    assert sum(counter.get_flop_counts()["Global"].values()) == ours + of_timesteps(width, targets, 4) + sums
     assert ours < 0.8 * cost(config).training(layout.lengths, layout.texts)
 
 

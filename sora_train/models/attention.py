@@ -13,7 +13,7 @@ groups as tensors in host memory: a new layout of the pack means no new compilat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -30,6 +30,7 @@ from sora_train.cli import InputError
 
 BACKENDS = ("auto", "sdpa", "varlen", "flex")
 _ALL_KEYS = {"window_size_left": -1, "window_size_right": -1}  # of a group
+_FEW_KEYS = 256  # up to so many a CPU is faster backwards in fp32 than in bf16; with a caption's few, four times
 _aten = torch.ops.aten
 
 
@@ -62,9 +63,14 @@ def host_lengths(lengths: Sequence[int]) -> Tensor:
         return torch.tensor(lengths, dtype=torch.int64, device="cpu")
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # the compiler shall call it, not look into it: it may try kernels
 def choose(backend: str, device: str, dtype: torch.dtype) -> str:
     """The back end to use on a kind of device. Raises InputError for one that can't run there."""
+    return _chosen(backend, device, dtype)
+
+
+@lru_cache
+def _chosen(backend: str, device: str, dtype: torch.dtype) -> str:
     half = dtype in (torch.bfloat16, torch.float16)
     if backend == "auto":
         if device != "cuda":
@@ -117,8 +123,10 @@ def _forward(
         bounds = _bounds(tuple(q_list), tuple(k_list), q.device)
         out, lse, *_ = _aten._flash_attention_forward(q, k, v, *bounds, 0.0, False, False, **_ALL_KEYS)
         return out, lse
-    outs, lses = [], []
+    outs, lses = [torch.empty_like(q[:0])], [q.new_empty((q.shape[1], 0), dtype=torch.float32)]
     for q_part, k_part, count in _runs(q_list, k_list):
+        if q_part.start == q_part.stop:
+            continue
         qs, ks, vs = _split(q, q_part, count), _split(k, k_part, count), _split(v, k_part, count)
         if q.device.type == "cpu":
             out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(qs, ks, vs)
@@ -126,9 +134,7 @@ def _forward(
             out, lse, *_ = _aten._scaled_dot_product_efficient_attention(qs, ks, vs, None, True)
         outs.append(_join(out))
         lses.append(lse[..., : qs.shape[2]].transpose(0, 1).flatten(1))
-    if not outs:
-        return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=torch.float32)
-    return torch.cat(outs).contiguous(), torch.cat(lses, dim=1).contiguous()  # as the compiler was told
+    return _end_to_end(outs), _end_to_end(lses, dim=1)
 
 
 @_forward.register_fake
@@ -151,21 +157,26 @@ def _backward(
             grad, q, k, v, out, lse, *bounds, 0.0, False, rng, unused, **_ALL_KEYS
         )
         return dq, dk, dv
-    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    found = [tuple(torch.zeros_like(x[:0]) for x in (q, k, v))]
     for q_part, k_part, count in _runs(q_list, k_list):
         qs, gs, os = (_split(x, q_part, count) for x in (q, grad, out))
         ks, vs = _split(k, k_part, count), _split(v, k_part, count)
         lses = lse[:, q_part].unflatten(1, (count, -1)).transpose(0, 1)
-        if q.device.type == "cpu":
-            parts = _aten._scaled_dot_product_flash_attention_for_cpu_backward(gs, qs, ks, vs, os, lses, 0.0, False)
+        if q_part.start == q_part.stop:
+            dq, dk, dv = (torch.zeros_like(x) for x in (qs, ks, vs))
+        elif q.device.type == "cpu":
+            exact = lse.dtype if ks.shape[2] <= _FEW_KEYS else q.dtype
+            gs, qs, ks, vs, os = (x.to(exact) for x in (gs, qs, ks, vs, os))
+            grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(gs, qs, ks, vs, os, lses, 0.0, False)
+            dq, dk, dv = (x.to(q.dtype) for x in grads)
         else:
             lses = F.pad(lses, (0, -lses.shape[-1] % 32), value=float("inf"))  # the kernel's alignment
             seed = torch.zeros((), dtype=torch.int64, device=q.device)
-            parts = _aten._scaled_dot_product_efficient_attention_backward(
+            dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
                 gs, qs, ks, vs, None, os, lses, seed, seed, 0.0, [True, True, True, False]
             )
-        for whole, place, part in zip((dq, dk, dv), (q_part, k_part, k_part), parts, strict=False):
-            whole[place] = _join(part)
+        found.append((_join(dq), _join(dk), _join(dv)))
+    dq, dk, dv = (_end_to_end(parts) for parts in zip(*found, strict=True))
     return dq, dk, dv
 
 
@@ -210,8 +221,7 @@ def _runs(q_list: list[int], k_list: list[int]) -> Iterator[tuple[slice, slice, 
     for (q_length, k_length), run in groupby(zip(q_list, k_list, strict=True)):
         count = len(list(run))
         q_end, k_end = q_at + count * q_length, k_at + count * k_length
-        if q_length:
-            yield slice(q_at, q_end), slice(k_at, k_end), count
+        yield slice(q_at, q_end), slice(k_at, k_end), count
         q_at, k_at = q_end, k_end
 
 
@@ -221,6 +231,12 @@ def _split(x_NKd: Tensor, part: slice, count: int) -> Tensor:
 
 def _join(x_BKnd: Tensor) -> Tensor:
     return x_BKnd.transpose(1, 2).flatten(0, 1)
+
+
+def _end_to_end(parts: Iterable[Tensor], dim: int = 0) -> Tensor:
+    """Joined, in the memory layout that the compiler was told. The first is empty, and one beside it isn't copied."""
+    parts = tuple(parts)
+    return (parts[1] if len(parts) == 2 else torch.cat(parts, dim)).contiguous()
 
 
 @lru_cache(maxsize=64)

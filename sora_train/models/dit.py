@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from sora_train.batch import Layout
 from sora_train.models.attention import host_lengths, packed_attention
-from sora_train.models.rope import PLACE_FEATURES, UNSCALED, Factors, place_features, rotate, rotations
+from sora_train.models.fused import Gelu, gated_sum, modulated_norm, normed_heads
+from sora_train.models.rope import PLACE_FEATURES, UNSCALED, Factors, place_features, rotations
 
 
 class DiT(nn.Module):
@@ -43,6 +44,7 @@ class DiT(nn.Module):
         absolute_positions: bool = False,
         pooled_text: bool = False,
         activation_checkpointing: str = "none",
+        mlp_chunk: int = 0,
         attention: str = "auto",
         eps: float = 1e-6,
         rope_scaling: str = "none",
@@ -54,12 +56,13 @@ class DiT(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.patch_in = nn.Linear(patch_features, width)
         self.place_in = nn.Linear(PLACE_FEATURES, width) if absolute_positions else None
-        self.text_in = nn.Sequential(nn.Linear(text_width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.text_in = nn.Sequential(nn.Linear(text_width, width), Gelu(), nn.Linear(width, width))
         self.text_pool = nn.Linear(text_width, width) if pooled_text else None
         self.time_in = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         modulation = nn.Linear(width, 6 * width)
         self.time_modulation = nn.Sequential(nn.SiLU(), modulation)
-        self.blocks = nn.ModuleList(Block(width, heads, ffn, gate_init, eps, attention) for _ in range(depth))
+        block = partial(Block, width, heads, ffn, gate_init, eps, attention, mlp_chunk)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.out = Head(width, patch_features, eps)
         nn.init.zeros_(modulation.weight)
         nn.init.zeros_(modulation.bias)
@@ -105,13 +108,15 @@ class DiT(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention and MLP; the first and last are shifted, scaled and gated by the timestep."""
 
-    def __init__(self, width: int, heads: int, ffn: int, gate_init: float, eps: float, attention: str) -> None:
+    def __init__(
+        self, width: int, heads: int, ffn: int, gate_init: float, eps: float, attention: str, mlp_chunk: int
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.mlp_chunk = eps, mlp_chunk
         self.self_attention = Attention(width, heads, eps, attention)
         self.cross_norm = nn.LayerNorm(width, eps)
         self.cross_attention = Attention(width, heads, eps, attention)
-        self.mlp = nn.Sequential(nn.Linear(width, ffn), nn.GELU("tanh"), nn.Linear(ffn, width))
+        self.mlp = nn.Sequential(nn.Linear(width, ffn), Gelu(), nn.Linear(ffn, width))
         gates = torch.tensor([0.0, 0.0, gate_init, 0.0, 0.0, gate_init])  # shift, scale, gate of attention, then of MLP
         self.modulation = nn.Parameter(gates.unsqueeze(1).repeat(1, width))
 
@@ -128,10 +133,16 @@ class Block(nn.Module):
         clips, queries, texts = groups
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (modulation_M6D + self.modulation).unbind(1)
         h_ND = modulated_norm(x_ND, shift, scale, t_of_N, self.eps)
-        x_ND = x_ND + gate.index_select(0, t_of_N) * self.self_attention(h_ND, h_ND, clips, clips, rope)
+        x_ND = gated_sum(x_ND, self.self_attention(h_ND, h_ND, clips, clips, rope), gate, t_of_N)
         x_ND = x_ND + self.cross_attention(self.cross_norm(x_ND), text_LD, queries, texts)
         h_ND = modulated_norm(x_ND, mlp_shift, mlp_scale, t_of_N, self.eps)
-        return x_ND + mlp_gate.index_select(0, t_of_N) * self.mlp(h_ND)
+        return gated_sum(x_ND, self._mlp(h_ND), mlp_gate, t_of_N)
+
+    def _mlp(self, h_ND: Tensor) -> Tensor:
+        """The MLP, on some tokens at a time where `mlp_chunk` is set: its inner values are the block's widest."""
+        if not 0 < self.mlp_chunk < len(h_ND):
+            return self.mlp(h_ND)
+        return torch.cat([checkpoint(self.mlp, part, use_reentrant=False) for part in h_ND.split(self.mlp_chunk)])
 
 
 class Attention(nn.Module):
@@ -145,7 +156,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.attend: Callable[..., Tensor] = partial(packed_attention, backend=backend)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.q_norm, self.k_norm = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
+        self.q_norm, self.k_norm = HeadsNorm(width, eps), HeadsNorm(width, eps)
 
     def forward(
         self,
@@ -156,11 +167,23 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend from `x_ND` to `context_ND` group by group; `rope` turns queries and keys."""
-        q, k = self.q_norm(self.q(x_ND)), self.k_norm(self.k(context_ND))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, self.v(context_ND)))
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+        q = self.q_norm(self.q(x_ND), self.heads, rope)
+        k = self.k_norm(self.k(context_ND), self.heads, rope)
+        v = self.v(context_ND).unflatten(-1, (self.heads, -1))
         return self.out(self.attend(q, k, v, lengths, context_lengths).flatten(1))
+
+
+class HeadsNorm(nn.Module):
+    """RMSNorm over the full width, then the split into heads and their rotation."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_ND: Tensor, heads: int, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """`(N, D)` to `(N, K, d)`."""
+        return normed_heads(x_ND, self.weight, self.eps, heads, rope)
 
 
 class Head(nn.Module):
@@ -184,13 +207,6 @@ def _keep_attention() -> tuple[Any, Any]:
     """Contexts for `checkpoint` that keep what attention returned: it costs most to compute and little to keep."""
     kept = [torch.ops.sora_train.packed_attention.default]
     return create_selective_checkpoint_contexts(kept)
-
-
-def modulated_norm(x_ND: Tensor, shift_MD: Tensor, scale_MD: Tensor, t_of_N: Tensor, eps: float) -> Tensor:
-    """LayerNorm without its own scale, then the shift and scale of each token's timestep, in fp32."""
-    normed = F.layer_norm(x_ND.float(), x_ND.shape[-1:], eps=eps)
-    shift_ND, scale_ND = (table.float().index_select(0, t_of_N) for table in (shift_MD, 1 + scale_MD))
-    return torch.addcmul(shift_ND, normed, scale_ND).type_as(x_ND)
 
 
 def pooled(text_LE: Tensor, lengths: tuple[int, ...]) -> Tensor:

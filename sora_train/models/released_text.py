@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, T5EncoderModel, UMT5EncoderM
 from sora_train.cli import InputError
 from sora_train.released import folder_of
 
+_AT_ONCE = 16  # captions that go through the encoder together: what they need is far more than what they leave
 _CLASSES = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 
 
@@ -29,6 +30,11 @@ class ReleasedText:
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
         """Embeddings `(L, E)` of all captions end to end, on the device, and the length of each."""
+        starts = range(0, len(captions), _AT_ONCE)
+        rows = [row for at in starts for row in self._embedded(captions[at : at + _AT_ONCE])]
+        return torch.cat(rows), tuple(map(len, rows))
+
+    def _embedded(self, captions: Sequence[str]) -> list[Tensor]:
         tokenizer, encoder = _load(self.path, self.device)
         batch = tokenizer(
             [_clean(caption) for caption in captions], padding=True, truncation=True, max_length=self.max_tokens,
@@ -40,7 +46,7 @@ class ReleasedText:
         rows = [row[:length] for row, length in zip(embedded_BLE, lengths, strict=True)]
         if self.pad_to:
             rows = [torch.cat((row, row.new_zeros(self.pad_to - len(row), row.shape[1]))) for row in rows]
-        return torch.cat(rows), tuple(map(len, rows))
+        return rows
 
 
 @lru_cache(maxsize=1)

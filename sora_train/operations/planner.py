@@ -19,7 +19,7 @@ from sora_train.data.plan import Plan
 from sora_train.operations.trace import Size
 
 # Activations of one block that backward needs, in model widths per token, by model.activation_checkpointing.
-_SAVED_PER_TOKEN = {"none": 34, "block": 1, "selective": 3}
+_SAVED_PER_TOKEN = {"none": 29, "block": 1, "selective": 3}
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,18 @@ def test_other_precisions_stay_within_their_rounding(dtype: torch.dtype, toleran
         assert (ours.double() - theirs).abs().max() < tolerance * theirs.abs().max()
 
 
+def test_a_caption_of_few_tokens_is_differentiated_in_full_precision() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n, 2, 16).bfloat16().requires_grad_() for n in (96, 5, 5))
+    grad = torch.randn(96, 2, 16).bfloat16()
+    packed_attention(q, k, v, (96,), (5,)).backward(grad)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    plain(*exact, (96,), (5,)).backward(grad.double())
+    for one, two in zip((q, k, v), exact, strict=True):
+        error = (one.grad.double() - two.grad).abs()
+        assert float(error.max() / two.grad.abs().max()) < 2**-8  # the result's own rounding, and the output's
+
+
 def test_the_compiler_sees_one_operation_whatever_the_lengths() -> None:
     q = torch.randn(9, 2, 8, requires_grad=True)
     lengths = torch.tensor([4, 4, 1])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from sora_train.batch import Layout
-from sora_train.models.dit import DiT, modulated_norm, timestep_embedding
+from sora_train.cli import InputError
+from sora_train.config import build
+from sora_train.models.dit import DiT, timestep_embedding
 
 GRIDS, TEXTS = ((2, 2, 3), (1, 1, 1), (3, 2, 2), (2, 2, 3)), (4, 1, 6, 2)
 TIMES = (0.3, 0.0, 0.7, 1.0, 0.5)
@@ -118,6 +123,7 @@ def test_selective_checkpointing_runs_attention_once_and_all_else_twice() -> Non
     assert flops["selective"]["aten.addmm"] == flops["block"]["aten.addmm"] > 1.5 * flops["none"]["aten.addmm"]
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")  # it must not look into how a back end is chosen
 def test_a_compiled_block_computes_the_same() -> None:
     """Over three layouts; eager code for the graphs, since what is looked at is what the compiler sees."""
     plain, compiled = make_dit(), make_dit()
@@ -146,10 +152,29 @@ def test_the_timestep_embedding_is_cosines_then_sines_of_1000_t() -> None:
     torch.testing.assert_close(embedded[1], torch.cat((angles.cos(), angles.sin())), rtol=1e-3, atol=1e-3)
 
 
-def test_the_modulated_norm_shifts_and_scales_by_each_tokens_timestep() -> None:
-    x = torch.randn(3, 6)
-    shift, scale = torch.tensor([[0.0] * 6, [2.0] * 6]), torch.tensor([[0.0] * 6, [1.0] * 6])
-    out = modulated_norm(x, shift, scale, torch.tensor([0, 1, 1]), 1e-6)
-    torch.testing.assert_close(out.mean(1), torch.tensor([0.0, 2.0, 2.0]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(out.std(1, correction=0), torch.tensor([1.0, 2.0, 2.0]), atol=1e-3, rtol=0)
-    assert modulated_norm(x.bfloat16(), shift, scale, torch.tensor([0, 1, 1]), 1e-6).dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.mlp_chunk=-1",), "model.mlp_chunk=-1 tokens; must be 0"),
+        (("model.mlp_chunk=512", "model.compile=true"), "set one of them to 0 or false"),
+    ],
+)
+def test_what_an_mlp_cannot_be_chunked_by_is_refused(
+    compose_tree: Callable[..., DictConfig], overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build(compose_tree("experiment=demo", *overrides), need_vae=False)
+
+
+def test_an_mlp_in_chunks_gives_the_same_and_keeps_less() -> None:
+    kept, results = [], []
+    for chunk in (0, 10):  # of 43 tokens, so the last chunk is a smaller one
+        dit, held = make_dit(mlp_chunk=chunk), []
+        with saved_tensors_hooks(lambda x, held=held: held.append(x) or x, lambda x: x):
+            out = dit(*make_inputs())
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in dit.parameters())])
+        kept.append(sum(x.numel() for x in held if x.shape[-1:] == (48,)))  # the MLP's inner width
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+    assert kept[0] >= 2 * 2 * 43 * 48 and kept[1] < kept[0] / 10
