@@ -1,18 +1,20 @@
 """What all logging costs a step, against the same steps without any of it.
 
-    python -m benchmarks.logging_cost [rounds=12] [steps=30] [every=10] [model=demo]
+    python -m benchmarks.logging_cost [rounds=36] [every=10] [model=demo]
 
-Two trainers in one process take the same steps of the same plan in turns, a round of one and then a round of the other.
-With logging: metrics.jsonl, TensorBoard, wandb (offline), Prometheus (a port that is read while it runs), the line on
-the terminal, the meter with loss by noise level and by task, the slowest rank. Without: the task works out its loss
-alone, nothing is counted, read or written. A logged step costs more than the others, so what is compared is the mean
-step of a round, waits for data aside; packs differ from round to round, so each is compared with its counterpart. Time
-is CPU time of the process with all its threads, in which other work on the machine hardly shows; what wandb's own
-process does beside it isn't in it. The demo model is the worst case: its steps are the shortest.
+Two trainers in one process take the same steps of the same plan in turns, one step each: a core's speed changes within
+seconds where other work comes and goes, and two steps on one pack follow each other within a fraction of one. With
+logging: metrics.jsonl, TensorBoard, wandb (offline), Prometheus (a port that is read while it runs), the line on the
+terminal, the meter with loss by noise level and by task, the slowest rank. Without: the task works out its loss alone,
+nothing is counted, read or written. A logged step costs more than the others, so a round is as many pairs of steps as
+lie between two logged ones, and what is compared is its sum, waits for data aside. Time is CPU time of the process with
+all its threads, in which other work on the machine hardly shows; what wandb's own process does beside it isn't in it.
+The demo model is the worst case: its steps are the shortest.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import statistics
@@ -47,7 +49,8 @@ from sora_train.training.zero import connect
 from sora_train.world import World
 
 _SCRAPE_S = 15.0  # Prometheus's usual interval
-_WARM_UP = 2  # rounds that aren't counted: what is encoded once is encoded there
+_WARM_UP = 60  # pairs that aren't counted: what is encoded once is encoded there
+_LONG_S = 300.0  # a step never takes so long
 
 
 class _Bare(FlowTask):
@@ -72,36 +75,55 @@ class _Silent(Meter):
 
 
 class Run:
-    """A trainer that goes on for a round of steps at a time, and how long each took."""
+    """A trainer in a thread of its own that takes one step at a time, when it is told to."""
 
     def __init__(self, config: Config, pool: Pool, device: torch.device, logs: bool) -> None:
         shards = Shards(config)
         shards.index()
-        self.times: list[float] = []
         self.reports: list[float] = []  # seconds in each logged step's report
         self.trainer = trainer = build_trainer(config, World(), device, shards, pool)
         trainer.saves = lambda: False  # type: ignore[method-assign]
         real = trainer.parts.steps_from
-        trainer.parts.steps_from = lambda *where: self._timed(real(*where))
+        trainer.parts.steps_from = lambda *where: self._in_turn(real(*where))
         if logs:
             self._time_reports(trainer)
         else:
             trainer.parts.task.__class__ = _Bare
             trainer.meter.__class__ = _Silent
             trainer.report = lambda: None  # type: ignore[method-assign]
+        self._go, self._ready, self._last = threading.Semaphore(0), threading.Semaphore(0), 0.0
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+        self._wait()
 
-    def round(self, steps: int) -> float:
-        """Mean seconds of the next `steps` steps; one more is taken, whose end nobody waits for."""
-        self.times.clear()
-        self.trainer.config.steps = self.trainer.step + steps + 1
+    def step(self) -> float:
+        """CPU seconds of the next step; comes back when the data of the one after it are there."""
+        self._go.release()
+        self._wait()
+        return self._last
+
+    def close(self) -> None:
+        """Take a last step, and end."""
+        self.trainer.config.steps = self.trainer.step + 1
+        self._go.release()
+        self._thread.join(_LONG_S)
+        self.trainer.close()
+
+    def _wait(self) -> None:
+        if not self._ready.acquire(timeout=_LONG_S):
+            raise RuntimeError("a trainer takes no more steps; why stands above")
+
+    def _loop(self) -> None:
+        torch.set_num_threads(1)  # of each thread its own; what decodes and wandb's own process have the other core
         self.trainer.loop()
-        return statistics.fmean(self.times)
 
-    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _in_turn(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
+            self._ready.release()
+            self._go.acquire()
             start = time.process_time()
             yield batch
-            self.times.append(time.process_time() - start)
+            self._last = time.process_time() - start
 
     def _time_reports(self, trainer: Trainer) -> None:
         real = trainer.report
@@ -131,7 +153,7 @@ def _scraped(port: int, end: threading.Event) -> None:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read()
 
 
-def measure(rounds: int, steps: int, every: int, model: str) -> tuple[list[float], list[float], list[float]]:
+def measure(rounds: int, every: int, model: str) -> tuple[list[float], list[float], list[float]]:
     """Mean step of each round with logging, without, and seconds of each report."""
     with tempfile.TemporaryDirectory() as name, Pool(1) as pool, socket.socket() as probe:
         folder = Path(name)
@@ -145,45 +167,52 @@ def measure(rounds: int, steps: int, every: int, model: str) -> tuple[list[float
         (folder / "vae").mkdir()
         save_file(build_vae(everything.vae).state_dict(), folder / "vae/vae.safetensors")
         device = connect(World())
-        torch.set_num_threads(1)  # what decodes and wandb's own process have the other core
         runs = [Run(everything, pool, device, logs=True), Run(nothing, pool, device, logs=False)]
         end = threading.Event()
         reader = threading.Thread(target=_scraped, args=(port, end))
         reader.start()
-        for _ in range(_WARM_UP):
+        for _ in range(_WARM_UP // every * every):
             for run in runs:
-                run.round(steps)
+                run.step()
         runs[0].reports.clear()
-        times: dict[int, list[float]] = {0: [], 1: []}
-        for number in range(rounds):
-            for which in (0, 1) if number % 2 else (1, 0):  # neither always comes second
-                times[which].append(runs[which].round(steps))
+        means: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            times: tuple[list[float], list[float]] = ([], [])
+            for number in range(every):
+                for which in (0, 1) if number % 2 else (1, 0):  # neither always comes second
+                    times[which].append(runs[which].step())
+            for which in (0, 1):
+                means[which].append(statistics.fmean(times[which]))
         end.set()
         reader.join()
         for run in runs:
-            run.trainer.close()
+            run.close()
         written = {path.name for path in (folder / "with").iterdir()}
         assert {"metrics.jsonl", "tensorboard", "wandb"} <= written, written  # nothing was left out with a warning
-    return times[0], times[1], runs[0].reports
+    return means[0], means[1], runs[0].reports
 
 
 def main() -> None:
     """Measure, and write the table."""
     given = dict(a.split("=") for a in sys.argv[1:])
-    rounds, steps, every = (int(given.get(key, value)) for key, value in (("rounds", 12), ("steps", 30), ("every", 10)))
+    rounds, every = (int(given.get(key, value)) for key, value in (("rounds", 36), ("every", 10)))
     model = given.get("model", "demo")
     os.environ["WANDB_MODE"] = "offline"
-    on, off, reports = measure(rounds, steps, every, model)
+    on, off, reports = measure(rounds, every, model)
     rows = []
     for name, values in {"with all logging": on, "without": off, "report of a logged step": reports}.items():
         low, middle, high = statistics.quantiles(values, n=4)
         rows.append((name, f"{1e3 * middle:.1f} ms", f"{1e3 * low:.1f} to {1e3 * high:.1f}"))
-    low, middle, high = statistics.quantiles([a / b - 1 for a, b in zip(on, off, strict=True)], n=4)
+    costs = [a / b - 1 for a, b in zip(on, off, strict=True)]
+    low, middle, high = statistics.quantiles(costs, n=4)
     rows.append(("**cost of all logging**", f"**{middle:+.2%}**", f"{low:+.2%} to {high:+.2%}"))
+    mean, error = statistics.fmean(costs), statistics.stdev(costs) / math.sqrt(rounds)
+    within = f"{mean - 2 * error:+.2%} to {mean + 2 * error:+.2%}"
+    rows.append(("its mean, two standard errors", f"{mean:+.2%}", within))
     write(
         "Step time with all logging against none",
-        f"{model} model, one rank and thread, {rounds} rounds of {steps} steps each in turns, logged every {every} "
-        "steps; CPU time: medians of the rounds' mean steps, and of the ratios of a round to its counterpart.",
+        f"{model} model, one rank and thread, {rounds} rounds of {every} steps each, step by step in turns, one of a "
+        "round logged; CPU time: medians of the rounds' mean steps, and of the ratios of a round to its counterpart.",
         ("", "median", "middle half"),
         rows,
     )

@@ -23,8 +23,10 @@ Grid = tuple[int, int, int]  # tokens in time, height, width
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, without waiting for what the device is doing: that takes page-locked memory."""
-    return (x.pin_memory() if device.type == "cuda" and not x.is_pinned() else x).to(device, non_blocking=True)
+    """A tensor on `device`, without waiting for what the device is doing: on the host that takes page-locked memory."""
+    on_host = x.device.type == "cpu"
+    locked = x.pin_memory() if on_host and device.type == "cuda" and not x.is_pinned() else x
+    return locked.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from sora_train.operations.forecast import Forecast, forecast, show
 from sora_train.operations.hardware import hardware
 from sora_train.operations.planner import degrees, estimate, heaviest_pass, meta_network
 from sora_train.operations.rehearsal import rehearse
+from sora_train.operations.this_cpu import measure_cpu
 from sora_train.operations.timing import DEVICE_HOURS_PER_FAILURE
 
 
@@ -88,7 +89,7 @@ def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
         network = meta_network(untrained_model, config)
     else:
         network = meta_network(build_vae, config.vae)
-    device = hardware(options.hardware)
+    device = measure_cpu() if options.hardware == "cpu" else hardware(options.hardware)
     if options.price is not None:
         device = replace(device, dollars_per_hour=options.price)
     figures = estimate(config, network, data, options.world_size)

@@ -116,7 +116,7 @@ class FlowTask:
             table += distinct
             clip_of += [len(grids)] * len(distinct)
             grids.append(grid)
-        text, texts = self._text(pack.clips)
+        text, texts = self._text(pack.clips, device)
         return LatentPack(
             Layout(tuple(grids), texts),
             torch.cat(xs),
@@ -125,7 +125,7 @@ class FlowTask:
             send(torch.tensor(table), device),
             torch.cat(t_of),
             torch.cat(levels),
-            text.to(device, non_blocking=True),
+            text,
             send(torch.tensor(clip_of), device),
         )
 
@@ -165,27 +165,29 @@ class FlowTask:
             self._cache[key] = latents_CTHW
         return self._cache[key]
 
-    def _text(self, clips: Sequence[Clip]) -> tuple[Tensor, tuple[int, ...]]:
-        """What the network reads of all captions, end to end, and the length of each."""
+    def _text(self, clips: Sequence[Clip], device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
+        """What the network reads of all captions, end to end on the device, and the length of each."""
         if all(clip.text_LE is None for clip in clips):
-            return self.tokenize(["" if self._is_dropped(clip) else clip.caption for clip in clips])
+            text, lengths = self.tokenize(["" if self._is_dropped(clip) else clip.caption for clip in clips])
+            return send(text, device), lengths
         rows = []
         for clip in clips:
             caption = "" if self._is_dropped(clip) else clip.caption
             ready = None if clip.text_LE is None else clip.text_LE[int(self._is_dropped(clip))]
             rows.append(self.tokenize([caption])[0] if ready is None else ready)
-        return torch.cat([row.to(rows[0].device) for row in rows]), tuple(map(len, rows))
+        return torch.cat([send(row, device) for row in rows]), tuple(map(len, rows))
 
     def _is_dropped(self, clip: Clip) -> bool:
         return bool(uniform(clip.visit.seed, DROP_CAPTION) < self.config.caption_dropout)
 
     def _nothing(self, device: torch.device) -> LatentPack:
-        text, texts = self.tokenize([""])
+        tokens, texts = self.tokenize([""])
+        text = send(tokens, device)
         blank_NP = torch.zeros(1, self.channels * self.geometry.patch**2, device=device)
         zero_N = torch.zeros(1, device=device)
         place_N = torch.zeros(1, dtype=torch.long, device=device)
         return LatentPack(
-            Layout(((1, 1, 1),), texts), blank_NP, blank_NP, zero_N, zero_N, place_N, zero_N, text.to(device), place_N
+            Layout(((1, 1, 1),), texts), blank_NP, blank_NP, zero_N, zero_N, place_N, zero_N, text, place_N
         )
 
 

@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from sora_train.batch import Pack
+from sora_train.batch import Pack, send
 from sora_train.config import VaeConfig
 from sora_train.cost import Geometry
 from sora_train.models.perceptual import Perceptual
@@ -79,4 +79,4 @@ class AutoencodingTask:
             width // stride,
         )
         draws = [torch.randn(shape, generator=torch.Generator().manual_seed(stream(seed, POSTERIOR))) for seed in seeds]
-        return torch.stack(draws).to(device, non_blocking=True)
+        return send(torch.stack(draws), device)

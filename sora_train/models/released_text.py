@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, T5EncoderModel, UMT5EncoderModel
 
+from sora_train.batch import send
 from sora_train.cli import InputError
 from sora_train.released import folder_of
 
@@ -41,7 +42,7 @@ class ReleasedText:
             return_tensors="pt",
         )  # fmt: skip
         lengths = batch.attention_mask.sum(1).tolist()
-        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        ids, mask = send(batch.input_ids, self.device), send(batch.attention_mask, self.device)
         embedded_BLE = encoder(ids, attention_mask=mask).last_hidden_state
         rows = [row[:length] for row, length in zip(embedded_BLE, lengths, strict=True)]
         if self.pad_to:

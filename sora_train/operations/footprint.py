@@ -19,6 +19,7 @@ from sora_train.operations.trace import Trace
 _BUCKET = 500_000_000  # elements, DeepSpeed's default
 _LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered, DeepSpeed's default
 _PREFETCH = 50_000_000  # elements that ZeRO-3 gathers at once, DeepSpeed's default
+_REUSE = 1_000_000_000  # elements between two uses of a weight up to which ZeRO-3 keeps it, DeepSpeed's default
 PERSISTENT = 100_000  # elements of a parameter up to which ZeRO-3 leaves it gathered, DeepSpeed's default
 
 
@@ -66,7 +67,7 @@ class _Sizes:
         return self.own + (self.master if self.each == 2 else 0)
 
     def scratch(self, gathered: int) -> int:
-        """What the library that gathers `gathered` bytes takes beside them, for as long as its result is looked at."""
+        """What the library that gathers `gathered` bytes takes beside them while it does."""
         return gathered + gathered // self.ranks if self.gloo else 0
 
     @property
@@ -135,6 +136,11 @@ def memory(
     )  # fmt: skip
 
 
+def kept_gathered(zero: dict[str, Any], weights: int) -> bool:
+    """Whether ZeRO-3 keeps `weights` elements from the forward to the backward pass once they are gathered."""
+    return 2 * weights <= int(zero.get("stage3_max_reuse_distance", _REUSE))
+
+
 def _sent(sizes: _Sizes, zero: dict[str, Any]) -> tuple[int, int]:
     """Bytes of the buffer that gradients are gathered in, and of those that are sent together."""
     bucket = int(zero.get("reduce_bucket_size", _BUCKET)) * sizes.each
@@ -171,14 +177,20 @@ def _partitioned_gradients(s: _Sizes, zero: dict[str, Any]) -> tuple[int, int, i
 def _partitioned_weights(s: _Sizes, zero: dict[str, Any], weights: int) -> tuple[int, int, int]:
     """ZeRO-3: the buffer and this rank's gradients stay; weights once gathered stay until they are used no more.
 
-    Small ones stay for ever. The others come together in one buffer, which lives until the last of them is used, and
-    are copied out of it.
+    Small ones stay for ever. The others come together in buffers, of which the last lives until its last weight is
+    used, and are copied out of them. Where they are kept from forward to backward, the last ones arrive before the
+    activations of what uses them are there.
     """
     buffer, sent = _sent(s, zero | {"overlap_comm": False})  # it has one buffer, even where it overlaps
     gathered = min(int(zero.get("stage3_max_live_parameters", _LIVE)), weights) * s.each
     limit = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))
     small = sum(moment.elements for moment in s.trace.made if moment.elements <= limit) * s.each
-    arriving = min(int(zero.get("stage3_prefetch_bucket_size", _PREFETCH)) * s.each, max(0, gathered - small))
-    arriving += s.scratch(arriving)
-    backward = max(gathered + arriving + s.activations, gathered + s.sending(sent, waits=False, keeps=False))
+    large = max(0, gathered - small)
+    arriving = min(int(zero.get("stage3_prefetch_bucket_size", _PREFETCH)) * s.each, large)
+    there = s.activations * (1 - arriving / max(1, large)) if kept_gathered(zero, weights) else s.activations
+    backward = max(
+        gathered + arriving + s.activations,
+        gathered + arriving + s.scratch(arriving) + int(there),
+        gathered + s.sending(sent, waits=False, keeps=False),
+    )
     return buffer + gathered, s.own + buffer + backward, s.own + buffer + small + s.cast

@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 
 from sora_train.config import Config, Precision
-from sora_train.operations.footprint import PERSISTENT
+from sora_train.operations.footprint import PERSISTENT, kept_gathered
 from sora_train.operations.hardware import Hardware
 from sora_train.operations.trace import Trace
 
 # Adam reads and writes an fp32 element's master and two moments and reads its gradient; an average is read and written.
 _ADAM_BYTES, _AVERAGE_BYTES = 28, 12
 _HOOK_S = 1e-4  # of Python, each time that ZeRO-3 looks after a module: before and after it, forwards and backwards
-_REUSE = 1_000_000_000  # elements between two uses of a weight up to which ZeRO-3 keeps it, DeepSpeed's default
 # 419 unexpected stops in 54 days on 16,384 GPUs (Llama 3, arXiv 2407.21783, section 3.3.4).
 DEVICE_HOURS_PER_FAILURE = 54 * 24 * 16384 / 419
 _STAGING = 8e9  # byte/s from device to host memory, which is all that training waits for
@@ -96,7 +95,7 @@ def _travelling(config: Config, parameters: int, frozen: int, passes: int, stage
     if stage < 3:  # ZeRO-1 and 2 all-reduce a bucket although each rank keeps its part of it, then gather new weights
         return 2 * parameters * (passes if stage == 2 else 1), parameters
     zero = config.deepspeed.get("zero_optimization", {})
-    kept = 2 * (parameters + frozen) <= int(zero.get("stage3_max_reuse_distance", _REUSE))  # from forward to backward
+    kept = kept_gathered(zero, parameters + frozen)
     return parameters * passes, (parameters + frozen) * passes * (1 if kept else 2)
 
 

@@ -44,9 +44,9 @@ class Like:
 
 @dataclass(frozen=True)
 class Call:
-    """How an operation that computes was called, so that it can be tried: its arguments flat, tensors by their shape.
+    """How an operation was called, so that it can be tried: its arguments flat, tensors by their shape.
 
-    Tensors that are real in a trace (lengths) are the tuple of their values.
+    Lengths, which are real in a trace, are the tuple of their values.
     """
 
     function: Any
@@ -144,7 +144,7 @@ def _operation(func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor
         with _disable_current_modes():  # attention's formula reads the lengths of its groups
             flops = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
     kind = next((kind for part, kind in _SEPARATE.items() if part in name), "memory") if flops else "memory"
-    call = _call(func, args, kwargs) if flops else None
+    call = _call(func, args, kwargs)
     return Operation(kind, flops, moved, bool(inputs) and inputs[0].dtype == torch.float32, call)
 
 
@@ -152,9 +152,11 @@ def _call(func: Any, args: Any, kwargs: Any) -> Call:
     leaves, spec = tree_flatten((args, kwargs))
 
     def plain(leaf: Any) -> Any:
-        if isinstance(leaf, FakeTensor):
-            return Like(tuple(leaf.shape), leaf.stride(), leaf.dtype)
-        return tuple(leaf.tolist()) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if not isinstance(leaf, FakeTensor) and leaf.dim() == 1 and leaf.dtype == torch.int64:
+            return tuple(leaf.tolist())
+        return Like(tuple(leaf.shape), leaf.stride(), leaf.dtype)
 
     with _disable_current_modes():
         return Call(func, tuple(map(plain, leaves)), spec)
@@ -198,9 +200,9 @@ def _fresh_caches() -> Iterator[None]:
     """Keep tensors that the models remember (positions, rotations) apart: those with memory and those without."""
 
     def clear() -> None:
-        for name, module in list(sys.modules.items()):
+        for name, module in sys.modules.copy().items():  # a finalizer that runs meanwhile may import
             if name.startswith(("sora_train.models.", "sora_train.flow.")):
-                for value in vars(module).values():
+                for value in vars(module).copy().values():
                     if hasattr(value, "cache_clear"):
                         value.cache_clear()
 

@@ -5,23 +5,29 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_train.cli import InputError
 from sora_train.config import Config, Precision, build
 from sora_train.cost import geometry, training_cost
 from sora_train.generation import build_video_model, untrained_model
 from sora_train.methods import untrained
+from sora_train.operations import this_cpu
 from sora_train.operations.footprint import memory
 from sora_train.operations.forecast import Forecast, StageForecast, forecast, suggestion
 from sora_train.operations.hardware import GPUS, hardware
 from sora_train.operations.planner import degrees, estimate, heaviest_pass, meta_network
+from sora_train.operations.this_cpu import ThisCpu, measure_cpu
 from sora_train.operations.timing import save_advice, step_time
-from sora_train.operations.trace import Made, Operation, Trace, trace
+from sora_train.operations.trace import Call, Made, Operation, Trace, trace
 from sora_train.plan import take
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +103,11 @@ def test_masters_and_what_gloo_takes(config: Config) -> None:
     config.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     one, three = (memory(config, 1000, PASS, 8, 1, stage, gloo=True) for stage in (1, 3))
     assert one.update == 4000 + 500 > memory(config, 1000, PASS, 8, 1, 1).update == 500 + 500
-    assert three.backward == memory(config, 1000, PASS, 8, 1, 3).backward + 4000 + 500
+    # all weights arrive at once, before the 1,000 bytes of activations; dropped after forward, they come back to them
+    without = memory(config, 1000, PASS, 8, 1, 3).backward
+    assert three.backward == without - 1000 + 4000 + 500
+    config.deepspeed["zero_optimization"]["stage3_max_reuse_distance"] = 1999
+    assert memory(config, 1000, PASS, 8, 1, 3, gloo=True).backward == without + 4000 + 500
 
 
 def test_the_reduction_bucket_counts(config: Config) -> None:
@@ -135,6 +145,68 @@ def test_a_step_takes_the_longer_of_arithmetic_and_traffic(config: Config) -> No
     assert step_time(config, 10**9, PASS, 8, 2, 3, h, 8).communication == pytest.approx(6 * 2e9 * 7 / 8 / h.link)
     small = step_time(config, 10**8, PASS, 8, 2, 3, h, 8).communication
     assert small == pytest.approx(4 * 2e8 * 7 / 8 / h.link)  # weights are kept from forward to backward
+
+
+def _core(**known: Any) -> ThisCpu:
+    rates = dict.fromkeys(("matmul", "attention", "convolution"), 1e9)
+    return ThisCpu("core", 1.0, 1e9, rates, {}, 1e9, 0.5, 1e9, 1e9, 0.0, **known)
+
+
+def test_a_core_replays_a_pass_in_its_order(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is large is tried alone, what takes too long is taken at the rates, and each operation has its overhead."""
+    config.precision = Precision.fp32
+    traced = trace(config, [(9, 48, 48)] * 2, untrained)
+    largest = max(traced.operations, key=lambda operation: operation.bytes)
+    tried: list[list[Call]] = []
+
+    def replayed(calls: Sequence[Call]) -> float:
+        tried.append(list(calls))
+        return 7.0
+
+    monkeypatch.setattr(this_cpu, "_replayed", replayed)
+    monkeypatch.setattr(this_cpu, "_LARGE_BYTES", largest.bytes - 1)
+    small = [o.call for o in traced.operations if o.bytes < largest.bytes]
+    large = [o for o in traced.operations if o.bytes == largest.bytes]
+    core = _core()
+    alone = sum(7.0 if o.flops else o.bytes / 1e9 for o in large)
+    assert core.seconds(traced.operations) == pytest.approx(7.0 + alone + 0.5 * len(traced.operations))
+    assert tried[0] == small and len(tried) == 1 + len({o.call for o in large if o.flops})
+    core.seconds(traced.operations)
+    assert len(tried) == 1 + len({o.call for o in large if o.flops}), "remembered"
+    monkeypatch.setattr(this_cpu, "_TRIED_FLOPS", 10)
+    slow = Operation("matmul", 2 * 10**10, 8, True, traced.operations[0].call)
+    assert core.seconds((slow,)) == pytest.approx(7.0 + 20.0 + 0.5)  # nothing is left to replay
+
+
+def test_every_operation_of_a_pass_can_be_replayed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On made-up numbers, each once in a round, with the lengths of attention's groups; in place what is in place."""
+    config.precision = Precision.fp32
+    config.model.depth = 1
+    traced = trace(config, [(9, 48, 48), (1, 48, 48)], untrained)
+    count: Counter[Any] = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            count[func] += 1
+            return func(*args, **(kwargs or {}))
+
+    def once(act: Callable[[], object], **_: Any) -> float:
+        with Watch():
+            act()
+        return 3.0
+
+    monkeypatch.setattr(this_cpu, "_cpu_seconds", once)
+    core = _core()
+    assert core.seconds(traced.operations) == 3.0 + 0.5 * len(traced.operations)
+    expected = Counter(operation.call.function for operation in traced.operations if operation.call is not None)
+    assert expected[torch.ops.aten.mm.default] > 20 and expected[torch.ops.aten.gelu.default] > 0
+    assert {function: count[function] for function in expected} == expected
+
+
+def test_a_core_is_measured() -> None:
+    core = measure_cpu()
+    assert core.gloo is not None and 0 <= core.overhead_s < 1e-3
+    assert core.rates["matmul"] > 1e9 and core.bandwidth > 1e8
 
 
 def test_saves_follow_young_and_daly() -> None:
