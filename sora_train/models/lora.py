@@ -38,7 +38,7 @@ def add_adapters(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
         from peft import LoraConfig as PeftConfig  # takes seconds to import
         from peft import inject_adapter_in_model
     except ImportError as error:
-        raise InputError(f"model.lora needs peft ({error}); pip install 'sora_train[models]'") from error
+        raise InputError(f"model.lora needs peft ({error}); pip install -e '.[models]'") from error
     network.requires_grad_(False)
     names = targeted(dit, lora.targets)
     inject_adapter_in_model(PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names), dit)

@@ -33,7 +33,7 @@ def plot(records: Sequence[Record], figures: Sequence[str], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("png=... needs matplotlib (pip install 'sora_train[dash]'); html=... needs nothing") from error
+        raise InputError("png=... needs matplotlib (pip install -e '.[dash]'); html=... needs nothing") from error
     names = [n for n in figures if any(len(r.curves.get(n, [])) > 1 for r in records)]
     if not names:
         raise InputError(f"no run has a curve of {', '.join(figures)}; there is nothing to draw")

@@ -28,6 +28,10 @@ COMPARED = (1, 4, 8, 12, 16)  # places in WIDTHS: the last convolution before ea
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
+    return random_vgg()
+
+
+def random_vgg() -> dict[str, Tensor]:
     """VGG16's tensors by torchvision's names, its classifier's first bias, and heads by lpips's names."""
     torch.manual_seed(0)
     found, place, inputs = {}, 0, 3

@@ -31,8 +31,11 @@ WORDS = ["<pad>", "</s>", "<unk>", "a", "block", "of", "light", "number"]
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("wan"))
+
+
+def write_pipeline(folder: Path) -> Path:
     """A folder like a released Wan pipeline, everything in it tiny and random."""
-    folder = tmp_path_factory.mktemp("wan")
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],

@@ -1,4 +1,4 @@
-"""How the tests here have real runs made."""
+"""How the tests here have real runs made, and a checkout in which the quickstart's commands were given."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.checkout import Checkout
+from tests.documented import as_run, sessions
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,3 +32,11 @@ def runs(tmp_path: Path, corpus: list[str]) -> Callable[[str], Any]:
         return json.loads(done.stdout.splitlines()[-1])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkout, dict[str, str]]:
+    """A checkout after the commands of docs/quickstart.md, and what each of them printed."""
+    checkout = Checkout(tmp_path_factory.mktemp("quickstart") / "sora_train")
+    (commands,) = [given for given in sessions(ROOT / "docs/quickstart.md") if "./launch/setup.sh" in given]
+    return checkout, {command: checkout.give(as_run(command)) for command in commands}
