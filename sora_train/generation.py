@@ -159,9 +159,12 @@ class Sampler:
 
     def videos(self, requests: Sequence[Request]) -> list[np.ndarray]:
         """frames_THWC uint8 of each request, sampled together as one pack."""
+        return [self._decode(x, request) for x, request in zip(self.latents(requests), requests, strict=True)]
+
+    def latents(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Normalised latents `(C, T, H, W)` of each request, sampled together as one pack."""
         patch, channels = self.config.model.patch, self.config.vae.channels
-        latents = generate(self.network, requests, self.config.flow, channels, patch, self.tokenize, self.device)
-        return [self._decode(x, request) for x, request in zip(latents, requests, strict=True)]
+        return generate(self.network, requests, self.config.flow, channels, patch, self.tokenize, self.device)
 
     def _decode(self, latents_CTHW: Tensor, request: Request) -> np.ndarray:
         """A clip's frames. A given end is decoded as it was encoded: after a frame of its own, not after a made one."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from sora_train import sample
 from sora_train.cli import InputError
 from sora_train.config import VAE_USE, Config, TileConfig, VaeConfig, build, to_yaml
-from sora_train.flow.sampling import Request
+from sora_train.flow.sampling import Request, noise_of
 from sora_train.generation import FrozenVae, Sampler, build_vae, build_video_model, save_sample
 from sora_train.media import read_mp4, write_mp4
 from sora_train.pieces import in_pieces
@@ -45,36 +45,75 @@ def config(compose_tree: Callable[..., DictConfig], tmp_path: Path) -> Config:
     return build(compose_tree("experiment=demo", *small, *here))
 
 
+MADE = 0.25  # marks latents that the model made; what is encoded from pixels is whole
+
+
 class Recorder:
-    """A sampler whose latents are pixels, whose videos count on from what is given, and that keeps its requests."""
+    """A sampler whose latents are the numbers of their last frames, whose clips count on from what is given, and that
+    keeps its requests and how many latents were decoded together."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.vae: Any = SimpleNamespace(encode=self.encode)
+        self.decoded: list[int] = []
+        self.vae: Any = SimpleNamespace(encode=self.encode, decode=self.decode)
 
     def encode(self, video_BCTHW: Tensor) -> Tensor:
         return video_BCTHW[:, :, ::2].float()
 
-    def videos(self, requests: list[Request]) -> list[np.ndarray]:
+    def decode(self, latents_CTHW: Tensor) -> np.ndarray:
+        self.decoded.append(latents_CTHW.shape[1])
+        last = latents_CTHW[0, :, 0, 0].int()
+        frames = torch.stack((last - 1, last), dim=1).flatten()[1:].numpy()
+        return np.broadcast_to(frames.astype(np.uint8)[:, None, None, None], (len(frames), 16, 16, 3)).copy()
+
+    def latents(self, requests: list[Request]) -> list[Tensor]:
         (request,) = requests
         self.requests.append(request)
-        last = int(request.given[0][1][0, -1, 0, 0]) if request.given and request.given[0][0] == 0 else -1
-        shown = 2 * (request.given[0][1].shape[1] - 1) if last >= 0 else -1
-        numbers = (last - shown + np.arange(9)) if last >= 0 else np.arange(9)
-        return [np.broadcast_to(numbers.astype(np.uint8)[:, None, None, None], (9, 16, 16, 3)).copy()]
+        known = [latents for first, latents in request.given if first == 0]
+        known += [] if request.held is None else [request.held.latents_CTHW]
+        first = int(known[0][0, 0, 0, 0]) if known else 0
+        return [(first + 2 * torch.arange(5) + MADE).view(1, 5, 1, 1).expand(3, 5, 16, 16)]
 
 
 def numbers(pieces: Any) -> list[int]:
     return [int(frame[0, 0, 0]) for piece in pieces for frame in piece]
 
 
-def test_a_long_video_goes_on_from_the_overlap(config: Config) -> None:
+def test_a_long_video_is_held_to_the_latents_and_the_noise_of_the_overlap(config: Config) -> None:
     sampler: Any = Recorder()
-    made = in_pieces(config, sampler, Prompt(read_shots("x")), SIZE, 26, 5, overlap=2, loop=False)
+    made = list(in_pieces(config, sampler, Prompt(read_shots("x")), SIZE, 26, 5, overlap=2, loop=False))
     assert numbers(made) == list(range(26))
-    assert [len(r.given) for r in sampler.requests] == [0, 1, 1, 1]
-    assert [r.given[0][1][0, :, 0, 0].tolist() for r in sampler.requests[1:]] == [[6, 8], [12, 14], [18, 20]]
-    assert len({r.seed for r in sampler.requests}) == 4 and sampler.requests[0].seed == 5
+    assert [len(piece) for piece in made] == [7, 6, 6, 7], "what the next piece makes anew isn't shown, but at the end"
+    first, *others = sampler.requests
+    assert first.held is None and not any(r.given for r in sampler.requests)
+    held = [r.held.latents_CTHW[0, :, 0, 0].tolist() for r in others]
+    assert held == [[6, 8 + MADE], [12, 14 + MADE], [18, 20 + MADE]], "only a clip's first latent is encoded anew"
+    noises = [noise_of(r, config.vae.channels, config.model.patch) for r in sampler.requests]
+    for request, before, noise in zip(others, noises, noises[1:], strict=False):
+        assert torch.equal(request.held.noise_CTHW, before[:, 3:]) and torch.equal(noise[:, :2], before[:, 3:])
+        assert not torch.equal(noise[:, 2:], before[:, :3])
+    assert sampler.decoded == [4, 4 + 3, 5 + 3, 5 + 4], "new ones after those before them, at most a piece of those"
+    assert len({r.seed for r in sampler.requests}) == 4 and first.seed == 5
+
+
+def test_a_seam_is_decoded_like_any_other_place(config: Config) -> None:
+    """The frames of all pieces are those of their latents decoded at once, whatever a network makes."""
+    vae = FrozenVae(config.vae, torch.device("cpu"))
+    drawn: list[Tensor] = []
+
+    class Drawn(Sampler):
+        def latents(self, requests: Any) -> list[Tensor]:
+            drawn.append(torch.randn(4, 9, 4, 4, generator=torch.Generator().manual_seed(len(drawn))))
+            return drawn[-1:]
+
+    sampler = Drawn(config, build_video_model(config), vae, torch.device("cpu"))
+    pieces = in_pieces(config, sampler, Prompt(read_shots("x")), (17, 16, 16), 45, 0, overlap=2, loop=False)
+    made = np.concatenate(list(pieces))
+    at_once = vae.decode(torch.cat((drawn[0][:, :8], drawn[1][:, 1:8], drawn[2][:, 1:]), dim=1))
+    assert made.shape == (45, 16, 16, 3)
+    assert np.abs(made.astype(int) - at_once[:45]).max() <= 1
+    alone = vae.decode(drawn[1])[1:15]
+    assert np.abs(alone.astype(int) - at_once[15:29])[0].max() > 1, "what stands before does show"
 
 
 def test_a_long_video_goes_on_from_what_is_given_and_does_not_repeat_it(config: Config) -> None:
@@ -84,13 +123,26 @@ def test_a_long_video_goes_on_from_what_is_given_and_does_not_repeat_it(config: 
     assert numbers(in_pieces(config, sampler, prompt, SIZE, 10, 5, overlap=1, loop=False)) == list(range(7, 17))
 
 
-def test_a_loop_leads_back_to_its_first_frame(config: Config) -> None:
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_a_loop_leads_back_to_its_first_frame(config: Config, overlap: int) -> None:
     sampler: Any = Recorder()
-    made = numbers(in_pieces(config, sampler, Prompt(read_shots("x")), SIZE, 20, 5, overlap=1, loop=True))
+    made = numbers(in_pieces(config, sampler, Prompt(read_shots("x")), SIZE, 20, 5, overlap=overlap, loop=True))
     closing = sampler.requests[-1]
-    assert [first for first, _ in closing.given] == [0, 4]
-    assert closing.given[0][1][0, :, 0, 0].tolist() == [16] and closing.given[1][1][0, :, 0, 0].tolist() == [2]
-    assert made == [*range(17), *range(17, 22)], "five new frames, and the one after them is the first again"
+    shown, last = {1: (17, 5), 2: (19, 3)}[overlap]
+    assert closing.held.latents_CTHW[0, :, 0, 0].tolist() == [shown - 1, shown + 1 + MADE][:overlap]
+    ((first, end),) = closing.given
+    assert (first, end[0, :, 0, 0].tolist()) == (5 - overlap, [2, 4][:overlap])
+    assert made == [*range(shown + last)], "some new frames, and the one after them is the first again"
+
+
+def test_a_loop_of_what_was_given_leads_back_to_the_first_new_frame(config: Config) -> None:
+    """Its first piece shows four frames, too few for an end of two latent frames: one is given, and one more made."""
+    given = np.broadcast_to(np.arange(7, dtype=np.uint8)[:, None, None, None], (7, 16, 16, 3))
+    sampler: Any = Recorder()
+    prompt = Prompt(read_shots("x"), before=given)
+    assert numbers(in_pieces(config, sampler, prompt, SIZE, 10, 5, overlap=2, loop=True)) == list(range(7, 7 + 10 + 5))
+    ((end, latents),) = sampler.requests[-1].given
+    assert (end, latents[0, :, 0, 0].tolist()) == (4, [9])
 
 
 def test_an_overlap_without_room_is_refused(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -51,6 +52,21 @@ def seam_jumps(every: np.ndarray, seams: Sequence[int]) -> tuple[float, float]:
     if not at_seam.any() or at_seam.all():
         return float("nan"), float("nan")
     return tuple(_ratio(f(every[at_seam]), f(every[~at_seam])) for f in (np.median, np.max))  # type: ignore[return-value]
+
+
+def worst_place(every: np.ndarray, seams: Sequence[int]) -> float:
+    """The largest change at any one place of a piece against all other places: the ratio of the medians.
+
+    Places are counted from each seam to the next. A jump that was moved away from the seams shows here. NaN where
+    pieces have one place alone.
+    """
+    pieces = [every[first - 1 : then - 1] for first, then in pairwise(seams)]
+    count = min(map(len, pieces), default=0)
+    if count < 2:
+        return float("nan")
+    at = np.array([piece[:count] for piece in pieces])
+    place = int(np.median(at, axis=0).argmax())
+    return _ratio(np.median(at[:, place]), np.median(np.delete(at, place, axis=1)))
 
 
 def _ratio(a: float, b: float) -> float:

@@ -1,7 +1,8 @@
 """From noise to latents: the flow's ODE from t = 1 to t = 0, with classifier-free guidance (Ho and Salimans 2022).
 
 Any latent frames may be given, and stay as they are; a clip may begin from a partly noised one instead of from noise
-(Meng et al. 2022, SDEdit, arXiv 2108.01073); each shot of a clip may have its own caption.
+(Meng et al. 2022, SDEdit, arXiv 2108.01073); each shot of a clip may have its own caption. A clip that goes on from
+another may be held to it over the frames that both have, until they are let go one after the other.
 """
 
 from __future__ import annotations
@@ -23,13 +24,22 @@ from sora_train.flow.solvers import SOLVE
 
 
 @dataclass(frozen=True)
+class Held:
+    """Latents `(C, T, H, W)` that a clip begins with and goes away from, and the noise that they were made from."""
+
+    latents_CTHW: Tensor
+    noise_CTHW: Tensor
+
+
+@dataclass(frozen=True)
 class Request:
     """One clip to generate.
 
     `given`: latents `(C, T, H, W)` that are kept as they are, each with the latent frame it begins at. `start_CTHW`:
     latents of a whole clip that is noised up to t = `strength` and generated anew from there. `shots`: latent frames
     and caption of each shot, in the caption's place. `lead_CTHW`: the latent frame that a given end was encoded after,
-    for whoever decodes it.
+    for whoever decodes it. `held`: what the clip is held to at its beginning, the first frame to the end, each later
+    one for less of the way; unlike given frames these are noised like all others, so no model has to learn them.
     """
 
     caption: str
@@ -40,6 +50,7 @@ class Request:
     strength: float = 1.0
     shots: tuple[tuple[int, str], ...] = ()
     lead_CTHW: Tensor | None = None
+    held: Held | None = None
 
 
 @torch.no_grad()
@@ -60,11 +71,14 @@ def generate(
     x_NP = torch.cat([_start(request, channels, patch) for request in requests]).to(device)
     given_N1 = torch.cat([_given_mask(request) for request in requests]).unsqueeze(1).to(device)
     known_NP = torch.cat([_known(request, channels, patch) for request in requests]).to(device)
+    release_N1 = torch.cat([_release(request, config) for request in requests]).unsqueeze(1).to(device)
     guided = _Guided(network, requests, tokenize, given_N1.squeeze(1), config, device)
     times = [torch.tensor(row, device=device)[clip_of_N].unsqueeze(1) for row in _times(requests, config)]
 
     def field(x_NP: Tensor, t_N1: Tensor) -> Tensor:
-        return guided.velocity(x_NP, t_N1.squeeze(1)).masked_fill(given_N1, 0.0)
+        back_NP = (x_NP - known_NP) / t_N1  # the velocity that ends in what is known
+        free_NP = guided.velocity(x_NP, t_N1.squeeze(1))
+        return torch.where(t_N1 > release_N1, back_NP, free_NP).masked_fill(given_N1, 0.0)
 
     x_NP = torch.where(given_N1, known_NP, x_NP)
     x_NP = SOLVE[config.solver](field, x_NP, times)
@@ -150,22 +164,27 @@ def _check(request: Request, channels: int, patch: int) -> None:
     """Raises ValueError for latents that don't fit the grid, and for shots that don't fill it."""
     frames, height, width = request.grid
     shape = (channels, height * patch, width * patch)
-    for first, latents in (*request.given, *(((0, request.start_CTHW),) if request.start_CTHW is not None else ())):
+    start = [] if request.start_CTHW is None else [(0, request.start_CTHW)]
+    for first, latents in (*request.given, *_beginning(request), *start):
         if (*latents.shape[:1], *latents.shape[2:]) != shape or not 0 <= first <= frames - latents.shape[1]:
             raise ValueError(f"latents {tuple(latents.shape)} at frame {first} don't fit {request.grid} of {shape}")
     if request.shots and sum(length for length, _ in request.shots) != frames:
         raise ValueError(f"shots of {[length for length, _ in request.shots]} latent frames don't fill {frames}")
 
 
-def _noise(request: Request, channels: int, patch: int) -> Tensor:
+def noise_of(request: Request, channels: int, patch: int) -> Tensor:
+    """The noise `(C, T, H, W)` that a request's clip is made from."""
     frames, height, width = request.grid
     generator = torch.Generator().manual_seed(request.seed)
-    return patchify(torch.randn(channels, frames, height * patch, width * patch, generator=generator), patch)
+    noise_CTHW = torch.randn(channels, frames, height * patch, width * patch, generator=generator)
+    if request.held is not None:
+        noise_CTHW[:, : request.held.noise_CTHW.shape[1]] = request.held.noise_CTHW
+    return noise_CTHW
 
 
 def _start(request: Request, channels: int, patch: int) -> Tensor:
     """What the clip begins from: noise, or latents with as much noise as the strength says."""
-    noise = _noise(request, channels, patch)
+    noise = patchify(noise_of(request, channels, patch), patch)
     if request.start_CTHW is None:
         return noise
     return torch.lerp(patchify(request.start_CTHW.cpu().float(), patch), noise, request.strength)
@@ -177,9 +196,22 @@ def _given_mask(request: Request) -> Tensor:
     return torch.tensor([place in places for place in range(frames)]).repeat_interleave(height * width)
 
 
+def _release(request: Request, config: FlowConfig) -> Tensor:
+    """The time until which each token is held, `(N,)`: frame k of K until k / K of the way is left, others never."""
+    frames, height, width = request.grid
+    count = 0 if request.held is None else request.held.latents_CTHW.shape[1]
+    shift = shift_of(config, request.grid)
+    release = [shifted(k / count, shift) if k < count else math.inf for k in range(frames)]
+    return torch.tensor(release).repeat_interleave(height * width)
+
+
+def _beginning(request: Request) -> list[tuple[int, Tensor]]:
+    return [] if request.held is None else [(0, request.held.latents_CTHW)]
+
+
 def _known(request: Request, channels: int, patch: int) -> Tensor:
     frames, height, width = request.grid
     known = torch.zeros(channels, frames, height * patch, width * patch)
-    for first, latents in request.given:
+    for first, latents in (*request.given, *_beginning(request)):
         known[:, first : first + latents.shape[1]] = latents.cpu()
     return patchify(known, patch)

@@ -10,7 +10,7 @@ import pytest
 from data_tools.shapes_world import make_scene, render
 from sora_train.cli import InputError
 from sora_train.completion import TASKS, Part, figures_table, marks, measure, part_of, summary
-from sora_train.evaluation.motion import changes, median_interval, path_error, seam_jumps
+from sora_train.evaluation.motion import changes, median_interval, path_error, seam_jumps, worst_place
 
 
 def moving(step: int, frames: int = 9) -> np.ndarray:
@@ -53,6 +53,17 @@ def test_a_seam_counts_against_all_other_places() -> None:
     for seam in (0, 13):
         with pytest.raises(ValueError, match="seams"):
             seam_jumps(changes(smooth), [seam])
+
+
+def test_a_jump_that_is_moved_away_from_the_seam_is_found() -> None:
+    """Seams at 4, 7, 10 and 13: three places a piece; changes count from the first frame's."""
+    seams = [4, 7, 10, 13]
+    every = np.array([9.0, 9.0, 9.0, *3 * (1.0, 3.0, 2.0), 9.0, 9.0])
+    assert worst_place(every, seams) == 3.0 / 1.5
+    assert seam_jumps(every, seams)[0] < 1
+    assert worst_place(np.array([9.0, 9.0, 9.0, *3 * (4.0, 2.0, 2.0), 4.0]), seams) == 2.0
+    assert worst_place(np.ones(15), seams) == 1.0
+    assert np.isnan(worst_place(np.ones(15), [4, 5, 6])) and np.isnan(worst_place(np.ones(15), [4]))
 
 
 def test_the_interval_holds_the_median_and_narrows_with_more_values() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sora_train.batch import LatentPack
 from sora_train.config import SOLVERS, FlowConfig, Prediction
-from sora_train.flow.patches import patchify, unpatchify
-from sora_train.flow.sampling import Request, _noise, generate
+from sora_train.flow.patches import patchify
+from sora_train.flow.sampling import Held, Request, generate, noise_of
 from sora_train.models.dit import DiT
 from sora_train.models.text import TextEncoder, tokenize_captions
 from sora_train.models.video_model import VideoModel
@@ -84,7 +84,7 @@ def test_clips_of_one_batch_go_along_their_own_shifts() -> None:
 
 def test_guidance_goes_beyond_the_conditional_velocity() -> None:
     request = Request("a caption", GRIDS[0], 3)
-    noise = unpatchify(_noise(request, 4, 2), request.grid, 2)
+    noise = noise_of(request, 4, 2)
     for guidance, moved in ((1.0, 1.0), (3.0, 3.0), (0.0, 0.0)):
         (result,) = run(Field(lambda x, t, told: told.expand_as(x)), [request], replace(FLOW, guidance=guidance))
         torch.testing.assert_close(result, noise - moved, rtol=1e-5, atol=1e-5)
@@ -94,7 +94,7 @@ def test_guidance_goes_beyond_the_conditional_velocity() -> None:
 def test_solvers_have_their_order_of_convergence_with_steps_of_any_length(solver: str, order: int) -> None:
     """dx/dt = x from t = 1 to 0 ends at noise / e; twice the steps, half or a quarter of the error."""
     request = Request("", GRIDS[1], 3)
-    target = unpatchify(_noise(request, 4, 2), request.grid, 2) / math.e
+    target = noise_of(request, 4, 2) / math.e
     errors = []
     for steps in (32, 64):
         flow = replace(FLOW, solver=solver, sampling_steps=steps, guidance=1.0, shift=2.0)
@@ -105,7 +105,7 @@ def test_solvers_have_their_order_of_convergence_with_steps_of_any_length(solver
 
 def test_guidance_holds_within_its_interval_and_elsewhere_costs_nothing() -> None:
     request = Request("a caption", GRIDS[0], 3)
-    noise = unpatchify(_noise(request, 4, 2), request.grid, 2)
+    noise = noise_of(request, 4, 2)
     flow = replace(FLOW, shift=1.0, sampling_steps=4, guidance=3.0, guidance_interval=(0.4, 0.8))
     field = Field(lambda x, t, told: told.expand_as(x))
     (result,) = run(field, [request], flow)
@@ -115,7 +115,7 @@ def test_guidance_holds_within_its_interval_and_elsewhere_costs_nothing() -> Non
 
 def test_rescaled_guidance_has_the_deviation_of_the_conditional_velocity() -> None:
     request = Request("a caption", GRIDS[0], 3)
-    noise = unpatchify(_noise(request, 4, 2), request.grid, 2)
+    noise = noise_of(request, 4, 2)
     flow = replace(FLOW, sampling_steps=1, guidance=3.0)
     for rescale, factor in ((0.0, 3.0), (1.0, 1.0), (0.5, 2.0)):
         field = Field(lambda x, t, told: told * x)
@@ -158,10 +158,46 @@ def test_given_frames_come_back_exactly_and_the_rest_depends_on_them(
     assert (results[0][:, rest] - results[1][:, rest]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_a_clip_is_held_to_is_let_go_frame_by_frame(solver: str) -> None:
+    """Of two held frames the first is held to the end, the other for half of the way; then the network has its way."""
+    wanted, known, noise = (latents((3, 2, 2), n) for n in (1, 2, 3))
+    x0 = patchify(wanted, 2)
+    request = Request("x", GRIDS[0], 5, held=Held(known[:, :2], noise[:, :2]))
+    flow = replace(FLOW, solver=solver, guidance=1.0, sampling_steps=8)
+    (result,) = run(Field(lambda x, t, told: (x - x0) / t), [request], flow)
+    torch.testing.assert_close(result[:, 0], known[:, 0], rtol=1e-4, atol=1e-4)
+    near = 0.03 if solver == "adams_bashforth" else 1e-4  # it carries the slope before the release one step on
+    torch.testing.assert_close(result[:, 1:], wanted[:, 1:], rtol=1e-4, atol=near)
+    assert (result[:, 0] - wanted[:, 0]).abs().max() > 1
+
+
+def test_held_frames_go_the_way_from_their_noise_and_are_no_given_ones() -> None:
+    known, noise = latents((3, 2, 2), 2), latents((3, 2, 2), 3)
+    request = Request("x", GRIDS[0], 5, held=Held(known[:, :2], noise[:, :2]))
+    own = noise_of(replace(request, held=None), 4, 2)
+    assert torch.equal(noise_of(request, 4, 2), torch.cat((noise[:, :2], own[:, 2:]), dim=1))
+    times: list[set[float]] = []
+
+    def still(x: Tensor, t: Tensor, told: Tensor) -> Tensor:
+        times.append(set(t.flatten().tolist()))
+        return 0 * x
+
+    flow = replace(FLOW, guidance=1.0, sampling_steps=4)
+    (result,) = run(Field(still), [request], flow)
+    half = 2 * 0.5 / 1.5  # of the way, at a shift of 2
+    torch.testing.assert_close(result[:, 0], known[:, 0])
+    torch.testing.assert_close(result[:, 1], torch.lerp(known[:, 1], noise[:, 1], half))
+    torch.testing.assert_close(result[:, 2], own[:, 2])
+    assert all(len(now) == 1 and 0.0 not in now for now in times), "one timestep for all frames"
+    with pytest.raises(ValueError, match="at frame 0 don't fit"):
+        run(Field(still), [replace(request, held=Held(latents((4, 2, 2), 1), noise))], flow)
+
+
 def test_from_a_partly_noised_clip_the_strength_says_how_far_from_it_a_result_may_go(model: VideoModel) -> None:
     start = latents(GRIDS[0], 7)
     fixed = Field(lambda x, t, told: 0 * x)
-    noise = unpatchify(_noise(Request("", GRIDS[0], 3), 4, 2), GRIDS[0], 2)
+    noise = noise_of(Request("", GRIDS[0], 3), 4, 2)
     requests = [Request("x", GRIDS[0], 3, start_CTHW=start, strength=s) for s in (0.25, 1.0)]
     for request, result in zip(requests, run(fixed, requests), strict=True):
         torch.testing.assert_close(result, start + request.strength * (noise - start))
@@ -184,7 +220,7 @@ def test_each_shot_looks_at_its_own_caption_alone() -> None:
             return texts.repeat_interleave(torch.tensor(queries)).unsqueeze(1).expand_as(pack.x_NP).float()
 
     flow = replace(FLOW, guidance=1.0)
-    noise = unpatchify(_noise(request, 4, 2), request.grid, 2)
+    noise = noise_of(request, 4, 2)
     moved = (noise - run(Words(), [request], flow)[0]).mean((0, 2, 3))
     assert moved.tolist() == pytest.approx([2.0, 5.0, 5.0], rel=1e-4)  # with the start token
     with pytest.raises(ValueError, match=r"shots of \[1, 1\] latent frames don't fill 3"):
