@@ -21,10 +21,17 @@ def command() -> str:
     return " ".join(("python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *given))
 
 
+def _cpu() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f" of {found[1]}" if found else ""
+
+
 def write(title: str, about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, and put it in RESULTS.md under `title`, with date, machine and versions."""
     lines = [" | ".join(("", *row, "")).strip() for row in (header, ["---"] * len(header), *rows)]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads{_cpu()}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
     section = "\n".join((f"## {title}", "", about, "", *lines, "", f"{date.today()}, {device}, {versions}", ""))
     old = _FILE.read_text() if _FILE.exists() else "# Benchmarks\n\nWritten by the scripts beside this file.\n"
