@@ -31,7 +31,9 @@ def _cpu() -> str:
 def write(title: str, about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, and put it in RESULTS.md under `title`, with date, machine and versions."""
     lines = [" | ".join(("", *row, "")).strip() for row in (header, ["---"] * len(header), *rows)]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads{_cpu()}"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads{_cpu()}"
+    )
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
     section = "\n".join((f"## {title}", "", about, "", *lines, "", f"{date.today()}, {device}, {versions}", ""))
     old = _FILE.read_text() if _FILE.exists() else "# Benchmarks\n\nWritten by the scripts beside this file.\n"

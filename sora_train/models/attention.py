@@ -189,9 +189,7 @@ def _(
 
 
 @register_flop_formula([torch.ops.sora_train.packed_attention], get_raw=True)
-def _forward_flops(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, *_: Any, **__: Any
-) -> int:
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, *_: Any, **__: Any) -> int:
     pairs = sum(a * b for a, b in zip(q_lengths.tolist(), k_lengths.tolist(), strict=True))
     return 4 * q.shape[1] * q.shape[2] * int(pairs)
 
