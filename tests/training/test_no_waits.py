@@ -157,9 +157,15 @@ _CASES = {
     "ranks that share a pack": ("parallel.sequence=2",),
     "places scaled": ("model.rope_scaling=ntk", "model.rope_factors=[2.0,1.0,1.0]"),
 }
+_SLOW = "encoding in tiles"
 
 
-@pytest.mark.parametrize("overrides", _CASES.values(), ids=_CASES)
+def _cases() -> list[Any]:
+    campaign = pytest.mark.campaign
+    return [pytest.param(keys, id=name, marks=campaign if name == _SLOW else ()) for name, keys in _CASES.items()]
+
+
+@pytest.mark.parametrize("overrides", _cases())
 def test_a_step_waits_for_nothing_but_at_log_time(
     overrides: tuple[str, ...], compose_tree: Callable[..., DictConfig], make_clip: Callable[..., Clip],
     tmp_path: Path, process_group: torch.device,
