@@ -1,7 +1,7 @@
 """The elementwise steps of a block, with their backward written out.
 
-Autograd takes each of these apart into a dozen small operations, and keeps what each of them read. Here a step reads
-its tensors as few times as its formula allows and keeps its inputs alone. Statistics and products are in fp32.
+Autograd takes each of these apart into a dozen small operations, and keeps what each of them read. Here a step passes
+over its tensors a few times and keeps one wide tensor: its input, or for GELU the slope. Statistics are in fp32.
 """
 
 from __future__ import annotations
