@@ -38,16 +38,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.report import command, write
-from sora_train.batch import Visit
-from sora_train.cli import options, run
-from sora_train.cost import Cost, Geometry
-from sora_train.data.decode import read_member
-from sora_train.data.index import index_shards, load_index
+from sora_train.core.batch import Visit
+from sora_train.core.cli import options, run
+from sora_train.core.cost import Cost, Geometry
+from sora_train.core.media import encode_mp4
+from sora_train.data.index.index import index_shards, load_index
+from sora_train.data.index.scan import scan_shard
 from sora_train.data.loader import Loader
-from sora_train.data.plan import Plan, PlanInputs, Position, source_frames
-from sora_train.data.pool import Pool
-from sora_train.data.scan import scan_shard
-from sora_train.media import encode_mp4
+from sora_train.data.order.plan import Plan, PlanInputs, Position, source_frames
+from sora_train.data.read.decode import read_member
+from sora_train.data.read.pool import Pool
 
 _FPS = 30.0
 SETS = (("480p", 480, 854, 12), ("480p", 480, 854, 250), ("720p", 720, 1280, 12), ("720p", 720, 1280, 250))
@@ -62,7 +62,7 @@ class Options:
     seconds: float = 8.0
     folder: str = ""  # where the shards are kept for the next time
     shards: str = ""  # further ones, with commas between
-    write: bool = False  # the table into RESULTS.md
+    write: bool = False  # the table into docs/results.md
 
 
 def footage(seed: int, frames: int, height: int, width: int) -> Iterator[np.ndarray]:

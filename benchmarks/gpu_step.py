@@ -31,16 +31,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.report import command, write
-from sora_train import config as configuration
-from sora_train.batch import Grid, Layout
-from sora_train.cli import InputError, options, run
-from sora_train.compose import CONF
-from sora_train.config import VAE_USE, Config
-from sora_train.cost import cost, patch_features
-from sora_train.generation import build_vae, build_video_model
-from sora_train.models.attention import BACKENDS, choose, packed_attention
-from sora_train.operations.memory import is_out_of_memory
-from sora_train.training.meter import peak_flops
+from sora_train.config.cost import cost, patch_features
+from sora_train.config.hydra import CONF
+from sora_train.config.load import build
+from sora_train.config.schema import VAE_USE, Config
+from sora_train.core.batch import Grid, Layout
+from sora_train.core.cli import InputError, options, run
+from sora_train.forecast.out_of_memory import is_out_of_memory
+from sora_train.generation.sampler import build_vae, build_video_model
+from sora_train.models.layers.attention import BACKENDS, choose, packed_attention
+from sora_train.training.report.meter import peak_flops
 
 _GRIDS: dict[str, Grid] = {"8k": (8, 32, 32), "32k": (21, 30, 52), "74k": (21, 45, 80)}  # the others: Wan's 480p, 720p
 _MODELS = {"1b3": None, "5b": 2, "14b": 2}  # blocks; None: all
@@ -179,7 +179,7 @@ def _wait(device: torch.device) -> None:
 
 def _config(overrides: list[str]) -> Config:
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        return configuration.build(compose("train", ["experiment=demo", *_NOWHERE, *overrides]), need_vae=False)
+        return build(compose("train", ["experiment=demo", *_NOWHERE, *overrides]), need_vae=False)
 
 
 def trainer_cases(folder: Path, tiny: bool) -> Iterator[tuple[str, Callable[[], Row]]]:

@@ -34,19 +34,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.report import write
-from sora_train import config as configuration
-from sora_train.assemble import Shards, build_trainer
-from sora_train.batch import Pack
-from sora_train.compose import CONF
-from sora_train.config import Config
-from sora_train.data.pool import Pool
+from sora_train.config.hydra import CONF
+from sora_train.config.load import build
+from sora_train.config.schema import Config
+from sora_train.core.batch import Pack
+from sora_train.core.world import World
+from sora_train.data.read.pool import Pool
+from sora_train.flow.objective import FlowTask, Loss
 from sora_train.flow.prediction import velocity
-from sora_train.flow.rectified import FlowTask, Loss
-from sora_train.generation import build_vae
-from sora_train.training.meter import Meter
+from sora_train.generation.sampler import build_vae
+from sora_train.methods.build import Shards, build_trainer
+from sora_train.training.engine.zero import connect
+from sora_train.training.report.meter import Meter
 from sora_train.training.trainer import Trainer
-from sora_train.training.zero import connect
-from sora_train.world import World
 
 _SCRAPE_S = 15.0  # Prometheus's usual interval
 _WARM_UP = 60  # pairs that aren't counted: what is encoded once is encoded there
@@ -145,7 +145,7 @@ def _config(folder: Path, name: str, model: str, every: int, writers: str, port:
         f"logging.writers=[{writers}]", f"logging.prometheus_port={port}", "logging.peak_tflops=1",
     ]  # fmt: skip
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        return configuration.build(compose("train", overrides), need_vae=False)
+        return build(compose("train", overrides), need_vae=False)
 
 
 def _scraped(port: int, end: threading.Event) -> None:

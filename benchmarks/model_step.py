@@ -29,10 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.packing import STAGES, simulate
 from benchmarks.report import write
-from sora_train.batch import Grid, Layout
-from sora_train.cli import options
-from sora_train.data.visits import fit_sizes
-from sora_train.models.dit import DiT
+from sora_train.core.batch import Grid, Layout
+from sora_train.core.cli import options
+from sora_train.data.order.visits import fit_sizes
+from sora_train.models.wan.model import DiT
 
 WIDTH, DEPTH, HEADS, FFN, TEXT, CHANNELS = 384, 8, 6, 1536, 32, 16
 TWO_CLIPS: tuple[Grid, ...] = ((8, 8, 8),) * 2

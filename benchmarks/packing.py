@@ -19,10 +19,10 @@ from statistics import NormalDist
 import numpy as np
 
 from benchmarks.report import write
-from sora_train.cost import Cost, Geometry
-from sora_train.data.packing import pack
-from sora_train.data.visits import fit_sizes
-from sora_train.seeds import uniform
+from sora_train.core.cost import Cost, Geometry
+from sora_train.core.seeds import uniform
+from sora_train.data.order.packing import pack
+from sora_train.data.order.visits import fit_sizes
 
 SLOTS, WINDOW, FILL = 64, 4096, 0.9
 CAPS = (1.0, 1.5, 2.0, 3.0, 4.0)  # of the longest clip

@@ -30,20 +30,20 @@ from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import write
-from sora_train import config as configuration
-from sora_train.batch import Pack
-from sora_train.compose import CONF
-from sora_train.config import Config
-from sora_train.generation import build_vae
-from sora_train.methods import METHODS, untrained
-from sora_train.operations.footprint import memory
-from sora_train.operations.this_cpu import measure_cpu
-from sora_train.operations.timing import step_time
-from sora_train.operations.trace import Size, clip_of, trace
-from sora_train.training.ema import Ema
-from sora_train.training.optim import adamw
-from sora_train.training.zero import Engine, connect, disconnect
-from sora_train.world import World, from_environment
+from sora_train.config.hydra import CONF
+from sora_train.config.load import build
+from sora_train.config.schema import Config
+from sora_train.core.batch import Pack
+from sora_train.core.world import World, from_environment
+from sora_train.forecast.footprint import memory
+from sora_train.forecast.this_machine import measure_cpu
+from sora_train.forecast.timing import step_time
+from sora_train.forecast.trace import Size, clip_of, trace
+from sora_train.generation.sampler import build_vae
+from sora_train.methods.base import METHODS, untrained
+from sora_train.training.engine.ema import Ema
+from sora_train.training.engine.optim import adamw
+from sora_train.training.engine.zero import Engine, connect, disconnect
 
 _COPIED = "++deepspeed.zero_optimization.contiguous_gradients=true"  # DeepSpeed's default; experiment=demo turns it off
 _CASES: dict[str, tuple[list[str], list[Size]]] = {
@@ -67,7 +67,7 @@ def _config(overrides: list[str], stage: int) -> Config:
     bucket = [f"++deepspeed.zero_optimization.reduce_bucket_size={_BUCKET}"] if stage else []
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         tree = compose("train", ["experiment=demo", "run_dir=x", f"deepspeed=zero{stage}", *overrides, *bucket])
-    return configuration.build(tree, need_vae=False)
+    return build(tree, need_vae=False)
 
 
 class _Run:

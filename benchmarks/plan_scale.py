@@ -23,10 +23,10 @@ import psutil
 
 from benchmarks.packing import STAGES, simulate
 from benchmarks.report import write
-from sora_train.cost import Cost, Geometry
-from sora_train.data.consolidated import COLUMNS, load_consolidated, write_meta
-from sora_train.data.plan import Plan, PlanInputs, Position
-from sora_train.data.shared import SharedWindows
+from sora_train.core.cost import Cost, Geometry
+from sora_train.data.index.consolidated import COLUMNS, load_consolidated, write_meta
+from sora_train.data.order.plan import Plan, PlanInputs, Position
+from sora_train.data.order.shared_windows import SharedWindows
 
 SLOTS, WINDOW, PER_SHARD = 1024, 65_536, 1000
 

@@ -25,12 +25,12 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from benchmarks.report import write
-from sora_train.cli import options
-from sora_train.cli import run as run_command
-from sora_train.config import Precision
-from sora_train.training.checkpoint import KINDS, Checkpoints, Pieces
-from sora_train.training.zero import Engine, connect, disconnect
-from sora_train.world import World
+from sora_train.config.schema import Precision
+from sora_train.core.cli import options
+from sora_train.core.cli import run as run_command
+from sora_train.core.world import World
+from sora_train.training.engine.zero import Engine, connect, disconnect
+from sora_train.training.state.checkpoint import KINDS, Checkpoints, Pieces
 
 _TENSORS = 16  # of each kind
 _PRODUCTS = 12  # of 1024 x 1024, in place of a step: a few tenths of a second
@@ -47,7 +47,7 @@ class Options:
 
 
 def main() -> int:
-    """Measure, print, and write the table to RESULTS.md."""
+    """Measure, print, and write the table to docs/results.md."""
     o = options(Options, __doc__)
     numel = o.mib * 2**20 // 4 // len(KINDS) // _TENSORS
     state = {f"{kind}/{n}": torch.randn(numel) for kind in KINDS for n in range(_TENSORS)}

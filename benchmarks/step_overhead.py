@@ -29,18 +29,18 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from benchmarks.report import write
-from sora_train import config as configuration
-from sora_train.assemble import Shards, build_trainer
-from sora_train.batch import Pack
-from sora_train.compose import CONF
-from sora_train.config import Config
+from sora_train.config.hydra import CONF
+from sora_train.config.load import build
+from sora_train.config.schema import Config
+from sora_train.core.batch import Pack
+from sora_train.core.world import World
 from sora_train.data.loader import Loader
-from sora_train.data.plan import Position
-from sora_train.data.pool import Pool
-from sora_train.methods import Diffusion
+from sora_train.data.order.plan import Position
+from sora_train.data.read.pool import Pool
+from sora_train.methods.base import Diffusion
+from sora_train.methods.build import Shards, build_trainer
+from sora_train.training.engine.zero import connect
 from sora_train.training.trainer import Trainer
-from sora_train.training.zero import connect
-from sora_train.world import World
 
 _STEPS = 3  # of each in a round, after one that isn't counted
 _OVERRIDES = (
@@ -53,7 +53,7 @@ _OVERRIDES = (
 def _config(run_dir: str, stage: int, tokens: int) -> Config:
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         own = [f"run_dir={run_dir}", f"deepspeed=zero{stage}", f"data.max_tokens={tokens}"]
-        return configuration.build(compose("train", [*_OVERRIDES, *own]))
+        return build(compose("train", [*_OVERRIDES, *own]))
 
 
 def _trainer(config: Config, pool: Pool, device: torch.device) -> Trainer:

@@ -28,10 +28,10 @@ from typing import Any
 from data_tools.captions import Refused, Row, match, read_sidecar, read_table, row_json
 from data_tools.progress import progress
 from data_tools.shard_writer import Journal, ShardWriter
-from sora_train.cli import InputError, options, run
-from sora_train.config import Probe
-from sora_train.data.decode import IMAGES, VIDEOS, DecodeError
-from sora_train.data.pool import Pool
+from sora_train.config.schema import Probe
+from sora_train.core.cli import InputError, options, run
+from sora_train.data.read.decode import IMAGES, VIDEOS, DecodeError
+from sora_train.data.read.pool import Pool
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sora_train.cli import InputError
+from sora_train.core.cli import InputError
 
 FILE_COLUMNS = ("file", "path", "video", "filename")
 TEXT_COLUMNS = ("caption", "text", "captions")

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sora_train.assemble import plan_inputs
-from sora_train.config import Config
-from sora_train.data.index import Index
-from sora_train.data.packed import packed
-from sora_train.data.plan import Plan, Slots
-from sora_train.data.selection import Selection
-from sora_train.data.stages import build_stages
+from sora_train.config.schema import Config
+from sora_train.data.index.index import Index
+from sora_train.data.order.balance import packed
+from sora_train.data.order.curriculum import build_stages
+from sora_train.data.order.plan import Plan, Slots
+from sora_train.data.order.selection import Selection
+from sora_train.methods.build import plan_inputs
 
 _SHOWN = 16  # slots of the step that is drawn
 _NAMED = 6  # keys that stand for all that a filter leaves out

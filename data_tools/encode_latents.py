@@ -28,23 +28,23 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from sora_train.assemble import Shards, plan_inputs
-from sora_train.batch import Refusal, Visit
-from sora_train.cli import InputError, nearest, run
-from sora_train.compose import run_hydra
-from sora_train.config import Config, Method
-from sora_train.data.decode import DecodeError
-from sora_train.data.encoded import DTYPES, LATENT, TEXT, header, made_with
-from sora_train.data.index import Index, index_shards, load_index
+from sora_train.config.hydra import run_hydra
+from sora_train.config.schema import Config, Method
+from sora_train.core.batch import Refusal, Visit
+from sora_train.core.cli import InputError, nearest, run
+from sora_train.core.pixels import to_video
+from sora_train.core.world import from_environment
+from sora_train.data.index.index import Index, index_shards, load_index
+from sora_train.data.index.tar import Member, walk
 from sora_train.data.latents import texts_to_bytes, to_bytes
 from sora_train.data.loader import refusal
-from sora_train.data.plan import PlanInputs, source_frames
-from sora_train.data.pool import Pool
-from sora_train.data.selection import Selection
-from sora_train.data.tar import Member, walk
-from sora_train.data.transforms import to_video
-from sora_train.generation import FrozenVae, tokenizer
-from sora_train.world import from_environment
+from sora_train.data.order.plan import PlanInputs, source_frames
+from sora_train.data.order.selection import Selection
+from sora_train.data.read.decode import DecodeError
+from sora_train.data.read.encoded import DTYPES, LATENT, TEXT, header, made_with
+from sora_train.data.read.pool import Pool
+from sora_train.generation.sampler import FrozenVae, tokenizer
+from sora_train.methods.build import Shards, plan_inputs
 
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _AHEAD = 64  # clips that are decoded while others are encoded

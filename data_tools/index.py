@@ -22,11 +22,11 @@ from collections import Counter
 import pyarrow.parquet as pq
 
 from data_tools.progress import progress
-from sora_train.cli import InputError, run
-from sora_train.config import DataConfig, Probe
-from sora_train.data.consolidated import consolidate
-from sora_train.data.index import expand, index_path, index_shards
-from sora_train.data.source import Store
+from sora_train.config.schema import DataConfig, Probe
+from sora_train.core.cli import InputError, run
+from sora_train.data.index.consolidated import consolidate
+from sora_train.data.index.index import expand, index_path, index_shards
+from sora_train.data.read.store import Store
 
 
 def main() -> int:

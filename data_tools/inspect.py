@@ -26,18 +26,18 @@ import numpy as np
 from PIL import Image
 
 from data_tools.configured import report
-from sora_train import config as configuration
-from sora_train.assemble import Shards
-from sora_train.cli import InputError, run
-from sora_train.compose import run_hydra
-from sora_train.config import Config, DataConfig, SourceConfig
-from sora_train.cost import geometry
-from sora_train.data.decode import DecodeError
-from sora_train.data.encoded import LATENT
-from sora_train.data.index import Index, expand, index_shards, load_index
-from sora_train.data.pool import Pool
-from sora_train.data.source import Store
-from sora_train.data.visits import cuts
+from sora_train.config.cost import geometry
+from sora_train.config.hydra import run_hydra
+from sora_train.config.load import load
+from sora_train.config.schema import Config, DataConfig, SourceConfig, StageConfig
+from sora_train.core.cli import InputError, run
+from sora_train.data.index.index import Index, expand, index_shards, load_index
+from sora_train.data.order.visits import cuts
+from sora_train.data.read.decode import DecodeError
+from sora_train.data.read.encoded import LATENT
+from sora_train.data.read.pool import Pool
+from sora_train.data.read.store import Store
+from sora_train.methods.build import Shards
 
 _SIDE = 192  # pixels of a thumbnail's longer side
 _STYLE = """
@@ -126,7 +126,7 @@ def _write(out: Path, page: str, index: Index) -> None:
 def view_of(config: Config) -> View:
     """What a configuration makes of a sample; in the first stage of training, where there are several."""
     d, grid = config.data, geometry(config)
-    stage = d.stages[0] if d.stages else configuration.StageConfig()
+    stage = d.stages[0] if d.stages else StageConfig()
     return View(
         stage.fps or d.fps, stage.max_frames or d.max_frames, stage.max_pixels or d.max_pixels, grid.multiple,
         grid.temporal_stride, d.fit.value, d.max_tokens,
@@ -135,7 +135,7 @@ def view_of(config: Config) -> View:
 
 def _view(given: dict[str, str]) -> View:
     if "run_dir" in given:
-        return view_of(configuration.load(given["run_dir"]))
+        return view_of(load(given["run_dir"]))
     view = View()
     for name, value in given.items():
         if hasattr(view, name):

@@ -22,14 +22,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_tools.progress import progress
-from sora_train.cli import InputError, run
-from sora_train.config import DataConfig
-from sora_train.data.decode import IMAGES, VIDEOS
-from sora_train.data.index import expand, index_path, is_current, load_rows
-from sora_train.data.pool import Pool
-from sora_train.data.scan import CAPTIONS, scan_shard
-from sora_train.data.source import Store
-from sora_train.data.tar import Fault, Member, walk
+from sora_train.config.schema import DataConfig
+from sora_train.core.cli import InputError, run
+from sora_train.data.index.index import expand, index_path, is_current, load_rows
+from sora_train.data.index.scan import CAPTIONS, scan_shard
+from sora_train.data.index.tar import Fault, Member, walk
+from sora_train.data.read.decode import IMAGES, VIDEOS
+from sora_train.data.read.pool import Pool
+from sora_train.data.read.store import Store
 
 MEANING = {  # cause -> what it means and what to do; those in WARNINGS lose nothing
     "interleaved": "members of a sample are not adjacent; readers that stream see half samples: rebuild the shard",

@@ -22,11 +22,11 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from data_tools import shapes_world
 from data_tools.progress import progress
-from sora_train.cli import InputError, options, run
-from sora_train.data.index import index_shards
-from sora_train.media import encode_mp4
+from sora_train.core.cli import InputError, options, run
+from sora_train.core.media import encode_mp4
+from sora_train.data.index.index import index_shards
+from sora_train.demo_world import scenes as shapes_world
 
 VERSION = 3  # of the world and the way it is written; a change here changes the bytes
 _SPLITS = ("train", "val")

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import webdataset as wds
 
-from sora_train.cli import InputError
+from sora_train.core.cli import InputError
 
 VERSION = 1
 

@@ -1,6 +1,6 @@
 """Hydra launcher `torchrun`: every job of a sweep is a torchrun of its own. Hydra finds plugins in this package only.
 
-    python -m sora_train.train -m hydra/launcher=torchrun experiment=demo run_dir=runs/sweep optim.lr=1e-3,3e-3
+python -m sora_train.train -m hydra/launcher=torchrun experiment=demo run_dir=runs/sweep optim.lr=1e-3,3e-3
 """
 
 # Without postponed annotations: Hydra's scan loads this file outside sys.modules, where dataclasses can't resolve them.
@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from sora_train.compose import job_name
+from sora_train.config.hydra import job_name
 from sora_train.operations.sweep import Job, run_jobs, summary
 
 

@@ -1,11 +1,11 @@
 """Runs side by side: what differs in their configurations, where their curves ended, and their curves.
 
-    python -m sora_train.compare RUN RUN ... [figures=[loss,mfu]] [html=compare.html] [png=compare.png]
-    python -m sora_train.compare RUN                     writes RUN/report.html
+python -m sora_train.compare RUN RUN ... [figures=[loss,mfu]] [html=compare.html] [png=compare.png]
+python -m sora_train.compare RUN                     writes RUN/report.html
 
-    figures    for the table and the PNG (loss, validation_loss, tokens_per_s, mfu, step_time)
-    html       one page with everything: curves, samples, differences, events
-    png        the curves, drawn by matplotlib
+figures    for the table and the PNG (loss, validation_loss, tokens_per_s, mfu, step_time)
+html       one page with everything: curves, samples, differences, events
+png        the curves, drawn by matplotlib
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sora_train.cli import InputError, options, run
+from sora_train.core.cli import InputError, options, run
 from sora_train.operations.records import Record, read
 from sora_train.operations.report import page, write_report
 from sora_train.operations.side_by_side import plot, table

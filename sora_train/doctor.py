@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sora_train.cli import InputError, options, run
-from sora_train.world import World, from_environment
+from sora_train.core.cli import InputError, options, run
+from sora_train.core.world import World, from_environment
 
 
 @dataclass
@@ -58,7 +58,7 @@ def _everywhere(world: World, mine: dict[str, Any], path: str) -> dict[str, Any]
     import torch.distributed as dist
 
     from sora_train.operations.links import between
-    from sora_train.training.zero import connect, disconnect
+    from sora_train.training.engine.zero import connect, disconnect
 
     device = connect(world)
     try:

@@ -30,18 +30,19 @@ from omegaconf import MISSING
 from rich.console import Console
 from rich.progress import track
 
-from sora_train.assemble import Shards
-from sora_train.batch import Visit
-from sora_train.cli import InputError, options, run
-from sora_train.completion import figures_table, marks, measure, part_of, request_of, summary
-from sora_train.config import Config, load
-from sora_train.data.index import Index
+from sora_train.config.load import load
+from sora_train.config.schema import Config
+from sora_train.core.batch import Visit
+from sora_train.core.cli import InputError, options, run
+from sora_train.data.index.index import Index
 from sora_train.data.loader import Loader
-from sora_train.data.plan import Plan, Position
-from sora_train.data.pool import Pool
-from sora_train.evaluation.demo import COLUMNS, Counts, as_json, judge, table
-from sora_train.evaluation.quality import psnr
-from sora_train.generation import Sampler, load_sampler, request_for, save_sample
+from sora_train.data.order.plan import Plan, Position
+from sora_train.data.read.pool import Pool
+from sora_train.demo_world.judge import COLUMNS, Counts, as_json, judge, table
+from sora_train.evaluation.completion import figures_table, marks, measure, part_of, request_of, summary
+from sora_train.evaluation.pixels import psnr
+from sora_train.generation.sampler import Sampler, load_sampler, request_for, save_sample
+from sora_train.methods.build import Shards
 
 _SHOWN = 12  # samples written as files
 

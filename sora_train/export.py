@@ -28,19 +28,20 @@ import torch
 from omegaconf import MISSING
 from safetensors.torch import save_file
 
-from sora_train.assemble import Shards
-from sora_train.cli import InputError, options, run
-from sora_train.config import VAE_USE, Config, LoraConfig, Method, Prediction, load, to_yaml
+from sora_train.config.load import load, to_yaml
+from sora_train.config.released import folder_of
+from sora_train.config.schema import VAE_USE, Config, LoraConfig, Method, Prediction
+from sora_train.core.cli import InputError, options, run
+from sora_train.core.pixels import to_unit
 from sora_train.data.loader import Loader
-from sora_train.data.plan import Position
-from sora_train.data.pool import Pool
-from sora_train.data.transforms import to_unit
-from sora_train.generation import build_vae, trained_weights, whole_weights
-from sora_train.models.lora import save_adapters
-from sora_train.models.vae import VideoVAE
-from sora_train.models.wan import save_wan
-from sora_train.released import folder_of
-from sora_train.training.power_ema import combined
+from sora_train.data.order.plan import Position
+from sora_train.data.read.pool import Pool
+from sora_train.generation.sampler import build_vae, trained_weights, whole_weights
+from sora_train.methods.build import Shards
+from sora_train.models.video_vae.model import VideoVAE
+from sora_train.models.wan.convert import save_wan
+from sora_train.models.wan.lora import save_adapters
+from sora_train.training.engine.power_ema import combined
 
 _CLIPS_MEASURED = 512
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from sora_train.cli import InputError, options, run
+from sora_train.core.cli import InputError, options, run
 from sora_train.operations.lock import RunLock
 
 
@@ -39,11 +39,11 @@ def main() -> int:
         raise InputError(f"checkpoint={folder} is no folder")
     if any((run_dir / "checkpoints").glob("step-*")):
         raise InputError(f"{run_dir} has checkpoints of its own; choose another run_dir")
-    from sora_train.training.checkpoint import Checkpoints, Pieces
-    from sora_train.training.deepspeed_files import read
-    from sora_train.training.meter import Totals
-    from sora_train.training.zero import connect, disconnect
-    from sora_train.world import World
+    from sora_train.core.world import World
+    from sora_train.training.engine.zero import connect, disconnect
+    from sora_train.training.report.meter import Totals
+    from sora_train.training.state.checkpoint import Checkpoints, Pieces
+    from sora_train.training.state.deepspeed_files import read
 
     saved = read(folder, o.tag)
     named = {kind: _without(o.prefix, tensors) for kind, tensors in saved.tensors.items()}

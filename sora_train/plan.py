@@ -25,20 +25,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from sora_train.assemble import Shards
-from sora_train.cli import InputError, run
-from sora_train.compose import run_hydra
-from sora_train.config import Config, Method
-from sora_train.data.plan import Plan
-from sora_train.generation import build_vae, untrained_model
-from sora_train.methods import untrained
-from sora_train.operations.footprint import stage_of
-from sora_train.operations.forecast import Forecast, forecast, show
-from sora_train.operations.hardware import hardware
-from sora_train.operations.planner import degrees, estimate, heaviest_pass, meta_network
-from sora_train.operations.rehearsal import rehearse
-from sora_train.operations.this_cpu import measure_cpu
-from sora_train.operations.timing import DEVICE_HOURS_PER_FAILURE
+from sora_train.config.hydra import run_hydra
+from sora_train.config.schema import Config, Method
+from sora_train.core.cli import InputError, run
+from sora_train.data.order.plan import Plan
+from sora_train.forecast.estimate import degrees, estimate, heaviest_pass, meta_network
+from sora_train.forecast.footprint import stage_of
+from sora_train.forecast.forecast import Forecast, forecast, show
+from sora_train.forecast.hardware import hardware
+from sora_train.forecast.rehearsal import rehearse
+from sora_train.forecast.this_machine import measure_cpu
+from sora_train.forecast.timing import DEVICE_HOURS_PER_FAILURE
+from sora_train.generation.sampler import build_vae, untrained_model
+from sora_train.methods.base import untrained
+from sora_train.methods.build import Shards
 
 
 @dataclass

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from omegaconf import MISSING
 
-from sora_train.assemble import Shards
-from sora_train.cli import InputError, options, run
-from sora_train.config import Config, check, load
-from sora_train.data.plan import Position
-from sora_train.generation import Sampler, load_sampler, request_for, save_sample
-from sora_train.parallel import ulysses
-from sora_train.pieces import in_pieces
-from sora_train.prompts import (
+from sora_train.config.load import load
+from sora_train.config.rules import check
+from sora_train.config.schema import Config
+from sora_train.core.cli import InputError, options, run
+from sora_train.core.world import World, from_environment
+from sora_train.data.order.plan import Position
+from sora_train.generation.long_video import in_pieces
+from sora_train.generation.requests import (
     Prompt,
     Shot,
     Size,
@@ -45,7 +45,9 @@ from sora_train.prompts import (
     read_shots,
     resized,
 )
-from sora_train.world import World, from_environment
+from sora_train.generation.sampler import Sampler, load_sampler, request_for, save_sample
+from sora_train.methods.build import Shards
+from sora_train.models.layers import ulysses
 
 Video = np.ndarray | Iterable[np.ndarray]  # whole, or in pieces
 _FILES = ("image", "video", "end_image", "end_video")
@@ -127,7 +129,7 @@ def _sharing(config: Config) -> World:
 def _sampler(config: Config, run_dir: str, world: World) -> Sampler:
     if world.size == 1:
         return load_sampler(config, run_dir, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    from sora_train.training.zero import connect  # deepspeed takes seconds to import
+    from sora_train.training.engine.zero import connect  # deepspeed takes seconds to import
 
     sampler = load_sampler(config, run_dir, connect(world))
     others = ulysses.Neighbours(ulysses.sequence_group(world))

@@ -14,16 +14,17 @@ import logging
 import os
 from pathlib import Path
 
-from sora_train.cli import BAD_INPUT, InputError, run
-from sora_train.compose import run_hydra, write_exit
-from sora_train.config import Config, to_yaml
-from sora_train.data.commands import is_command, words
-from sora_train.data.index import expand
-from sora_train.data.source import scheme
+from sora_train.config.hydra import run_hydra, write_exit
+from sora_train.config.load import to_yaml
+from sora_train.config.schema import Config
+from sora_train.core.cli import BAD_INPUT, InputError, run
+from sora_train.core.world import World, from_environment
+from sora_train.data.index.index import expand
+from sora_train.data.read.commands import is_command, words
+from sora_train.data.read.store import scheme
 from sora_train.operations.lock import RunLock
 from sora_train.operations.preflight import changes, count_restart
-from sora_train.training.mirror import Mirror
-from sora_train.world import World, from_environment
+from sora_train.training.state.mirror import Mirror
 
 
 def train(config: Config) -> int:
@@ -83,10 +84,10 @@ def _train(config: Config, world: World, changed: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
-    from sora_train.assemble import Shards, build_trainer, out_of_memory
-    from sora_train.data.pool import Pool
-    from sora_train.training.console import setup_logging
-    from sora_train.training.zero import connect, disconnect
+    from sora_train.data.read.pool import Pool
+    from sora_train.methods.build import Shards, build_trainer, out_of_memory
+    from sora_train.training.engine.zero import connect, disconnect
+    from sora_train.training.report.console import setup_logging
 
     shards = Shards(config)
     run_dir = Path(config.run_dir)

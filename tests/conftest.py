@@ -17,9 +17,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from PIL import Image
 
-from sora_train.batch import Clip, Visit
-from sora_train.data.index import index_shards
-from sora_train.media import encode_mp4
+from sora_train.core.batch import Clip, Visit
+from sora_train.core.media import encode_mp4
+from sora_train.data.index.index import index_shards
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -120,7 +120,7 @@ def make_clip() -> Callable[..., Clip]:
 @pytest.fixture
 def compose_tree() -> Iterator[Callable[..., DictConfig]]:
     """Compose conf/ with overrides, as the command line would."""
-    from sora_train.compose import CONF
+    from sora_train.config.hydra import CONF
 
     def make(*overrides: str) -> DictConfig:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
@@ -136,8 +136,8 @@ def process_group() -> Iterator[torch.device]:
     """A process group of this process alone."""
     import torch.distributed as dist
 
-    from sora_train.training.zero import connect
-    from sora_train.world import World
+    from sora_train.core.world import World
+    from sora_train.training.engine.zero import connect
 
     yield connect(World())
     dist.destroy_process_group()

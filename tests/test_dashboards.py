@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.config import WRITERS
-from sora_train.training.metrics import KNOWN, Writers
+from sora_train.config.schema import WRITERS
+from sora_train.training.report.writers import KNOWN, Writers
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTED = dict(re.findall(r"^\| `([\w/]+)` \| ([^|]+) \|", (ROOT / "docs/metrics.md").read_text(), flags=re.M))
@@ -21,10 +21,10 @@ def logged() -> set[str]:
     """The figures that the code makes: keys of the dictionaries in the places where figures come from."""
     found: set[str] = set()
     for path, functions in {
-        "sora_train/training/meter.py": {"read"},
+        "sora_train/training/report/meter.py": {"read"},
         "sora_train/training/trainer.py": {"report", "validate"},
-        "sora_train/training/prometheus.py": {"scalars", "_checkpoint_age"},
-        "sora_train/training/watch.py": {"stragglers"},
+        "sora_train/training/report/prometheus.py": {"scalars", "_checkpoint_age"},
+        "sora_train/training/health/watch.py": {"stragglers"},
     }.items():
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
             if not isinstance(node, ast.FunctionDef) or node.name not in functions:

@@ -164,7 +164,7 @@ def test_the_cpu_image_builds_and_answers_in_a_clean_root(tmp_path: Path) -> Non
             root.follow(instruction, rest)
         health = root.run(shlex.join(json.loads(of("cpu", "HEALTHCHECK")[0].partition(" CMD ")[2])))
         assert health.returncode == 0, health.stdout[-4000:]
-        few = "tests/test_cost.py tests/test_launch.py tests/runs/test_whole.py"
+        few = "tests/core/test_cost.py tests/test_launch.py tests/runs/test_whole.py"
         tested = root.run(shlex.join(json.loads(of("cpu", "CMD")[0])), PYTEST_ADDOPTS=few)
         assert tested.returncode == 0 and " passed" in tested.stdout, tested.stdout[-4000:]
         assert " 0 passed" not in tested.stdout

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 
-from sora_train.config import build
+from sora_train.config.load import build
 
 FILES = sorted((Path(__file__).parents[1] / "launch/k8s").glob("*.yaml"))
 # Paths that the CRDs of Kubeflow Trainer (trainer.kubeflow.org/v1alpha1, 2.2), JobSet (v1alpha2) and the Training

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 
-from sora_train.config import build
+from sora_train.config.load import build
 from tests.test_launch import Sandbox
 
 ROOT = Path(__file__).parents[1]

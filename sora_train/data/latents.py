@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sora_train.data.decode import DecodeError
-from sora_train.data.encoded import TEXT, header
-from sora_train.data.index import Index
+from sora_train.data.index.index import Index
+from sora_train.data.read.decode import DecodeError
+from sora_train.data.read.encoded import TEXT, header
 
 
 class Encoded(NamedTuple):

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from sora_train.batch import Clip, Pack, Refusal, Visit
-from sora_train.cli import InputError
-from sora_train.data.decode import DecodeError
-from sora_train.data.encoded import LATENT
-from sora_train.data.index import Index
+from sora_train.core.batch import Clip, Pack, Refusal, Visit
+from sora_train.core.cli import InputError
+from sora_train.core.pixels import to_video
+from sora_train.core.seeds import CAPTION, below, uniform
+from sora_train.data.index.index import Index
 from sora_train.data.latents import Encoded, check_size, read
-from sora_train.data.plan import Plan, Position, Slots, source_frames
-from sora_train.data.pool import Pool
-from sora_train.data.stages import Stages
-from sora_train.data.transforms import to_video
-from sora_train.seeds import CAPTION, below, uniform
+from sora_train.data.order.curriculum import Stages
+from sora_train.data.order.plan import Plan, Position, Slots, source_frames
+from sora_train.data.read.decode import DecodeError
+from sora_train.data.read.encoded import LATENT
+from sora_train.data.read.pool import Pool
 
 Known = Mapping[
     tuple[tuple[int, ...], int], Refusal

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from sora_train.evaluation.demo import only_objects
-from sora_train.evaluation.shapes import sight
+from sora_train.demo_world.judge import only_objects
+from sora_train.demo_world.sighting import sight
 
 _LOST = 1.0  # a frame without the object counts as if it were a whole side away
 _RESAMPLES = 2000

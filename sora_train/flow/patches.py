@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sora_train.batch import Grid
+from sora_train.core.batch import Grid
 
 
 def patchify(latents_CTHW: Tensor, patch: int) -> Tensor:

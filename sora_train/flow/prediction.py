@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sora_train.batch import LatentPack
-from sora_train.config import Prediction
+from sora_train.config.schema import Prediction
+from sora_train.core.batch import LatentPack
 
 _LEAST = 0.05  # what a difference to data or noise is divided by at least, as in Li and He 2025 (arXiv 2511.13720)
 

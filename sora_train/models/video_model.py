@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sora_train.batch import LatentPack
-from sora_train.models.dit import DiT
-from sora_train.models.text import TextEncoder
+from sora_train.core.batch import LatentPack
+from sora_train.models.text.encoder import TextEncoder
+from sora_train.models.wan.model import DiT
 
 
 class VideoModel(nn.Module):

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sora_train.cli import InputError
-from sora_train.data.decode import DecodeError
-from sora_train.data.index import expand
-from sora_train.data.pool import Pool
-from sora_train.media import encode_mp4
+from sora_train.core.cli import InputError
+from sora_train.core.media import encode_mp4
+from sora_train.data.index.index import expand
+from sora_train.data.read.decode import DecodeError
+from sora_train.data.read.pool import Pool
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 _PACKAGES = ("torch", "deepspeed", "hydra-core", "webdataset", "decord", "av", "wandb")
@@ -212,5 +212,3 @@ def wandb(timeout_s: float = 3.0) -> Iterator[Finding]:
         yield Finding("wandb", OK, f"{server} answers")
     except OSError as error:
         yield Finding("wandb", WARNING, f"{server} does not answer ({error}); runs are written offline")
-
-

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from sora_train.core.world import World
 from sora_train.operations.checks import FAILURE, OK, WARNING, Finding
 from sora_train.operations.preflight import differences, surroundings
-from sora_train.world import World
 
 _BYTES = 16 << 20
 _SLOW = 0.5  # of the median of all pairs

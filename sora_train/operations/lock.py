@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sora_train.cli import InputError
+from sora_train.core.cli import InputError
 
 _BEAT_S = 5.0
 

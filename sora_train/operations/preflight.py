@@ -16,9 +16,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sora_train.cli import InputError
-from sora_train.config import Config, Method, to_dict
-from sora_train.world import World
+from sora_train.config.load import to_dict
+from sora_train.config.schema import Config, Method
+from sora_train.core.cli import InputError
+from sora_train.core.world import World
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "decord", "av", "webdataset", "hydra-core", "omegaconf")
 _VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "WORLD_SIZE")

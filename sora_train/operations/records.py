@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sora_train.cli import InputError
+from sora_train.core.cli import InputError
 
 Curve = list[tuple[int, float]]
 

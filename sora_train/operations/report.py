@@ -104,7 +104,7 @@ def _figure(name: str, records: Sequence[Record]) -> str:
     label = html.escape(name)
     texts = (
         f"<text x=8 y=14>{high_y:.4g}</text><text x=8 y={height - 6}>{low_y:.4g}</text>"
-        f'<text x={width - 8} y={height - 6} text-anchor=end>step {high_x}</text>'
+        f"<text x={width - 8} y={height - 6} text-anchor=end>step {high_x}</text>"
     )
     return (
         f'<figure><svg viewBox="0 0 {width} {height}" width={width} height={height} role=img aria-label="{label}">'

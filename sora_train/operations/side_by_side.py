@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sora_train.cli import InputError
+from sora_train.core.cli import InputError
 from sora_train.operations.records import Record, differences
 from sora_train.operations.report import finite
 

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
-from sora_train.cli import STOPPED
+from sora_train.core.cli import STOPPED
 from sora_train.operations.records import read
 
 _SHUTDOWN_S = 300  # what a stopped job may take to save

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
-from sora_train.batch import Pack, Refusal
-from sora_train.training.console import Console
-from sora_train.training.guard import Guard
-from sora_train.training.meter import Meter
-from sora_train.training.metrics import Writers
-from sora_train.training.watch import Watch
-from sora_train.training.zero import Engine
+from sora_train.core.batch import Pack, Refusal
+from sora_train.training.engine.zero import Engine
+from sora_train.training.health.guard import Guard
+from sora_train.training.health.watch import Watch
+from sora_train.training.report.console import Console
+from sora_train.training.report.meter import Meter
+from sora_train.training.report.writers import Writers
 
 
 class Task(Protocol):

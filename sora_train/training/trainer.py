@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sora_train.cli import STOPPED, InputError
-from sora_train.config import Config
-from sora_train.training.checkpoint import Checkpoints, load_into, pieces, read_state
-from sora_train.training.ema import Ema
-from sora_train.training.guard import BadShare
-from sora_train.training.health import Health, OnItsWay, Verdict, differing_ranks
-from sora_train.training.ledger import Ledger
-from sora_train.training.mirror import Mirror
-from sora_train.training.optim import lr_factor
+from sora_train.config.schema import Config
+from sora_train.core.cli import STOPPED, InputError
+from sora_train.core.world import World
+from sora_train.training.engine.ema import Ema
+from sora_train.training.engine.optim import lr_factor
+from sora_train.training.engine.power_ema import PowerEmas, Snapshots
+from sora_train.training.health.guard import BadShare
+from sora_train.training.health.spikes import Health, OnItsWay, Verdict, differing_ranks
 from sora_train.training.parts import Agreement, Parts, Place, Step
-from sora_train.training.power_ema import PowerEmas, Snapshots
-from sora_train.training.profiling import StepProfile
-from sora_train.world import World
+from sora_train.training.report.profiling import StepProfile
+from sora_train.training.state.checkpoint import Checkpoints, load_into, pieces, read_state
+from sora_train.training.state.ledger import Ledger
+from sora_train.training.state.mirror import Mirror
 
 
 class Trainer:

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sora_train.batch import Clip, Refusal
-from sora_train.cli import InputError
-from sora_train.config import Config, DataConfig, SourceConfig, check
-from sora_train.cost import Cost, Geometry
-from sora_train.data.index import index_shards, load_index
+from sora_train.config.rules import check
+from sora_train.config.schema import Config, DataConfig, SourceConfig
+from sora_train.core.batch import Clip, Refusal
+from sora_train.core.cli import InputError
+from sora_train.core.cost import Cost, Geometry
+from sora_train.data.index.index import index_shards, load_index
 from sora_train.data.loader import Loader, Step, draw_caption, passes_of_rank
-from sora_train.data.plan import Plan, PlanInputs, Position, source_frames
-from sora_train.data.pool import Pool
+from sora_train.data.order.plan import Plan, PlanInputs, Position, source_frames
+from sora_train.data.read.pool import Pool
 
 
 @pytest.fixture(scope="module")

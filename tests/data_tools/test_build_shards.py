@@ -17,8 +17,8 @@ import pytest
 import webdataset as wds
 
 from data_tools import build_shards, index
-from sora_train.cli import InputError
-from sora_train.media import encode_mp4, write_png
+from sora_train.core.cli import InputError
+from sora_train.core.media import encode_mp4, write_png
 
 ROOT = Path(__file__).parents[2]
 

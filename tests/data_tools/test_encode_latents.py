@@ -20,20 +20,21 @@ from torch import Tensor, nn
 from data_tools import encode_latents
 from data_tools.encode_latents import fixed_visits
 from data_tools.inspect import View, render
-from sora_train.assemble import Shards
-from sora_train.batch import LatentPack
-from sora_train.cli import InputError
-from sora_train.config import Config, Fit, Method, SourceConfig, StageConfig, build
-from sora_train.cost import geometry
-from sora_train.data.decode import DecodeError
-from sora_train.data.encoded import header, probe, weights_hash
-from sora_train.data.index import index_path, index_shards, load_index
+from sora_train.config.cost import geometry
+from sora_train.config.load import build
+from sora_train.config.schema import Config, Fit, Method, SourceConfig, StageConfig
+from sora_train.core.batch import LatentPack
+from sora_train.core.cli import InputError
+from sora_train.data.index.index import index_path, index_shards, load_index
 from sora_train.data.latents import read, texts_to_bytes, to_bytes
 from sora_train.data.loader import Loader, Step
-from sora_train.data.plan import Position
-from sora_train.data.pool import Pool
-from sora_train.flow.rectified import FlowTask
-from sora_train.generation import FrozenVae, build_vae, tokenizer
+from sora_train.data.order.plan import Position
+from sora_train.data.read.decode import DecodeError
+from sora_train.data.read.encoded import header, probe, weights_hash
+from sora_train.data.read.pool import Pool
+from sora_train.flow.objective import FlowTask
+from sora_train.generation.sampler import FrozenVae, build_vae, tokenizer
+from sora_train.methods.build import Shards
 
 CPU = torch.device("cpu")
 Compose = Callable[..., DictConfig]

@@ -13,8 +13,8 @@ import pytest
 
 from data_tools import inspect as inspecting
 from data_tools.inspect import View, histogram, seen
-from sora_train.cli import InputError
-from sora_train.data.index import load_index
+from sora_train.core.cli import InputError
+from sora_train.data.index.index import load_index
 
 Write = Callable[[Path, list[dict[str, Any]]], str]
 Make = Callable[[int], dict[str, Any]]

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bad_files import damaged_tar
 from data_tools import lint as linting
 from data_tools.lint import MEANING, WARNINGS, lint
-from sora_train.cli import InputError
-from sora_train.data.index import index_path, index_shards
-from sora_train.data.source import Store
+from sora_train.core.cli import InputError
+from sora_train.data.index.index import index_path, index_shards
+from sora_train.data.read.store import Store
+from tests.faults.bad_files import damaged_tar
 
 Write = Callable[[Path, list[dict[str, Any]]], str]
 Make = Callable[[int], dict[str, Any]]
@@ -70,7 +70,7 @@ def test_damaged_tars(own_corpus: list[str], kind: str, cause: str) -> None:
 
 
 def test_what_differs_from_its_index(own_corpus: list[str]) -> None:
-    from sora_train.data.index import load_index
+    from sora_train.data.index.index import load_index
 
     index = load_index(own_corpus)
     data = bytearray(Path(own_corpus[0]).read_bytes())

@@ -13,10 +13,10 @@ import webdataset as wds
 from PIL import Image
 
 from data_tools import make_demo
-from data_tools import shapes_world as world
-from sora_train.cli import InputError
-from sora_train.evaluation.shapes import COLOURS, DIRECTIONS, SHAPES, sight
-from sora_train.media import read_mp4
+from sora_train.core.cli import InputError
+from sora_train.core.media import read_mp4
+from sora_train.demo_world import scenes as world
+from sora_train.demo_world.sighting import COLOURS, DIRECTIONS, SHAPES, sight
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 

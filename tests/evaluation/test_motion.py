@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from data_tools.shapes_world import make_scene, render
-from sora_train.cli import InputError
-from sora_train.completion import TASKS, Part, figures_table, marks, measure, part_of, summary
+from sora_train.core.cli import InputError
+from sora_train.demo_world.scenes import make_scene, render
+from sora_train.evaluation.completion import TASKS, Part, figures_table, marks, measure, part_of, summary
 from sora_train.evaluation.motion import changes, median_interval, path_error, seam_jumps, worst_place
 
 

@@ -16,14 +16,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from sora_train import export
-from sora_train.batch import Clip, Pack
-from sora_train.cli import InputError
-from sora_train.config import Config, TileConfig, build, to_yaml
-from sora_train.cost import geometry
-from sora_train.generation import FrozenVae, Sampler, request_for, starting_model, tokenizer
-from sora_train.methods import Diffusion
-from sora_train.models.released_vae import ReleasedVae
-from sora_train.models.tiling import in_time
+from sora_train.config.cost import geometry
+from sora_train.config.load import build, to_yaml
+from sora_train.config.schema import Config, TileConfig
+from sora_train.core.batch import Clip, Pack
+from sora_train.core.cli import InputError
+from sora_train.generation.sampler import FrozenVae, Sampler, request_for, starting_model, tokenizer
+from sora_train.methods.base import Diffusion
+from sora_train.models.video_vae.released import ReleasedVae
+from sora_train.models.video_vae.tiling import in_time
 
 CPU = torch.device("cpu")
 WORDS = ["<pad>", "</s>", "<unk>", "a", "block", "of", "light", "number"]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sora_train import compare
-from sora_train.cli import InputError
-from sora_train.media import write_mp4
+from sora_train.core.cli import InputError
+from sora_train.core.media import write_mp4
 from sora_train.operations.records import differences, events, flat, read, samples
 from sora_train.operations.report import page, write_report
 from sora_train.operations.side_by_side import plot

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sora_train import doctor
-from sora_train.cli import InputError
+from sora_train.core.cli import InputError
 from sora_train.operations import checks
 from sora_train.operations.checks import FAILURE, OK, WARNING
 from sora_train.operations.links import judge, rounds

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.cli import InputError
+from sora_train.core.cli import InputError
 from sora_train.operations.lock import RunLock
 
 ROOT = Path(__file__).parents[2]

@@ -10,15 +10,16 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from sora_train.assemble import out_of_memory
-from sora_train.cli import InputError
-from sora_train.config import Config, build, to_yaml
-from sora_train.generation import build_video_model
-from sora_train.operations.memory import advice, is_out_of_memory, suggestion
-from sora_train.operations.planner import estimate, meta_network
+from sora_train.config.load import build, to_yaml
+from sora_train.config.schema import Config
+from sora_train.core.cli import InputError
+from sora_train.core.world import World
+from sora_train.forecast.estimate import estimate, meta_network
+from sora_train.forecast.out_of_memory import advice, is_out_of_memory, suggestion
+from sora_train.generation.sampler import build_video_model
+from sora_train.methods.build import out_of_memory
 from sora_train.operations.preflight import changes, code_hash, count_restart, differences, facts
 from sora_train.training.parts import Place
-from sora_train.world import World
 
 Make = Callable[..., Config]
 

@@ -1,6 +1,6 @@
 """A sample of the campaigns of bad input and of numbers that don't go together, with real ranks.
 
-`python -m benchmarks.bad_input` and `python -m benchmarks.shard_counts` are the whole of them.
+`python -m tests.faults.bad_input` and `python -m tests.faults.shard_counts` are the whole of them.
 """
 
 from __future__ import annotations

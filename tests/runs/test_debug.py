@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sora_train.operations.memory import is_out_of_memory
+from sora_train.forecast.out_of_memory import is_out_of_memory
 
 pytestmark = pytest.mark.timeout(3600)  # a quarter of a minute, but not on a busy machine
 

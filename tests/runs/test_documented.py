@@ -92,8 +92,8 @@ def furnished(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Checkout:  # fmt: skip
     """The quickstart's checkout with what else a reader has: videos, shards, a VAE, released weights."""
-    from tests.models.test_perceptual import random_vgg
     from tests.models.test_released import write_pipeline
+    from tests.models.video_vae.test_perceptual import random_vgg
 
     checkout = quickstart[0].copy(tmp_path_factory.mktemp("furnished") / "sora_train")
     folder = checkout.folder

@@ -1,4 +1,4 @@
-"""A sample of the fault campaign, with real ranks; `python -m benchmarks.faults` is the whole of it."""
+"""A sample of the fault campaign, with real ranks; `python -m tests.faults.campaign` is the whole of it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_results import Made, Results, bound, remarks, row
-from benchmarks.soak import slope
+from tests.faults.results import Made, Results, bound, remarks, row
+from tests.faults.soak import slope
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = {
@@ -26,8 +26,8 @@ MORE = {
 @pytest.mark.parametrize("numbers", [SAMPLE, pytest.param(MORE, marks=pytest.mark.campaign)], ids=["sample", "more"])
 def test_the_campaign_finds_nothing(tmp_path: Path, numbers: dict[str, int]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.faults", *(f"{k}={v}" for k, v in numbers.items()), f"folder={tmp_path}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "tests.faults.campaign", *(f"{k}={v}" for k, v in numbers.items()),
+         f"folder={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     counts = {kind: count for kind, count in numbers.items() if count and kind not in ("torchrun", "seed")}
@@ -56,9 +56,13 @@ def test_slices_of_a_campaign_add_up(tmp_path: Path) -> None:
     assert [trial.number for trial in trials] == [0, 1, 2] and len(again.of("kill", 2)) == 2
     title, count, failures, rate, cost, found = row("kills", trials)
     assert (title, count, failures, rate, cost) == ("kills", "3", "1", f"{bound(1, 3):.2%}", "2.0 s, 1.0 s")
-    assert found == remarks(trials) == (
-        "3 of 6 kills in a save; at most 2 steps lost; 1 through torchrun; "
-        "kill to first new step: p95 3.0 s, at most 3.0 s"
+    assert (
+        found
+        == remarks(trials)
+        == (
+            "3 of 6 kills in a save; at most 2 steps lost; 1 through torchrun; "
+            "kill to first new step: p95 3.0 s, at most 3.0 s"
+        )
     )
 
 

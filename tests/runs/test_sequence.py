@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sora_train.config import VAE_USE, VaeConfig
-from sora_train.generation import build_vae
-from sora_train.media import read_mp4
+from sora_train.config.schema import VAE_USE, VaeConfig
+from sora_train.core.media import read_mp4
+from sora_train.generation.sampler import build_vae
 
 SMALL = (
     "model.width=32", "model.depth=2", "model.heads=2", "model.ffn=64", "text_encoder.width=32", "data.max_tokens=256",

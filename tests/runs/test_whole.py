@@ -8,7 +8,7 @@ import av
 import pytest
 from PIL import Image
 
-from sora_train.data.index import load_index
+from sora_train.data.index.index import load_index
 from tests.checkout import Checkout
 
 

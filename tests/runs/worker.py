@@ -20,17 +20,17 @@ import torch
 import webdataset as wds
 from safetensors.torch import load_file
 
-from benchmarks.fault_bed import Bed, Job, differences, losses, outcome, run, samples_by_step
-from benchmarks.fault_trials import elastic, kill, stage_for
-from sora_train.config import Config
-from sora_train.data.index import index_shards
-from sora_train.flow.rectified import FlowTask
-from sora_train.media import encode_mp4
-from sora_train.training.checkpoint import KINDS as KINDS_OF_TENSORS
-from sora_train.training.checkpoint import latest_intact, load_full
-from sora_train.training.deepspeed_files import read
-from sora_train.training.power_ema import combined
+from sora_train.config.schema import Config
+from sora_train.core.media import encode_mp4
+from sora_train.data.index.index import index_shards
+from sora_train.flow.objective import FlowTask
+from sora_train.training.engine.power_ema import combined
+from sora_train.training.state.checkpoint import KINDS as KINDS_OF_TENSORS
+from sora_train.training.state.checkpoint import latest_intact, load_full
+from sora_train.training.state.deepspeed_files import read
 from sora_train.training.trainer import Trainer
+from tests.faults.bed import Bed, Job, differences, losses, outcome, run, samples_by_step
+from tests.faults.trials import elastic, kill, stage_for
 
 AVERAGES = ("optim.ema_lengths=[0.05,0.1]", "checkpoint.snapshot_every=4")
 # eight slots: four passes on each of two ranks; two steps an epoch
@@ -252,8 +252,13 @@ def imports(bed: Bed) -> object:
     )  # fmt: skip
     taken = bed.config("taken", "steps=5", "deepspeed=zero0")
     code = run(taken, 1)
-    return {"saved": found, "command": [done.returncode, done.stdout, done.stderr[-2000:]], "code": code,
-            "output": Path(taken.run_dir).with_suffix(".out").read_text(), "losses": losses(Path(taken.run_dir))}
+    return {
+        "saved": found,
+        "command": [done.returncode, done.stdout, done.stderr[-2000:]],
+        "code": code,
+        "output": Path(taken.run_dir).with_suffix(".out").read_text(),
+        "losses": losses(Path(taken.run_dir)),
+    }
 
 
 def _save_theirs(config: Config, rank: int) -> None:

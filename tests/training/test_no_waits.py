@@ -15,20 +15,21 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sora_train.batch import Clip, Pack, Refusal
-from sora_train.config import Config, Precision, build
-from sora_train.cost import geometry, training_cost
-from sora_train.generation import build_vae
-from sora_train.methods import METHODS
-from sora_train.parallel import ulysses
-from sora_train.training.console import Console
-from sora_train.training.guard import Guard
-from sora_train.training.meter import Meter
+from sora_train.config.cost import geometry, training_cost
+from sora_train.config.load import build
+from sora_train.config.schema import Config, Precision
+from sora_train.core.batch import Clip, Pack, Refusal
+from sora_train.core.world import World
+from sora_train.generation.sampler import build_vae
+from sora_train.methods.base import METHODS
+from sora_train.models.layers import ulysses
+from sora_train.training.engine.zero import Engine, Fragment
+from sora_train.training.health.guard import Guard
+from sora_train.training.health.watch import Watch
 from sora_train.training.parts import Parts
+from sora_train.training.report.console import Console
+from sora_train.training.report.meter import Meter
 from sora_train.training.trainer import Trainer
-from sora_train.training.watch import Watch
-from sora_train.training.zero import Engine, Fragment
-from sora_train.world import World
 from tests.training.waits import DEVICE, Wait, Waits
 
 

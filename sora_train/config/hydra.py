@@ -1,0 +1,114 @@
+"""Hydra for the entry points: compose conf/, build the typed configuration, answer mistakes with one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from sora_train.config.catalogue import help_text
+from sora_train.config.load import build, known_keys
+from sora_train.config.schema import Config
+from sora_train.core.cli import BAD_INPUT, InputError, nearest
+from sora_train.core.world import from_environment
+
+_HERE = Path(__file__).parents[1]
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # installed from a wheel, or a checkout
+
+
+def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = "") -> int:
+    """Compose from the command line and run `job` (several times for a `-m` sweep); returns the highest exit code.
+
+    Raises InputError for anything wrong with the configuration, and leaves it in run_dir/exit.json too, because
+    torchrun turns every code into 1. `--help` prints `usage` and what conf/ offers.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(usage, CONF))
+        return 0
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    codes: list[int] = []
+    mistakes: list[InputError] = []
+
+    def main(tree: DictConfig) -> None:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            with open_dict(tree):
+                tree.run_dir = f"{tree.run_dir}/{job_name()}"
+        try:
+            codes.append(job(build(tree, need_vae)))
+        except InputError as error:  # Hydra would print a line of its own over ours
+            mistakes.append(error)
+
+    main.codes = codes  # type: ignore[attr-defined]  # where a launcher that runs jobs as processes leaves theirs
+    try:
+        _refuse_sweep_under_torchrun()
+        hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")(main)()
+        if mistakes:
+            raise mistakes[0]
+    except (HydraException, OmegaConfBaseException) as error:
+        message = _one_line(error)
+        _leave_note(message)
+        raise InputError(message) from error
+    except InputError as error:
+        _leave_note(str(error))
+        raise
+    return max(codes, default=0)
+
+
+def write_exit(run_dir: str | Path, code: int, reason: str) -> None:
+    """Leave the exit code where a launch script finds it."""
+    path = Path(run_dir) / "exit.json"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"code": code, "reason": reason, "time": time.time()}) + "\n")
+        temporary.replace(path)
+    except OSError as error:  # a full disk must not hide how the run ended
+        print(f"warning: {path} can't be written ({error}): code {code}, {reason}", file=sys.stderr, flush=True)
+
+
+def _leave_note(message: str) -> None:
+    run_dir = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("run_dir=")), "")
+    if run_dir and from_environment().is_main:
+        write_exit(run_dir, BAD_INPUT, message)
+
+
+def _refuse_sweep_under_torchrun() -> None:
+    if from_environment().launched and {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise InputError(
+            "-m sweeps start several runs one after the other, which torchrun's ranks can't do together; "
+            "sweep with `python -m sora_train.train -m ...`, or start torchrun once per setting"
+        )
+
+
+def job_name() -> str:
+    """Number of one job of a sweep and what sets it apart, as a folder name that Hydra also takes as a value."""
+    hydra_config = HydraConfig.get()
+    swept = [override for override in hydra_config.overrides.task if override not in sys.argv]
+    return f"{hydra_config.job.num}-" + re.sub(r"[^\w.-]+", "_", ",".join(swept).replace("=", "-"))[:80].strip("_")
+
+
+def _one_line(error: Exception) -> str:
+    """The line of a Hydra error that says something, with the nearest key where one is unknown."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    unknown = re.search(r"Could not override '([\w.@/]+)'|Key '([\w.]+)' is not in struct", str(error))
+    if unknown:
+        key = unknown[1] or unknown[2]
+        return f"there is no key {key!r}; {nearest(key, known_keys())}"
+    option = re.search(r"Could not find '([\w./]+)'|In '[\w./]+': Could not find '([\w./]+)'", str(error))
+    if option:
+        group, _, name = (option[1] or option[2]).rpartition("/")
+        folder = CONF / group
+        known = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
+        return f"there is no {group or 'config'}={name}; {nearest(name, known)}" if known else lines[0]
+    return lines[0] if lines else type(error).__name__

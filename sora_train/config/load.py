@@ -1,0 +1,123 @@
+"""Read and write configurations: from a composed tree, and from and to a run folder.
+
+Secrets are masked in whatever is written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from sora_train.config.released import text_width, transformer_shape, vae_shape
+from sora_train.config.rules import check, require
+from sora_train.config.schema import VAE_USE, Config, VaeConfig
+from sora_train.core.cli import InputError, nearest
+
+_SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential|^key$|^token$|account_?key)")
+
+
+def build(tree: DictConfig, need_vae: bool = True) -> Config:
+    """The typed, checked configuration of a composed tree. Raises InputError with one line for the first mistake.
+
+    The shape of a VAE at `vae.path` replaces what the tree says of it; `need_vae` False goes on where it isn't there.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
+        assert isinstance(merged, DictConfig)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise InputError(f"{missing[0]} has no value; give {missing[0]}=... or choose an experiment=...")
+        config = OmegaConf.to_object(merged)
+    except (ConfigKeyError, ValidationError, OmegaConfBaseException) as error:
+        raise InputError(_explain(error)) from error
+    assert isinstance(config, Config)
+    checkpointing = config.model.activation_checkpointing
+    config.model.activation_checkpointing = {"False": "none", "True": "block"}.get(checkpointing, checkpointing)
+    _take_released_shapes(config)
+    if config.vae.path is not None and config.vae.class_name is None:
+        shape = Path(config.vae.path) / "config.json"
+        if shape.is_file():
+            config.vae = VaeConfig(
+                **json.loads(shape.read_text()) | {name: getattr(config.vae, name) for name in VAE_USE}
+            )
+        elif need_vae:
+            raise InputError(
+                f"no VAE at vae.path={config.vae.path}; train one (experiment=demo_vae) and export it there"
+            )
+    check(config)
+    return config
+
+
+def _take_released_shapes(config: Config) -> None:
+    """The shapes of released models replace what the tree says of them; they must fit each other."""
+    if config.vae.path is not None:
+        for key, value in (vae_shape(config.vae.path) or {}).items():
+            setattr(config.vae, key, value)
+    text = config.text_encoder
+    if text.path is not None:
+        text.width = text_width(text.path)
+    if config.model.init_from is None:
+        return
+    shape = transformer_shape(config.model.init_from)
+    channels, width = shape.pop("channels"), shape.pop("text_width")
+    for key, value in shape.items():
+        setattr(config.model, key, value)
+    require(
+        channels == config.vae.channels,
+        f"model.init_from has {channels} latent channels, the VAE {config.vae.channels}; set vae.path to its VAE",
+    )
+    require(
+        width == text.width,
+        f"model.init_from reads text {width} wide, the text encoder gives {text.width}; set text_encoder.path",
+    )
+
+
+def load(run_dir: str | Path) -> Config:
+    """The configuration that a run was started with. Raises InputError if the folder holds no run."""
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{run_dir} holds no run (there is no {path}); check run_dir")
+    tree = OmegaConf.load(path)
+    assert isinstance(tree, DictConfig)
+    return build(tree)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, secrets masked."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain values; anything whose key speaks of a secret is masked."""
+    tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return _masked(tree)
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: "***" if v and _SECRET.search(str(k)) else _masked(v) for k, v in value.items()}
+    return [_masked(v) for v in value] if isinstance(value, list) else value
+
+
+def known_keys(tree: Any = None, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    tree = OmegaConf.structured(Config) if tree is None else tree
+    keys: list[str] = []
+    for key in tree:
+        keys.append(prefix + str(key))
+        if not OmegaConf.is_missing(tree, key) and isinstance(tree[key], DictConfig):
+            keys += known_keys(tree[key], f"{prefix}{key}.")
+    return keys
+
+
+def _explain(error: Exception) -> str:
+    """One line for an OmegaConf error: the full key, what is wrong, and the nearest key where one is unknown."""
+    key = str(getattr(error, "full_key", "") or "")
+    if isinstance(error, ConfigKeyError):
+        return f"there is no key {key!r}; {nearest(key, known_keys())}"
+    return f"{key}: {str(error).splitlines()[0]}"

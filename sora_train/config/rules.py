@@ -1,0 +1,239 @@
+"""Checks that span keys: which values are allowed, and which go together.
+
+Imports neither torch nor deepspeed, so that a mistake is answered within a moment and before any process group.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sora_train.config.schema import (
+    DECODERS,
+    DERIVED,
+    LORA_TARGETS,
+    ROPE_SCALINGS,
+    SOLVERS,
+    TASKS,
+    WRITERS,
+    Config,
+    DataConfig,
+    FlowConfig,
+    Method,
+    TextEncoderConfig,
+    VaeConfig,
+)
+from sora_train.core.cli import InputError, nearest
+
+
+def check(config: Config) -> None:
+    """Every rule that spans keys; raises InputError for the first that is broken."""
+    model, vae, data, flow = config.model, config.vae, config.data, config.flow
+    positive = {
+        "logging.wandb_finish_s": config.logging.wandb_finish_s,
+        "steps": config.steps, "data.slots": data.slots, "data.max_frames": data.max_frames, "data.fps": data.fps,
+        "data.max_tokens": data.max_tokens, "data.window": data.window, "data.workers": data.workers,
+        "data.prefetch_steps": data.prefetch_steps, "optim.lr": config.optim.lr, "optim.clip": config.optim.clip,
+        "checkpoint.snapshot_every": config.checkpoint.snapshot_every,
+        "checkpoint.snapshots": config.checkpoint.snapshots,
+        "checkpoint.every_steps": config.checkpoint.every_steps, "checkpoint.keep": config.checkpoint.keep,
+        "logging.every_steps": config.logging.every_steps, "flow.shift": flow.shift,
+        "flow.sampling_steps": flow.sampling_steps, "model.heads": model.heads, "model.patch": model.patch,
+        "text_encoder.buckets": config.text_encoder.buckets - 1, "data.max_bad_fraction": data.max_bad_fraction,
+        "guard.max_bad_steps": config.guard.max_bad_steps, "guard.spike_steps": config.guard.spike_steps,
+        "guard.spike_window": config.guard.spike_window, "guard.timeout_s": config.guard.timeout_s,
+        "guard.slow_timeout_s": config.guard.slow_timeout_s, "vae.tile.frames": vae.tile.frames,
+        "vae.tile.pixels": vae.tile.pixels,
+    }  # fmt: skip
+    for key, value in positive.items():
+        require(value > 0, f"{key}={value} must be above 0")
+    for key, count in {
+        "checkpoint.keep_every": config.checkpoint.keep_every, "guard.hash_every": config.guard.hash_every,
+        "guard.spike": config.guard.spike, "guard.leave_out_before": config.guard.leave_out_before,
+        "guard.max_rollbacks": config.guard.max_rollbacks,
+        "guard.max_futile_restarts": config.guard.max_futile_restarts, "vae.tile.overlap": vae.tile.overlap,
+        "flow.shift_tokens": flow.shift_tokens,
+    }.items():  # fmt: skip
+        require(count >= 0, f"{key}={count} must not be below 0")
+    require(bool(data.sources), "data.sources is empty; name shards, e.g. +data.sources.mine.shards=[my/*.tar]")
+    require(0.0 < data.fill <= 1.0, f"data.fill={data.fill} must be in (0, 1]")
+    require(config.method is not Method.autoencoder or config.deepspeed.get("zero_optimization", {}).get("stage") != 3,
+             "an autoencoder runs each size by itself, which ZeRO-3 can't follow; use stage 0, 1 or 2")  # fmt: skip
+    require(config.parallel.accumulation is None or config.parallel.accumulation > 0,
+             f"parallel.accumulation={config.parallel.accumulation} must be above 0, or null")  # fmt: skip
+    sequence = config.parallel.sequence
+    require(sequence > 0, f"parallel.sequence={sequence} must be above 0")
+    require(sequence == 1 or config.method is Method.diffusion, "an autoencoder has no sequence; parallel.sequence=1")
+    if config.method is Method.diffusion:
+        _check_diffusion(config)
+    _check_lora(config)
+    _check_text(config.text_encoder)
+    _check_mirror(config.checkpoint.mirror)
+    lengths = config.optim.ema_lengths
+    require(all(0.0 < length < 0.28 for length in lengths) and len(set(lengths)) == len(lengths),
+             f"optim.ema_lengths={lengths} must be different numbers in (0, 0.28), e.g. [0.05, 0.1]")  # fmt: skip
+    _check_vae(vae)
+    unknown = [name for name in config.logging.writers if name not in WRITERS]
+    require(not unknown, f"logging.writers has no {unknown}; known: {', '.join(WRITERS)}")
+    profiled = config.logging.profile_steps
+    require(not profiled or (len(profiled) == 2 and 0 < profiled[0] <= profiled[1]),
+             f"logging.profile_steps={profiled} must be first and last step to trace, e.g. [20, 24]")  # fmt: skip
+    _check_data(data)
+    _check_deepspeed(config.deepspeed)
+    _check_mixing(data)
+
+
+def _check_diffusion(config: Config) -> None:
+    model, sequence = config.model, config.parallel.sequence
+    require(model.heads % sequence == 0,
+             f"model.heads={model.heads} must be a multiple of parallel.sequence={sequence}")  # fmt: skip
+    require(model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
+             f"model.width={model.width} must be an even multiple of model.heads={model.heads}")  # fmt: skip
+    require(config.vae.path is not None, "vae.path is not set; train a VAE (experiment=demo_vae) and export it first")
+    for name, chosen, known in (
+        ("activation_checkpointing", model.activation_checkpointing, ("none", "block", "selective")),
+        ("attention", model.attention, ("auto", "sdpa", "varlen", "flex")),
+        ("rope_scaling", model.rope_scaling, ROPE_SCALINGS),
+    ):
+        require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
+    require(model.mlp_chunk >= 0, f"model.mlp_chunk={model.mlp_chunk} tokens; must be 0 (all at once) or more")
+    require(not (model.mlp_chunk and model.compile),
+             "model.mlp_chunk and model.compile: a block would be compiled anew for each number of chunks; "
+             "set one of them to 0 or false")  # fmt: skip
+    factors = list(model.rope_factors)
+    require(len(factors) == 3 and min(factors) >= 1.0,
+             f"model.rope_factors={factors} must be three, none below 1: time, height, width")  # fmt: skip
+    require(model.rope_scaling != "none" or max(factors) == 1.0,
+             f"model.rope_factors={factors} say nothing with model.rope_scaling=none; "
+             "choose interpolation or ntk, or leave them at 1")  # fmt: skip
+    _check_flow(config.flow, config.data)
+
+
+def _check_vae(vae: VaeConfig) -> None:
+    require(vae.class_name is not None or len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
+             "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
+    weight, files = vae.perceptual.weight, vae.perceptual.files
+    require(weight >= 0, f"vae.perceptual.weight={weight} must not be below 0")
+    require(weight == 0 or bool(files),
+             "vae.perceptual.weight needs VGG16 weights; give vae.perceptual.files=[vgg16.pth], or 0")  # fmt: skip
+
+
+def _check_mirror(mirror: str | None) -> None:
+    if mirror is None:
+        return
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^/]*)(/?.*)", mirror)
+    require(
+        found is not None and bool(found[2] + found[3].strip("/")),
+        f"checkpoint.mirror={mirror} must be a URL such as s3://bucket/runs/x or file:///mnt/backup/x, or null",
+    )
+    assert found is not None
+    require(found[1] not in ("http", "https"), f"checkpoint.mirror={mirror}: nothing can be written to http")
+    require(":" not in found[2].rpartition("@")[0],
+             "checkpoint.mirror holds a password; give it by the environment or data.storage")  # fmt: skip
+
+
+def _check_text(text: TextEncoderConfig) -> None:
+    require(text.path is not None or text.width % text.heads == 0,
+             f"text_encoder.width={text.width} must be a multiple of its heads")  # fmt: skip
+    require(
+        text.path is not None or text.pad_to == 0,
+        "text_encoder.pad_to is for a released encoder: set text_encoder.path too, or text_encoder.pad_to=0",
+    )
+    require(
+        text.pad_to == 0 or text.pad_to >= text.max_tokens,
+        f"text_encoder.pad_to={text.pad_to} must be 0 or at least text_encoder.max_tokens={text.max_tokens}",
+    )
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.model.lora
+    require(lora.rank >= 0, f"model.lora.rank={lora.rank} must not be below 0")
+    if lora.rank == 0:
+        return
+    require(config.method is Method.diffusion, "model.lora is for the video model; method=diffusion, or lora.rank=0")
+    require(lora.alpha > 0, f"model.lora.alpha={lora.alpha} must be above 0")
+    require(bool(lora.targets), f"model.lora.targets is empty; known: {', '.join(LORA_TARGETS)}")
+    unknown = [name for name in lora.targets if name not in LORA_TARGETS]
+    require(not unknown, f"model.lora.targets has no layer {unknown[:1]}; "
+                          + (nearest(unknown[0], list(LORA_TARGETS)) if unknown else ""))  # fmt: skip
+    require(
+        config.model.init_from is None or config.text_encoder.path is not None,
+        "model.lora trains adapters of the transformer alone, and our own text encoder would stay at random beside "
+        "model.init_from; set text_encoder.path to the encoder that those weights were trained with",
+    )
+
+
+def _check_flow(flow: FlowConfig, data: DataConfig) -> None:
+    staged = {f"data.stages[{n}].tasks": stage.tasks for n, stage in enumerate(data.stages) if stage.tasks}
+    for key, tasks in {"flow.tasks": flow.tasks, **staged}.items():
+        unknown = [task for task in tasks if task not in TASKS]
+        require(not unknown, f"{key} has no {unknown[:1]}; {nearest(unknown[0], list(TASKS)) if unknown else ''}")
+        require(min(tasks.values(), default=0) >= 0 and sum(tasks.values()) > 0,
+                 f"{key}: no weight may be below 0, and one must be above")  # fmt: skip
+    require(flow.solver in SOLVERS, f"flow.solver={flow.solver!r}; {nearest(flow.solver, list(SOLVERS))}")
+    for key, value in {"per_frame_noise": flow.per_frame_noise, "guidance_rescale": flow.guidance_rescale}.items():
+        require(0.0 <= value <= 1.0, f"flow.{key}={value} must be in [0, 1]")
+    low, high = flow.guidance_interval
+    require(0.0 <= low <= high <= 1.0, f"flow.guidance_interval={[low, high]} must be timesteps, the lower one first")
+
+
+def _check_data(data: DataConfig) -> None:
+    unknown = [name for name in data.decoders if name not in DECODERS]
+    require(not unknown, f"data.decoders has no {unknown[:1]}; {nearest(str((unknown or [''])[0]), list(DECODERS))}")
+    require(bool(data.decoders) and len(set(data.decoders)) == len(data.decoders),
+             f"data.decoders={data.decoders}: name at least one, and each once")  # fmt: skip
+    positive = {"limits.pixels": data.limits.pixels, "limits.frames": data.limits.frames,
+                "limits.bytes": data.limits.bytes, "cache.gib": data.cache.gib,
+                "decode_timeout_s": data.decode_timeout_s, "decode_memory_gib": data.decode_memory_gib}  # fmt: skip
+    for key, value in positive.items():
+        require(value > 0, f"data.{key}={value} must be above 0")
+    strange = [name for name in data.commands if not re.fullmatch(r"[\w./+-]+", name)]
+    require(not strange, f"data.commands={strange[:1]} must be names of programs, without arguments, e.g. [rclone]")
+    wrong = [kind for kind, options in data.storage.items() if not isinstance(options, dict)]
+    require(not wrong, f"data.storage.{(wrong or [''])[0]} must be a map of options, e.g. +data.storage.s3.anon=true")
+
+
+def _check_deepspeed(options: dict[str, Any]) -> None:
+    for key, ours in DERIVED.items():
+        require(key not in options, f"deepspeed.{key} follows from {ours}; set that instead")
+    zero = options.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    require(stage in (0, 1, 2, 3), f"deepspeed.zero_optimization.stage={stage}; known: 0, 1, 2, 3")
+    require(
+        not zero.get("round_robin_gradients"),
+        "deepspeed.zero_optimization.round_robin_gradients breaks the fragment mapping; turn it off",
+    )
+
+
+def _check_mixing(data: DataConfig) -> None:
+    weights = {name: source.weight for name, source in data.sources.items() if source.weight is not None}
+    require(not weights or len(weights) == len(data.sources),
+             f"data.sources: {sorted(weights)} have a weight and others none; give it to all or none")  # fmt: skip
+    require(not weights or all(data.sources[name].repeat == 1.0 for name in weights),
+             "data.sources: a source has a weight or a repeat, not both")  # fmt: skip
+    named = [("data.captions", data.captions)] if data.captions else []
+    named += [("data.sources.*.weight", weights)] if weights else []
+    last = 0
+    for number, stage in enumerate(data.stages):
+        key = f"data.stages[{number}]"
+        named += [(f"{key}.weights", stage.weights)] if stage.weights else []
+        unknown = sorted(set(stage.weights) - set(data.sources))
+        require(not unknown, f"{key}.weights: there is no source {unknown[:1]}; "
+                              + (nearest(unknown[0], list(data.sources)) if unknown else ""))  # fmt: skip
+        is_last = number == len(data.stages) - 1
+        require((stage.until_step is None) == is_last,
+                 f"{key}.until_step={stage.until_step}: the last stage alone has none (null)")  # fmt: skip
+        require(is_last or (stage.until_step or 0) > last,
+                 f"{key}.until_step={stage.until_step} must be above {last}, where the stage begins")  # fmt: skip
+        last = stage.until_step or last
+        for name in ("fps", "max_frames", "max_pixels"):
+            value = getattr(stage, name)
+            require(value is None or value > 0, f"{key}.{name}={value} must be above 0")
+    for key, values in named:
+        require(min(values.values()) >= 0 and sum(values.values()) > 0,
+                 f"{key}: no weight may be below 0, and one must be above")  # fmt: skip
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)

@@ -1,0 +1,174 @@
+"""One memory-mapped index of many shards: the columns that plans and filters need, 19 bytes a sample.
+
+A folder with one file a column and `meta.json`. The ranks of a node map the same pages, and nothing is read before it
+is needed, so a hundred million samples open in a moment. Where a sample lies in its shard stays in the Parquet beside
+the shard, which is read when a sample of it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sora_train.core.cli import InputError
+from sora_train.data.index.index import Index, load_index
+from sora_train.data.read.decode import DecodeError, Timing
+from sora_train.data.read.store import Store
+
+VERSION = 1
+COLUMNS = {  # 19 bytes
+    "usable": np.uint8, "frames": np.int32, "fps": np.float32, "width": np.uint16, "height": np.uint16,
+    "duration": np.float32, "caption_chars": np.uint16,
+}  # fmt: skip
+_LOOKED_AT = 16  # shards whose samples' encoding is compared at the start
+_OPEN_SHARDS = 256  # whose Parquet is kept in memory
+
+
+class _ByRow:
+    """What looks like a column, made for one row at a time."""
+
+    def __init__(self, length: int, of_row: Callable[[int], Any]) -> None:
+        self._length, self._of_row = length, of_row
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, row: int) -> Any:
+        return self._of_row(int(row))
+
+
+class Consolidated(Index):
+    """An `Index` whose planned columns are mapped; everything else about a row comes from its shard's own index."""
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        first: np.ndarray,
+        columns: dict[str, np.ndarray],
+        prints: Sequence[str],
+        fingerprint: str,
+        store: Store,
+    ) -> None:
+        count = int(first[-1])
+        by_row: Any = _ByRow(count, lambda row: int(np.searchsorted(first, row, side="right")) - 1)
+        super().__init__(tuple(shards), by_row, first, columns, fingerprint, store)
+        object.__setattr__(self, "key", _ByRow(count, lambda row: self._at(row)[0].key[self._at(row)[1]]))
+
+        def load(shard: int) -> Index:
+            index = load_index([shards[shard]], store, allow_empty=True)
+            if index.fingerprint[:16] != prints[shard]:
+                raise InputError(f"{shards[shard]} changed after it was consolidated; consolidate the index again")
+            return index
+
+        object.__setattr__(self, "_load", lru_cache(_OPEN_SHARDS)(load))
+
+    @property
+    def usable(self) -> np.ndarray:
+        """`(n,)` bool: which rows may be planned."""
+        return self.columns["usable"].view(np.bool_)
+
+    def _at(self, row: int) -> tuple[Index, int]:
+        shard = self.shard[row]
+        return self._load(shard), row - int(self.first[shard])  # type: ignore[operator]
+
+    def member(self, row: int) -> tuple[str, str, tuple[int, int, int]]:
+        """As of `Index`."""
+        index, at = self._at(row)
+        return index.member(at)
+
+    def refusal(self, row: int) -> DecodeError:
+        """As of `Index`."""
+        index, at = self._at(row)
+        return index.refusal(at)
+
+    def timing(self, row: int) -> Timing:
+        """As of `Index`."""
+        index, at = self._at(row)
+        return index.timing(at)
+
+    def captions(self, row: int) -> tuple[list[str], dict[str, Any]]:
+        """As of `Index`."""
+        index, at = self._at(row)
+        return index.captions(at)
+
+    def further(self, row: int) -> dict[str, tuple[int, int, int]]:
+        """As of `Index`."""
+        index, at = self._at(row)
+        return index.further(at)
+
+    def encoded(self) -> set[str]:
+        """As of `Index`, of sixteen shards spread over all: the others are not opened before they are read."""
+        some = np.unique(np.linspace(0, len(self.shards) - 1, _LOOKED_AT).astype(int))
+        return set().union(*(self._load(int(shard)).encoded() for shard in some))  # type: ignore[operator]
+
+
+def consolidate(
+    shards: Sequence[str],
+    folder: str | Path,
+    advance: Callable[[int], None] = lambda done: None,
+    store: Store | None = None,
+) -> int:
+    """Write the consolidated index of shards that have their own; returns the number of samples.
+
+    `meta.json` is written last: a folder without it is not an index.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+    counts, prints = [], []
+    files = {name: (folder / f"{name}.bin").open("wb") for name in COLUMNS}
+    try:
+        for shard in shards:
+            index = load_index([shard], store, allow_empty=True)
+            for name, file in files.items():
+                values = index.usable if name == "usable" else index.columns[name]
+                kind: np.dtype = np.dtype(COLUMNS[name])
+                values = np.minimum(values, np.iinfo(kind).max) if kind.kind in "iu" else values
+                file.write(values.astype(kind).tobytes())
+            counts.append(len(index))
+            prints.append(index.fingerprint[:16])
+            advance(1)
+    finally:
+        for file in files.values():
+            file.close()
+    write_meta(folder, shards, counts, prints)
+    return sum(counts)
+
+
+def write_meta(folder: Path, shards: Sequence[str], counts: Sequence[int], prints: Sequence[str]) -> None:
+    """Finish an index whose columns are written."""
+    meta = {"version": VERSION, "shards": list(shards), "counts": list(counts), "fingerprints": list(prints)}
+    temporary = folder / "meta.tmp"
+    temporary.write_text(json.dumps(meta))
+    temporary.replace(folder / "meta.json")
+
+
+def load_consolidated(folder: str | Path, shards: Sequence[str], store: Store | None = None) -> Consolidated:
+    """Map an index. Raises InputError where there is none, it is torn, or it is of other shards."""
+    folder = Path(folder)
+    again = f"make it: python -m data_tools.index SHARDS... consolidate={folder}"
+    if not (folder / "meta.json").is_file():
+        raise InputError(f"there is no consolidated index at data.index={folder}; {again}")
+    text = (folder / "meta.json").read_text()
+    meta = json.loads(text)
+    if meta["version"] != VERSION or meta["shards"] != list(shards):
+        raise InputError(
+            f"data.index={folder} is of {len(meta['shards'])} shard(s), not the {len(shards)} of data.sources; {again}"
+        )
+    first = np.concatenate(([0], np.cumsum(meta["counts"]))).astype(np.int64)
+    columns: dict[str, np.ndarray] = {}
+    for name, kind in COLUMNS.items():
+        path = folder / f"{name}.bin"
+        if not path.is_file() or path.stat().st_size != int(first[-1]) * np.dtype(kind).itemsize:
+            raise InputError(f"{path} is not whole; {again}")
+        columns[name] = np.memmap(path, dtype=kind, mode="r")
+    if not columns["usable"].any():
+        raise InputError(f"data.index={folder} holds no usable sample")
+    fingerprint = sha256(text.encode()).hexdigest()
+    return Consolidated(shards, first, columns, meta["fingerprints"], fingerprint, store or Store())

@@ -1,0 +1,229 @@
+"""One shard to the rows of its index: walk the tar, pair members to samples, count frames, check captions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from sora_train.data.index.tar import Fault, Member, walk
+from sora_train.data.read.decode import IMAGES, VIDEOS, DecodeError
+from sora_train.data.read.encoded import LATENT
+from sora_train.data.read.encoded import probe as probe_latents
+from sora_train.data.read.pool import Pool, Probed
+
+CAPTIONS = ("json", "txt")  # in order of preference
+MAX_CAPTION_BYTES = 1 << 20
+META = "meta."  # prefix of the columns that come from the json
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("extension", pa.string()),  # of the video or image
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("crc32", pa.int64()),
+        ("frames", pa.int32()),  # shown ones
+        ("fps", pa.float64()),  # 0 for an image; the average where the rate varies
+        ("width", pa.int32()),  # upright
+        ("height", pa.int32()),
+        ("duration", pa.float64()),  # seconds, from presentation times
+        ("vfr", pa.bool_()),  # variable frame rate
+        ("careful", pa.bool_()),  # an edit list hides frames, or groups of pictures are open
+        ("rotation", pa.int16()),  # degrees that the pictures are turned to stand upright, counter-clockwise
+        ("codec", pa.string()),
+        ("pixel_format", pa.string()),
+        ("caption_extension", pa.string()),
+        ("caption_offset", pa.int64()),
+        ("caption_size", pa.int64()),
+        ("caption_crc32", pa.int64()),
+        ("caption_chars", pa.int32()),  # of the longest
+        ("caption_lengths", pa.list_(pa.int32())),  # of each, in the order of the json
+        ("encoded", pa.string()),  # what latents were made with; empty for pixels
+        ("more", pa.string()),  # further members as JSON: extension -> [offset, size, crc32]; empty if none
+        ("refused", pa.string()),  # cause, or empty
+        ("detail", pa.string()),
+    ]
+)
+_MARKS = 16  # member headers that tell whether a shard is still the same
+_FIELD = re.compile(r"[A-Za-z_]\w{0,63}")
+_FIELDS = 256  # columns that the jsons of one shard may add
+_PIECE = 8 << 20
+_TOGETHER, _TOGETHER_BYTES = 32, 64 << 20  # members that are probed by one message
+Members = dict[str, Member]  # of one sample, by extension
+Place = tuple[Future[list[Probed]], int]  # of a sample among those that are probed together
+
+
+def scan_shard(
+    path: str, pool: Pool, pixels: bool, advance: Callable[[int], None] = lambda count: None
+) -> tuple[pa.Table, list[int]]:
+    """The rows of one shard, and where some of its headers are. Faults of the tar are rows without a key.
+
+    With `pixels` the first picture of each video, and each image, is decoded.
+    """
+    samples, faults, headers = members_of(path)
+    probed = dict(_start_probes(path, {key: members for key, (members, _) in samples.items()}, pool, pixels))
+    rows, fields = [], []
+    with Path(path).open("rb") as file:
+        for key, (members, double) in samples.items():
+            row, found = _row(file, key, members, double, probed.get(key))
+            rows.append(row)
+            fields.append(found)
+            advance(sum(member.size for member in members.values()))
+    for fault in faults:
+        rows.append(_empty() | {"refused": f"tar_{fault.cause}", "detail": fault.detail, "offset": fault.offset})
+        fields.append({})
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    for name, values in _columns(fields).items():
+        table = table.append_column(META + name, values)
+    step = max(1, len(headers) // _MARKS)
+    return table, headers[::step][:_MARKS]
+
+
+def members_of(path: str) -> tuple[dict[str, tuple[Members, list[str]]], list[Fault], list[int]]:
+    """The samples of a tar by key, each with its members and the extensions that came twice; faults; header places."""
+    samples: dict[str, tuple[Members, list[str]]] = {}
+    faults, headers = [], []
+    with Path(path).open("rb") as file:
+        for found in walk(file):
+            if isinstance(found, Fault):
+                faults.append(found)
+                continue
+            headers.append(found.header)
+            folder, _, name = found.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            members, double = samples.setdefault(f"{folder}/{stem}" if folder else stem, ({}, []))
+            if extension.lower() in members:
+                double.append(extension.lower())
+            members.setdefault(extension.lower(), found)
+    return samples, faults, headers
+
+
+def _media(members: Members) -> str | None:
+    return next((extension for extension in (LATENT, *VIDEOS, *IMAGES) if extension in members), None)
+
+
+def _start_probes(path: str, samples: dict[str, Members], pool: Pool, pixels: bool) -> Iterator[tuple[str, Place]]:
+    """Have all media of a shard probed that may be: where each sample's figures will be."""
+    media = ((key, _media(members), members) for key, members in samples.items())
+    wanted = [(key, (path, e, m[e].offset, m[e].size)) for key, e, m in media if e is not None and e != LATENT]
+    wanted = [entry for entry in wanted if entry[1][3] <= pool.limits.bytes]
+    first, total = 0, 0
+    for number, (_, member) in enumerate(wanted):
+        total += member[3]
+        last = number + 1 == len(wanted) or total + wanted[number + 1][1][3] > _TOGETHER_BYTES
+        if last or number + 1 - first == _TOGETHER:
+            together = wanted[first : number + 1]
+            future = pool.probe_all([member for _, member in together], pixels)
+            yield from ((key, (future, place)) for place, (key, _) in enumerate(together))
+            first, total = number + 1, 0
+
+
+def _empty() -> dict[str, Any]:
+    kinds = {pa.string(): "", pa.bool_(): False}
+    return {f.name: [] if pa.types.is_list(f.type) else kinds.get(f.type, 0) for f in SCHEMA}
+
+
+def _row(
+    file: BinaryIO, key: str, members: Members, double: list[str], probed: Place | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One row of the index, and the plain fields of the sample's json."""
+    row, extension = _empty() | {"key": key}, _media(members)
+    fields: dict[str, Any] = {}
+    try:
+        if extension is None:
+            raise DecodeError("no_media", f"members {sorted(members)[:8]}, none of them a video or an image")
+        media = members[extension]
+        row |= {"extension": extension, "offset": media.offset, "size": media.size}
+        if double:
+            raise DecodeError("duplicate", f"{key}.{double[0]} is in the shard {double.count(double[0]) + 1} times")
+        if extension == LATENT:
+            start = os.pread(file.fileno(), min(media.size, _PIECE), media.offset)
+            row |= {**probe_latents(start, media.size), "crc32": _crc32(file, media)}
+        elif probed is None:
+            raise DecodeError("bytes", f"{media.size} bytes, more than data.limits.bytes")
+        else:
+            future, place = probed
+            figures = future.result()[place]
+            if isinstance(figures, DecodeError):
+                raise figures
+            row |= figures
+        text = next((e for e in CAPTIONS if e in members), None)
+        if text is None:
+            raise DecodeError("no_caption", f"members {sorted(members)[:8]}, neither {key}.txt nor {key}.json")
+        caption = members[text]
+        row |= {"caption_extension": text, "caption_offset": caption.offset, "caption_size": caption.size}
+        data = os.pread(file.fileno(), min(caption.size, (1 << 20) + 1), caption.offset)
+        captions, fields = parse_captions(data, text)
+        lengths = [len(c) for c in captions]
+        row |= {"caption_crc32": zlib.crc32(data), "caption_chars": max(lengths), "caption_lengths": lengths}
+        rest = {e: m for e, m in members.items() if e not in (extension, text)}
+        if rest:
+            row["more"] = json.dumps({e: [m.offset, m.size, _crc32(file, m)] for e, m in rest.items()})
+    except DecodeError as error:
+        row |= {"refused": error.cause, "detail": error.detail}
+    return row, fields
+
+
+def _crc32(file: BinaryIO, member: Member) -> int:
+    value = 0
+    for at in range(member.offset, member.offset + member.size, _PIECE):
+        value = zlib.crc32(os.pread(file.fileno(), min(_PIECE, member.offset + member.size - at), at), value)
+    return value
+
+
+def _columns(fields: list[dict[str, Any]]) -> dict[str, pa.Array]:
+    """The plain fields of all jsons as columns: numbers where all of a field's values are numbers, else words."""
+    names: dict[str, None] = {}
+    for found in fields:
+        for name, value in found.items():
+            plain = _is_plain(value) and name not in ("caption", "captions")
+            if plain and _FIELD.fullmatch(name) and len(names) < _FIELDS:
+                names[name] = None
+    columns = {}
+    for name in names:
+        values = [found.get(name) for found in fields]
+        if all(value is None or _is_number(value) for value in values):
+            columns[name] = pa.array([math.nan if v is None else float(v) for v in values], pa.float64())
+        else:
+            columns[name] = pa.array(["" if v is None or not _is_plain(v) else str(v) for v in values], pa.string())
+    return columns
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (bool, int, float)) and abs(value) < 1e300
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str))
+
+
+def parse_captions(data: bytes, extension: str) -> tuple[list[str], dict[str, Any]]:
+    """Captions of a txt or json member, and the json's fields. Raises DecodeError if there is none to be had."""
+    if len(data) > MAX_CAPTION_BYTES:
+        raise DecodeError("caption_too_long", f"{len(data)} bytes of caption, {MAX_CAPTION_BYTES} are allowed")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DecodeError("caption_not_utf8", f"byte {error.start} of the caption is not UTF-8") from error
+    if extension == "txt":
+        fields: dict[str, Any] = {}
+        captions = [text.strip()]
+    else:
+        try:
+            fields = json.loads(text)
+            captions = [str(c).strip() for c in fields.get("captions", {"": fields.get("caption", "")}).values()]
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise DecodeError("caption_json", f"the json holds no caption: {error}") from error
+    if any("\0" in caption for caption in captions):
+        raise DecodeError("caption_binary", "the caption has zero bytes in it")
+    if not captions or not all(captions):
+        raise DecodeError("no_caption", "the caption is empty")
+    return captions, fields

@@ -1,0 +1,109 @@
+"""Stages of training: plans one after the other over the same samples, with other sizes, lengths or shares of sources.
+
+Epochs are counted on through the stages, so a position is the same three integers and no two steps of a run share one;
+a stage begins with an epoch of its own. Which stage a step is in follows from how many steps were taken before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from hashlib import sha256
+
+import numpy as np
+
+from sora_train.config.schema import DataConfig, StageConfig
+from sora_train.core.cli import InputError
+from sora_train.data.index.index import Index
+from sora_train.data.order.plan import Amendment, Plan, PlanInputs, Position, Slots
+from sora_train.data.order.selection import Selection
+from sora_train.data.order.shared_windows import SharedWindows
+
+
+class Stages:
+    """The plan of a whole run. The last stage has no end."""
+
+    def __init__(self, plans: Sequence[Plan], ends: Sequence[int]) -> None:
+        self.plans, self.ends = plans, ends
+        self.index, self.inputs, self.filtered = plans[0].index, plans[0].inputs, plans[0].filtered
+        self.hash = plans[0].hash
+        if len(plans) > 1:
+            self.hash = sha256(repr(([plan.hash for plan in plans], list(ends))).encode()).hexdigest()
+
+    def share(self, run: str, owner: bool) -> None:
+        """Let the ranks of a node share what they plan; `run` is the same on all of them, and one owns the files."""
+        for plan in self.plans:
+            plan.shared = SharedWindows(f"{run}-{plan.hash[:16]}", owner)
+
+    @property
+    def amendments(self) -> list[Amendment]:
+        """What is left out, from which epoch on."""
+        return self.plans[0].amendments
+
+    def stage(self, taken: int) -> int:
+        """The stage of the step that follows `taken` steps."""
+        return int(np.searchsorted(self.ends, taken, side="right"))
+
+    def from_position(self, at: Position, taken: int = 0) -> Iterator[tuple[Position, Slots]]:
+        """Steps from `at` on, for ever, each with its own position; `taken` steps were taken before."""
+        while True:
+            stage = self.stage(taken)
+            if taken > 0 and self.stage(taken - 1) != stage:
+                at = Position(at.epoch + 1, 0, 0)
+            for position, slots in self.plans[stage].from_position(at):
+                yield position, slots
+                at, taken = position, taken + 1
+                if self.stage(taken) != stage:
+                    break
+
+    def amend(self, at: Position, taken: int, ahead: int, samples: Sequence[int]) -> None:
+        """Leave samples out from the first epoch that begins more than `ahead` steps after the one at `at`, which
+        follows `taken` steps: what was given away already stays as it is. A pure function of its arguments, the
+        inputs and the amendments before."""
+        stage = self.stage(taken)
+        while stage < len(self.ends) and (last := self.ends[stage] - 1 - taken) < ahead:
+            at = Position(self.plans[stage].epoch_after(at, last) + 1, 0, 0)
+            taken, ahead, stage = taken + last + 1, ahead - last - 1, stage + 1
+        epoch = self.plans[stage].epoch_after(at, ahead) + 1
+        self.restore([*self.amendments, Amendment(epoch, tuple(samples))])
+
+    def restore(self, amendments: Sequence[Sequence[int | Sequence[int]]]) -> None:
+        """Take over amendments, as a checkpoint kept them."""
+        for plan in self.plans:
+            plan.restore(amendments)
+
+
+def build_stages(index: Index, source_of: Sequence[str], data: DataConfig, inputs: PlanInputs) -> Stages:
+    """The plan of a configuration; `source_of` names the source of each shard, `inputs` holds what no stage changes.
+
+    Raises InputError where a source with a weight has no sample.
+    """
+    stages = data.stages or [StageConfig()]
+    weights = {name: source.weight for name, source in data.sources.items() if source.weight is not None}
+    repeats = {name: source.repeat for name, source in data.sources.items()}
+    mixed = bool(weights) or any(stage.weights for stage in stages)
+    kept = Selection(index, inputs.filters).per_shard() if mixed else np.zeros(0, dtype=np.int64)
+    plans = []
+    for stage in stages:
+        rate = _rates(source_of, kept, stage.weights or weights) if stage.weights or weights else repeats
+        changed = {name: getattr(stage, name) for name in ("fps", "max_frames", "max_pixels")}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        if stage.tasks:
+            changed["tasks"] = tuple(sorted((task, weight) for task, weight in stage.tasks.items() if weight > 0))
+        plans.append(Plan(index, replace(inputs, repeats=tuple(rate[name] for name in source_of), **changed)))
+    return Stages(plans, [stage.until_step for stage in stages[:-1] if stage.until_step is not None])
+
+
+def _rates(source_of: Sequence[str], kept: np.ndarray, weights: dict[str, float]) -> dict[str, float]:
+    """Visits of each sample of a source per epoch, so that its share of the epoch's visits is its weight's.
+
+    An epoch has as many visits as there are samples in the sources whose weight is above 0.
+    """
+    names = np.asarray(source_of, dtype=object)
+    counts = {name: int(kept[names == name].sum()) for name in sorted(set(source_of))}
+    empty = [name for name, weight in weights.items() if weight > 0 and not counts.get(name)]
+    if empty:
+        raise InputError(f"data.sources.{empty[0]} has a weight and no usable sample; look at its filter and index")
+    total = sum(count for name, count in counts.items() if weights.get(name, 0) > 0)
+    share = {name: weights.get(name, 0) / sum(weights.values()) for name in counts}
+    return {name: share[name] * total / max(1, count) for name, count in counts.items()}

@@ -1,0 +1,120 @@
+"""The visits of a window as columns: what each cuts out of its sample, in time and in space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sora_train.core.batch import Visit
+from sora_train.core.seeds import below
+
+_SHIFT, _ANYWHERE = (1 << 34) + np.arange(2)  # streams of where a long clip is cut
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Many visits, one row each; a row becomes a `Visit` when it is asked for."""
+
+    sample: np.ndarray
+    first: np.ndarray
+    frames: np.ndarray
+    fps: np.ndarray
+    resize: np.ndarray  # (n, 2)
+    crop: np.ndarray  # (n, 4)
+    tasks: tuple[str, ...]
+    task: np.ndarray  # which of `tasks`
+    seed: np.ndarray
+    tokens: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every column by name, to be written to a file; `Visits(**...)` of what is read back is the same."""
+        return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
+
+    @staticmethod
+    def of_arrays(arrays: Any) -> Visits:
+        """The visits whose columns these are."""
+        columns = {field.name: arrays[field.name] for field in fields(Visits)}
+        return Visits(**columns | {"tasks": tuple(columns["tasks"].tolist())})
+
+    def __getitem__(self, n: int) -> Visit:
+        return Visit(
+            sample=int(self.sample[n]),
+            first=int(self.first[n]),
+            frames=int(self.frames[n]),
+            fps=float(self.fps[n]),
+            resize=(int(self.resize[n, 0]), int(self.resize[n, 1])),
+            crop=tuple(map(int, self.crop[n])),  # type: ignore[arg-type]
+            task=self.tasks[int(self.task[n])],
+            seed=int(self.seed[n]),
+        )
+
+
+class Cuts(NamedTuple):
+    """What visits cut out of samples, whichever part they take of each."""
+
+    stride: np.ndarray  # source frames from one frame of the clip to the next
+    available: np.ndarray  # frames of the whole sample at the clip's rate
+    frames: np.ndarray  # of a clip
+    resize: np.ndarray  # (n, 2)
+    crop: np.ndarray  # (n, 4)
+    per_frame: np.ndarray  # tokens of a latent frame
+    tokens: np.ndarray  # of a clip
+
+
+def cuts(
+    index: Any, rows: np.ndarray, fps: float, max_frames: int, max_pixels: int, max_tokens: int, fit: str,
+    multiple: int, temporal_stride: int,
+) -> Cuts:  # fmt: skip
+    """How samples (rows of an index) are cut: `multiple` is the side of a token in pixels."""
+    stride = np.maximum(1, np.rint(index.fps[rows].astype(np.float64) / fps)).astype(np.int64)
+    available = 1 + (index.frames[rows].astype(np.int64) - 1) // stride
+    resize, crop = fit_sizes(index.height[rows], index.width[rows], max_pixels, multiple, fit)
+    per_frame = crop[:, 2] * crop[:, 3] // multiple**2
+    longest = np.minimum(max_frames, 1 + (max_tokens // per_frame - 1) * temporal_stride)
+    frames = 1 + (np.minimum(available, longest) - 1) // temporal_stride * temporal_stride
+    latent = 1 + (frames - 1) // temporal_stride
+    return Cuts(stride, available, frames, resize, crop, per_frame, latent * per_frame)
+
+
+def cut_pieces(available: np.ndarray, wanted: np.ndarray, turn: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """First frame of the `turn`-th visit of clips with more frames than a visit takes.
+
+    A clip that needs P pieces is visited in rounds of P + 1: P pieces that together cover all of it, begun at another
+    one for each clip and cut at other places in each round, then one from anywhere.
+    """
+    pieces = -(-available // wanted)
+    number = turn + below(pieces + 1, seeds, _SHIFT)
+    lap, piece = number // (pieces + 1), number % (pieces + 1)
+    shift = below(pieces * wanted - available + 1, seeds, _SHIFT, lap)
+    covering = np.clip(piece * wanted - shift, 0, available - wanted)
+    return np.where(piece < pieces, covering, below(available - wanted + 1, seeds, _ANYWHERE, lap))
+
+
+def fit_sizes(
+    height: np.ndarray, width: np.ndarray, max_pixels: int, multiple: int, fit: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes on the patch grid with at most `max_pixels`, never larger than the source (but at least one patch).
+
+    Returns what to resize to, `(n, 2)`, and what to cut from that, `(n, 4)` as top, left, height, width.
+    """
+    height, width = height.astype(np.int64), width.astype(np.int64)
+    scale = np.minimum(1.0, np.sqrt(max_pixels / (height * width)))
+    rounded = [
+        np.maximum(1, np.minimum(np.rint(side * scale / multiple), side // multiple)).astype(np.int64)
+        for side in (height, width)
+    ]
+    while (over := rounded[0] * rounded[1] * multiple**2 > np.maximum(max_pixels, multiple**2)).any():
+        taller = rounded[0] >= rounded[1]
+        rounded[0] = np.where(over & taller, np.maximum(1, rounded[0] - 1), rounded[0])
+        rounded[1] = np.where(over & ~taller, np.maximum(1, rounded[1] - 1), rounded[1])
+    out_h, out_w = rounded[0] * multiple, rounded[1] * multiple
+    if fit == "stretch":
+        return np.stack((out_h, out_w), 1), np.stack((0 * out_h, 0 * out_w, out_h, out_w), 1)
+    cover = np.maximum(out_h / height, out_w / width)
+    resized = [
+        np.maximum(out, np.rint(side * cover)).astype(np.int64) for out, side in ((out_h, height), (out_w, width))
+    ]
+    top, left = (resized[0] - out_h) // 2, (resized[1] - out_w) // 2
+    return np.stack(resized, 1), np.stack((top, left, out_h, out_w), 1)

@@ -1,0 +1,207 @@
+"""Does a video show what its scene says? Measures on the demo world, with no learned part, and their table.
+
+The same judge marks generated samples, the held-out videos themselves and those videos through the VAE: the last two
+say how far the measure and the VAE can be trusted, so that what is left is the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import comb, sqrt
+
+import numpy as np
+from rich.table import Table
+
+from sora_train.demo_world.sighting import COLOURS, DIRECTIONS, SHAPES, Sighting, direction_of, shape_of, sight
+
+Thing = Mapping[str, str]
+Counts = dict[str, tuple[int, int]]  # measure -> (successes, videos)
+
+COLUMNS = ("samples", "held-out videos", "held-out through the VAE")
+
+# How often a model that never reads the caption, but makes a good video of the right kind, is judged right: it draws
+# every attribute evenly. An identity is drawn once and kept, which is the most generous reading.
+CHANCE: dict[str, float] = {
+    "colour": 1 / len(COLOURS),
+    "shape": 1 / len(SHAPES),
+    "direction": 1 / len(DIRECTIONS),
+    "two_objects": 1 / (comb(len(COLOURS), 2) * len(SHAPES) ** 2),  # two different colours, a shape for each
+    "identity": 1 / (len(COLOURS) * len(SHAPES)),
+}
+
+_AGREE = 0.75  # of the frames that count must be right: with half, an object could turn into another
+_SEEN = 0.5  # of all frames must count
+_ALONE = 4.0  # the one object outweighs everything else in its frame this many times
+_CLEAR = 0.85  # of the most pixels seen on that side of the gap: an object less visible than that is not judged
+_STAGE = 0.1  # of all frames: the shortest appearance before or after a gap
+_Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
+
+
+def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, bool]:
+    """Whether a uint8 RGB video `(T, H, W, 3)` shows what its scene (the sample's metadata) says, by measure.
+
+    Kind "one": colour, shape, direction. "image": colour, shape. "two": two_objects (colour and shape of both).
+    "return": identity (right colour and shape before the object leaves and after it returns, absent in between).
+    "behind": identity (the same before and after it passes behind the large object, which stays).
+    Raises ValueError for another kind, or frames that are not a uint8 RGB video.
+    """
+    if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or frames_THWC.dtype != np.uint8 or not len(frames_THWC):
+        raise ValueError(f"need uint8 frames (T, H, W, 3), got {frames_THWC.dtype} {frames_THWC.shape}")
+    things: list[Thing] = list(scene["things"])  # type: ignore[call-overload]
+    seen = [sight(frame) for frame in frames_THWC]
+    kind = scene["kind"]
+    if kind == "one":
+        side = min(frames_THWC.shape[1:3])
+        direction = direction_of([s for s in only_objects(seen) if s.whole], side)
+        return {**_looks(seen, things[0]), "direction": direction == things[0]["direction"]}
+    if kind == "image":
+        return _looks(seen, things[0])
+    if kind == "two":
+        return {"two_objects": _both(seen, things)}
+    if kind == "return":
+        return {"identity": _survives(seen, things[0]) is not None}
+    if kind == "behind":
+        return {"identity": _passes_behind(seen, things[0], things[1])}
+    raise ValueError(f"no measure for scenes of kind {kind!r}")
+
+
+def _looks(seen: list[list[Sighting]], thing: Thing) -> dict[str, bool]:
+    """Colour and shape of the one object, over the frames that show it whole."""
+    whole = [s for s in only_objects(seen) if s.whole]
+    enough = len(whole) >= _SEEN * len(seen)
+    return {
+        "colour": enough and _share(whole, lambda s: s.colour == thing["colour"]) >= _AGREE,
+        "shape": enough and _share(whole, lambda s: s.shape == thing["shape"]) >= _AGREE,
+    }
+
+
+def only_objects(seen: list[list[Sighting]]) -> list[Sighting]:
+    """The largest object of every frame that shows one object and little else."""
+    return [f[0] for f in seen if f and f[0].pixels >= _ALONE * sum(s.pixels for s in f[1:])]
+
+
+def _both(seen: list[list[Sighting]], things: list[Thing]) -> bool:
+    """Whether most frames show exactly these things."""
+    wanted = sorted((t["colour"], t["shape"]) for t in things)
+    right = [f for f in seen if sorted((s.colour, s.shape) for s in f) == wanted]
+    return len(right) >= _AGREE * len(seen)
+
+
+def _survives(seen: list[list[Sighting]], thing: Thing) -> tuple[range, range] | None:
+    """The frames before and after the time an object is absent, if it is the right one in both; else None."""
+    start, stop = _gap(seen)
+    before, after = range(start), range(stop, len(seen))
+    shortest = max(1.0, _STAGE * len(seen))
+    if start == stop or min(len(before), len(after)) < shortest:
+        return None
+    return (before, after) if all(_is_thing([seen[i] for i in stage], thing) for stage in (before, after)) else None
+
+
+def _gap(seen: list[list[Sighting]]) -> tuple[int, int]:
+    """The longest run of frames without an object that has objects on both sides; (0, 0) if there is none."""
+    filled = [i for i, frame in enumerate(seen) if frame]
+    runs = [(a + 1, b) for a, b in zip(filled, filled[1:], strict=False) if b - a > 1]
+    return max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
+
+
+def _is_thing(stage: list[list[Sighting]], thing: Thing) -> bool:
+    """Whether the one object of these frames, where enough of it is visible, has the thing's colour and shape.
+
+    Frames that show an object whole are judged where there are any, and none in which much less is to be seen than in
+    another: what is half out of sight may be anything.
+    """
+    telling = [frame for frame in stage if any(s.whole for s in frame)] or [frame for frame in stage if frame]
+    most = max((frame[0].pixels for frame in telling), default=0)
+    telling = [frame for frame in telling if frame[0].pixels >= _CLEAR * most]
+    alone = only_objects(telling)
+    if not alone or len(alone) < _AGREE * len(telling):
+        return False
+    return shape_of(alone) == thing["shape"] and _share(alone, lambda s: s.colour == thing["colour"]) >= _AGREE
+
+
+def _passes_behind(seen: list[list[Sighting]], mover: Thing, cover: Thing) -> bool:
+    """Whether the mover vanishes behind the cover and comes out on the other side, and the cover stays."""
+    covers = [_largest(frame, cover["colour"]) for frame in seen]
+    stays = [s for s in covers if s is not None]
+    clear = [s for s in stays if s.whole]  # nothing touches it
+    if len(stays) < _AGREE * len(seen) or not clear or shape_of(clear) != cover["shape"]:
+        return False
+    others = [[s for s in frame if s is not one] for frame, one in zip(seen, covers, strict=True)]
+    stages = _survives(others, mover)
+    if stages is None:
+        return False
+    step = np.array(DIRECTIONS[mover["direction"]])
+    middle = np.mean([(s.y, s.x) for s in stays], axis=0)
+    before, after = (
+        np.mean([step @ (np.array((s.y, s.x)) - middle) for s in only_objects([others[i] for i in stage])])
+        for stage in stages
+    )
+    return bool(before < 0 < after)
+
+
+def _largest(frame: list[Sighting], colour: str) -> Sighting | None:
+    return next((s for s in frame if s.colour == colour), None)
+
+
+def _share(sightings: list[Sighting], right: Callable[[Sighting], bool]) -> float:
+    return sum(map(right, sightings)) / max(len(sightings), 1)
+
+
+def interval(successes: int, n: int) -> tuple[float, float]:
+    """95% interval of a success rate from `successes` of `n`: Wilson's score interval.
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927). Holds its
+    level for small `n` and at 0 and 1, where the usual normal interval has no width. (0, 1) for n = 0.
+    Raises ValueError unless 0 <= successes <= n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    rate, z2 = successes / n, _Z95**2
+    middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def table(rows: Mapping[str, Counts]) -> Table:
+    """A rich table: a line per measure, a column per entry of `rows` (see COLUMNS) with rate, interval and count.
+
+    `rows` is {column: {measure: (successes, videos)}}; the last column is chance.
+    """
+    out = Table(title="right, with 95% intervals")
+    out.add_column("measure")
+    for column in [*rows, "chance"]:
+        out.add_column(column, justify="right")
+    for measure in _measures(rows):
+        cells = [_cell(*counts[measure]) if measure in counts else "-" for counts in rows.values()]
+        out.add_row(measure.replace("_", " "), *cells, f"{CHANCE[measure]:.1%}" if measure in CHANCE else "-")
+    return out
+
+
+def as_json(rows: Mapping[str, Counts]) -> dict[str, dict[str, object]]:
+    """The same figures for a JSON file: {measure: {column: {rate, low, high, right, videos}, "chance": rate}}."""
+    out: dict[str, dict[str, object]] = {}
+    for measure in _measures(rows):
+        out[measure] = {column: _figures(*counts[measure]) for column, counts in rows.items() if measure in counts}
+        if measure in CHANCE:
+            out[measure]["chance"] = CHANCE[measure]
+    return out
+
+
+def _measures(rows: Mapping[str, Counts]) -> list[str]:
+    """Every measure that occurs, the known ones first in their usual order."""
+    found = dict.fromkeys(measure for counts in rows.values() for measure in counts)
+    return [m for m in CHANCE if m in found] + [m for m in found if m not in CHANCE]
+
+
+def _figures(right: int, videos: int) -> dict[str, float | int | None]:
+    low, high = interval(right, videos)
+    return {"rate": right / videos if videos else None, "low": low, "high": high, "right": right, "videos": videos}
+
+
+def _cell(right: int, videos: int) -> str:
+    if not videos:
+        return "-"
+    low, high = interval(right, videos)
+    return f"{right / videos:.1%} ({low:.0%} to {high:.0%}, n={videos})"

@@ -1,0 +1,61 @@
+"""Tasks as frame masks: which latent frames of a clip are given (t = 0) and which are to be generated.
+
+To add a task: a function here, its name in `config.TASKS`, a weight under `flow.tasks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sora_train.core.seeds import GIVEN_FRAMES, below, order
+
+
+def given_frames(task: str, frames: int, seed: int) -> list[bool]:
+    """Which of `frames` latent frames are given; at least one never is. Raises KeyError for an unknown task."""
+    return [False] if frames == 1 else _MASKS[task](frames, seed)
+
+
+def _nothing(frames: int, seed: int) -> list[bool]:
+    return [False] * frames
+
+
+def _first_frame(frames: int, seed: int) -> list[bool]:
+    return [True] + [False] * (frames - 1)
+
+
+def _beginning(frames: int, seed: int) -> list[bool]:
+    given = 1 + int(below(frames - 1, seed, GIVEN_FRAMES))
+    return [True] * given + [False] * (frames - given)
+
+
+def _end(frames: int, seed: int) -> list[bool]:
+    return _beginning(frames, seed)[::-1]
+
+
+def _both_ends(frames: int, seed: int) -> list[bool]:
+    """A gap of at least one frame, with at least one given before and after it; of two frames the first is given."""
+    if frames == 2:
+        return [True, False]
+    gap = 1 + int(below(frames - 2, seed, GIVEN_FRAMES))
+    first = 1 + int(below(frames - gap - 1, seed, GIVEN_FRAMES, 1))
+    return [not first <= place < first + gap for place in range(frames)]
+
+
+def _single_frames(frames: int, seed: int) -> list[bool]:
+    """One to half of the frames, anywhere."""
+    count = 1 + int(below(max(1, frames // 2), seed, GIVEN_FRAMES))
+    chosen = set(order(seed, GIVEN_FRAMES, np.arange(frames))[:count].tolist())
+    return [place in chosen for place in range(frames)]
+
+
+_MASKS: dict[str, Callable[[int, int], list[bool]]] = {
+    "text_to_video": _nothing,
+    "image": _nothing,
+    "image_to_video": _first_frame,
+    "extension": _beginning,
+    "extension_backwards": _end,
+    "interpolation": _both_ends,
+    "frames": _single_frames,
+}

@@ -1,0 +1,230 @@
+"""One pass of a configuration on tensors without memory: how many bytes live at once, what every operation does.
+
+The real network, task and autograd run under torch's FakeTensorMode, so shapes, saved activations, recomputation and
+the frozen VAE are those of a run, whatever the model does inside; only the numbers are missing. Kernels' own scratch
+memory isn't seen.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from sora_train.config.schema import Config
+from sora_train.core.batch import Clip, Pack, Visit
+from sora_train.flow.objective import FlowTask
+from sora_train.models.layers import ulysses
+
+# Network, task and frozen encoder of a configuration, untrained (methods.untrained).
+Untrained = Callable[[Config], tuple[nn.Module, Any, nn.Module]]
+Size = tuple[int, int, int]  # frames, height, width of a clip
+_CAPTION = " ".join(["word"] * 31)  # 32 tokens with the start token, as in cost.TEXT_TOKENS
+_SEPARATE = {"convolution": "convolution", "attention": "attention", "mm": "matmul", "bmm": "matmul"}
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor by its shape."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """How an operation was called, so that it can be tried: its arguments flat, tensors by their shape.
+
+    Lengths, which are real in a trace, are the tuple of their values.
+    """
+
+    function: Any
+    leaves: tuple[Any, ...]
+    spec: TreeSpec = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one operation of a pass does."""
+
+    kind: str  # matmul, attention, convolution or memory
+    flops: int
+    bytes: int  # read and written
+    fp32: bool
+    call: Call | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """The moment when a weight's gradient is made; in the bytes alive it counts, earlier ones don't."""
+
+    most: int  # bytes alive since the gradient before
+    now: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One pass: memory over what was there before it, and the work."""
+
+    activations: int  # most bytes alive at once, gradients of the weights left out
+    made: tuple[Made, ...]  # in the order of backward
+    encoder: int  # most bytes alive while the clips are encoded and noised
+    encoder_weights: int  # of the frozen VAE
+    operations: tuple[Operation, ...]
+    modules: int = 0  # of the network
+    exchanged: int = 0  # bytes that ranks which share a pack's tokens send each other
+
+    @property
+    def flops(self) -> int:
+        """Operations of the pass, recomputation included."""
+        return sum(operation.flops for operation in self.operations)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the bytes of storages that are alive, and lists operations."""
+
+    def __init__(self, ignore: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = self._since = 0
+        self.made: list[Made] = []
+        self.operations: list[Operation] = []
+        self._seen: set[int] = set()
+        for tensor in ignore:
+            self._watch(tensor, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self._watch(tensor)
+        self.peak = max(self.peak, self.live)
+        self._since = max(self._since, self.live)
+        if not func.is_view and tensors:
+            self.operations.append(_operation(func, args, kwargs or {}, out, tensors))
+        return out
+
+    def gradient(self, elements: int) -> None:
+        """A weight's gradient has been made."""
+        self.made.append(Made(self._since, self.live, elements))
+        self._since = 0
+
+    def _watch(self, tensor: Tensor, nbytes: int | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes() if nbytes is None else nbytes
+        self._seen.add(key)
+        self.live += size
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def _operation(func: Any, args: Any, kwargs: Any, out: Any, results: list[Tensor]) -> Operation:
+    name = func.overloadpacket.__name__
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    moved = sum(t.numel() * t.element_size() for t in (*inputs, *results))
+    flops = 0
+    if func.overloadpacket in flop_registry:
+        with _disable_current_modes():  # attention's formula reads the lengths of its groups
+            flops = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
+    kind = next((kind for part, kind in _SEPARATE.items() if part in name), "memory") if flops else "memory"
+    call = _call(func, args, kwargs)
+    return Operation(kind, flops, moved, bool(inputs) and inputs[0].dtype == torch.float32, call)
+
+
+def _call(func: Any, args: Any, kwargs: Any) -> Call:
+    leaves, spec = tree_flatten((args, kwargs))
+
+    def plain(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if not isinstance(leaf, FakeTensor) and leaf.dim() == 1 and leaf.dtype == torch.int64:
+            return tuple(leaf.tolist())
+        return Like(tuple(leaf.shape), leaf.stride(), leaf.dtype)
+
+    with _disable_current_modes():
+        return Call(func, tuple(map(plain, leaves)), spec)
+
+
+def trace(config: Config, sizes: Sequence[Size], untrained: Untrained) -> Trace:
+    """Trace one forward and backward pass of a rank over a pack of clips of these sizes."""
+    device = torch.device("cpu")
+    # lengths of attention's groups are real, so that its operations can be counted
+    with _fresh_caches(), FakeTensorMode(allow_non_fake_inputs=True):
+        network, task, frozen = untrained(config)
+        others = ulysses.Imagined(config.parallel.sequence)
+        if others.parts > 1:
+            blocks: Any = network.get_submodule("dit.blocks")
+            ulysses.apply(network, [block.self_attention for block in blocks], others)
+        pack = Pack([clip_of(number, size) for number, size in enumerate(sizes)])
+        encoder = 0
+        recorder = Recorder([*network.parameters(), *network.buffers(), *frozen.parameters(), *frozen.buffers()])
+        for parameter in (p for p in network.parameters() if p.requires_grad):
+            parameter.register_post_accumulate_grad_hook(_let_go(recorder))
+        with recorder:
+            if isinstance(task, FlowTask):
+                prepare = task.prepare
+
+                def prepared(pack: Pack, device: torch.device) -> Any:
+                    nonlocal encoder
+                    latents = prepare(pack, device)
+                    encoder, recorder.peak = recorder.peak, recorder.live
+                    return latents
+
+                task.prepare = prepared  # type: ignore[method-assign]
+            task.loss(network, pack, device).sum.backward()
+    weights = sum(p.numel() * p.element_size() for p in frozen.parameters())
+    r = recorder
+    modules = sum(1 for _ in network.modules())
+    return Trace(r.peak, tuple(r.made), encoder, weights, tuple(r.operations), modules, others.sent)
+
+
+@contextmanager
+def _fresh_caches() -> Iterator[None]:
+    """Keep tensors that the models remember (positions, rotations) apart: those with memory and those without."""
+
+    def clear() -> None:
+        for name, module in sys.modules.copy().items():  # a finalizer that runs meanwhile may import
+            if name.startswith(("sora_train.models.", "sora_train.flow.")):
+                for value in vars(module).copy().values():
+                    if hasattr(value, "cache_clear"):
+                        value.cache_clear()
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+def _let_go(recorder: Recorder) -> Callable[[Tensor], None]:
+    """Note a gradient when it is made, and drop it."""
+
+    def hook(parameter: Tensor) -> None:
+        recorder.gradient(parameter.numel())
+        parameter.grad = None
+
+    return hook
+
+
+def clip_of(number: int, size: Size) -> Clip:
+    frames, height, width = size
+    task = "image" if frames == 1 else "text_to_video"
+    visit = Visit(number, 0, frames, 8.0, (height, width), (0, 0, height, width), task, 2 * number + 1)
+    return Clip(visit, str(number), _CAPTION, torch.zeros(frames, 3, height, width, dtype=torch.uint8))

@@ -1,0 +1,106 @@
+"""Videos of any length, piece by piece: each goes on from the last latent frames of the one before.
+
+A piece is a clip of the trained length. Over the frames that it shares with the piece before it begins from that one's
+noise and is held to that one's latents: the first to the end, the others only while the picture takes shape. Their
+details are then made together with what follows, and shown as the later piece makes them: so the seam is no place where
+one piece ends and another begins. The first of them is encoded anew from the last frame shown, because the first latent
+frame of a clip holds one frame alone. A piece is decoded after the latents before it. Only a piece's length of them is
+kept, so memory doesn't grow with the length. What has left the picture for longer than the overlap is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sora_train.config.cost import geometry
+from sora_train.config.schema import Config
+from sora_train.core.cli import InputError
+from sora_train.core.seeds import hash64
+from sora_train.flow.ode import Held, Request, noise_of
+from sora_train.generation.requests import Prompt, Size, encode, tail
+from sora_train.generation.sampler import FrozenVae, Sampler
+
+
+def in_pieces(
+    config: Config, sampler: Sampler, prompt: Prompt, size: Size, frames: int, seed: int, overlap: int, loop: bool
+) -> Iterator[np.ndarray]:
+    """frames_THWC uint8, `frames` of them in all, a piece at a time; `size` is a piece's.
+
+    `overlap`: latent frames that a piece shares with the one before. With `loop` the last piece leads back to the first
+    frame and ends right before it; pieces aren't cut then, so there may be a few more frames. What the prompt gives as
+    beginning isn't repeated. Raises InputError for an overlap that leaves no room.
+    """
+    grid = geometry(config)
+    latents, stride = grid.grid(*size)[0], grid.temporal_stride
+    if overlap > (latents - 1) // 2 and latents > 1:
+        raise InputError(f"overlap={overlap} of a piece's {latents} latent frames; at most {(latents - 1) // 2}")
+    if latents < 3:
+        raise InputError(f"a piece has {latents} latent frame(s), too few to go on from; a model of longer clips can")
+    past, made, piece, opening = _Past(), 0, 0, None
+    if prompt.before is not None:
+        past = _Past(encode(sampler.vae, tail(prompt.before, latents, grid)))
+    closing = (latents - 1 - overlap) * stride - 1 if loop else 0
+    while made < frames - closing or (loop and made == 0):
+        begins = replace(prompt, before=None if piece else prompt.before, most=overlap)
+        request = _request(config, sampler.vae, begins, size, seed, piece, made, past.held)
+        (whole_CTHW,) = sampler.latents([request])
+        new_CTHW = whole_CTHW[:, _known(request) :]
+        more = new_CTHW.shape[1] * stride - (stride - 1 if past.shown_CTHW is None else 0)
+        if loop or made + more < frames:
+            new_CTHW = new_CTHW[:, : new_CTHW.shape[1] - (overlap - 1)]
+        video = past.decoded(sampler.vae, new_CTHW, stride)
+        noise_CTHW = noise_of(request, config.vae.channels, config.model.patch)
+        past = past.then(sampler.vae, new_CTHW, video, whole_CTHW, noise_CTHW, overlap)
+        video = video if loop else video[: frames - made]
+        opening = video[: 1 + overlap * stride] if opening is None else opening
+        made, piece = made + len(video), piece + 1
+        yield video
+    if loop and opening is not None:
+        ends = replace(prompt, before=None, after=opening, most=overlap)
+        request = _request(config, sampler.vae, ends, size, seed, piece, made, past.held)
+        (whole_CTHW,) = sampler.latents([request])
+        ((end, _),) = request.given
+        yield past.decoded(sampler.vae, whole_CTHW[:, 1:end], stride)[:-1]
+
+
+@dataclass(frozen=True)
+class _Past:
+    """The last latents `(C, T, H, W)` of what is shown, and what the next piece is held to."""
+
+    shown_CTHW: Tensor | None = None
+    held: Held | None = None
+
+    def decoded(self, vae: FrozenVae, new_CTHW: Tensor, stride: int) -> np.ndarray:
+        """The frames of the latents that follow."""
+        if self.shown_CTHW is None:
+            return vae.decode(new_CTHW)
+        return vae.decode(torch.cat((self.shown_CTHW, new_CTHW), dim=1))[-new_CTHW.shape[1] * stride :]
+
+    def then(
+        self, vae: FrozenVae, new_CTHW: Tensor, video_THWC: np.ndarray, whole_CTHW: Tensor, noise_CTHW: Tensor,
+        overlap: int,
+    ) -> _Past:  # fmt: skip
+        """The same after a piece `whole_CTHW`, of which `new_CTHW` are shown and the last `overlap` - 1 are not yet."""
+        latents = whole_CTHW.shape[1]
+        shown = new_CTHW if self.shown_CTHW is None else torch.cat((self.shown_CTHW, new_CTHW), dim=1)
+        first_CTHW = encode(vae, video_THWC[-1:])
+        held_CTHW = torch.cat((first_CTHW, whole_CTHW[:, latents - overlap + 1 :]), dim=1)
+        return _Past(shown[:, -latents:], Held(held_CTHW, noise_CTHW[:, latents - overlap :]))
+
+
+def _request(
+    config: Config, vae: FrozenVae, prompt: Prompt, size: Size, seed: int, piece: int, made: int, held: Held | None
+) -> Request:
+    """The request for a piece, whose first frame is the last one made."""
+    own_seed = int(hash64(seed, piece)) >> 1 if piece else seed
+    return replace(prompt.request(config, vae, size, own_seed, max(0, made - 1)), held=held)
+
+
+def _known(request: Request) -> int:
+    """Latent frames at a piece's beginning whose frames are shown already."""
+    return 1 if request.held is not None else sum(latents.shape[1] for first, latents in request.given if first == 0)

@@ -1,0 +1,274 @@
+"""Attention over packs: every token sees the tokens of its own group and no others.
+
+One function, `packed_attention`, in front of three back ends:
+
+    sdpa    torch's fused attention group by group; runs anywhere
+    varlen  FlashAttention over all groups in one call; CUDA, bf16 or fp16. Where the package of a newer one is
+            installed (FlashAttention-4, or 3), torch is told to run that in place of its own (2)
+    flex    FlexAttention with a block mask (`torch.nn.attention.flex_attention`), compiled; CUDA
+
+To the compiler it is one opaque operation (for flex a call that it doesn't look into), which takes the lengths of the
+groups as tensors in host memory: a new layout of the pack means no new compilation, and no layer asks the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import attention as implementations
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import register_flop_formula
+
+from sora_train.core.batch import send
+from sora_train.core.cli import InputError
+
+BACKENDS = ("auto", "sdpa", "varlen", "flex")
+_ALL_KEYS = {"window_size_left": -1, "window_size_right": -1}  # of a group
+_FEW_KEYS = 256  # up to so many a CPU is faster backwards in fp32 than in bf16; with a caption's few, four times
+_aten = torch.ops.aten
+
+
+def packed_attention(
+    q_NKd: Tensor,
+    k_NKd: Tensor,
+    v_NKd: Tensor,
+    q_lengths: Sequence[int] | Tensor,
+    k_lengths: Sequence[int] | Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v within each group; group i holds q_lengths[i] queries and k_lengths[i] keys.
+
+    Lengths given as tensors are int64 on the host. A group may have keys and no queries, not the other way round.
+    Returns `(N, K, d)` like the queries. Raises ValueError if the lengths don't add up to the tensors.
+    """
+    q_host, k_host = (x if isinstance(x, Tensor) else host_lengths(x) for x in (q_lengths, k_lengths))
+    return _attend(q_NKd, k_NKd, v_NKd, q_host, k_host, choose(backend, q_NKd.device.type, q_NKd.dtype))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, backend: str) -> Tensor:
+    if backend == "flex":
+        return _flex(q, k, v, q_lengths, k_lengths)
+    return _forward(q, k, v, q_lengths, k_lengths, backend)[0]
+
+
+def host_lengths(lengths: Sequence[int]) -> Tensor:
+    """Lengths as int64 in host memory: real numbers also where a plan traces the network on tensors without memory."""
+    with _disable_current_modes():
+        return torch.tensor(lengths, dtype=torch.int64, device="cpu")
+
+
+@torch.compiler.assume_constant_result  # the compiler shall call it, not look into it: it may try kernels
+def choose(backend: str, device: str, dtype: torch.dtype) -> str:
+    """The back end to use on a kind of device. Raises InputError for one that can't run there."""
+    return _chosen(backend, device, dtype)
+
+
+@lru_cache
+def _chosen(backend: str, device: str, dtype: torch.dtype) -> str:
+    half = dtype in (torch.bfloat16, torch.float16)
+    if backend == "auto":
+        if device != "cuda":
+            return "sdpa"
+        return "varlen" if half and newest_flash(dtype) else "flex" if _works("flex", dtype) else "sdpa"
+    if backend in ("varlen", "flex") and device != "cuda":
+        raise InputError(f"model.attention={backend} needs a CUDA GPU, and this is {device}; use auto or sdpa")
+    if backend == "varlen" and not half:
+        raise InputError(f"model.attention=varlen computes in bf16, not in {dtype}; set precision=bf16, or use flex")
+    if backend == "varlen" and not newest_flash(dtype):
+        raise InputError("model.attention=varlen: FlashAttention doesn't run on this GPU or isn't built in; use auto")
+    return backend
+
+
+@lru_cache
+def newest_flash(dtype: torch.dtype) -> str | None:
+    """Have torch run the newest FlashAttention that is installed and works on this GPU; which, or None if none does."""
+    for version in ("FA4", "FA3"):
+        try:
+            implementations.activate_flash_attention_impl(version)
+        except (AttributeError, ImportError, RuntimeError, ValueError):  # an older torch, or not installed
+            continue
+        if _works("varlen", dtype):
+            return version
+        implementations.restore_flash_attention_impl()
+    return "FA2" if _works("varlen", dtype) else None
+
+
+def _works(backend: str, dtype: torch.dtype) -> bool:
+    """Try a back end once, forwards and backwards, on two small groups: a build or a GPU may lack its kernels."""
+    try:
+        q = torch.ones(32, 1, 64, device="cuda", dtype=dtype, requires_grad=True)
+        lengths = host_lengths((16, 16))
+        with torch.enable_grad():
+            _attend(q, q, q, lengths, lengths, backend).sum().backward()
+        return True
+    except (RuntimeError, NotImplementedError, ImportError):
+        return False
+
+
+@torch.library.custom_op("sora_train::packed_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Output `(N, K, d)` and the log-sum-exp of each query's scores, `(K, N)`, which backward needs."""
+    q_list, k_list = q_lengths.tolist(), k_lengths.tolist()
+    if sum(q_list) != q.shape[0] or sum(k_list) != k.shape[0] or len(q_list) != len(k_list):
+        raise ValueError(f"groups of {q_list} queries and {k_list} keys don't match {q.shape}, {k.shape}")
+    if backend == "varlen":
+        bounds = _bounds(tuple(q_list), tuple(k_list), q.device)
+        out, lse, *_ = _aten._flash_attention_forward(q, k, v, *bounds, 0.0, False, False, **_ALL_KEYS)
+        return out, lse
+    outs, lses = [torch.empty_like(q[:0])], [q.new_empty((q.shape[1], 0), dtype=torch.float32)]
+    for q_part, k_part, count in _runs(q_list, k_list):
+        if q_part.start == q_part.stop:
+            continue
+        qs, ks, vs = _split(q, q_part, count), _split(k, k_part, count), _split(v, k_part, count)
+        if q.device.type == "cpu":
+            out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(qs, ks, vs)
+        else:
+            out, lse, *_ = _aten._scaled_dot_product_efficient_attention(qs, ks, vs, None, True)
+        outs.append(_join(out))
+        lses.append(lse[..., : qs.shape[2]].transpose(0, 1).flatten(1))
+    return _end_to_end(outs), _end_to_end(lses, dim=1)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=statistics)
+
+
+@torch.library.custom_op("sora_train::packed_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_lengths: Tensor, k_lengths: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of queries, keys and values."""
+    q_list, k_list = q_lengths.tolist(), k_lengths.tolist()
+    if backend == "varlen":
+        bounds = _bounds(tuple(q_list), tuple(k_list), q.device)
+        rng, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)  # there is no dropout
+        dq, dk, dv = _aten._flash_attention_backward(
+            grad, q, k, v, out, lse, *bounds, 0.0, False, rng, unused, **_ALL_KEYS
+        )
+        return dq, dk, dv
+    found = [tuple(torch.zeros_like(x[:0]) for x in (q, k, v))]
+    for q_part, k_part, count in _runs(q_list, k_list):
+        qs, gs, os = (_split(x, q_part, count) for x in (q, grad, out))
+        ks, vs = _split(k, k_part, count), _split(v, k_part, count)
+        lses = lse[:, q_part].unflatten(1, (count, -1)).transpose(0, 1)
+        if q_part.start == q_part.stop:
+            dq, dk, dv = (torch.zeros_like(x) for x in (qs, ks, vs))
+        elif q.device.type == "cpu":
+            exact = lse.dtype if ks.shape[2] <= _FEW_KEYS else q.dtype
+            gs, qs, ks, vs, os = (x.to(exact) for x in (gs, qs, ks, vs, os))
+            grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(gs, qs, ks, vs, os, lses, 0.0, False)
+            dq, dk, dv = (x.to(q.dtype) for x in grads)
+        else:
+            lses = F.pad(lses, (0, -lses.shape[-1] % 32), value=float("inf"))  # the kernel's alignment
+            seed = torch.zeros((), dtype=torch.int64, device=q.device)
+            dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
+                gs, qs, ks, vs, None, os, lses, seed, seed, 0.0, [True, True, True, False]
+            )
+        found.append((_join(dq), _join(dk), _join(dv)))
+    dq, dk, dv = (_end_to_end(parts) for parts in zip(*found, strict=True))
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_lengths: Tensor, k_lengths: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@register_flop_formula([torch.ops.sora_train.packed_attention], get_raw=True)
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, *_: Any, **__: Any) -> int:
+    pairs = sum(a * b for a, b in zip(q_lengths.tolist(), k_lengths.tolist(), strict=True))
+    return 4 * q.shape[1] * q.shape[2] * int(pairs)
+
+
+@register_flop_formula([torch.ops.sora_train.packed_attention_backward], get_raw=True)
+def _backward_flops(grad: Tensor, q: Tensor, *rest: Any, **__: Any) -> int:
+    """Two products per gradient of keys and values and of queries; the scores' recomputation isn't counted."""
+    return 2 * _forward_flops(q, q, q, *rest[4:6])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(grad.contiguous(), *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _runs(q_list: list[int], k_list: list[int]) -> Iterator[tuple[slice, slice, int]]:
+    """Neighbouring groups of equal lengths, which run as one batch: their queries, their keys, how many they are."""
+    q_at = k_at = 0
+    for (q_length, k_length), run in groupby(zip(q_list, k_list, strict=True)):
+        count = len(list(run))
+        q_end, k_end = q_at + count * q_length, k_at + count * k_length
+        yield slice(q_at, q_end), slice(k_at, k_end), count
+        q_at, k_at = q_end, k_end
+
+
+def _split(x_NKd: Tensor, part: slice, count: int) -> Tensor:
+    return x_NKd[part].unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _join(x_BKnd: Tensor) -> Tensor:
+    return x_BKnd.transpose(1, 2).flatten(0, 1)
+
+
+def _end_to_end(parts: Iterable[Tensor], dim: int = 0) -> Tensor:
+    """Joined, in the memory layout that the compiler was told. The first is empty, and one beside it isn't copied."""
+    parts = tuple(parts)
+    return (parts[1] if len(parts) == 2 else torch.cat(parts, dim)).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _bounds(q_list: tuple[int, ...], k_list: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Where groups begin and end, on the device, and the longest ones: made once per layout, not once per layer."""
+    q_ends, k_ends = (send(torch.tensor([0, *x]).cumsum(0).int(), device) for x in (q_list, k_list))
+    return q_ends, k_ends, max(q_list), max(k_list)
+
+
+@torch.compiler.disable
+def _flex(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor) -> Tensor:
+    mask = _block_mask(tuple(q_lengths.tolist()), tuple(k_lengths.tolist()), q.device)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return _compiled_flex()(q, k, v, block_mask=mask).squeeze(0).transpose(0, 1)
+
+
+@lru_cache(maxsize=16)
+def _block_mask(q_list: tuple[int, ...], k_list: tuple[int, ...], device: torch.device) -> Any:
+    """Which blocks of queries see which blocks of keys: made once per layout, not once per layer."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    q_group, k_group = (
+        send(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), device)
+        for lengths in (q_list, k_list)
+    )
+
+    def same(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return q_group[query] == k_group[key]
+
+    return create_block_mask(same, None, None, len(q_group), len(k_group), device=device)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)

@@ -1,0 +1,165 @@
+"""The elementwise steps of a block, with their backward written out.
+
+Autograd takes each of these apart into a dozen small operations, and keeps what each of them read. Here a step passes
+over its tensors a few times and keeps one wide tensor: its input, or for GELU the slope. Statistics are in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from sora_train.models.layers.rope import rotate
+
+_aten = torch.ops.aten
+_ROWS = 64  # of a wide layer's values that a core's own cache holds with what is made of them
+
+
+def modulated_norm(x_ND: Tensor, shift_MD: Tensor, scale_MD: Tensor, t_of_N: Tensor, eps: float) -> Tensor:
+    """LayerNorm without a scale of its own, then 1 + scale and shift of each token's timestep: `(N, D)`."""
+    return _ModulatedNorm.apply(x_ND, shift_MD, scale_MD, t_of_N, eps)
+
+
+def gated_sum(x_ND: Tensor, y_ND: Tensor, gate_MD: Tensor, t_of_N: Tensor) -> Tensor:
+    """x + gate y with the gate of each token's timestep, `(N, D)`."""
+    return _GatedSum.apply(x_ND, y_ND, gate_MD, t_of_N)
+
+
+def normed_heads(x_ND: Tensor, weight_D: Tensor, eps: float, heads: int, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """RMSNorm over the full width, split into heads, and each pair of channels turned by its token's angle.
+
+    `rope` is cos and sin, `(N, d / 2)`. Returns `(N, K, d)`.
+    """
+    return _NormedHeads.apply(x_ND, weight_D, eps, heads, *(rope or (None, None)))
+
+
+class Gelu(nn.Module):
+    """GELU in its tanh form (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
+
+    def forward(self, x_NF: Tensor) -> Tensor:
+        """Value by value, any shape."""
+        if x_NF.device.type == "cuda" and not torch.compiler.is_compiling():
+            return F.gelu(x_NF, approximate="tanh")  # one kernel
+        return _Gelu.apply(x_NF)
+
+
+class _Gelu(Function):
+    """Value and slope are computed together, and the slope is kept in the input's place: one exponential, not two."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NF: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            y_NF, slope_NF = _value_and_slope(x_NF)
+        else:
+            y_NF, slope_NF = torch.empty_like(x_NF), torch.empty_like(x_NF)
+            for x, y, slope in zip(*(t.split(_ROWS) for t in (x_NF, y_NF, slope_NF)), strict=True):
+                for to, part in zip((y, slope), _value_and_slope(x), strict=True):
+                    to.copy_(part)
+        ctx.save_for_backward(slope_NF)
+        return y_NF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor) -> Tensor:
+        return grad_NF * ctx.saved_tensors[0]
+
+
+def _value_and_slope(x_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU and its derivative: (1 + tanh u) / 2 is a sigmoid of 2 u, and x that times x is the value."""
+    x, c = _full(x_NF), 2 * math.sqrt(2 / math.pi)
+    square = x * x
+    share = square.mul(0.044715 * c).add_(c).mul_(x).sigmoid_()
+    y = x * share
+    slope = square.mul_(3 * 0.044715 * c).add_(c).mul_(y)
+    slope = slope.addcmul_(slope, share, value=-1).add_(share)
+    return y.type_as(x_NF), slope.type_as(x_NF)
+
+
+class _ModulatedNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, shift_MD: Tensor, scale_MD: Tensor, t_of_N: Tensor, eps: float) -> Tensor:
+        normed_ND, mean_N1, inverse_N1 = torch.native_layer_norm(_full(x_ND), x_ND.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x_ND, mean_N1, inverse_N1, scale_MD, t_of_N)
+        ctx.shift_dtype = shift_MD.dtype
+        scale_ND = (1 + _full(scale_MD)).index_select(0, t_of_N)
+        return normed_ND.mul_(scale_ND).add_(_full(shift_MD).index_select(0, t_of_N)).type_as(x_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, mean_N1, inverse_N1, scale_MD, t_of_N = ctx.saved_tensors
+        grad, x = _full(grad_ND), _full(x_ND)
+        shift = scale = None
+        if ctx.needs_input_grad[1]:
+            shift = _sum_by_timestep(grad, t_of_N, len(scale_MD)).to(ctx.shift_dtype)
+        if ctx.needs_input_grad[2]:
+            scale = _sum_by_timestep((x - mean_N1).mul_(inverse_N1).mul_(grad), t_of_N, len(scale_MD))
+            scale = scale.type_as(scale_MD)
+        grad = (1 + _full(scale_MD)).index_select(0, t_of_N).mul_(grad)
+        dx, _, _ = _aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean_N1, inverse_N1, None, None, [True, False, False]
+        )
+        return dx.type_as(x_ND), shift, scale, None, None
+
+
+class _GatedSum(Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, y_ND: Tensor, gate_MD: Tensor, t_of_N: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, gate_MD, t_of_N)
+        return torch.addcmul(x_ND, gate_MD.index_select(0, t_of_N), y_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        y_ND, gate_MD, t_of_N = ctx.saved_tensors
+        gate = None
+        if ctx.needs_input_grad[2]:
+            gate = _sum_by_timestep(grad_ND * y_ND, t_of_N, len(gate_MD))
+        return grad_ND, gate_MD.index_select(0, t_of_N).mul_(grad_ND), gate, None
+
+
+class _NormedHeads(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float, heads: int, cos: Tensor | None, sin: Tensor | None
+    ) -> Tensor:
+        x = _full(x_ND)
+        mean_N1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        inverse_N1 = (mean_N1 + eps).rsqrt()
+        ctx.save_for_backward(x_ND, weight_D, inverse_N1, cos, sin)
+        y_NKd = (x * inverse_N1).mul_(_full(weight_D)).unflatten(-1, (heads, -1))
+        return (y_NKd if cos is None or sin is None else rotate(y_NKd, cos, sin)).type_as(x_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NKd: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_D, inverse_N1, cos, sin = ctx.saved_tensors
+        x, weight = _full(x_ND), _full(weight_D)
+        grad = _full(grad_NKd)
+        grad = (grad if cos is None or sin is None else rotate(grad, cos, -sin)).flatten(1)
+        along_ND = grad * x
+        dweight = (inverse_N1.T @ along_ND)[0].type_as(weight_D) if ctx.needs_input_grad[1] else None
+        back_N1 = (along_ND @ weight).unsqueeze(1) * inverse_N1**3 / x.shape[-1]
+        dx = (grad * weight).mul_(inverse_N1).addcmul_(x, back_N1, value=-1)
+        return dx.type_as(x_ND), dweight, None, None, None, None
+
+
+def _full(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _sum_by_timestep(rows_ND: Tensor, t_of_N: Tensor, count: int) -> Tensor:
+    """The sum over the tokens of each timestep, `(M, D)`.
+
+    As a product with few rows: additions one by one into few rows would wait for each other on a GPU, and end in
+    another order each time.
+    """
+    each_M1 = torch.arange(count, device=rows_ND.device).unsqueeze(1)
+    return (each_M1 == t_of_N).type_as(rows_ND) @ rows_ND

@@ -1,0 +1,99 @@
+"""Where a token is: rotary embedding over time, height and width, and features of its absolute place.
+
+Rotary: Su et al. 2021 (arXiv 2104.09864), in the three-axis form of Wan. It tells two tokens how far apart they are,
+and from that alone a small model is slow to learn where a token lies in the frame; the features say it outright.
+
+Clips longer or larger than a model was trained on reach angles that it never saw. Two remedies stretch an axis by a
+factor (new length / trained length): interpolation puts the places closer together (Chen et al. 2023, arXiv
+2306.15595); `ntk` stretches slow waves in full and the fastest not at all, so that neighbours stay as far apart as they
+were (bloc97 2023; Peng et al. 2023, YaRN, arXiv 2309.00071, section 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sora_train.core.batch import Grid, send
+
+Factors = tuple[float, float, float]  # of time, height, width
+UNSCALED: Factors = (1.0, 1.0, 1.0)
+
+
+def axis_sizes(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that turn with time, height and width: two even sixths for space, the rest for time."""
+    space = 2 * (head_dim // 6)
+    return head_dim - 2 * space, space, space
+
+
+def frequencies(
+    head_dim: int, theta: float, scaling: str = "none", factors: Factors = UNSCALED
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Angular frequency of each channel pair per axis, float64; `factors` stretch time, height and width."""
+    return tuple(
+        _axis_frequencies(size, theta, scaling, factor)
+        for size, factor in zip(axis_sizes(head_dim), factors, strict=True)
+    )  # type: ignore[return-value]
+
+
+def _axis_frequencies(size: int, theta: float, scaling: str, factor: float) -> Tensor:
+    if scaling == "ntk" and size > 2:  # a single pair of channels is the fastest wave, which stays
+        theta = theta * factor ** (size / (size - 2))
+    plain = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    return plain / factor if scaling == "interpolation" else plain
+
+
+def rotations(
+    grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device, scaling: str = "none",
+    factors: Factors = UNSCALED,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """cos and sin of each token's angles, `(N, head_dim / 2)` fp32, every clip counted from its own origin."""
+    cached = [_grid_angles(grid, head_dim, theta, scaling, factors) for grid in grids]
+    angles = torch.cat(cached) if cached else torch.zeros(0, head_dim // 2)
+    angles = send(angles, device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_NKd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of every head by its token's angle.
+
+    A pair is a complex number and the turn a product, which is ten times as fast on a CPU as taking pairs apart; but
+    the compiler fuses real arithmetic only.
+    """
+    pairs = x_NKd.to(torch.promote_types(x_NKd.dtype, cos.dtype)).unflatten(-1, (-1, 2))
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if torch.compiler.is_compiling():
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+    return turned.flatten(-2).type_as(x_NKd)
+
+
+_WAVES = 4  # half waves of the finest feature along an axis
+PLACE_FEATURES = 3 * _WAVES * 2
+
+
+def place_features(grids: Sequence[Grid], device: torch.device) -> Tensor:
+    """`(N, PLACE_FEATURES)` fp32: sine and cosine of 1 to 4 half waves along each axis of the token's clip."""
+    cached = [_grid_features(grid) for grid in grids]
+    return send(torch.cat(cached) if cached else torch.zeros(0, PLACE_FEATURES), device)
+
+
+@lru_cache(maxsize=4096)
+def _grid_features(grid: Grid) -> Tensor:
+    axes = [(torch.arange(n) + 0.5) / n for n in grid]
+    phases = torch.cartesian_prod(*axes).view(-1, 3, 1) * (torch.arange(1, _WAVES + 1) * math.pi)
+    return math.sqrt(2.0) * torch.cat((phases.sin(), phases.cos()), dim=1).flatten(1)  # unit variance
+
+
+@lru_cache(maxsize=4096)
+def _grid_angles(grid: Grid, head_dim: int, theta: float, scaling: str, factors: Factors) -> Tensor:
+    """Angles of one clip's tokens, fp32, remembered per grid (a training set has few)."""
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).view(-1, 3)
+    axes = [places[:, i : i + 1] * freq for i, freq in enumerate(frequencies(head_dim, theta, scaling, factors))]
+    return torch.cat(axes, dim=1).float()

@@ -1,0 +1,88 @@
+"""A small text encoder trained along with the model: hashed words, so no vocabulary file and no download.
+
+Each word is the sum of two rows of the table (hash embeddings, Svenstrup et al. 2017): of a few thousand rows and a
+hundred words, two words share a row more often than not, and a word that shares its only row with a comma is never
+learned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+
+from sora_train.core.batch import send
+from sora_train.models.layers.attention import packed_attention
+
+# A word of letters, a single digit, a single character of a script written without spaces, or a punctuation mark.
+_WORDS = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\d|[^\w\s]"
+)
+_START = (0, 0)  # begins every caption, so that an empty one is a token too
+
+
+def tokenize(caption: str, buckets: int, max_tokens: int) -> list[tuple[int, int]]:
+    """Two rows in [0, buckets) for each token: a start token's, then two hashes of each lower-cased word.
+
+    The hashing trick (Weinberger et al. 2009): no word is unknown, and two words seldom share both rows.
+    """
+    words = _WORDS.findall(caption.lower())[: max_tokens - 1]
+    return [_START, *(_rows(word, buckets - 1) for word in words)]
+
+
+def _rows(word: str, buckets: int) -> tuple[int, int]:
+    digest = int.from_bytes(blake2b(word.encode(), digest_size=8).digest())
+    return 1 + (digest >> 32) % buckets, 1 + (digest & 0xFFFFFFFF) % buckets
+
+
+def tokenize_captions(captions: Sequence[str], buckets: int, max_tokens: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Rows of all captions end to end, `(L, 2)` int64 on the host, and the length of each."""
+    rows = [tokenize(caption, buckets, max_tokens) for caption in captions]
+    flat = [pair for caption in rows for pair in caption]
+    return torch.tensor(flat, dtype=torch.long).view(-1, 2), tuple(map(len, rows))
+
+
+class TextEncoder(nn.Module):
+    """A pre-norm transformer over packed captions."""
+
+    def __init__(self, width: int, depth: int, heads: int, buckets: int, max_tokens: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(buckets, width)
+        self.places = nn.Embedding(max_tokens, width)
+        self.layers = nn.ModuleList(TextLayer(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.words.weight, std=0.35)
+        nn.init.normal_(self.places.weight, std=0.1)
+
+    def forward(self, ids_L2: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Features `(L, E)` of packed captions, of which `ids_L2` are the rows."""
+        places = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
+        x_LE = self.words(ids_L2).sum(1) + self.places(send(places, ids_L2.device))
+        for layer in self.layers:
+            x_LE = layer(x_LE, lengths)
+        return self.norm(x_LE)
+
+
+class TextLayer(nn.Module):
+    """Self-attention and MLP, each behind a LayerNorm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q_norm, self.k_norm = nn.RMSNorm(width // heads, 1e-6), nn.RMSNorm(width // heads, 1e-6)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        mlp_out = nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), mlp_out)
+        for last in (self.out, mlp_out):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x_LE: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """`(L, E)` to `(L, E)`."""
+        q, k, v = self.qkv(self.attention_norm(x_LE)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        x_LE = x_LE + self.out(packed_attention(self.q_norm(q), self.k_norm(k), v, lengths, lengths).flatten(1))
+        return x_LE + self.mlp(self.mlp_norm(x_LE))

@@ -1,0 +1,68 @@
+"""T5 and umT5 encoders through transformers, from a local folder: captions to packed embeddings. Frozen."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, T5EncoderModel, UMT5EncoderModel
+
+from sora_train.config.released import folder_of
+from sora_train.core.batch import send
+from sora_train.core.cli import InputError
+
+_AT_ONCE = 16  # captions that go through the encoder together: what they need is far more than what they leave
+_CLASSES = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
+
+
+class ReleasedText:
+    """Embeds captions. `pad_to` tokens each, zeros after the last, where it is above 0: Wan attends to the zeros.
+
+    Loaded when the first caption comes: a run whose shards hold embeddings only needs it for its previews.
+    """
+
+    def __init__(self, path: str, device: torch.device, max_tokens: int, pad_to: int) -> None:
+        self.path, self.max_tokens, self.pad_to, self.device = path, max_tokens, pad_to, device
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
+        """Embeddings `(L, E)` of all captions end to end, on the device, and the length of each."""
+        starts = range(0, len(captions), _AT_ONCE)
+        rows = [row for at in starts for row in self._embedded(captions[at : at + _AT_ONCE])]
+        return torch.cat(rows), tuple(map(len, rows))
+
+    def _embedded(self, captions: Sequence[str]) -> list[Tensor]:
+        tokenizer, encoder = _load(self.path, self.device)
+        batch = tokenizer(
+            [_clean(caption) for caption in captions], padding=True, truncation=True, max_length=self.max_tokens,
+            return_tensors="pt",
+        )  # fmt: skip
+        lengths = batch.attention_mask.sum(1).tolist()
+        ids, mask = send(batch.input_ids, self.device), send(batch.attention_mask, self.device)
+        embedded_BLE = encoder(ids, attention_mask=mask).last_hidden_state
+        rows = [row[:length] for row, length in zip(embedded_BLE, lengths, strict=True)]
+        if self.pad_to:
+            rows = [torch.cat((row, row.new_zeros(self.pad_to - len(row), row.shape[1]))) for row in rows]
+        return rows
+
+
+@lru_cache(maxsize=1)
+def _load(path: str, device: torch.device) -> tuple[AutoTokenizer, torch.nn.Module]:
+    """Tokenizer and encoder of a folder; training and its previews share one copy."""
+    folder, beside = folder_of(path, "text_encoder"), folder_of(path, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(beside, local_files_only=True)
+        kind = _CLASSES[AutoConfig.from_pretrained(folder, local_files_only=True).model_type]
+        encoder = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise InputError(f"text_encoder.path={Path(path)}: {str(error).splitlines()[0]}") from error
+    return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+def _clean(caption: str) -> str:
+    """Entities resolved (twice, as web captions need) and runs of white space made one space."""
+    return " ".join(html.unescape(html.unescape(caption)).split())

@@ -1,0 +1,166 @@
+"""Released Wan weights: a diffusers `WanTransformer3DModel` folder into our DiT, and our DiT into such a folder.
+
+The two networks compute the same; names differ, and the shapes of three tensors: diffusers embeds patches by a
+convolution over (channel, time, height, width), ours by a matrix over (height, width, channel), and its modulation
+tables carry a leading one. No tensor is changed in value, so a round trip gives the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sora_train.config.released import ROPE_THETA, folder_of
+from sora_train.config.schema import ModelConfig
+from sora_train.core.cli import InputError
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_ENDS = {  # ours to diffusers'
+    "patch_in": "patch_embedding",
+    "text_in.0": "condition_embedder.text_embedder.linear_1",
+    "text_in.2": "condition_embedder.text_embedder.linear_2",
+    "time_in.0": "condition_embedder.time_embedder.linear_1",
+    "time_in.2": "condition_embedder.time_embedder.linear_2",
+    "time_modulation.1": "condition_embedder.time_proj",
+    "out.modulation": "scale_shift_table",
+    "out.project": "proj_out",
+}
+_BLOCK = {
+    "modulation": "scale_shift_table",
+    "cross_norm": "norm2",
+    "mlp.0": "ffn.net.0.proj",
+    "mlp.2": "ffn.net.2",
+    **{
+        f"{ours}_attention.{mine}": f"{theirs}.{its}"
+        for ours, theirs in (("self", "attn1"), ("cross", "attn2"))
+        for mine, its in (
+            ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0"), ("q_norm", "norm_q"),
+            ("k_norm", "norm_k"),
+        )
+    },
+}  # fmt: skip
+
+
+def wan_name(name: str) -> str:
+    """What diffusers calls a parameter of our DiT. Raises KeyError for one that Wan doesn't have."""
+    table, prefix, rest = _ENDS, "", name
+    if name.startswith("blocks."):
+        _, number, rest = name.split(".", 2)
+        table, prefix = _BLOCK, f"blocks.{number}."
+    if rest in table:
+        return prefix + table[rest]
+    part, _, kind = rest.rpartition(".")
+    return f"{prefix}{table[part]}.{kind}"
+
+
+def load_wan(dit: nn.Module, path: str | Path) -> None:
+    """Copy the weights of a diffusers transformer (or of the one inside a pipeline folder) into our DiT.
+
+    Raises InputError that lists what is missing, left over or of another shape; nothing is half done silently.
+    """
+    folder = folder_of(path, "transformer")
+    wanted = {wan_name(name): (name, p) for name, p in dit.named_parameters()}
+    found: set[str] = set()
+    surplus, shapes = [], []
+    for name, tensor in _tensors(folder):
+        if name not in wanted:
+            surplus.append(name)
+            continue
+        ours, parameter = wanted[name]
+        found.add(name)
+        if tuple(tensor.shape) != _their_shape(ours, parameter.shape, tensor.shape):
+            shapes.append(f"{name} {tuple(tensor.shape)}")
+            continue
+        with torch.no_grad():
+            parameter.copy_(_to_ours(ours, tensor))
+    missing = sorted(wanted.keys() - found)
+    for what, names in (("misses", missing), ("has a surplus of", sorted(surplus)), ("has other shapes:", shapes)):
+        if names:
+            raise InputError(f"{folder} {what} {len(names)} tensor(s): {', '.join(names)}")
+
+
+def save_wan(weights: Mapping[str, Tensor], model: ModelConfig, text_width: int, folder: Path) -> None:
+    """Write the weights of a DiT as a folder that `WanTransformer3DModel.from_pretrained` loads.
+
+    Raises InputError for a model with options that Wan doesn't have.
+    """
+    require_wan(model, "diffusers")
+    channels = weights["patch_in.weight"].shape[1] // model.patch**2
+    shape = {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [1, model.patch, model.patch],
+        "num_attention_heads": model.heads,
+        "attention_head_dim": model.width // model.heads,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": text_width,
+        "freq_dim": model.frequencies,
+        "ffn_dim": model.ffn,
+        "num_layers": model.depth,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    theirs = {wan_name(name): _to_theirs(name, tensor, model.patch) for name, tensor in weights.items()}
+    save_file(theirs, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
+
+
+def require_wan(model: ModelConfig, form: str) -> None:
+    """Raise InputError for a model with options that Wan doesn't have; `form` is what was to be written."""
+    if model.rope_scaling != "none":
+        raise InputError(f"format={form}: diffusers' Wan has no model.rope_scaling={model.rope_scaling}; train without")
+    if model.absolute_positions or model.pooled_text or model.rope_theta != ROPE_THETA:
+        raise InputError(
+            f"format={form} is for Wan transformers: train with model.absolute_positions=false, "
+            f"model.pooled_text=false and model.rope_theta={ROPE_THETA:.0f} (this run has "
+            f"{model.absolute_positions}, {model.pooled_text} and {model.rope_theta})"
+        )
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder, one file or many, one at a time: 14B doesn't fit into memory twice."""
+    for file in _files(folder):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                yield name, opened.get_tensor(name)
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    index = folder / f"{_WEIGHTS}.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if not (folder / _WEIGHTS).is_file():
+        raise InputError(f"{folder} holds neither {_WEIGHTS} nor its index; give a diffusers transformer folder")
+    return [folder / _WEIGHTS]
+
+
+def _their_shape(name: str, ours: torch.Size, theirs: torch.Size) -> tuple[int, ...]:
+    """The shape that diffusers' tensor must have; the patch of `patch_in` is read off theirs."""
+    if name == "patch_in.weight" and len(theirs) == 5:
+        return ours[0], ours[1] // math.prod(theirs[2:]), *theirs[2:]
+    return (1, *ours) if name.endswith("modulation") else tuple(ours)
+
+
+def _to_ours(name: str, tensor: Tensor) -> Tensor:
+    if name == "patch_in.weight":  # D C t h w to D (t h w C)
+        return tensor.permute(0, 2, 3, 4, 1).flatten(1)
+    return tensor.squeeze(0) if name.endswith("modulation") else tensor
+
+
+def _to_theirs(name: str, tensor: Tensor, patch: int) -> Tensor:
+    if name == "patch_in.weight":
+        return tensor.unflatten(1, (1, patch, patch, -1)).permute(0, 4, 1, 2, 3).contiguous()
+    return tensor.unsqueeze(0).contiguous() if name.endswith("modulation") else tensor.contiguous()

@@ -1,0 +1,24 @@
+"""An exponential moving average of the weights, sharded like the optimizer state it follows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sora_train.training.engine.zero import Fragment
+
+
+class Ema:
+    """fp32 averages of this rank's fragments; early on it follows faster, with decay (1 + n) / (10 + n)."""
+
+    def __init__(self, fragments: list[Fragment], decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.values: dict[str, Tensor] = {f.name: f.master.clone() for f in fragments}
+        self._masters = [f.master for f in fragments]
+
+    def update(self) -> None:
+        """Move towards the weights of the step that was just taken."""
+        self.updates += 1
+        decay = min(self.decay, self.updates / (9.0 + self.updates))
+        if self.values:
+            torch._foreach_lerp_(list(self.values.values()), self._masters, 1.0 - decay)

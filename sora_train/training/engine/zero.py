@@ -1,0 +1,300 @@
+"""DeepSpeed ZeRO behind one class: the same calls, and the same view of the optimizer state, at every stage.
+
+A *fragment* is the part of one parameter whose fp32 master and Adam moments this rank owns, as live 1-D views. EMA
+and checkpoints work on fragments, so they know neither stages nor partitions. The addresses used here were checked
+against DeepSpeed 0.19; `_check_fragments` compares them with the parameters at every start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sora_train.config.schema import Precision
+from sora_train.core.cli import InputError
+from sora_train.core.world import World
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What this rank owns of one parameter: elements start .. start + numel of it, flattened."""
+
+    name: str
+    start: int
+    master: Tensor  # fp32
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def connect(world: World, rehearsal: bool = False) -> torch.device:
+    """Join the process group (gloo on CPU, nccl beside gloo on GPUs) and return this rank's device.
+
+    In a rehearsal the other ranks of `world` aren't there: collectives return at once and change nothing.
+    """
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if world.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"rank {world.rank} has no GPU of its own: {world.local_size} ranks on this machine, "
+                f"{torch.cuda.device_count()} GPU(s) for them; start fewer with --nproc-per-node"
+            )
+        torch.cuda.set_device(world.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if rehearsal:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=world.size)
+    elif world.launched:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+
+
+def disconnect() -> None:
+    """Leave the process group, so that another run can follow in this process."""
+    deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
+
+
+class Engine:
+    """A network under ZeRO: call it, `backward`, `step`."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.AdamW,
+        precision: Precision,
+        passes: int,
+        clip: float,
+        options: dict[str, Any],
+    ) -> None:
+        self.stage = int(options.get("zero_optimization", {}).get("stage", 0))
+        self.passes, self._done = passes, 0
+        self.clip, self.optimizer, self.fp32 = clip, optimizer, precision is Precision.fp32
+        self.world = dist.get_world_size()
+        self.names: dict[Any, str] = {p: name for name, p in network.named_parameters() if p.requires_grad}
+        self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": passes,
+            "gradient_clipping": 0.0 if self.stage == 0 and self.fp32 else clip,  # there we clip
+            "steps_per_print": 1 << 62,
+            "bf16": {"enabled": not self.fp32},
+            "zero_force_ds_cpu_optimizer": False,
+            **options,
+        }
+        self.module = network
+        self.engine, *_ = deepspeed.initialize(
+            model=network, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self._grad_norm: Tensor | float | None = 0.0
+        self._create_moments()
+        self.fragments = sorted(self._fragments(), key=lambda f: f.name)
+        self._check_fragments()
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.engine(*arguments)
+
+    def backward(self, loss_sum: Tensor, weight: float) -> None:
+        """Back-propagate a part of the step's loss: the gradients of all ranks and passes add up to sum / weight.
+
+        A loss that isn't finite makes every gradient NaN, also where its own would be finite, so that `step` sees it.
+        """
+        scale = torch.where(torch.isfinite(loss_sum.detach()), self.world / weight, float("nan"))
+        self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
+        self._done += 1
+        if self._done < self.passes:
+            self.engine.step()  # only tells DeepSpeed that the next pass of the same step comes
+
+    def step(self, lr_factor: float) -> bool:
+        """Clip, update and clear; False if a gradient wasn't finite and nothing was changed (the same on all ranks)."""
+        self._done = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        if self.stage == 0 and self.fp32:
+            return self._step_fp32()
+        self.engine.step()
+        self._grad_norm = self.engine.get_global_grad_norm()  # may still be on the device; read when it is logged
+        return bool(self.engine.was_step_applied())
+
+    def _step_fp32(self) -> bool:
+        """Without ZeRO in fp32 DeepSpeed would let a NaN into the weights, and doesn't keep the norm."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        self._grad_norm = known = float(norm)  # the one wait for the device in such a step
+        finite = known < float("inf")  # False for NaN too
+        if finite:
+            torch.nn.utils.clip_grads_with_norm_(list(self.names), self.clip, norm)
+        else:
+            for p in self.names:
+                p.grad = None
+        self.engine.step()
+        return finite
+
+    def fingerprint(self) -> Tensor:
+        """Two integers per parameter that change with any bit of the weights, to compare ranks by.
+
+        Empty under ZeRO-3, where no rank holds what another one has.
+        """
+        sums = []
+        for p in self.names if self.stage < 3 else ():
+            bits = p.data.view(torch.int32 if p.element_size() == 4 else torch.int16).to(torch.int64)
+            sums += [bits.sum(), (bits * bits).sum()]
+        return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping; 0 for a step without one. Waits for the device."""
+        return 0.0 if self._grad_norm is None else float(self._grad_norm)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def set_optimizer_steps(self, count: int) -> None:
+        """Set Adam's own step counter after a load."""
+        for state in self._inner.state.values():
+            state["step"] = torch.full_like(torch.as_tensor(state["step"]), count)
+
+    @contextmanager
+    def weights(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Run with other weights (EMA): `values` holds them by fragment; all ranks together."""
+        shared = self.stage in (0, 3) and self.fp32  # forward uses the masters themselves
+        kept = {f.name: f.master.clone() if shared else f.master for f in self.fragments}
+        self.write_weights(values)
+        try:
+            yield
+        finally:
+            self.write_weights(kept)
+
+    @torch.no_grad()
+    def write_weights(self, values: dict[str, Tensor]) -> None:
+        """Set the weights that forward uses from one fp32 tensor per fragment; all ranks together."""
+        mine = {f.name: f for f in self.fragments}
+        if self.stage == 3:
+            self._write_partitions(values)
+            return
+        for p, name in self.names.items():
+            if self.stage == 0:
+                p.data.copy_(values[name].view_as(p))
+                continue
+            full = torch.zeros(p.numel(), device=p.device)
+            if name in mine:
+                full[mine[name].start : mine[name].start + values[name].numel()] = values[name]
+            dist.all_reduce(full)
+            p.data.copy_(full.view_as(p))
+
+    def _write_partitions(self, values: dict[str, Tensor]) -> None:
+        z = self.engine.optimizer
+        z.checkpoint_event_prologue()  # lets go of what is still gathered
+        for p, name in self.names.items():
+            if name in values:
+                p.ds_tensor.data[: values[name].numel()].copy_(values[name])
+        z.checkpoint_event_epilogue()  # small parameters stay gathered between steps; gather them anew
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        z = self.engine.optimizer
+        return z if z is self.optimizer else z.optimizer
+
+    def _create_moments(self) -> None:
+        """Make Adam's state, so that a checkpoint has a place to be loaded to before the first step. In bf16 without
+        ZeRO DeepSpeed has made it by a step with gradients of zero, which counts in Adam's correction of young moments
+        (the first updates come out up to a quarter too small) and decays the weights: undo that.
+        """
+        z, inner = self.engine.optimizer, self._inner
+        for parameter in self.names if self.stage == 0 and not self.fp32 else ():
+            self._master_of(parameter).data.copy_(parameter.data)
+        for p in self._masters():
+            zeros = {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in _MOMENTS}
+            inner.state[p] |= {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
+        if self.stage in (1, 2) and hasattr(z, "_lazy_init_hp_params_optimizer_state"):
+            z._lazy_init_hp_params_optimizer_state()
+
+    def _masters(self) -> list[Tensor]:
+        """The tensors that Adam itself works on."""
+        if self.stage == 3:  # its groups stand empty between steps
+            return self.engine.optimizer.fp32_partitioned_groups_flat
+        return [p for group in self._inner.param_groups for p in group["params"]]
+
+    def _fragments(self) -> Iterator[Fragment]:
+        for p, name in self.names.items():
+            if self.stage == 3:
+                yield from self._partition_fragment(p, name)
+            elif self.stage in (1, 2):
+                yield from self._flat_fragment(p, name)
+            else:
+                master = p if self.fp32 else self._master_of(p)
+                state = self._inner.state[master]
+                yield Fragment(name, 0, master.data.view(-1), *(state[m].view(-1) for m in _MOMENTS))
+
+    def _master_of(self, p: nn.Parameter) -> Tensor:
+        """The fp32 copy of a bf16 parameter without ZeRO."""
+        z = self.engine.optimizer
+        for low, high in zip(z.fp16_groups, z.fp32_groups, strict=True):
+            for mine, master in zip(low, high, strict=True):
+                if mine is p:
+                    return master
+        raise RuntimeError(f"DeepSpeed keeps no fp32 copy of {self.names[p]}")
+
+    def _flat_fragment(self, p: Any, name: str) -> Iterator[Fragment]:
+        z, place = self.engine.optimizer, p._hp_mapping
+        if place is None:  # another rank's
+            return
+        flats = getattr(z, "single_partition_of_fp32_groups", None) or z.fp32_groups_flat_partition
+        flat, at = flats[place.param_group_index], place.hp_fragment_address
+        state = self._inner.state[flat]
+        views = [t.data.narrow(0, at.start, at.numel) for t in (flat, *(state[m] for m in _MOMENTS))]
+        yield Fragment(name, place.lp_fragment_address.start, *views)
+
+    def _partition_fragment(self, p: Any, name: str) -> Iterator[Fragment]:
+        z = self.engine.optimizer
+        start = p.partition_numel() * dist.get_rank()
+        numel = min(p.partition_numel(), p.ds_numel - start)  # the rest of the last partition is padding
+        if numel <= 0:
+            return
+        views = [
+            z._get_fp32_opt_state_partition(p, release_swap_buffers=True, optim_state_key=key)[0].data[:numel]
+            for key in (None, *_MOMENTS)
+        ]
+        yield Fragment(name, start, *views)
+
+    def _check_fragments(self) -> None:
+        """Each master must equal its slice of the parameter, and the fragments of all ranks must tile them all."""
+        params = {name: p for p, name in self.names.items()}
+        covered = torch.zeros(len(params), dtype=torch.int64)
+        order = {name: i for i, name in enumerate(sorted(params))}
+        for f in self.fragments:
+            p = params[f.name]
+            mine = (
+                p.ds_tensor.data[: f.master.numel()]
+                if self.stage == 3
+                else p.data.view(-1)[f.start :][: f.master.numel()]
+            )
+            if not torch.equal(mine, f.master.to(mine.dtype)):
+                raise InputError(
+                    f"DeepSpeed {deepspeed.__version__} keeps the master weights of {f.name} elsewhere than expected; "
+                    "remove unusual keys under deepspeed.zero_optimization, or use DeepSpeed 0.19"
+                )
+            covered[order[f.name]] += f.master.numel() if self.stage or dist.get_rank() == 0 else 0
+        dist.all_reduce(covered)
+        sizes = torch.tensor([torch.Size(self.shapes[name]).numel() for name in order])
+        if not torch.equal(covered, sizes):
+            raise InputError(
+                f"DeepSpeed {deepspeed.__version__}: the optimizer state doesn't cover every parameter once"
+            )

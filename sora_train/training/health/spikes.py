@@ -1,0 +1,131 @@
+"""Bad steps: those that were skipped because something wasn't finite, loss spikes, and weights that drift apart.
+
+A spike is a loss far above the median of the last losses, in units of their median absolute deviation (MAD; 1.4826 of
+it are one standard deviation of a normal distribution, Rousseeuw and Croux 1993), several steps in a row. Every rank
+judges the same all-reduced losses, so all come to the same verdict.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sora_train.config.schema import GuardConfig
+
+_FLOOR = 0.02  # of the median: the least deviation, so that a loss that hardly moves has no spikes
+_LEAST = 20  # losses before any can be a spike
+
+Position = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a run must go back: the first bad step, and the steps of the plan to leave out with their numbers."""
+
+    reason: str
+    first: int
+    guilty: tuple[tuple[int, Position], ...]
+
+
+class OnItsWay:
+    """A number that is being copied from the device behind the work already queued there.
+
+    Reading it waits until that work is done, and no longer: nothing that was queued later.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.detach().to("cpu", non_blocking=True)  # into page-locked memory
+        self._arrived = torch.cuda.Event() if value.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> float:
+        """The number, on the host."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value.item())
+
+
+class Health:
+    """Judges every step of a run from its loss; its memory rides in the checkpoint."""
+
+    def __init__(self, limits: GuardConfig) -> None:
+        self.limits = limits
+        self.not_finite = self.high = 0  # bad steps in a row up to now
+        self._losses: deque[float] = deque(maxlen=limits.spike_window)
+        remembered = max(limits.max_bad_steps, limits.spike_steps) + limits.leave_out_before
+        self._recent: deque[tuple[int, Position]] = deque(maxlen=remembered)
+        self.own_loss = 0.0  # this rank's share of the last step's loss
+
+    def judge(self, step: int, position: Position, own_loss: float, applied: bool) -> Verdict | None:
+        """Look at a step that was just taken; all ranks together. `own_loss` is this rank's share of its loss."""
+        self.own_loss = own_loss
+        total = torch.tensor([own_loss], dtype=torch.float64)
+        dist.all_reduce(total)
+        [loss] = total.tolist()
+        self._recent.append((step, position))
+        if not applied or not math.isfinite(loss):
+            self.not_finite += 1
+            return self._verdict(self.not_finite, self.limits.max_bad_steps, step, "were not finite")
+        self.not_finite = 0
+        self.high = self.high + 1 if self._is_spike(loss) else 0
+        median = statistics.median(self._losses) if self._losses else loss
+        self._losses.append(loss)
+        return self._verdict(
+            self.high, self.limits.spike_steps, step, f"had a loss of up to {loss:.4g} after a median of {median:.4g}"
+        )
+
+    def forget(self) -> None:
+        """Begin anew, after a verdict that nothing could be done about."""
+        self.not_finite = self.high = 0
+        self._losses.clear()
+        self._recent.clear()
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know to judge as an undisturbed one would."""
+        recent = [[step, list(position)] for step, position in self._recent]
+        return {"not_finite": self.not_finite, "high": self.high, "losses": list(self._losses), "recent": recent}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint knows; one without (of an older version) begins anew."""
+        self.forget()
+        self.not_finite, self.high = state.get("not_finite", 0), state.get("high", 0)
+        self._losses.extend(state.get("losses", []))
+        self._recent.extend((step, tuple(position)) for step, position in state.get("recent", []))
+
+    def _is_spike(self, loss: float) -> bool:
+        if not self.limits.spike or len(self._losses) < min(_LEAST, self.limits.spike_window):
+            return False
+        median = statistics.median(self._losses)
+        deviation = 1.4826 * statistics.median(abs(value - median) for value in self._losses)
+        return loss > median + self.limits.spike * max(deviation, _FLOOR * abs(median))
+
+    def _verdict(self, count: int, limit: int, step: int, what: str) -> Verdict | None:
+        if count < limit:
+            return None
+        first = step - count + 1
+        guilty = tuple((s, p) for s, p in self._recent if s >= first - self.limits.leave_out_before)
+        return Verdict(f"steps {first} to {step} {what}", first, guilty)
+
+
+def differing_ranks(fingerprint: Tensor) -> list[int]:
+    """Ranks whose weights are not those of the majority (of the lowest rank in a tie); all ranks together."""
+    if dist.get_world_size() == 1 or not fingerprint.numel():
+        return []
+    bounds = torch.cat((fingerprint, -fingerprint))
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    highest, lowest = bounds.chunk(2)
+    if torch.equal(highest, -lowest):
+        return []
+    rows = [torch.empty_like(fingerprint) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, fingerprint)
+    keys = [tuple(row.tolist()) for row in rows]
+    usual = max(keys, key=lambda key: (keys.count(key), -keys.index(key)))
+    return [rank for rank, key in enumerate(keys) if key != usual]

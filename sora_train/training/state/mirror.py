@@ -1,0 +1,297 @@
+"""A copy of the run's checkpoints elsewhere (`checkpoint.mirror`): object storage, or anything that fsspec writes to.
+
+    URL/run.json                 which run writes here
+    URL/config.yaml              that run's configuration
+    URL/step-00001000/...        a checkpoint's files; manifest.json last, so that half a copy is never taken
+    URL/snapshots/step-.../...   the same of the averages' snapshots, all of those that the run folder keeps
+
+The main rank uploads what it has published, in a thread of its own: the loop and the next save never wait for the
+network, and whatever fails there is counted, told and made up for by the next checkpoint. A run folder without
+checkpoints takes the newest whole one from here, and with it the run: the folder that wrote here before is refused
+from then on, so that two runs never mix.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from sora_train.config.schema import Config
+from sora_train.core.cli import InputError
+from sora_train.training.state.files import Damage, check_file, read_manifest, stays, surplus, sync_folder
+
+_FLAT = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # stores without folders to be made
+_AT_ONCE = 8  # files fetched at the same time, where the store can
+_SNAPSHOTS = "snapshots/"
+_DAMAGED = (Damage, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)  # what a wrong file makes of it
+_log = logging.getLogger(__name__)
+
+
+class Mirror:
+    """The mirror of one run. `options` are keyword arguments of the URL's file system.
+
+    Raises InputError where fsspec doesn't know the URL or a package is missing.
+    """
+
+    def __init__(self, url: str, run_dir: Path, keep: int, keep_every: int, options: dict[str, Any]) -> None:
+        self.url, self.run_dir, self.keep, self.keep_every = url, run_dir, keep, keep_every
+        self.failed = 0  # uploads and removals that didn't come about
+        self.busy: Path | None = None  # the checkpoint or snapshot that is being uploaded
+        self._latest = ""  # name of the newest that was offered
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._kind = url.partition("://")[0]
+        import fsspec
+
+        try:
+            fresh = {"skip_instance_cache": True, "use_listings_cache": False}
+            self._fs, self._root = fsspec.core.url_to_fs(url, **options, **fresh)
+        except (ImportError, ValueError) as error:
+            message = f"checkpoint.mirror={url}: {error}; install sora_train[storage], or mend the URL"
+            raise InputError(message) from error
+
+    @classmethod
+    def of(cls, config: Config) -> Mirror | None:
+        """The mirror that a run's configuration asks for, if any."""
+        c = config.checkpoint
+        if c.mirror is None:
+            return None
+        options = config.data.storage.get(c.mirror.partition("://")[0], {})
+        return cls(c.mirror, Path(config.run_dir), c.keep, c.keep_every, options)
+
+    def restore(self) -> Path | None:
+        """Before the start: take the newest whole checkpoint to a run folder that has none; returns it.
+
+        Raises InputError where the mirror is another run's, and for a folder without checkpoints also where it can't be
+        read or every checkpoint in it is damaged: such a run would begin anew without a word.
+        """
+        empty = not any((self.run_dir / "checkpoints").glob("step-*"))
+        try:
+            self._claim(take_over=empty)
+            return self._fetch_newest() if empty else None
+        except InputError:
+            raise
+        except Exception as error:  # clients raise their own kinds
+            what = f"checkpoint.mirror={self.url} doesn't answer as it should ({type(error).__name__}: {error})"
+            if empty:
+                raise InputError(
+                    f"{what}, so that it isn't known whether this run has checkpoints there; mend it, or set "
+                    "checkpoint.mirror=null to start anew"
+                ) from error
+            _log.error("%s; training goes on, and the next checkpoint tries again", what)
+            return None
+
+    def offer(self, published: Path) -> None:
+        """Upload a published checkpoint or snapshot, in the background.
+
+        A checkpoint that a newer one overtakes may be left out; with a snapshot go all others that aren't there yet.
+        """
+        if _under(published.parent):
+            self._do(partial(self._upload_snapshots, published.parent))
+            return
+        self._latest = published.name
+        self._do(partial(self._upload_checkpoint, published))
+
+    def discard_after(self, folder: Path, step: int) -> None:
+        """Remove the checkpoints, or snapshots, of later steps, in the background. `folder` is where they are here."""
+        self._do(partial(self._discard_after, f"{_under(folder)}step-{step:08d}"))
+
+    def finish(self, limit_s: float) -> bool:
+        """Wait for what is under way, at most so many seconds; whether it is done."""
+        if self._thread is None:
+            return True
+        self._jobs.put(None)
+        self._thread.join(limit_s)
+        if self._thread.is_alive():
+            _log.error("copying to %s isn't done after %.0f s; what isn't there by now is left out", self.url, limit_s)
+            return False
+        return True
+
+    def _do(self, job: Callable[[], None]) -> None:
+        self._jobs.put(job)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        for job in iter(self._jobs.get, None):
+            try:
+                job()
+            except Exception as error:  # told; the next checkpoint tries again
+                self.failed += 1
+                _log.error(
+                    "checkpoint.mirror=%s: %s: %s; training goes on, the checkpoints in %s are untouched",
+                    self.url, type(error).__name__, error, self.run_dir / "checkpoints",
+                )  # fmt: skip
+
+    def _upload_checkpoint(self, folder: Path) -> None:
+        self.busy = folder
+        try:
+            overtaken = folder.name != self._latest and not stays(folder.name, self.keep_every)
+            if overtaken or not folder.is_dir():
+                _log.warning("%s isn't copied to %s: a newer one was saved before its turn", folder.name, self.url)
+                return
+            self._claim(take_over=False)
+            if (self.run_dir / "config.yaml").is_file():
+                self._put(self.run_dir / "config.yaml", "config.yaml")
+            self._upload(folder)
+        finally:
+            self.busy = None
+        self._tidy(folder.name)
+
+    def _upload_snapshots(self, folder: Path) -> None:
+        """Bring the snapshots there to those here: few, small against checkpoints, and each needed in the end."""
+        self._claim(take_over=False)
+        here = sorted(path for path in folder.glob("step-*") if path.is_dir())
+        for path in here:
+            self.busy = path
+            try:
+                if path.is_dir():  # not thinned out meanwhile
+                    self._upload(path)
+            finally:
+                self.busy = None
+        for name in self._found(_under(folder)).keys() - {_under(folder) + path.name for path in here}:
+            self._remove(name)
+
+    def _upload(self, folder: Path) -> None:
+        """Copy what isn't there in the same form, the manifest last."""
+        name = _under(folder.parent) + folder.name
+        if self._text(f"{name}/manifest.json") == (folder / "manifest.json").read_text():
+            return  # before the restart
+        self._remove(name)  # half of it, or another one
+        for file, record in read_manifest(folder)["files"].items():
+            self._put(folder / file, f"{name}/{file}")
+            size = self._fs.size(self._at(f"{name}/{file}"))
+            if size != record["size"]:
+                raise OSError(f"{size} of {record['size']} bytes of {name}/{file} arrived")
+        self._put(folder / "manifest.json", f"{name}/manifest.json")
+
+    def _tidy(self, newest: str) -> None:
+        """Keep here what is kept there. What is newer than the newest is of a way that the run turned back from."""
+        there = self._found()
+        older = sorted(name for name, files in there.items() if "manifest.json" in files and name <= newest)
+        halves = [name for name, files in there.items() if "manifest.json" not in files]
+        for name in (*surplus(older, self.keep, self.keep_every), *halves, *(n for n in there if n > newest)):
+            if name in there:
+                self._remove(name)
+                there.pop(name)
+
+    def _discard_after(self, step: str) -> None:
+        self._claim(take_over=False)
+        for name in self._found(step.rpartition("/")[0]):
+            if name > step:
+                self._remove(name)
+
+    def _claim(self, take_over: bool) -> None:
+        """Make sure that this run alone writes here; raises InputError where another one does."""
+        own = self.run_dir / "mirror.json"
+        mine = json.loads(own.read_text())["run"] if own.is_file() else None
+        theirs = self._text("run.json")
+        if theirs is not None and json.loads(theirs)["run"] == mine:
+            return
+        if theirs is not None and not take_over:
+            raise InputError(
+                f"checkpoint.mirror={self.url} belongs to another run, or this one was gone on with in another run "
+                "folder; choose another mirror, or null"
+            )
+        if mine is None or theirs is not None:
+            own.write_text(json.dumps({"run": uuid.uuid4().hex}) + "\n")
+        self._put(own, "run.json")
+
+    def _fetch_newest(self) -> Path | None:
+        """The newest checkpoint here that is whole and true to its manifest, brought to the run folder."""
+        whole = sorted(name for name, files in self._found().items() if "manifest.json" in files)
+        if not (self.run_dir / "config.yaml").is_file() and (configured := self._text("config.yaml")):
+            (self.run_dir / "config.yaml").write_text(configured)  # what is changed is then seen as at any other start
+        for name in reversed(whole):
+            try:
+                self._fetch_snapshots(name)
+                return self._fetch(name)
+            except _DAMAGED as error:
+                _log.error("%s/%s is damaged (%s); trying an older one", self.url, name, error)
+        if whole:
+            raise InputError(
+                f"every checkpoint in checkpoint.mirror={self.url} is damaged; restore one, or choose another mirror "
+                "to start anew"
+            )
+        return None
+
+    def _fetch_snapshots(self, until: str) -> None:
+        """Bring the whole snapshots up to a checkpoint, which comes after them: until it is here, all begins anew."""
+        for name, files in self._found(_SNAPSHOTS).items():
+            if "manifest.json" in files and name <= _SNAPSHOTS + until and not (self.run_dir / name).is_dir():
+                try:
+                    self._fetch(name)
+                except _DAMAGED as error:
+                    _log.error("%s/%s is damaged (%s) and is left out", self.url, name, error)
+
+    def _fetch(self, name: str) -> Path:
+        """Bring a checkpoint or snapshot; it gets its name when all of it is here and its hashes agree."""
+        home = self.run_dir / (name.rpartition("/")[0] or "checkpoints")
+        temporary = home / ".tmp-mirror"  # what begins so is removed at the next start
+        folder = temporary / name.rpartition("/")[2]
+        shutil.rmtree(temporary, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._get(name, folder, "manifest.json")
+        files = read_manifest(folder)["files"]
+        needed, free = sum(record["size"] for record in files.values()), shutil.disk_usage(folder).free
+        if free < needed:
+            raise InputError(f"{name} needs {needed / 2**30:.2f} GiB, {home} has {free / 2**30:.2f} GiB free")
+        with ThreadPoolExecutor(_AT_ONCE if self._fs.async_impl else 1) as pool:
+            list(pool.map(partial(self._get, name, folder), files))
+        for file, record in files.items():
+            check_file(folder / file, record)
+        final = folder.rename(home / folder.name)
+        temporary.rmdir()
+        sync_folder(home)
+        _log.warning("fetched %s from %s", name, self.url)
+        return final
+
+    def _found(self, under: str = "") -> dict[str, set[str]]:
+        """The files of each checkpoint here (under `snapshots/`: of each snapshot), whole or not, by its name."""
+        found: dict[str, set[str]] = {}
+        for path in self._fs.find(self._at(under)):
+            name, _, file = str(path).removeprefix(self._root).strip("/").rpartition("/")
+            folder, _, step = name.rpartition("/")
+            if folder == under.strip("/") and step.startswith("step-") and step.removeprefix("step-").isdigit():
+                found.setdefault(name, set()).add(file)
+        return found
+
+    def _remove(self, name: str) -> None:
+        """Take a checkpoint away, its manifest first, so that a break leaves no whole one behind."""
+        files = self._found(name.rpartition("/")[0]).get(name, set())
+        for file in sorted(files, key=lambda file: file != "manifest.json"):
+            self._fs.rm_file(self._at(f"{name}/{file}"))
+        if self._kind not in _FLAT and self._fs.isdir(self._at(name)):
+            self._fs.rm(self._at(name), recursive=True)
+
+    def _text(self, name: str) -> str | None:
+        try:
+            return bytes(self._fs.cat_file(self._at(name))).decode()
+        except FileNotFoundError:
+            return None
+
+    def _put(self, path: Path, name: str) -> None:
+        if self._kind not in _FLAT:
+            self._fs.makedirs(self._at(name).rpartition("/")[0], exist_ok=True)
+        self._fs.put_file(str(path), self._at(name))
+
+    def _get(self, name: str, folder: Path, file: str) -> None:
+        self._fs.get_file(self._at(f"{name}/{file}"), str(folder / file))
+
+    def _at(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}".rstrip("/")
+
+
+def _under(folder: Path) -> str:
+    """What stands before the names of a folder of the run in its mirror."""
+    return _SNAPSHOTS if folder.name == _SNAPSHOTS.rstrip("/") else ""

@@ -1,0 +1,238 @@
+"""A mistake costs a moment, one line that names the key and what to do, and exit code 2 in run_dir/exit.json too."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from sora_train.config.hydra import run_hydra
+from sora_train.config.load import load, to_dict
+from sora_train.config.schema import Config
+from sora_train.core.cli import InputError, nearest, options
+from sora_train.methods.build import Shards
+
+ROOT = Path(__file__).parents[2]
+Answer = Callable[..., str]
+
+
+def shards_of(config: Config) -> int:
+    Shards(config)
+    return 0
+
+
+@pytest.fixture
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Answer]:
+    """Give a command line; get the one line that it is refused with, also left in exit.json."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*arguments: str) -> str:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr("sys.argv", ["train", *arguments, "run_dir=run"])
+        with pytest.raises(InputError) as caught:
+            run_hydra(shards_of)
+        line = str(caught.value)
+        assert "\n" not in line and line
+        note = json.loads((tmp_path / "run" / "exit.json").read_text())
+        assert (note["code"], note["reason"]) == (2, line)
+        return line
+
+    yield refuse
+    GlobalHydra.instance().clear()
+
+
+def test_an_unknown_key_is_answered_with_the_nearest(answer: Answer) -> None:
+    assert answer("experiment=demo_vae", "optim.lrr=1") == "there is no key 'optim.lrr'; did you mean 'optim.lr'?"
+    assert answer("experiment=demo_vae", "+optim.lrr=1") == "there is no key 'optim.lrr'; did you mean 'optim.lr'?"
+    assert answer("experiment=demo_vae", "data.max_frame=9") == (
+        "there is no key 'data.max_frame'; did you mean 'data.max_frames'?"
+    )
+
+
+@pytest.mark.parametrize("override", ["steps=abc", "optim.lr=fast", "data.slots=1.5", "precision=fp8", "data.fit=pad"])
+def test_a_wrong_type_names_its_key_and_its_value(answer: Answer, override: str) -> None:
+    key, _, value = override.partition("=")
+    line = answer("experiment=demo_vae", override)
+    assert line.startswith(f"{key}: ") and value in line
+
+
+@pytest.mark.parametrize(
+    ("choice", "known"),
+    [("experiment=demoo", "demo"), ("model=demmo", "demo"), ("deepspeed=zero7", "zero"), ("data=foldr", "folder")],
+)
+def test_an_unknown_choice_is_answered_with_the_nearest(answer: Answer, choice: str, known: str) -> None:
+    first = ["steps=5"] if choice.startswith("experiment") else ["experiment=demo_vae"]
+    line = answer(*first, choice)
+    assert line.startswith(f"there is no {choice}; did you mean '{known}")
+
+
+def test_what_has_no_value_is_named(answer: Answer) -> None:
+    assert answer().startswith("steps has no value; give steps=... or choose an experiment=")
+    assert answer("experiment=demo_vae", "data=folder").startswith("data.sources.mine.shards has no value")
+
+
+def test_a_missing_vae_is_named_with_what_to_do(answer: Answer) -> None:
+    assert answer("experiment=demo") == (
+        "no VAE at vae.path=runs/demo_vae/export; train one (experiment=demo_vae) and export it there"
+    )
+    assert answer("experiment=demo", "vae.path=null").startswith("vae.path is not set; train a VAE")
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"), [("train_batch_size", "data.slots"), ("fp16", "precision"), ("gradient_clipping", "optim.clip")]
+)
+def test_a_deepspeed_key_that_follows_from_ours_is_refused(answer: Answer, key: str, ours: str) -> None:
+    assert answer("experiment=demo_vae", f"+deepspeed.{key}=8") == (
+        f"deepspeed.{key} follows from {ours}; set that instead"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["steps=0"], "steps=0 must be above 0"),
+        (["data.slots=-1"], "data.slots=-1 must be above 0"),
+        (["data.fill=1.5"], "data.fill=1.5 must be in (0, 1]"),
+        (["deepspeed=zero3"], "an autoencoder runs"),
+        (["deepspeed.zero_optimization.stage=4"], "deepspeed.zero_optimization.stage=4; known: 0, 1, 2, 3"),
+        (["+deepspeed.zero_optimization.round_robin_gradients=true"], "round_robin_gradients"),
+        (["logging.writers=[tensorbord]"], "logging.writers has no ['tensorbord']; known: tensorboard, wandb, p"),
+        (["data.decoders=[decrod]"], "data.decoders has no ['decrod']; did you mean 'decord'?"),
+        (["data.decoders=[]"], "data.decoders=[]: name at least one"),
+        (["data.decoders=[pyav,pyav]"], "and each once"),
+        (["data.limits.pixels=0"], "data.limits.pixels=0 must be above 0"),
+        (["data.cache.gib=0"], "data.cache.gib=0.0 must be above 0"),
+        (["+data.storage.s3=anon"], "data.storage.s3 must be a map of options, e.g. +data.storage.s3.anon=true"),
+        (["data.commands=['rm -rf']"], "data.commands=['rm -rf'] must be names of programs, without arguments"),
+        (["parallel.accumulation=0"], "parallel.accumulation=0 must be above 0"),
+        (["vae.blocks=[1]"], "vae.widths and vae.blocks need one entry per level"),
+        (["optim.ema_lengths=[0.1,0.3]"], "optim.ema_lengths=[0.1, 0.3] must be different numbers in (0, 0.28)"),
+        (["checkpoint.snapshots=0"], "checkpoint.snapshots=0 must be above 0"),
+        (["checkpoint.mirror=/mnt/x"], "checkpoint.mirror=/mnt/x must be a URL such as s3://bucket/runs/x"),
+        (["checkpoint.mirror='s3:///'"], "checkpoint.mirror=s3:/// must be a URL"),
+        (["checkpoint.mirror=https://host/x"], "checkpoint.mirror=https://host/x: nothing can be written to http"),
+        (["checkpoint.mirror='ftp://me:hush@host/x'"], "checkpoint.mirror holds a password; give it by the env"),
+        (["text_encoder.heads=3"], "text_encoder.width=128 must be a multiple of its heads"),
+    ],
+)
+def test_every_rule_across_keys_names_its_keys(answer: Answer, overrides: list[str], message: str) -> None:
+    assert message in answer("experiment=demo_vae", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.heads=5"], "model.width=128 must be an even multiple of model.heads=5"),
+        (["+flow.tasks.text_to_vidio=1"], "did you mean 'text_to_video'?"),
+        (
+            [f"flow.tasks.{task}=0" for task in ("text_to_video", "image_to_video", "extension")],
+            "flow.tasks: no weight may be below 0, and one must be above",
+        ),
+        (["flow.solver=rk4"], "flow.solver='rk4'; known: adams_bashforth, euler, heun"),
+    ],
+)
+def test_rules_of_a_diffusion_run(answer: Answer, tmp_path: Path, overrides: list[str], message: str) -> None:
+    shape = to_dict(Config(run_dir="x", steps=1))["vae"]
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({k: v for k, v in shape.items() if k != "path"}))
+    assert message in answer("experiment=demo", "vae.path=vae", *overrides)
+
+
+def test_shards_that_are_not_there_are_named(answer: Answer, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for pattern in ("my/train.tar", "empty/*.tar", "empty"):
+        line = answer("experiment=demo_vae", f"data.sources.demo.shards=[{pattern}]")
+        assert line.startswith(f"no shard at '{pattern}'") and "data.sources" in line
+
+
+def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no run .*config\.yaml.*check run_dir"):
+        load(tmp_path)
+
+
+def test_secrets_are_masked_in_what_is_written(tmp_path: Path) -> None:
+    config = Config(run_dir="x", steps=1, deepspeed={"comet": {"api_key": "abc", "note": "fine", "password": None}})
+    assert to_dict(config)["deepspeed"]["comet"] == {"api_key": "***", "note": "fine", "password": None}
+
+
+def test_the_nearest_of_the_known_keys() -> None:
+    assert nearest("optm.lr", ["optim.lr", "steps"]) == "did you mean 'optim.lr'?"
+    assert nearest("zzz", ["b", "a"]) == "known: a, b"
+
+
+def test_the_tools_options_are_answered_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_tools.make_demo import Options
+
+    for argument, message in (("owt=x", "did you mean 'out'"), ("out", "not of the form key=value")):
+        monkeypatch.setattr("sys.argv", ["tool", argument])
+        with pytest.raises(InputError, match=message):
+            options(Options, "usage")
+
+
+VAE = "experiment=demo_vae"
+COMMANDS = {
+    "typo": ([VAE, "optim.lrr=1"], "optim.lrr"),
+    "no vae": (["experiment=demo", "vae.path=nowhere"], "vae.path=nowhere"),
+    "no shard": ([VAE, "data.sources.demo.shards=[nowhere/*.tar]"], "nowhere/*.tar"),
+    "sweep under torchrun": (["-m", VAE, "optim.lr=1e-3,2e-3"], "-m sweeps"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_says_it_in_one_line_and_exits_with_2(name: str, tmp_path: Path) -> None:
+    arguments, named = COMMANDS[name]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if name == "sweep under torchrun":
+        environment |= {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "1"}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "sora_train.train", *arguments, "run_dir=run"],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    took = time.monotonic() - start
+    print(f"{name}: {took:.1f} s")
+    assert done.returncode == 2
+    errors = done.stderr.splitlines()
+    assert len([line for line in errors if line.startswith("error: ")]) == 1
+    assert named in errors[-1] and "Traceback" not in done.stderr
+    note = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert note["code"] == 2 and errors[-1] == f"error: {note['reason']}"
+    assert took <= 10.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.filter='height >'"], "data.filter='height >' is no expression"),
+        (["+data.sources.demo.filter='os.listdir()'"], ".demo.filter='os.listdir()': 'os.listdir()' is not"),
+        (["+data.sources.demo.weight=1", "+data.sources.b.shards=[x]"], "have a weight and others none; give it to"),
+        (["+data.sources.demo.weight=1", "+data.sources.demo.repeat=2"], "a source has a weight or a repeat, not both"),
+        (["+data.sources.demo.weight=-1"], "data.sources.*.weight: no weight may be below 0"),
+        (["+data.captions.plain=0"], "data.captions: no weight may be below 0, and one must be above"),
+        (["data.stages=[{until_step: 5}]"], "data.stages[0].until_step=5: the last stage alone has none"),
+        (["data.stages=[{},{}]"], "data.stages[0].until_step=None: the last stage alone has none"),
+        (["data.stages=[{until_step: 5},{until_step: 5},{}]"], "data.stages[1].until_step=5 must be above 5"),
+        (["data.stages=[{max_pixels: 0}]"], "data.stages[0].max_pixels=0 must be above 0"),
+        (["data.stages=[{weights: {demmo: 1}}]"], "there is no source ['demmo']; did you mean 'demo'?"),
+        (["data.stages=[{max_pixel: 1}]"], "max_pixel"),
+    ],
+)
+def test_a_mistake_in_the_mix_names_its_key(answer: Answer, arguments: list[str], message: str) -> None:
+    assert message in answer("experiment=demo_vae", *arguments)
+
+
+@pytest.mark.parametrize("named", ["[]", "[cat]"])
+@pytest.mark.parametrize("command", ["touch marker", "cat x.tar; touch marker", "cat $(touch marker)"])
+def test_a_command_in_a_shard_name_is_refused_before_anything_runs(
+    answer: Answer, tmp_path: Path, command: str, named: str
+) -> None:
+    line = answer("experiment=demo_vae", f"data.sources.demo.shards=['pipe:{command}']", f"data.commands={named}")
+    assert "commands in shard names are not run" in line or "no shell reads it" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "no marker"

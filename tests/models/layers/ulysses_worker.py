@@ -1,0 +1,119 @@
+"""What the ranks of test_ulysses.py run: the loss and gradients of packs, shared out, against this rank alone."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from sora_train.config.schema import FlowConfig, OptimConfig, Precision
+from sora_train.core.batch import LatentPack, Layout
+from sora_train.core.world import World, from_environment
+from sora_train.flow.ode import Request, generate
+from sora_train.models.layers import ulysses
+from sora_train.models.text.encoder import TextEncoder, tokenize_captions
+from sora_train.models.video_model import VideoModel
+from sora_train.models.wan.model import DiT
+from sora_train.training.engine.optim import adamw
+from sora_train.training.engine.zero import Engine, connect
+
+LAYOUTS = (Layout(((3, 2, 3), (1, 3, 3), (2, 2, 2)), (4, 1, 6)), Layout(((2, 3, 4), (1, 1, 1)), (2, 3)))
+
+
+def make_network() -> VideoModel:
+    torch.manual_seed(0)
+    network = VideoModel(DiT(8, 32, 2, 4, 64, 16, absolute_positions=True), TextEncoder(16, 1, 2, 64, 16))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return network
+
+
+def make_pack(layout: Layout) -> LatentPack:
+    generator = torch.Generator().manual_seed(layout.tokens)
+    x, target = (torch.randn(layout.tokens, 8, generator=generator) for _ in range(2))
+    ids = torch.randint(0, 64, (sum(layout.texts), 2), generator=generator)
+    t_of = torch.randint(0, 3, (layout.tokens,), generator=generator)
+    weight = (t_of > 0).float()
+    return LatentPack(layout, x, target, weight, torch.tensor([0.0, 0.4, 0.8]), t_of, weight, ids)
+
+
+def loss_of(network: Any, pack: LatentPack) -> Tensor:
+    return ((network(pack) - pack.target_NP).square().mean(1) * pack.weight_N).sum()
+
+
+def alone() -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of both packs over their weight, on one rank."""
+    network = make_network()
+    packs = [make_pack(layout) for layout in LAYOUTS]
+    loss = sum(loss_of(network, p) for p in packs) / sum(p.weight_N.sum() for p in packs)
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in network.named_parameters()}
+
+
+def shared(world: World, stage: int) -> tuple[float, dict[str, Tensor]]:
+    """The same under the engine: groups share out packs, the ranks of a group the tokens of a pack."""
+    network = make_network()
+    others = ulysses.Neighbours(ulysses.sequence_group(world))
+    ulysses.apply(network, [block.self_attention for block in network.dit.blocks], others)
+    mine = LAYOUTS[world.data_rank :: world.data_size]
+    options = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    optimizer = adamw([(network, 1.0)], OptimConfig())
+    engine = Engine(network, optimizer, Precision.fp32, len(mine), 1e9, options)
+    packs = [make_pack(layout) for layout in mine]
+    total = torch.stack([p.weight_N.sum() for p in packs]).sum()
+    dist.all_reduce(total)
+    loss = torch.zeros(())
+    for pack in packs:
+        part = loss_of(engine, pack)
+        engine.backward(part, float(total))
+        loss += part.detach() / total
+    dist.all_reduce(loss)
+    gradients = {name: safe_get_full_grad(p).view(engine.shapes[name]) for p, name in engine.names.items()}
+    assert engine.step(1.0)
+    return float(loss), gradients
+
+
+def close(mine: Tensor, their: Tensor, scale: float, name: str) -> None:
+    assert (mine - their).abs().max() <= 1e-5 * scale, (name, float((mine - their).abs().max()), scale)
+
+
+def sampled(network: VideoModel) -> list[Tensor]:
+    """Clips of two sizes, one with a given frame, whose 39 tokens don't divide by the ranks."""
+    requests = [Request("a ring", (3, 2, 2), 1), Request("two", (3, 3, 3), 2, ((0, torch.ones(2, 1, 6, 6)),))]
+    flow = FlowConfig(sampling_steps=3, solver="heun", guidance_rescale=0.5)
+    tokenize = partial(tokenize_captions, buckets=64, max_tokens=16)
+    return generate(network.eval(), requests, flow, 2, 2, tokenize, torch.device("cpu"))
+
+
+def equal(cases: list[tuple[int, int]]) -> None:
+    """Each case is a degree and a ZeRO stage."""
+    world = from_environment()
+    connect(world)
+    loss, gradients = alone()
+    scale = max(float(g.abs().max()) for g in gradients.values())
+    assert scale > 0.01
+    for degree, stage in cases:
+        ours, our_gradients = shared(world.with_sequence(degree), stage)
+        assert abs(ours - loss) <= 1e-5 * loss, (ours, loss)
+        assert our_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            close(our_gradients[name], gradient, scale, name)
+        if world.is_main:
+            print(f"degree {degree}, stage {stage}: equal to one rank", flush=True)
+    network = make_network()
+    expected = sampled(network)
+    others = ulysses.Neighbours(ulysses.sequence_group(world.with_sequence(world.size)))
+    ulysses.apply(network, [block.self_attention for block in network.dit.blocks], others)
+    for one, other in zip(sampled(network), expected, strict=True):
+        close(one, other, float(other.abs().max()), "sample")
+    print(f"rank {world.rank}: samples equal to one rank's", flush=True)
+    dist.barrier()
+
+
+equal([(int(case[0]), int(case[2])) for case in sys.argv[1:]])

@@ -1,0 +1,66 @@
+"""The hang watch: it ends a process that makes no progress, also one that holds the GIL, and leaves others alone."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+SETUP = """
+import sys, time, ctypes
+from pathlib import Path
+import torch.distributed as dist
+from sora_train.training.watch import Watch
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+watch = Watch(Path(sys.argv[1]), 1.0, 3.0, lambda reason: Path(sys.argv[1], "told").write_text(reason))
+watch.start()
+print("began", flush=True)
+"""
+HANGS = {
+    "sleeps": "watch.step = 6; watch.phase('data'); time.sleep(60)",
+    "holds the GIL": "watch.phase('data'); ctypes.PyDLL(None).sleep(60)",
+    "fine": """
+for _ in range(4): watch.phase('data'); time.sleep(0.5)
+with watch.slow('validation'): time.sleep(1.8)
+watch.phase('forward and backward'); time.sleep(0.2)
+print(watch.stragglers())
+watch.stop()
+time.sleep(2.5)
+""",
+}
+
+
+def start(case: str, folder: Path) -> tuple[int, float, str]:
+    """Exit code, seconds after the watch began, what it printed."""
+    folder.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SETUP + HANGS[case], str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "began\n"
+    began = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, time.monotonic() - began, out
+
+
+@pytest.mark.parametrize("case", ["sleeps", "holds the GIL"])
+def test_a_process_without_progress_is_ended_and_leaves_its_stacks(case: str, tmp_path: Path) -> None:
+    code, seconds, _ = start(case, tmp_path / "logs")
+    assert code == 1 and seconds < 15
+    text = (tmp_path / "logs/rank-0.stacks.txt").read_text()
+    assert 'File "<string>", line' in text
+    if case == "sleeps":
+        assert f"rank 0 on {socket.gethostname()} made no progress for" in text and "in step 7, phase 'data'" in text
+        assert "in step 7, phase 'data'" in (tmp_path / "logs/told").read_text()
+
+
+def test_slow_phases_and_an_ended_watch_are_no_alarm(tmp_path: Path) -> None:
+    code, _, out = start("fine", tmp_path / "logs")
+    assert code == 0 and list((tmp_path / "logs").iterdir()) == []
+    figures = json.loads(out.replace("'", '"'))
+    assert figures["slowest_rank"] == 0 and figures["slowest_rank_lag"] == pytest.approx(0.0)
