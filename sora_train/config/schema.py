@@ -21,6 +21,7 @@ LORA_TARGETS = (  # linear layers of the transformer by the ends of their names
     "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.out", "mlp.0", "mlp.2",
     "text_in.0", "text_in.2", "time_in.0", "time_in.2", "time_modulation.1", "out.project",
 )  # fmt: skip
+NATIVE = "native"  # as data.fps
 ROPE_SCALINGS = ("none", "interpolation", "ntk")
 SOLVERS = ("euler", "heun", "adams_bashforth")
 VAE_USE = ("path", "cache_mib", "tile", "perceptual")  # how a run uses its VAE; the rest of VaeConfig is its shape
@@ -38,6 +39,11 @@ DERIVED = {  # DeepSpeed keys that follow from ours
     "tensorboard": "logging.writers",
     "wandb": "logging.writers",
 }
+
+
+def clip_rate(fps: float | str) -> float:
+    """Frames a second that `data.fps` asks of every clip; 0 for `native`, where each keeps its own rate."""
+    return 0.0 if fps == NATIVE else float(fps)
 
 
 class Method(Enum):
@@ -204,7 +210,7 @@ class StageConfig:
     """A part of training with a plan of its own; what is null stays as data has it."""
 
     until_step: int | None = None  # null: to the end
-    fps: float | None = None
+    fps: int | float | str | None = None
     max_frames: int | None = None
     max_pixels: int | None = None
     weights: dict[str, float] = field(default_factory=dict)  # of sources, those not named 0; empty: theirs
@@ -240,7 +246,7 @@ class DataConfig:
     index: str | None = None  # consolidated index of the training shards, for large sets
     probe: Probe = Probe.packets  # what is decoded of shards that have no index yet; frame takes some times longer
     drop_refused: bool = False  # leave samples that were refused out of later epochs
-    fps: float = 8.0  # frames a second to train at; faster videos are thinned out
+    fps: int | float | str = 8.0  # frames a second to train at, or native: each video's own
     max_frames: int = 17
     max_pixels: int = 1024  # height x width; larger videos are scaled down
     fit: Fit = Fit.crop
@@ -258,6 +264,13 @@ class DataConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     storage: dict[str, Any] = field(default_factory=dict)  # fsspec options by scheme, e.g. s3: {anon: true}
     commands: list[str] = field(default_factory=list)  # programs that shards named pipe:... may run
+    deinterlace: bool = False  # interlaced videos, by FFmpeg's estdif; else as they are stored, both fields in a frame
+    tone_map: bool = False  # HDR videos (PQ, HLG) to SDR, by FFmpeg's swscale; else their code values as if SDR
+
+    @property
+    def made_fps(self) -> float:
+        """Frames a second of videos that are made: `fps`, or 24 where every clip keeps its own rate."""
+        return clip_rate(self.fps) or 24.0
 
 
 @dataclass

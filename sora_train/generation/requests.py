@@ -80,7 +80,7 @@ def clip_size(
         scale = (config.data.max_pixels / (shape[0] * shape[1])) ** 0.5
         height, width = round(shape[0] * scale), round(shape[1] * scale)
     height, width = (max(1, round(side / grid.multiple)) * grid.multiple for side in (height, width))
-    frames = config.data.max_frames if seconds is None else max(1, round(seconds * config.data.fps))
+    frames = config.data.max_frames if seconds is None else max(1, round(seconds * config.data.made_fps))
     return 1 + (frames - 1) // grid.temporal_stride * grid.temporal_stride, height, width
 
 
@@ -110,7 +110,7 @@ class Prompt:
             lead, latents = latents[:, :1], latents[:, 1:]
             given.append((frames - latents.shape[1], latents))
         start = None if self.start is None else encode(vae, self.start)
-        shots = spans(self.shots, frames, first, grid.temporal_stride, config.data.fps)
+        shots = spans(self.shots, frames, first, grid.temporal_stride, config.data.made_fps)
         caption = shots[0][1]
         return Request(
             caption, grid.grid(*size), seed, tuple(given), start, self.strength, shots if len(shots) > 1 else (), lead

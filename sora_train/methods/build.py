@@ -19,7 +19,7 @@ from torch import nn
 from sora_train.config.cost import cost, geometry, training_cost
 from sora_train.config.hydra import write_exit
 from sora_train.config.load import to_dict
-from sora_train.config.schema import Config, Method, Previews
+from sora_train.config.schema import Config, Method, Previews, clip_rate
 from sora_train.core.batch import Clip, Pack, Refusal
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
@@ -101,8 +101,8 @@ def plan_inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> 
     d = config.data
     weighted = tuple(sorted((task, weight) for task, weight in tasks.items() if weight > 0))
     return PlanInputs(
-        seed=config.seed, slots=d.slots, max_tokens=d.max_tokens, fill=d.fill, window=d.window, fps=d.fps,
-        max_frames=d.max_frames, max_pixels=d.max_pixels, fit=d.fit.value, tasks=weighted,
+        seed=config.seed, slots=d.slots, max_tokens=d.max_tokens, fill=d.fill, window=d.window,
+        fps=clip_rate(d.fps), max_frames=d.max_frames, max_pixels=d.max_pixels, fit=d.fit.value, tasks=weighted,
         repeats=(1.0,) * len(filters), geometry=geometry(config), cost=cost(config), filters=tuple(filters),
         captions=tuple(sorted(d.captions.items())),
     )  # fmt: skip
@@ -152,7 +152,7 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
         source = held_out if logging.previews is Previews.held_out else shards.plan(config)
         clips = _preview_clips(source, pool, logging.sample_clips, group) if source else []
         folder = Path(config.run_dir) / "samples" / f"step-{step:06d}"
-        return write_previews(method, live, clips, folder, d.fps, world, break_off)
+        return write_previews(method, live, clips, folder, d.made_fps, world, break_off)
 
     def open_writers(step: int) -> Writers | None:
         return _writers(config, step) if world.is_main else None

@@ -21,7 +21,8 @@ from sora_train.core.cost import Cost, Geometry
 from sora_train.data.index.index import Index
 from sora_train.data.loader import passes_of_rank
 from sora_train.data.order.curriculum import Stages, build_stages
-from sora_train.data.order.plan import Plan, PlanInputs, Position, source_frames
+from sora_train.data.order.plan import Plan, PlanInputs, Position
+from sora_train.data.order.times import source_frames
 from sora_train.data.order.visits import cut_pieces, fit_sizes
 
 MakePlan = Callable[..., Plan]
