@@ -128,8 +128,8 @@ def view_of(config: Config) -> View:
     d, grid = config.data, geometry(config)
     stage = d.stages[0] if d.stages else StageConfig()
     return View(
-        clip_rate(stage.fps or d.fps), stage.max_frames or d.max_frames, stage.max_pixels or d.max_pixels, grid.multiple,
-        grid.temporal_stride, d.fit.value, d.max_tokens,
+        clip_rate(stage.fps or d.fps), stage.max_frames or d.max_frames, stage.max_pixels or d.max_pixels,
+        grid.multiple, grid.temporal_stride, d.fit.value, d.max_tokens,
     )  # fmt: skip
 
 

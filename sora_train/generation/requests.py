@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from sora_train.config.cost import geometry
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.cost import Geometry
-from sora_train.core.media import read_mp4
 from sora_train.core.pixels import to_video
+from sora_train.data.read.whole_file import read_file
 from sora_train.flow.ode import Request
 from sora_train.generation.sampler import FrozenVae
 
@@ -48,20 +47,8 @@ def read_shots(prompt: Any) -> list[Shot]:
 
 
 def read_frames(path: str | None, fps: float) -> np.ndarray | None:
-    """The frames of an image, or of a video thinned out to `fps`. Raises InputError for a file that is neither."""
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {path}")
-    try:
-        return np.asarray(Image.open(path).convert("RGB"))[None]
-    except UnidentifiedImageError:
-        pass  # then it is a video
-    try:
-        frames, rate = read_mp4(path)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
-    return frames[:: max(1, round(rate / fps))]
+    """The frames of an image, or those that a video shows at each n / fps. Raises InputError for any other file."""
+    return None if path is None else read_file(path, fps)[0]
 
 
 def resized(frames_THWC: np.ndarray, size: Size) -> np.ndarray:

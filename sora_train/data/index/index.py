@@ -38,8 +38,8 @@ from sora_train.data.read.store import PIPE, Store, scheme
 
 VERSION = 3
 _HASHED = (
-    "key", "crc32", "frames", "fps", "width", "height", "vfr", "careful", "sequential", "stream", "rotation", "mirrored",
-    "refused", "caption_crc32",
+    "key", "crc32", "frames", "fps", "width", "height", "vfr", "careful", "sequential", "stream", "rotation",
+    "mirrored", "refused", "caption_crc32",
 )  # fmt: skip
 
 

@@ -17,15 +17,16 @@ from sora_train.data.read.decode import Conversion, DecodeError, Limits, Track, 
 from sora_train.data.read.packets import Line, choose_stream, read_line, read_packets, times_of
 from sora_train.data.read.picture import picture_of
 
+_CONCEALED = "concealing"  # so begins what a decoder says, as information, of blocks that it made up
 _UNREFERENCED = "mmco: unref short failure"  # H.264: a frame that is to be let go was never there
 
 
 class Complaints:
-    """What FFmpeg's demuxers and decoders report as an error while this is open."""
+    """What FFmpeg's demuxers and decoders report while this is open: errors, and that they made up what was missing."""
 
     def __enter__(self) -> Complaints:
-        self._before = av.logging.get_level()
-        av.logging.set_level(av.logging.ERROR)
+        self._before, self._seen = av.logging.get_level(), 0
+        av.logging.set_level(av.logging.INFO)
         av.logging.set_skip_repeated(False)
         self._capture = av.logging.Capture(local=True)
         self._lines = self._capture.__enter__()
@@ -35,12 +36,14 @@ class Complaints:
         self._capture.__exit__(*error)
         av.logging.set_level(self._before)
 
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, place: int) -> str:
-        _, name, text = self._lines[place]
-        return f"{name}: {text.strip()}"
+    def take(self) -> list[str]:
+        """Those since the last call."""
+        lines, self._seen = self._lines[self._seen :], len(self._lines)
+        return [
+            f"{name}: {text.strip()}"
+            for level, name, text in lines
+            if level <= av.logging.ERROR or text.startswith(_CONCEALED)
+        ]
 
 
 def read(
@@ -83,9 +86,9 @@ class Source:
         self._place = {int(line.stamps[place]): int(place) for place in places}
         self._doubts: list[tuple[int, str]] = []  # places of packets that a decoder complained about, and how
 
-    def count(self) -> int:
-        """How many frames come out of a decode from the start."""
-        return sum(1 for _ in self._decoded(0))
+    def stamps(self) -> list[int | None]:
+        """When each frame is shown that comes out of a decode from the start, in that order, where it says so."""
+        return [frame.pts for frame in self._decoded(0)]
 
     def counted(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """The wanted frames of a decode from the start, by the order in which they come out, with their numbers."""
@@ -141,16 +144,15 @@ class Source:
         """Frames as they come out of a decode from a place on; notes at which packets the decoder complains."""
         if self.codec.is_open:
             self.codec.flush_buffers()
-        self._doubts, heard = [], len(self.complaints)
+        self._doubts = []
+        self.complaints.take()
         for place in range(start, len(self.packets) + 1):
             frames: list[Any] = []
             try:
                 frames = self.codec.decode(self.packets[place] if place < len(self.packets) else None)
-            except av.error.InvalidDataError as error:
+            except av.error.FFmpegError as error:  # goes on behind it, as the ffmpeg program does
                 self._doubts.append((place, str(error)))
-            if len(self.complaints) > heard:
-                self._doubts.append((place, self.complaints[heard]))
-                heard = len(self.complaints)
+            self._doubts += [(place, said) for said in self.complaints.take()]
             yield from frames
 
     def _is_forgiven(self, place: int, said: str) -> bool:

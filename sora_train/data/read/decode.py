@@ -211,11 +211,12 @@ def shown_at(times: np.ndarray, frames: Sequence[float] | np.ndarray, fps: float
 
 
 def _decord(data: bytes, frames: list[float], resize: tuple[int, int], track: Track, options: Options) -> np.ndarray:
-    from decord import VideoReader, cpu
+    from decord import VideoReader, cpu, logging
 
     if track.careful or track.converted(options.conversion):
         raise DecodeError("undecodable", "PyAV alone shows it right")
     height, width = resize
+    logging.set_level(logging.INFO)  # at which FFmpeg says that it made up what was missing
     reader = VideoReader(io.BytesIO(data), ctx=cpu(0), width=width, height=height, num_threads=1)
     if track.frames and len(reader) != track.frames:
         raise DecodeError("undecodable", f"decord finds {len(reader)} frames, the index {track.frames}")

@@ -129,7 +129,7 @@ class Overheard:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0)
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, for as long as the process
         os.dup2(self._file.fileno(), 2)
         os.dup2(self._file.fileno(), 1)  # what a decoder prints must not look like an answer either
 

@@ -36,7 +36,7 @@ def choose_stream(file: Any, wanted: int = -1) -> Any:
     largest, those that the container marks as default before others, and no cover picture.
     """
     streams = file.streams.video
-    flags = type(streams[0].disposition) if streams else None
+    flags: Any = type(streams[0].disposition) if streams else None
     found = [s for s in streams if not s.disposition & flags.attached_pic and wanted in (-1, s.index)]
     found.sort(key=lambda s: -s.width * s.height - _DEFAULT * bool(s.disposition & flags.default))
     if not found:
@@ -85,9 +85,17 @@ def judge(stamps: np.ndarray, keys: np.ndarray, entries: np.ndarray, hidden: np.
     return Line(stamps, ~hidden, entries, careful, unclear)
 
 
+def is_told(line: Line, out: list[int | None], file: Any) -> bool:
+    """Whether the packets tell when each frame is shown of those that come `out` of a decode from the start."""
+    stamps = np.sort(line.stamps[line.shown]).tolist()
+    return out == stamps or (file.format.name == _UNTIMED and len(out) == len(stamps))
+
+
 def times_of(line: Line, count: int, time_base: float) -> np.ndarray:
     """Seconds at which `count` frames are shown, ascending: of a sequential stream too, if it shows so many."""
     stamps = np.sort(line.stamps[line.shown])
+    if not count:
+        raise DecodeError("no_video", "no frame of it is shown")
     if len(stamps) < count:
         raise DecodeError("timeline", f"{count} frames come out, and {len(stamps)} packets have a time")
     return stamps[:count] * time_base

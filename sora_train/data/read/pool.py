@@ -92,7 +92,7 @@ class Pool:
         self,
         path: str,
         extension: str,
-        member: tuple[int, int, int],
+        member: tuple[int, int, int | None],
         frames: Sequence[float],
         resize: tuple[int, int],
         crop: tuple[int, int, int, int],

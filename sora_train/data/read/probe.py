@@ -29,7 +29,7 @@ from sora_train.data.read.decode import (
 )
 from sora_train.data.read.mp4_tables import frame_times
 from sora_train.data.read.orientation import from_matrix
-from sora_train.data.read.packets import Line, choose_stream, judge, read_line, read_packets, times_of
+from sora_train.data.read.packets import Line, choose_stream, is_told, judge, read_line, read_packets, times_of
 
 _FASTEST = 1000.0  # frames a second; more is a broken time line
 _LONGEST = 10 * 24 * 3600.0  # seconds
@@ -79,20 +79,24 @@ def _video(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
         for other in file.streams:
             other.discard = Discard.default if other.index == stream.index else Discard.all
         line, packets = _line(data, file, stream, limits)
-        cut = line.cut or any("ended prematurely" in complaints[n] for n in range(len(complaints)))
+        cut = line.cut or any("ended prematurely" in said for said in complaints.take())
         if line.shown.sum() > limits.frames:
             raise DecodeError("frames", f"{line.shown.sum()} frames, data.limits.frames is {limits.frames}")
         first, packet = _first(file, stream, pixels)
         check_pixels(first.height, first.width, limits)
         codec = stream.codec_context.name
         sequential = line.unclear or needs_first_packet(codec, first.format.name, packet)
-        count = int(line.shown.sum())
+        count, out = int(line.shown.sum()), []
         if sequential:
             packets = packets or _packets(file, stream)
-            count = Source(stream.codec_context, packets, line, complaints).count()
+            out = Source(stream.codec_context, packets, line, complaints).stamps()
+            count = len(out)
         times = times_of(line, count, float(stream.time_base or 1))
-        times = _before_gap(times) if cut else times
-        fps, duration, vfr = rate(times, _claimed(stream, times))
+        claimed = _claimed(stream, times)
+        times = _before_gap(times, claimed) if cut else times
+        fps, duration, vfr = rate(times, claimed)
+        if sequential and vfr and not is_told(line, out, file):
+            raise DecodeError("timeline", "frames without a time, at a variable rate; copy or encode it anew")
         shape = _shape(first, stream)
         check_pixels(shape["height"], shape["width"], limits)
         careful = line.careful or sequential or cut or shape["mirrored"] or not _is_for_decord(file, stream, first)
@@ -125,13 +129,15 @@ def _packets(file: Any, stream: Any) -> list[Any]:
     return read_packets(file, stream)
 
 
-def _before_gap(times: np.ndarray) -> np.ndarray:
+def _before_gap(times: np.ndarray, claimed: float) -> np.ndarray:
     """What is shown before frames are missing at the end of a file that was cut."""
     steps = np.diff(times)
-    if len(steps) <= _TAIL:
+    if not len(steps):
         return times
-    gaps = np.flatnonzero(steps[-_TAIL:] > 1.5 * np.median(steps))
-    return times[: len(times) - _TAIL + int(gaps[0])] if len(gaps) else times
+    usual = min(float(np.median(steps)), 1 / claimed if claimed else np.inf)
+    late = max(0, len(steps) - _TAIL)
+    gaps = np.flatnonzero(steps[late:] > 1.5 * usual)
+    return times[: 1 + late + int(gaps[0])] if len(gaps) else times
 
 
 def _claimed(stream: Any, times: np.ndarray) -> float:
@@ -195,8 +201,11 @@ def _first(file: Any, stream: Any, pixels: bool) -> tuple[Any, bytes]:
             for frame in (*codec.decode(alone), *codec.decode(None)):
                 return frame, bytes(packet)
     file.seek(0)
-    for frame in file.decode(stream):
-        return frame, b"" if packet is None else bytes(packet)
+    codec.flush_buffers()
+    for following in file.demux(stream):
+        with suppress(av.error.FFmpegError):  # goes on behind what can't be decoded, as the ffmpeg program does
+            for frame in codec.decode(following if following.size else None):
+                return frame, b"" if packet is None else bytes(packet)
     raise DecodeError("undecodable", "no frame comes out of it")
 
 

@@ -84,8 +84,8 @@ def test_an_image_is_one_frame(pool: Pool, corpus: list[str]) -> None:
     path, extension, (offset, size, crc32) = load_index(corpus).member(IMAGE)
     probed = pool.probe(path, extension, offset, size).result()
     assert probed == {
-        "frames": 1, "fps": 0.0, "duration": 0.0, "vfr": False, "careful": False, "rotation": 0,
-        "width": 64, "height": 64, "codec": "png", "pixel_format": "RGB", "crc32": crc32,
+        "frames": 1, "fps": 0.0, "duration": 0.0, "vfr": False, "careful": False, "sequential": False, "stream": 0,
+        "rotation": 0, "mirrored": False, "interlaced": False, "transfer": "", "pixel_aspect": 1.0, "width": 64, "height": 64, "codec": "png", "pixel_format": "RGB", "crc32": crc32,
     }  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def test_decoders_that_do_not_load_are_named_and_without_any_it_is_an_input_erro
 def test_a_decoder_that_is_taken_over_has_no_network_and_starts_no_program() -> None:
     code = """
 import socket, subprocess
-from sora_train.data.child import shut_in
+from sora_train.data.read.decode_child import shut_in
 shut_in()
 call = lambda: socket.create_connection(("127.0.0.1", 9))
 for deed in (socket.socket, lambda: subprocess.run(["true"]), call):
