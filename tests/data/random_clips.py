@@ -66,7 +66,8 @@ CODECS = (
     Codec("libx265", (*_MOV, "mkv", "ts"), ("yuv420p", "yuv420p10le", "yuv422p10le", "yuv444p"), weight=2, options=(
         _x265(), _x265(open_gop=0), _x265(bframes=0), _x265(bframes=4, b_adapt=0), _x265(radl=2, open_gop=0),
     )),
-    Codec("libsvtav1", ("mp4", "mkv", "webm"), ("yuv420p", "yuv420p10le"), ({"preset": "12", "crf": "18"},), weight=0.3),
+    Codec("libsvtav1", ("mp4", "mkv", "webm"), ("yuv420p", "yuv420p10le"), ({"preset": "12", "crf": "18"},),
+          weight=0.3),
     Codec("libvpx", ("webm", "mkv"), options=(
         {"deadline": "realtime", "cpu-used": "8"},
         {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "16"},
