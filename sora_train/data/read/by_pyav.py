@@ -19,6 +19,7 @@ from sora_train.data.read.picture import picture_of
 
 _CONCEALED = "concealing"  # so begins what a decoder says, as information, of blocks that it made up
 _UNREFERENCED = "mmco: unref short failure"  # H.264: a frame that is to be let go was never there
+_HELD = 16  # frames that H.264 may refer to
 
 
 class Complaints:
@@ -95,7 +96,7 @@ class Source:
         left, number = set(wanted), 0
         for number, frame in enumerate(self._decoded(0)):
             if number in left:
-                if frame.is_corrupt or any(not self._is_forgiven(*doubt) for doubt in self._doubts):
+                if frame.is_corrupt or self._doubts:
                     raise DecodeError("damaged", self._said(frame))
                 yield number, frame
                 left.discard(number)
@@ -152,12 +153,18 @@ class Source:
                 frames = self.codec.decode(self.packets[place] if place < len(self.packets) else None)
             except av.error.FFmpegError as error:  # goes on behind it, as the ffmpeg program does
                 self._doubts.append((place, str(error)))
-            self._doubts += [(place, said) for said in self.complaints.take()]
+            said = [(place, text) for text in self.complaints.take()]
+            self._doubts += [doubt for doubt in said if not self._is_forgiven(start, *doubt)]
             yield from frames
 
-    def _is_forgiven(self, place: int, said: str) -> bool:
-        """Whether a complaint is about frames that aren't shown, as in a file that was cut at an open group."""
-        return _UNREFERENCED in said and not self.line.shown[place]
+    def _is_forgiven(self, start: int, place: int, said: str) -> bool:
+        """Whether a complaint is about frames from before the start, which nothing that is shown needs."""
+        if place == len(self.packets):
+            return False
+        unreferenced = _UNREFERENCED in said and place - start <= _HELD
+        if start == 0:  # of a file that was cut at an open group
+            return unreferenced and not self.line.shown[place]
+        return unreferenced or bool(self.line.stamps[place] < self.line.stamps[start])
 
     def _said(self, frame: Any) -> str:
         return self._doubts[0][1] if self._doubts else f"the frame at {frame.time} s can't be decoded whole"
