@@ -37,7 +37,7 @@ from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.encoded import LATENT
 from sora_train.data.read.pool import Pool
 from sora_train.data.read.store import Store
-from sora_train.methods.build import Shards
+from sora_train.data.shards import Shards
 
 _SIDE = 192  # pixels of a thumbnail's longer side
 _STYLE = """

@@ -32,6 +32,7 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, options, run
 from sora_train.core.world import World, from_environment
 from sora_train.data.order.plan import Position
+from sora_train.data.shards import Shards
 from sora_train.generation.long_video import in_pieces
 from sora_train.generation.requests import (
     Prompt,
@@ -45,9 +46,9 @@ from sora_train.generation.requests import (
     read_shots,
     resized,
 )
-from sora_train.generation.sampler import Sampler, load_sampler, request_for, save_sample
-from sora_train.methods.build import Shards
+from sora_train.generation.sampler import Sampler, request_for, save_sample
 from sora_train.models.layers import ulysses
+from sora_train.operations.trained import load_sampler
 
 Video = np.ndarray | Iterable[np.ndarray]  # whole, or in pieces
 _FILES = ("image", "video", "end_image", "end_video")
@@ -133,8 +134,8 @@ def _sampler(config: Config, run_dir: str, world: World) -> Sampler:
 
     sampler = load_sampler(config, run_dir, connect(world))
     others = ulysses.Neighbours(ulysses.sequence_group(world))
-    blocks: Any = sampler.network.get_submodule("dit.blocks")
-    ulysses.apply(sampler.network, [block.self_attention for block in blocks], others)
+    network: Any = sampler.network
+    network.split_sequence(others)
     return sampler
 
 
@@ -151,10 +152,11 @@ def _keep(
 
 def _stretch(config: Config, o: Options) -> None:
     """Take over how far places are stretched for this sample."""
-    if o.rope_scaling is not None:
-        config.model.rope_scaling = o.rope_scaling
-    if o.rope_factors is not None:
-        config.model.rope_factors = tuple(o.rope_factors)  # type: ignore[assignment]  # `check` counts them
+    for key in ("rope_scaling", "rope_factors"):
+        if getattr(o, key) is not None:
+            if not hasattr(config.model, key):
+                raise InputError(f"{key}: models of the family {config.model.family} have no such key")
+            setattr(config.model, key, getattr(o, key))
 
 
 def _read(config: Config, o: Options) -> tuple[list[Shot], dict[str, np.ndarray | None]]:

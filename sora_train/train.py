@@ -85,7 +85,9 @@ def _train(config: Config, world: World, changed: list[str]) -> int:
     import torch.distributed as dist
 
     from sora_train.data.read.pool import Pool
-    from sora_train.methods.build import Shards, build_trainer, out_of_memory
+    from sora_train.data.shards import Shards
+    from sora_train.operations.build import build_trainer
+    from sora_train.operations.memory import out_of_memory
     from sora_train.training.engine.zero import connect, disconnect
     from sora_train.training.report.console import setup_logging
 

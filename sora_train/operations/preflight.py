@@ -17,17 +17,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sora_train.config.load import to_dict
-from sora_train.config.schema import Config, Method
+from sora_train.config.registry import METHODS
+from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "decord", "av", "webdataset", "hydra-core", "omegaconf")
 _VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "WORLD_SIZE")
 _OWN = ("run_dir", "guard.accept_changes")  # keys whose change is no change of the run
-_FIXED = {  # sections that shaped the weights or that they were trained on
-    Method.diffusion: ("method", "model", "vae", "text_encoder"),
-    Method.autoencoder: ("method", "vae"),
-}
 _FREE = ("model.activation_checkpointing", "vae.cache_mib")  # but these change nothing that is learnt
 
 
@@ -44,7 +41,8 @@ def changes(config: Config) -> list[str]:
     new = flat(to_dict(config))
     keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and key not in _OWN]
     differing = {key: f"{key}: {old[key]} -> {new[key]}" for key in keys}
-    dangerous = [key for key in keys if key.split(".")[0] in _FIXED[config.method] and key not in _FREE]
+    fixed = METHODS.get(config.method).fixed
+    dangerous = [key for key in keys if key.split(".")[0] in fixed and key not in _FREE]
     if dangerous and not config.guard.accept_changes:
         raise InputError(
             f"the checkpoints in {run_dir} were trained with another {'; '.join(differing[key] for key in dangerous)}; "

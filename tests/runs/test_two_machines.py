@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.training.state.checkpoint import KINDS, latest_intact, load_full
+from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
@@ -46,7 +46,7 @@ if [[ $1 == show ]]; then printf '%s\\n' $NODES; else echo "$@" >>"$LOGS/scontro
 CLEAN = """
 import sys
 from pathlib import Path
-from benchmarks.fault_bed import Bed, Job
+from tests.faults.bed import Bed, Job
 bed = Bed(Path(sys.argv[1]), steps=int(sys.argv[2]))
 print(*bed.overrides("disturbed"), sep="\\n")
 sys.exit(Job(bed.config("clean"), 2).wait())
@@ -243,4 +243,5 @@ def weights(run_dir: Path) -> dict[str, bytes]:
     """The tensors of the last checkpoint, bit by bit."""
     newest = latest_intact(run_dir / "checkpoints")
     assert newest.name == f"step-{STEPS:08d}"
-    return {f"{kind} {name}": t.numpy().tobytes() for kind in KINDS for name, t in load_full(newest, kind).items()}
+    kinds = kinds_of(newest)
+    return {f"{kind} {name}": t.numpy().tobytes() for kind in kinds for name, t in load_full(newest, kind).items()}

@@ -23,10 +23,9 @@ from safetensors.torch import load_file
 from sora_train.config.schema import Config
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.index import index_shards
-from sora_train.flow.objective import FlowTask
+from sora_train.methods.diffusion.learner import DiffusionLearner
 from sora_train.training.engine.power_ema import combined
-from sora_train.training.state.checkpoint import KINDS as KINDS_OF_TENSORS
-from sora_train.training.state.checkpoint import latest_intact, load_full
+from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full
 from sora_train.training.state.deepspeed_files import read
 from sora_train.training.trainer import Trainer
 from tests.faults.bed import Bed, Job, differences, losses, outcome, run, samples_by_step
@@ -108,15 +107,15 @@ def _run_out(config: Config, rank: int) -> None:
     """In the run `memory`, have rank 1 ask for a million GiB in its third step."""
     if Path(config.run_dir).name != "memory" or rank != 1:
         return
-    true, count = FlowTask.loss, [0]
+    true, count = DiffusionLearner.loss, [0]
 
-    def asking(self: FlowTask, *arguments: Any) -> Any:
+    def asking(self: DiffusionLearner, *arguments: Any) -> Any:
         count[0] += 1
         if count[0] > 4:  # two packs a step
             torch.empty(1 << 50)
         return true(self, *arguments)
 
-    FlowTask.loss = asking  # type: ignore[method-assign]
+    DiffusionLearner.loss = asking  # type: ignore[method-assign]
 
 
 def averages(run_dir: Path) -> dict[str, float]:
@@ -186,7 +185,7 @@ def adapters(bed: Bed) -> object:
         newest = latest_intact(bed.run_dir(name) / "checkpoints")
         found[name] = {
             "losses": losses(bed.run_dir(name)),
-            "tensors": {kind: sorted(load_full(newest, kind)) for kind in KINDS_OF_TENSORS},
+            "tensors": {kind: sorted(load_full(newest, kind)) for kind in kinds_of(newest)},
             "moved": max(float(w.abs().max()) for n, w in load_full(newest, "ema").items() if "lora_B" in n),
         }
     same = differences(outcome(bed.run_dir("stage-3")), outcome(bed.run_dir("resumed")))
@@ -266,7 +265,7 @@ def _save_theirs(config: Config, rank: int) -> None:
     true = getattr(Trainer.leave, "true", Trainer.leave)  # one process makes several runs
 
     def leaving(self: Trainer, code: int, reason: str) -> int:
-        self.engine.engine.save_checkpoint(str(self.run_dir / "theirs"))
+        self.engines.first.engine.save_checkpoint(str(self.run_dir / "theirs"))
         return int(true(self, code, reason))
 
     leaving.true = true  # type: ignore[attr-defined]

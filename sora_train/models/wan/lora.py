@@ -7,18 +7,14 @@ A and B are all that is trained, kept in checkpoints, averaged and given away.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sora_train.config.schema import LoraConfig, ModelConfig
+from sora_train.config.schema import LoraConfig
 from sora_train.core.cli import InputError
-from sora_train.models.wan.convert import require_wan, wan_name
 
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"  # A and B, as peft names them in the network
-_FILE = "pytorch_lora_weights.safetensors"  # where diffusers and peft look
 
 
 def targeted(network: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -72,28 +68,12 @@ def add_outlines(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
 def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
     """Weights of the network without adapters that computes the same: each W becomes W + alpha / rank B A."""
     merged = dict(weights)
-    for name, down, up in _pairs(adapters):
+    for name, down, up in pairs(adapters):
         merged[f"{name}.weight"] = torch.addmm(weights[f"{name}.weight"], up, down, alpha=lora.alpha / lora.rank)
     return merged
 
 
-def save_adapters(adapters: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
-    """Write the adapters of a DiT as a file that diffusers' `load_lora_weights` and `load_lora_adapter` read.
-
-    The factor alpha / rank is multiplied into B, so that it is 1 for every reader, whatever it knows of alpha.
-    Raises InputError for a model with options that Wan doesn't have.
-    """
-    require_wan(model, "adapter")
-    factor = model.lora.alpha / model.lora.rank
-    theirs: dict[str, Tensor] = {}
-    for name, down, up in _pairs(adapters):
-        layer = "transformer." + wan_name(f"{name}.weight").removesuffix(".weight")
-        theirs |= {f"{layer}.lora_A.weight": down.contiguous(), f"{layer}.lora_B.weight": up * factor}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(theirs, folder / _FILE, metadata={"format": "pt"})
-
-
-def _pairs(adapters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+def pairs(adapters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name of the adapted layer, A and B, of each adapter."""
     for key, down in adapters.items():
         if key.endswith(_DOWN):
