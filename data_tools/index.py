@@ -2,7 +2,7 @@
 
     python -m data_tools.index SHARD [SHARD ...] [probe=packets] [workers=null]
 
-    python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER
+    python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER [side_table=FILES ...]
 
 Shards are paths, globs ('data/*.tar'), brace ranges ('{000..012}.tar') or URLs (https, s3, gs, hf). Those whose index
 is current are left as they are, so that an interrupted command goes on where it was. Of every video and image the
@@ -11,7 +11,8 @@ each image: it takes several times longer, and finds some of the damage that tra
 
 The index of a remote shard stands in the node's cache; upload it beside the shard, and other nodes take it from there.
 With `consolidate` the columns that plans and filters need are also written to one memory-mapped index (19 bytes a
-sample) for data.index=FOLDER; name the shards in the order in which data.sources does.
+sample) for data.index=FOLDER; name the shards in the order in which data.sources does. Each entry of data.side_tables
+is given as a side_table= of its own; its numbers are written too (8 bytes a sample each), its text is not.
 """
 
 from __future__ import annotations
@@ -34,11 +35,16 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    names = ("consolidate", "probe", "workers")
+    names = ("consolidate", "probe", "workers", "side_table")
     given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in names)
     patterns = [a for a in sys.argv[1:] if a.partition("=")[0] not in names]
     if not patterns:
         raise InputError("no shard given; --help shows how to name them")
+    tables = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("side_table=")]
+    if tables and "consolidate" not in given:
+        raise InputError(
+            "side_table= is for consolidate=FOLDER; without data.index a run reads data.side_tables itself"
+        )
     probe, workers = given.get("probe", Probe.packets.value), given.get("workers", "null")
     if probe not in {p.value for p in Probe} or (workers != "null" and not workers.isdecimal()) or workers == "0":
         raise InputError(f"probe={probe} must be packets or frame, workers={workers} a number above 0 or null")
@@ -49,7 +55,7 @@ def main() -> int:
         print(_summary(shard, store))
     if "consolidate" in given:
         with progress(len(shards), "consolidating shards") as advance:
-            count = consolidate(shards, given["consolidate"], advance, store)
+            count = consolidate(shards, given["consolidate"], advance, store, tables)
         print(f"{given['consolidate']}: {count} samples of {len(shards)} shard(s)")
     return 0
 

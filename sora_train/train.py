@@ -65,6 +65,8 @@ def _start(config: Config, world: World) -> int:
         expand([p for p in patterns if scheme(p) is None])  # a missing shard is answered now, before slow imports
         for command in filter(is_command, patterns):
             words(command, config.data.commands)  # and so is a command that isn't allowed
+    for table in (t for t in config.data.side_tables if scheme(t) is None):
+        expand([table], None, "side table", "data.side_tables")
     if not world.is_main:
         return _train(config, world, [])
     run_dir = Path(config.run_dir)

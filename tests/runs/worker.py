@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import webdataset as wds
 from safetensors.torch import load_file
@@ -273,9 +275,37 @@ def _save_theirs(config: Config, rank: int) -> None:
     Trainer.leave = leaving  # type: ignore[method-assign]
 
 
+def side_tables(bed: Bed) -> object:
+    """A score filters and weights runs of one and two ranks; then the table changes, and the run of two goes on."""
+    path = bed.folder / "scores.parquet"
+    scores = [float(n % 4) for n in range(24)]
+    keys = [f"{n:05d}" for n in range(24)]
+    pq.write_table(pa.table({"key": keys, "score": scores}), path)
+    asked = (f"data.side_tables=[{path}]", "data.filter='score > 0'", "data.weight=score")
+    found: dict[str, object] = {}
+    for ranks in (1, 2):
+        config = bed.config(f"scored-{ranks}", *asked, "steps=12")
+        job = Job(config, ranks)
+        if code := job.wait():
+            raise RuntimeError(f"{ranks} rank(s) ended with {code}:\n{job.log.read_text()[-4000:]}")
+        folder = Path(config.run_dir) / "ledger"
+        entries = [json.loads(line) for file in folder.glob("rank-*.jsonl") for line in file.read_text().splitlines()]
+        first = [sample for entry in entries if entry["position"][0] == 0 for sample in entry["samples"]]
+        found[str(ranks)] = {
+            "samples": samples_by_step(Path(config.run_dir)), "losses": losses(Path(config.run_dir)),
+            "first epoch": {n: first.count(n) for n in range(16)}, "epochs": max(e["position"][0] for e in entries) + 1,
+        }  # fmt: skip
+    pq.write_table(pa.table({"key": keys, "score": scores[::-1]}), path)
+    changed = bed.config("scored-2", *asked, "steps=14")
+    codes = [run(changed, 2), run(bed.config("missing", *asked, f"data.side_tables=[{path}.gone]"), 1)]
+    reason = json.loads((bed.run_dir("missing") / "exit.json").read_text())["reason"]
+    return found | {"codes": codes, "output": Path(changed.run_dir).with_suffix(".out").read_text(), "reason": reason}
+
+
 KINDS: dict[str, Callable[[Bed], object]] = {
     "matrix": matrix, "kills": kills, "moves": moves, "mirrored": mirrored, "debugs": debugs,
     "adapters": adapters, "minute": minute, "large minute": large_minute, "imports": imports,
+    "side tables": side_tables,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -120,9 +120,15 @@ def index_path(shard: str, store: Store | None = None) -> Path:
     return folder / "index" / f"{hashlib.sha256(shard.encode()).hexdigest()[:32]}.index.parquet"
 
 
-def expand(patterns: Sequence[str], store: Store | None = None) -> list[str]:
+def expand(
+    patterns: Sequence[str],
+    store: Store | None = None,
+    what: str = "shard",
+    keys: str = "data.sources and data.validation",
+) -> list[str]:
     """Shards of glob patterns (`*`, `?`, `[...]`) and brace ranges (`{000..012}`, `{a,b}`), sorted per pattern.
 
+    Files of another kind than shards are called `what` in errors, and configured by `keys`.
     Raises InputError for a pattern that names no file, or a local file that isn't there. A remote shard that is named
     without wildcards is looked for when it is first read.
     """
@@ -135,15 +141,16 @@ def expand(patterns: Sequence[str], store: Store | None = None) -> list[str]:
         try:
             paths = list(braceexpand(pattern))
         except ValueError as error:  # unbalanced braces
-            raise InputError(f"shard {pattern!r}: {error}") from error
+            raise InputError(f"{what} {pattern!r}: {error}") from error
         for path in paths:
             matches = store.list(path) if kind else _local_files(path)
             if not matches:
-                raise InputError(f"no shard at {path!r} (from {pattern!r}); check data.sources and data.validation")
+                raise InputError(f"no {what} at {path!r} (from {pattern!r}); check {keys}")
             found += matches
     if len(set(found)) != len(found):
         twice = sorted({path for path in found if found.count(path) > 1})
-        raise InputError(f"shard {twice[0]!r} is named twice; use `repeat` to see samples more than once")
+        instead = "use `repeat` to see samples more than once" if what == "shard" else f"check {keys}"
+        raise InputError(f"{what} {twice[0]!r} is named twice; {instead}")
     return found
 
 
