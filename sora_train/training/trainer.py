@@ -329,8 +329,9 @@ class Trainer:
                 f"resumed {checkpoint.name}, saved on {state['ranks']} rank(s) at ZeRO stage {state['stage']}"
             )
         self.left_out |= {position for positions in self.ledger.rollbacks() for position in positions}
-        self.known = self.ledger.replayed(self.step)
-        dist.barrier()
+        known = [self.ledger.replayed(self.step) if self.world.is_main else {}]  # one rank opens the files of all
+        dist.broadcast_object_list(known)
+        self.known = known[0]
         if self.world.is_main:
             self.ledger.cut(self.step)
         dist.barrier()
