@@ -23,7 +23,7 @@ from sora_train.training.health.guard import BadShare
 from sora_train.training.health.spikes import Health, OnItsWay, Verdict, differing_ranks
 from sora_train.training.parts import Agreement, Parts, Place, Step
 from sora_train.training.report.profiling import StepProfile
-from sora_train.training.state.checkpoint import Checkpoints, load_into, pieces, read_state
+from sora_train.training.state.checkpoint import Checkpoints, Pieces, load_into, pieces, read_state
 from sora_train.training.state.ledger import Ledger
 from sora_train.training.state.mirror import Mirror
 
@@ -50,8 +50,11 @@ class Trainer:
         self.sizes: list[tuple[int, int, int]] = []  # of the clips in the pack under way, or in the last one
         self.left_out: set[tuple[int, ...]] = set()  # steps of the plan that rollbacks pass over
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
+        self.reason = "failed; see the logs"  # why the run ended
         newest = self.checkpoints.newest()
         self.resume(newest)
+        if self.step < config.steps:
+            self.checkpoints.require_room(self.pieces())
         if mirror and newest:
             mirror.offer(newest)  # a run that was killed may not have come to it
         self.writers = parts.open_writers(self.step)
@@ -285,10 +288,14 @@ class Trainer:
         """How the ranks share out what every one of them holds whole."""
         return (self.world.rank, self.world.size) if self.engine.stage == 0 else None
 
+    def pieces(self) -> Pieces:
+        """What this rank saves."""
+        return pieces(self.engine.fragments, self.ema.values, self.split, self.powers.values)
+
     def save(self) -> None:
         """Hand a copy of everything to the background writer."""
         with self.watch.slow("save"), self.meter.overhead():
-            mine = pieces(self.engine.fragments, self.ema.values, self.split, self.powers.values)
+            mine = self.pieces()
             state = {
                 "step": self.step, "applied": self.applied,
                 "position": self.position, "plan_hash": self.parts.plan.hash,
@@ -344,8 +351,11 @@ class Trainer:
                 saved = self.snapshots.wait() and saved
             if self.checkpoints.mirror:
                 self.checkpoints.mirror.finish(self.config.guard.slow_timeout_s / 2)  # no hang yet
-        if not saved:
-            code, reason = 1, f"{reason.removesuffix(' after saving')}, but the last checkpoint could not be written"
+        if not saved and code == STOPPED:  # the next start has the steps since the checkpoint before to do again
+            reason = f"{reason.removesuffix(' after saving')}, but its checkpoint could not be written"
+        elif not saved:
+            code, reason = 1, f"{reason}, but the last checkpoint could not be written"
+        self.reason = reason
         self.console.say(f"step {self.step}/{self.config.steps}: {reason}")
         return code
 
