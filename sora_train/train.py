@@ -85,7 +85,6 @@ def _start(config: Config, world: World) -> tuple[int, str]:
 
 def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
     import torch
-    import torch.distributed as dist
 
     from sora_train.data.read.pool import Pool
     from sora_train.methods.build import Shards, build_trainer, out_of_memory
@@ -99,15 +98,14 @@ def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
         setup_logging(run_dir, world.rank)
     for line in changed:
         logging.getLogger(__name__).warning("changed since the last start: %s", line)
-    if world.is_main:
-        with usable(run_dir):
-            shards.index()
-            (run_dir / "config.yaml").write_text(to_yaml(config))
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     device = connect(world)
     try:
+        with usable(run_dir):
+            shards.index(world)
+            if world.is_main:
+                (run_dir / "config.yaml").write_text(to_yaml(config))
         with Pool.of(config.data, shards.store) as pool, out_of_memory(config, world) as known:
-            dist.barrier()  # the main rank has indexed the shards
             with usable(run_dir):
                 trainer = build_trainer(config, world, device, shards, pool)
             known.where = trainer.where

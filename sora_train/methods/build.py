@@ -24,7 +24,7 @@ from sora_train.core.batch import Clip, Pack, Refusal
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
 from sora_train.data.index.consolidated import load_consolidated
-from sora_train.data.index.index import Index, expand, index_shards, load_index
+from sora_train.data.index.index import Index, expand, load_index
 from sora_train.data.index.side_tables import SideTables
 from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
 from sora_train.data.order.curriculum import Stages, build_stages
@@ -39,6 +39,7 @@ from sora_train.forecast.out_of_memory import advice, is_out_of_memory, line
 from sora_train.generation.sampler import build_vae, untrained_model
 from sora_train.methods.base import METHODS, write_previews
 from sora_train.models.layers import ulysses
+from sora_train.operations.indexing import Wanted, index_everywhere
 from sora_train.operations.preflight import facts, require_agreement
 from sora_train.training.engine.optim import adamw
 from sora_train.training.engine.zero import Engine
@@ -76,9 +77,10 @@ class Shards:
         for table in config.data.side_tables:
             expand([table], self.store, "side table", "data.side_tables")
 
-    def index(self) -> None:
-        """Index what has no index yet."""
-        index_shards(self.training + self.validation, None, self.store, self.limits, self.probe)
+    def index(self, world: World | None = None) -> None:
+        """Index what has no index yet, on every node; with several ranks all of them together, in a process group."""
+        wanted = Wanted(self.training + self.validation, self.store, self.limits, self.probe)
+        index_everywhere(wanted, world or World())
 
     def plan(self, config: Config) -> Stages:
         """The plan of the training shards."""
