@@ -36,9 +36,11 @@ from sora_train.core.cli import InputError, nearest, run
 from sora_train.core.pixels import to_video
 from sora_train.core.world import from_environment
 from sora_train.data.index.index import Index, index_shards, load_index
+from sora_train.data.index.side_tables import SideTables
 from sora_train.data.index.tar import Member, walk
 from sora_train.data.latents import texts_to_bytes, to_bytes
 from sora_train.data.loader import refusal
+from sora_train.data.order.filters import Filter
 from sora_train.data.order.plan import PlanInputs, source_frames
 from sora_train.data.order.selection import Selection
 from sora_train.data.read.decode import DecodeError
@@ -109,12 +111,14 @@ class Encoder:
         self.vae = FrozenVae.load(config.vae, device)
         frozen = config.text_encoder.path is not None
         self.embed: Callable[[Sequence[str]], Any] | None = tokenizer(config, device) if frozen else None
+        self.tables = SideTables(config.data.side_tables, shards.store)
         self.made_with = json.dumps(made_with(config), sort_keys=True)
 
     def shard(self, shard: str, text_filter: str, path: Path) -> str:
         """Encode one shard, unless it is there; returns a line on it. InputError if another's latents are there."""
         index_shards([shard], self.config.data.workers, self.shards.store, self.shards.limits)
         index = load_index([shard], self.shards.store, allow_empty=True)
+        index = self.tables.join(index, asked=Filter(text_filter).columns)
         if index.encoded() - {""}:
             raise InputError(f"{shard} holds latents already")
         about = {"made_with": self.made_with, "source": f"{index.fingerprint[:16]} {text_filter}"}

@@ -220,6 +220,8 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     validation: list[str] = field(default_factory=list)
     filter: str = ""  # which samples may be used, e.g. duration >= 2 and height >= 240; validation too
+    side_tables: list[str] = field(default_factory=list)  # Parquet files with a column key: further columns of samples
+    weight: str = ""  # visits of each sample per epoch, times its source's: an expression, e.g. score / 5; empty: 1
     stages: list[StageConfig] = field(default_factory=list)  # one after the other; empty: one
     captions: dict[str, float] = field(default_factory=dict)  # weights of named captions; empty: all alike
     index: str | None = None  # consolidated index of the training shards, for large sets

@@ -23,7 +23,7 @@ from sora_train.training.health.guard import BadShare
 from sora_train.training.health.spikes import Health, Verdict, differing_ranks
 from sora_train.training.parts import Agreement, Noted, Parts, Place, Step
 from sora_train.training.report.profiling import StepProfile
-from sora_train.training.state.checkpoint import Checkpoints, load_into, pieces, read_state
+from sora_train.training.state.checkpoint import Checkpoints, Pieces, load_into, pieces, read_state
 
 
 class Trainer:
@@ -46,8 +46,11 @@ class Trainer:
         self.sizes: list[tuple[int, int, int]] = []  # of the clips in the pack under way, or in the last one
         self.left_out: set[tuple[int, ...]] = set()  # steps of the plan that rollbacks pass over
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
+        self.reason = "failed; see the logs"  # why the run ended
         newest = self.checkpoints.newest()
         self.resume(newest)
+        if self.step < config.steps:
+            self.checkpoints.require_room(self.pieces())
         if self.mirror and newest:
             self.mirror.offer(newest)  # a run that was killed may not have come to it
         self.writers = parts.open_writers(self.step)
@@ -282,11 +285,15 @@ class Trainer:
         """How the ranks share out what every one of them holds whole."""
         return (self.world.rank, self.world.size) if self.engines.stage == 0 else None
 
+    def pieces(self) -> Pieces:
+        """What this rank saves."""
+        engines = self.engines
+        return pieces(engines.fragments, engines.ema.values, self.split, engines.powers.values)
+
     def save(self) -> None:
         """Hand a copy of everything to the background writer."""
         with self.watch.slow("save"), self.meter.overhead():
-            engines = self.engines
-            mine = pieces(engines.fragments, engines.ema.values, self.split, engines.powers.values)
+            engines, mine = self.engines, self.pieces()
             state = {
                 "step": self.step, "applied": self.applied,
                 "position": self.position, "plan_hash": self.parts.plan.hash,
@@ -328,8 +335,9 @@ class Trainer:
                 f"resumed {checkpoint.name}, saved on {state['ranks']} rank(s) at ZeRO stage {state['stage']}"
             )
         self.left_out |= {position for positions in self.ledger.rollbacks() for position in positions}
-        self.known = self.ledger.replayed(self.step)
-        dist.barrier()
+        known = [self.ledger.replayed(self.step) if self.world.is_main else {}]  # one rank opens the files of all
+        dist.broadcast_object_list(known)
+        self.known = known[0]
         if self.world.is_main:
             self.ledger.cut(self.step)
         dist.barrier()
@@ -342,8 +350,11 @@ class Trainer:
                 saved = self.snapshots.wait() and saved
             if self.mirror:
                 self.mirror.finish(self.config.guard.slow_timeout_s / 2)  # no hang yet
-        if not saved:
-            code, reason = 1, f"{reason.removesuffix(' after saving')}, but the last checkpoint could not be written"
+        if not saved and code == STOPPED:  # the next start has the steps since the checkpoint before to do again
+            reason = f"{reason.removesuffix(' after saving')}, but its checkpoint could not be written"
+        elif not saved:
+            code, reason = 1, f"{reason}, but the last checkpoint could not be written"
+        self.reason = reason
         self.console.say(f"step {self.step}/{self.config.steps}: {reason}")
         return code
 

@@ -220,6 +220,19 @@ class Checkpoints:
             "checkpoint of step %d not written: %s; training goes on, older checkpoints are untouched", step, reason
         )
 
+    def require_room(self, mine: Pieces) -> None:
+        """Raise InputError, on all ranks, where not even one checkpoint fits: nothing of a run would be kept."""
+        try:
+            self._check_space(mine)
+            lacking = ""
+        except OSError as error:
+            lacking = str(error)
+        everyone = [""] * self.ranks
+        dist.all_gather_object(everyone, lacking, group=self._group)
+        if any(everyone):
+            lacking = max(everyone, key=len)
+            raise InputError(f"no room for a checkpoint: {lacking}; make room, or choose another run_dir")
+
     def _check_space(self, mine: Pieces) -> None:
         """Raise OSError where the whole checkpoint will not fit; all ranks together."""
         total = torch.tensor([sum(values.nbytes for _, values in mine.values())], dtype=torch.int64)

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +156,18 @@ def test_where_every_checkpoint_is_damaged_it_stops_and_says_so(tmp_path: Path) 
         checkpoints.newest()
     with pytest.raises(InputError, match="no intact checkpoint"):
         checkpoint.latest_intact(tmp_path)
+
+
+def test_a_start_without_room_for_one_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = saved(tmp_path, 1)
+    mine = pieces(*whole(2), None)
+    needed = sum(values.nbytes for _, values in mine.values()) + (16 << 20)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    checkpoints.require_room(mine)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(InputError, match=r"no room for a checkpoint: 0.02 GiB free in .*; make room") as error:
+        checkpoints.require_room(mine)
+    assert "\n" not in str(error.value)
 
 
 def test_a_new_run_has_none(tmp_path: Path) -> None:
