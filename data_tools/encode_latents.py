@@ -116,7 +116,7 @@ class Encoder:
 
     def shard(self, shard: str, text_filter: str, path: Path) -> str:
         """Encode one shard, unless it is there; returns a line on it. InputError if another's latents are there."""
-        index_shards([shard], self.config.data.workers, self.shards.store, self.shards.limits)
+        index_shards([shard], self.config.data.workers, self.shards.store, self.shards.wanted.limits)
         index = load_index([shard], self.shards.store, allow_empty=True)
         index = self.tables.join(index, asked=Filter(text_filter).columns)
         if index.encoded() - {""}:
