@@ -25,7 +25,8 @@ from data_tools.progress import progress
 from sora_train.config.schema import DataConfig
 from sora_train.core.cli import InputError, run
 from sora_train.data.index.index import expand, index_path, is_current, load_rows
-from sora_train.data.index.scan import CAPTIONS, scan_shard
+from sora_train.data.index.captions import CAPTIONS
+from sora_train.data.index.scan import scan_shard
 from sora_train.data.index.tar import Fault, Member, walk
 from sora_train.data.read.decode import IMAGES, VIDEOS
 from sora_train.data.read.pool import Pool

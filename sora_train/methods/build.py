@@ -71,6 +71,7 @@ class Shards:
             self.source_of += [name] * len(found)
             self.filters += [both(config.data.filter, source.filter)] * len(found)
         self.validation = expand(config.data.validation, self.store)
+        self.captioned = config.method is not Method.autoencoder  # which learns from pixels alone
 
     def index(self) -> None:
         """Index what has no index yet."""
@@ -80,9 +81,10 @@ class Shards:
         """The plan of the training shards."""
         inputs = plan_inputs(config, self.filters, config.flow.tasks)
         if config.data.index:
-            index: Index = load_consolidated(config.data.index, self.training, self.store)
+            index: Index = load_consolidated(config.data.index, self.training, self.store, self.captioned)
         else:
-            index = load_index(self.training, self.store, config.data.max_bad_fraction)
+            bad = config.data.max_bad_fraction
+            index = load_index(self.training, self.store, bad, captioned=self.captioned)
         require(index.encoded(), config, "data.sources")
         return build_stages(index, self.source_of, config.data, inputs)
 
@@ -91,7 +93,7 @@ class Shards:
         if not self.validation:
             return None
         filters = [config.data.filter] * len(self.validation)
-        index = load_index(self.validation, self.store)
+        index = load_index(self.validation, self.store, captioned=self.captioned)
         require(index.encoded(), config, "data.validation")
         return Plan(index, plan_inputs(config, filters, {"text_to_video": 1.0}))
 

@@ -54,10 +54,11 @@ class Consolidated(Index):
         prints: Sequence[str],
         fingerprint: str,
         store: Store,
+        captioned: bool = True,
     ) -> None:
         count = int(first[-1])
         by_row: Any = _ByRow(count, lambda row: int(np.searchsorted(first, row, side="right")) - 1)
-        super().__init__(tuple(shards), by_row, first, columns, fingerprint, store)
+        super().__init__(tuple(shards), by_row, first, columns, fingerprint, store, captioned)
         object.__setattr__(self, "key", _ByRow(count, lambda row: self._at(row)[0].key[self._at(row)[1]]))
 
         def load(shard: int) -> Index:
@@ -71,7 +72,7 @@ class Consolidated(Index):
     @property
     def usable(self) -> np.ndarray:
         """`(n,)` bool: which rows may be planned."""
-        return self.columns["usable"].view(np.bool_)
+        return self.columns["usable"].view(np.bool_) if self.captioned else self.columns["frames"] > 0
 
     def _at(self, row: int) -> tuple[Index, int]:
         shard = self.shard[row]
@@ -149,8 +150,13 @@ def write_meta(folder: Path, shards: Sequence[str], counts: Sequence[int], print
     temporary.replace(folder / "meta.json")
 
 
-def load_consolidated(folder: str | Path, shards: Sequence[str], store: Store | None = None) -> Consolidated:
-    """Map an index. Raises InputError where there is none, it is torn, or it is of other shards."""
+def load_consolidated(
+    folder: str | Path, shards: Sequence[str], store: Store | None = None, captioned: bool = True
+) -> Consolidated:
+    """Map an index; `captioned` as of `load_index`.
+
+    Raises InputError where there is none, it is torn, or it is of other shards.
+    """
     folder = Path(folder)
     again = f"make it: python -m data_tools.index SHARDS... consolidate={folder}"
     if not (folder / "meta.json").is_file():
@@ -168,7 +174,8 @@ def load_consolidated(folder: str | Path, shards: Sequence[str], store: Store | 
         if not path.is_file() or path.stat().st_size != int(first[-1]) * np.dtype(kind).itemsize:
             raise InputError(f"{path} is not whole; {again}")
         columns[name] = np.memmap(path, dtype=kind, mode="r")
-    if not columns["usable"].any():
-        raise InputError(f"data.index={folder} holds no usable sample")
     fingerprint = sha256(text.encode()).hexdigest()
-    return Consolidated(shards, first, columns, meta["fingerprints"], fingerprint, store or Store())
+    index = Consolidated(shards, first, columns, meta["fingerprints"], fingerprint, store or Store(), captioned)
+    if not index.usable.any():
+        raise InputError(f"data.index={folder} holds no usable sample")
+    return index
