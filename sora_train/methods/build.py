@@ -37,6 +37,7 @@ from sora_train.forecast.estimate import meta_network
 from sora_train.forecast.out_of_memory import advice, is_out_of_memory, line
 from sora_train.generation.sampler import build_vae, untrained_model
 from sora_train.methods.base import METHODS, write_previews
+from sora_train.methods.left_out import left_out
 from sora_train.models.layers import ulysses
 from sora_train.operations.preflight import facts, require_agreement
 from sora_train.training.engine.optim import adamw
@@ -260,4 +261,4 @@ def _summary(config: Config, world: World, plan: Stages, engine: Engine, passes:
             f"warning: {config.data.slots} slots don't divide by {groups} group(s) of ranks; "
             f"{share:.0%} of the places idle"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *left_out(config, plan)])
