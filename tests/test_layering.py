@@ -38,7 +38,7 @@ HEAVY = {
     "wandb": {"sora_train/training/report/writers.py"},
     "hydra": {"sora_train/config/hydra.py"},
     "diffusers": {"sora_train/models/video_vae/released.py"},
-    "transformers": {"sora_train/models/text/released.py"},
+    "transformers": {"sora_train/models/text/released.py", "sora_train/evaluation/networks.py"},
     "peft": {"sora_train/models/wan/lora.py"},
 }
 

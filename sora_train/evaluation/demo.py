@@ -11,7 +11,7 @@ from sora_train.evaluation.metric import Sample, metric
 _LOST = 1.0  # a frame without the object counts as if it were a whole side away
 
 
-@metric("scene", groups=("quick", "completion"), better="up", needs=["scene"], summary="rate", chance=CHANCE)
+@metric("scene", groups=("quick", "full", "completion"), better="up", needs=["scene"], summary="rate", chance=CHANCE)
 def scene(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """1.0 for each attribute of the scene that the made frames show, else 0.0."""
     frames = made_THWC if sample.part is None else made_THWC[sample.part.made(len(made_THWC))]

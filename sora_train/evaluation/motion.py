@@ -16,7 +16,7 @@ _SMALL = 32  # pixels a side of the frames that are compared for consistency
 _NONE = float("nan")
 
 
-@metric("flicker", groups=("quick",), better="down")
+@metric("flicker", groups=("quick", "full"), better="down")
 def flicker(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """Mean absolute second difference of brightness in time, in steps of 255: steady motion adds little to it."""
     if len(made_THWC) < 3:
@@ -24,7 +24,7 @@ def flicker(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample)
     return {"flicker": float(np.abs(np.diff(luma(made_THWC), n=2, axis=0)).mean())}
 
 
-@metric("jerk", groups=("quick",), better="down")
+@metric("jerk", groups=("quick", "full"), better="down")
 def jerk(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """Second differences in time against first ones: 0 for even motion, 2 for a picture that swings to and fro.
 
@@ -37,13 +37,13 @@ def jerk(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) ->
     return {"jerk": float(np.abs(np.diff(first, axis=0)).mean() / amount) if amount else 0.0}
 
 
-@metric("motion", groups=("quick",), better=None, needs=["fps"])
+@metric("motion", groups=("quick", "full"), better=None, needs=["fps"])
 def motion(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """Speed of the picture's edges in shorter sides of the frame a second."""
     return {"motion": speed(made_THWC, sample.fps) if len(made_THWC) > 1 else _NONE}
 
 
-@metric("dynamic", groups=("quick",), better=None, needs=["fps"], summary="rate")
+@metric("dynamic", groups=("quick", "full"), better=None, needs=["fps"], summary="rate")
 def dynamic(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """1.0 for a video in which anything moves at all, else 0.0."""
     moves = speed(made_THWC, sample.fps) >= _STATIC if len(made_THWC) > 1 else _NONE
@@ -62,7 +62,7 @@ def speed(frames_THWC: np.ndarray, fps: float) -> float:
     return float(np.abs(np.diff(grey_THW, axis=0)).mean() / edges / min(grey_THW.shape[1:]) * fps) if edges else 0.0
 
 
-@metric("consistency", groups=("quick",), better="up")
+@metric("consistency", groups=("quick", "full"), better="up")
 def consistency(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """Likeness of small frames to the first and to the one before: mean cosine of their pixels about their mean."""
     if len(made_THWC) < 2:

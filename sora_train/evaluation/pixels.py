@@ -11,7 +11,7 @@ from sora_train.evaluation.metric import Metric, Models, Sample, Unavailable, me
 _SSIM_SIDE = 11  # pixels of the window
 
 
-@metric("psnr", groups=("quick",), better="up", needs=["real"], summary="median")
+@metric("psnr", groups=("quick", "full"), better="up", needs=["real"], summary="median")
 def psnr_figures(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """PSNR against the real video, in dB."""
     assert real_THWC is not None
@@ -57,10 +57,10 @@ def _build_ssim(models: Models) -> Metric:
     return Metric("ssim", figures, "up", frozenset({"real"}))
 
 
-register("ssim", ("quick",), _build_ssim)
+register("ssim", ("quick", "full"), _build_ssim)
 
 
-@metric("sharpness", groups=("quick",), better=None)
+@metric("sharpness", groups=("quick", "full"), better=None)
 def sharpness(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """Mean length of the brightness gradient, in steps of 255 a pixel: more for detail, and for noise."""
     grey_THW = luma(made_THWC)
@@ -70,7 +70,7 @@ def sharpness(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sampl
     return {"sharpness": float(np.hypot(dy, dx).mean())}
 
 
-@metric("colour", groups=("quick",), better=None)
+@metric("colour", groups=("quick", "full"), better=None)
 def colour(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """Brightness, contrast (deviation of brightness within a frame) and colourfulness, each in steps of 255.
 

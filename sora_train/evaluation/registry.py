@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# ruff: noqa: F401  (the modules of metrics are imported to register them)
+import sora_train.evaluation.completion
+import sora_train.evaluation.demo
+import sora_train.evaluation.distances
+import sora_train.evaluation.motion
+import sora_train.evaluation.networks
+import sora_train.evaluation.pixels
 from sora_train.core.cli import InputError, nearest
-from sora_train.evaluation import completion, demo, motion, pixels  # noqa: F401  (registers their metrics)
 from sora_train.evaluation.metric import GROUPS, METRICS, Distance, Metric, Models, Unavailable
 from sora_train.evaluation.results import Judges
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from sora_train.core.cli import InputError
@@ -144,31 +143,6 @@ def videos_json(judged: Sequence[Judged]) -> list[dict[str, Any]]:
         }
         for video in judged
     ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """An evaluation that is done: of which videos, with which figures."""
-
-    title: str
-    about: Mapping[str, Any]  # what was evaluated: run or folder, checkpoint, split, seed ...
-    columns: Columns  # the videos that are judged come first
-    rows: Sequence[Row]
-    skipped: Sequence[str] = ()  # metrics of a group that weren't available, and why
-
-    def show(self, console: Console) -> None:
-        """Print the figures, and what was left out."""
-        console.print(table(self.rows, list(self.columns), self.title))
-        for line in self.skipped:
-            console.print(f"left out {line}", style="dim", markup=False, highlight=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything for a JSON file."""
-        return {
-            **self.about, "videos": max(map(len, self.columns.values())), "figures": as_json(self.rows),
-            "skipped": list(self.skipped),
-            "columns": {name: videos_json(videos) for name, videos in self.columns.items()},
-        }  # fmt: skip
 
 
 def write_json(path: Path, content: object) -> None:

@@ -15,7 +15,8 @@ from sora_train.core.world import World
 from sora_train.data.order.plan import Plan
 from sora_train.evaluation.completion import part_of
 from sora_train.evaluation.metric import Part
-from sora_train.evaluation.results import Judges, Outcome, summarise, write_json
+from sora_train.evaluation.outcome import Outcome, conclude
+from sora_train.evaluation.results import Judges, write_json
 from sora_train.generation.held_out import Task, evaluate
 from sora_train.generation.sampler import Sampler
 from sora_train.training.state.checkpoint import latest_intact
@@ -51,7 +52,7 @@ def evaluate_run(
             "clips": plan.hash,
         }  # fmt: skip
         title = f"{run.name}, {checkpoint}, {name.replace('_', ' ')} on {asked.split}"
-        outcomes[name] = Outcome(title, about, columns, summarise(judges.metrics, columns), judges.skipped)
+        outcomes[name] = conclude(title, about, judges, columns)
     return outcomes
 
 

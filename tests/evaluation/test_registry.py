@@ -11,8 +11,9 @@ from rich.console import Console
 
 from sora_train.core.cli import InputError
 from sora_train.evaluation.metric import METRICS, Metric, Models, Sample, Unavailable, metric, register
+from sora_train.evaluation.outcome import conclude
 from sora_train.evaluation.registry import choose
-from sora_train.evaluation.results import Judged, Outcome, as_json, summarise, table
+from sora_train.evaluation.results import Judged, as_json, summarise, table
 
 VIDEO = np.random.default_rng(0).integers(0, 256, (5, 24, 32, 3), dtype=np.uint8)
 
@@ -77,7 +78,7 @@ def test_rows_have_intervals_chance_and_valid_json() -> None:
     assert figures["shape"]["columns"]["samples"] == pytest.approx(
         {"value": 0.5, "low": 0.2366, "high": 0.7634, "n": 10}, abs=1e-4
     )
-    outcome = Outcome("t", {"run": "x"}, {"samples": right, "real videos": real}, rows, ["x: why"])
+    outcome = conclude("t", {"run": "x"}, judges, {"samples": right, "real videos": real})
     back = json.loads(json.dumps(outcome.as_json(), allow_nan=False))
     assert back["videos"] == 10 and back["columns"]["real videos"][0]["figures"]["psnr_db"] == "inf"
     outcome.show(Console(quiet=True))
