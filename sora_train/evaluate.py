@@ -1,72 +1,57 @@
-"""Measure how good samples are: of a run on its own held-out clips, or any folder of videos.
+"""Measure how good videos are: of a run on its own held-out clips or on prompts, or of any folder.
 
-    python -m sora_train.evaluate run_dir=runs/demo [split=val|test|train] [shards=[...]] [metrics=quick]
+    python -m sora_train.evaluate run_dir=RUN [split=val|test|train] [shards=[...]] [metrics=quick|full|NAME]
         [count=256] [seed=0] [models={clip: FOLDER}]
-    python -m sora_train.evaluate run_dir=runs/demo tasks=[image_to_video,extension,...] [count=48]
+    python -m sora_train.evaluate run_dir=RUN tasks=[image_to_video,extension,extension_backwards,interpolation]
+    python -m sora_train.evaluate run_dir=RUN prompts=FILE
+    python -m sora_train.evaluate videos=DIR [reference=DIR] [prompts=FILE] metrics=quick out=FILE.json
+    python -m sora_train.evaluate binding=DIR [each=8]                    BindingBench: its prompts and right videos
+    python -m sora_train.evaluate run_dir=RUN format=vbench|vbench_long|vbench2|physics_iq prompts=FILE out=DIR
+    python -m sora_train.evaluate videos=DIR format=... prompts=FILE      check such a folder
+    python -m sora_train.evaluate side_by_side=[DIR,DIR] out=PAGE.html    a page for blind votes
+    python -m sora_train.evaluate votes=[FILE,...] key=PAGE.key.json      what people voted
+    python -m sora_train.evaluate videos=DIR memorised=[SHARD,...] out=FILE.json     training clips that samples repeat
 
-Samples the captions of held-out clips and judges the samples, the clips themselves and the clips through the VAE (the
-ceiling) with the metrics asked for (names or groups: quick, full, completion). With `tasks`, clips are completed from
-some of their own frames instead. Writes run_dir/evaluation.json and samples under run_dir/samples. Ranks of torchrun
-share the clips out; after an interruption, give the command again. See docs/evaluation.md.
+See docs/evaluation.md. What a run's evaluation has done is kept: after an interruption give the command again, and
+under torchrun the ranks share the samples out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
-from omegaconf import MISSING
 
 from sora_train.config.load import load
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, nearest, options, run
 from sora_train.core.world import from_environment
 from sora_train.data.order.plan import Plan
-from sora_train.evaluation.registry import choose
-from sora_train.generation.evaluate_run import Asked, evaluate_run, write
+from sora_train.evaluation.commands import WITHOUT_A_MODEL, Options
+from sora_train.generation.evaluate_run import SPLITS, evaluate_run
 from sora_train.generation.sampler import load_sampler
+from sora_train.generation.training_clips import find_copies
 from sora_train.methods.build import Shards
-
-_SPLITS = ("val", "test", "train")
-
-
-@dataclass
-class Options:
-    """Command-line options."""
-
-    run_dir: str = MISSING
-    split: str = "val"
-    shards: list[str] = field(default_factory=list)  # instead of the split's
-    metrics: Any = None  # names and groups; null: quick, or completion with tasks
-    models: dict[str, str] = field(default_factory=dict)  # local folders of networks by the name metrics give them
-    tasks: list[str] = field(default_factory=list)
-    count: int = 256
-    seed: int = 0
 
 
 def main() -> int:
-    """Evaluate, print the table, write it."""
+    """Do what the options ask for."""
     o = options(Options, __doc__)
-    names = o.metrics if isinstance(o.metrics, list) else [o.metrics or ("completion" if o.tasks else "quick")]
-    judges = choose(names, o.models)
+    if o.memorised:
+        return find_copies(o)
+    if not o.run_dir:
+        return next(command for key, command in WITHOUT_A_MODEL.items() if not key or getattr(o, key))(o)
     config, world = load(o.run_dir), from_environment()
-    plan = _plan(config, o)
+    plan = None if o.prompts else _plan(config, o)
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    sampler = load_sampler(config, o.run_dir, device)
-    outcomes = evaluate_run(config, sampler, plan, judges, Asked(o.split, o.tasks, o.count, o.seed), world)
-    if world.is_main:
-        write(config, outcomes)
-    return 0
+    return evaluate_run(o, load_sampler(config, o.run_dir, device), plan, world)
 
 
 def _plan(config: Config, o: Options) -> Plan:
     """The order of the clips to evaluate on. Raises InputError for a split without shards."""
-    if o.split not in _SPLITS:
-        raise InputError(f"split={o.split}; {nearest(o.split, list(_SPLITS))}")
+    if o.split not in SPLITS:
+        raise InputError(f"split={o.split}; {nearest(o.split, list(SPLITS))}")
     if o.split == "train" and not o.shards:
         return Shards(config).plan(config).plans[0]
-    key = "test" if o.split == "test" else "validation"
+    key = SPLITS[o.split]
     config.data.validation = o.shards or getattr(config.data, key)
     plan = Shards(config).held_out(config)
     if plan is None:

@@ -20,6 +20,10 @@ CHANCE: dict[str, float] = {
     "direction": 1 / len(DIRECTIONS),
     "two_objects": 1 / (comb(len(COLOURS), 2) * len(SHAPES) ** 2),  # two different colours, a shape for each
     "identity": 1 / (len(COLOURS) * len(SHAPES)),
+    "three_objects": 1 / (comb(len(COLOURS), 3) * len(SHAPES) ** 3),
+    "relation": 1 / (2 * comb(len(COLOURS), 2) * len(SHAPES) ** 2),  # and which of them comes first
+    "count": 1 / (2 * len(COLOURS) * len(SHAPES)),  # two or three
+    "order": 1 / (len(COLOURS) * (len(COLOURS) - 1) * len(SHAPES) ** 2),
 }
 
 _AGREE = 0.75  # of the frames that count must be right: with half, an object could turn into another
@@ -35,6 +39,8 @@ def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, boo
     Kind "one": colour, shape, direction. "image": colour, shape. "two": two_objects (colour and shape of both).
     "return": identity (right colour and shape before the object leaves and after it returns, absent in between).
     "behind": identity (the same before and after it passes behind the large object, which stays).
+    "three": three_objects. "count": count (so many of that colour and shape, nothing else). "relation": relation (both
+    objects, the first of them left of or above the other). "order": order (the first object alone, then the second).
     Raises ValueError for another kind, or frames that are not a uint8 RGB video.
     """
     if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or frames_THWC.dtype != np.uint8 or not len(frames_THWC):
@@ -50,6 +56,12 @@ def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, boo
         return _looks(seen, things[0])
     if kind == "two":
         return {"two_objects": _both(seen, things)}
+    if kind in ("three", "count"):
+        return {"three_objects" if kind == "three" else "count": _both(seen, things)}
+    if kind == "relation":
+        return {"relation": _both(seen, things) and _in_place(seen, things)}
+    if kind == "order":
+        return {"order": _in_turn(seen, things)}
     if kind == "return":
         return {"identity": _survives(seen, things[0]) is not None}
     if kind == "behind":
@@ -77,6 +89,27 @@ def _both(seen: list[list[Sighting]], things: list[Thing]) -> bool:
     wanted = sorted((t["colour"], t["shape"]) for t in things)
     right = [f for f in seen if sorted((s.colour, s.shape) for s in f) == wanted]
     return len(right) >= _AGREE * len(seen)
+
+
+def _in_place(seen: list[list[Sighting]], things: list[Thing]) -> bool:
+    """Whether the first of two things is left of the other, or above it where they move sideways, in most frames."""
+    across = int(DIRECTIONS[things[0]["direction"]][1] == 0)  # the axis that they don't move along
+    pairs = [[_largest(frame, thing["colour"]) for thing in things] for frame in seen]
+    known = [(one, other) for one, other in pairs if one is not None and other is not None]
+    right = [one for one, other in known if (one.y, one.x)[across] < (other.y, other.x)[across]]
+    return len(right) >= _AGREE * len(seen)
+
+
+def _in_turn(seen: list[list[Sighting]], things: list[Thing]) -> bool:
+    """Whether the first thing is seen alone, then the second alone, each for a while and the first never again."""
+    colours = [{s.colour for s in frame} for frame in seen]
+    first, second = ([i for i, found in enumerate(colours) if found == {thing["colour"]}] for thing in things)
+    shortest = max(1.0, _STAGE * len(seen))
+    if min(len(first), len(second)) < shortest or len(first) + len(second) < _SEEN * len(seen):
+        return False
+    return first[-1] < second[0] and all(
+        _is_thing([seen[i] for i in stage], thing) for stage, thing in zip((first, second), things, strict=True)
+    )
 
 
 def _survives(seen: list[list[Sighting]], thing: Thing) -> tuple[range, range] | None:

@@ -18,6 +18,16 @@ def scene(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -
     return {name: float(right) for name, right in judge(frames, sample.fields["scene"]).items()}
 
 
+@metric("binding", groups=("quick", "full"), better="up", needs=["scene"], summary="rate")
+def binding(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
+    """For prompts of BindingBench: 1.0 where everything is right, else 0.0; over all, by category and by degree."""
+    if "category" not in sample.fields:
+        return {}
+    right = float(all(judge(made_THWC, sample.fields["scene"]).values()))
+    names = ("binding", f"binding_{sample.fields['category']}", f"binding_degree_{sample.fields['degree']}")
+    return dict.fromkeys(names, right)
+
+
 @metric("path", groups=("completion",), better="down", needs=["real", "part", "scene"], summary="median")
 def path(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """Distance of the demo world's object from where the real clip has it, in shorter sides of the frame."""

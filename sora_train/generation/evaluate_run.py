@@ -4,74 +4,115 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from sora_train.config.schema import Config
 from sora_train.core.world import World
 from sora_train.data.order.plan import Plan
+from sora_train.evaluation.commands import Options
 from sora_train.evaluation.completion import part_of
+from sora_train.evaluation.folder import read_prompts
+from sora_train.evaluation.layouts import wanted
 from sora_train.evaluation.metric import Part
 from sora_train.evaluation.outcome import Outcome, conclude
-from sora_train.evaluation.results import Judges, write_json
-from sora_train.generation.held_out import Task, evaluate
+from sora_train.evaluation.page import evaluation_page
+from sora_train.evaluation.results import SAMPLES, write_json
+from sora_train.generation.benchmark_videos import Output, seconds_of, write_videos
+from sora_train.generation.held_out import Case, Evaluator, Task, cases, prompt_cases
 from sora_train.generation.sampler import Sampler
 from sora_train.training.state.checkpoint import latest_intact
 
-_FROM_CAPTIONS = "evaluation"  # folder of the samples, beside those of each task
+SPLITS = {"val": "validation", "test": "test", "train": "sources"}  # and the key of data that names its shards
+FROM_CAPTIONS = "evaluation"  # folder of the samples, beside those of each task
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What to evaluate a run on."""
+def evaluate_run(o: Options, sampler: Sampler, plan: Plan | None, world: World) -> int:
+    """Evaluate a run on the clips of a plan or on the prompts of a file, or write a benchmark's videos with it."""
+    if o.format:
+        every = wanted(o.format, o.prompts)
+        out, seconds = Path(o.out or f"{o.run_dir}/{o.format}"), seconds_of(o.format, o.seconds)
+        write_videos(sampler, every, Output(out, o.seed, seconds, o.images), world)
+        return 0
+    evaluator = Evaluator(sampler.config, sampler, o.judges(), world)
+    outcomes = _on_prompts(evaluator, o) if plan is None else _on_clips(evaluator, plan, o)
+    if world.is_main:
+        _write(o.run_dir, outcomes)
+    return 0
 
-    split: str
-    tasks: Sequence[str]  # of completion; none: samples from captions
-    count: int
-    seed: int
 
-
-def evaluate_run(
-    config: Config, sampler: Sampler, plan: Plan, judges: Judges, asked: Asked, world: World
-) -> dict[str, Outcome]:
-    """The outcome of each task, or of sampling from captions; the same on every rank."""
+def _on_clips(evaluator: Evaluator, plan: Plan, o: Options) -> dict[str, Outcome]:
+    """The outcome of each task, or of sampling from captions, on the clips of a plan."""
+    config = evaluator.config
     frames, stride = config.data.max_frames, config.vae.temporal_stride
-    parts: dict[str, Part | None] = {name: part_of(name, frames, stride) for name in asked.tasks}
-    run = Path(config.run_dir)
-    checkpoint = latest_intact(run / "checkpoints").name
+    parts: dict[str, Part | None] = {name: part_of(name, frames, stride) for name in o.tasks}
     outcomes = {}
-    for name, part in (parts or {_FROM_CAPTIONS: None}).items():
-        task = Task(name, asked.count, asked.seed, part)
-        folder = run / "evaluation" / f"{name}-{_identity(config, plan, judges, task, checkpoint)}"
-        columns = evaluate(config, sampler, plan, judges, task, folder, world)
-        about = {
-            "run": config.run_dir, "checkpoint": checkpoint, "split": asked.split, "seed": asked.seed, "task": name,
-            "clips": plan.hash,
-        }  # fmt: skip
-        title = f"{run.name}, {checkpoint}, {name.replace('_', ' ')} on {asked.split}"
-        outcomes[name] = conclude(title, about, judges, columns)
+    for name, part in (parts or {FROM_CAPTIONS: None}).items():
+        task = Task(name, o.count, o.seed, part)
+        about = {"split": "shards" if o.shards else o.split, "clips": plan.hash}
+        outcomes[name] = _outcome(evaluator, cases(config, plan, task), task, about)
     return outcomes
 
 
-def write(config: Config, outcomes: dict[str, Outcome]) -> None:
-    """Print the tables and write run_dir/evaluation.json, or run_dir/tasks.json where clips were completed."""
+def _on_prompts(evaluator: Evaluator, o: Options) -> dict[str, Outcome]:
+    """The outcome of sampling the prompts of a file, under the name of the file."""
+    rows = read_prompts(o.prompts)
+    task = Task(Path(o.prompts).stem, min(o.count, len(rows)), o.seed)
+    known = hashlib.sha256(Path(o.prompts).read_bytes()).hexdigest()
+    clips = prompt_cases(evaluator.config, rows, task)
+    return {task.name: _outcome(evaluator, clips, task, {"prompts": o.prompts, "clips": known})}
+
+
+def _outcome(evaluator: Evaluator, clips: Iterable[Case], task: Task, about: dict[str, str]) -> Outcome:
+    config = evaluator.config
+    run = Path(config.run_dir)
+    checkpoint = latest_intact(run / "checkpoints").name
+    folder = run / "evaluation" / f"{task.name}-{_identity(evaluator, task, checkpoint, about['clips'])}"
+    columns = evaluator.evaluate(clips, task, folder)
+    about |= {"run": config.run_dir, "checkpoint": checkpoint, "task": task.name}
+    title = f"{run.name}, {checkpoint}, {task.name.replace('_', ' ')}"
+    return conclude(title, {**about, "seed": task.seed}, evaluator.judges, columns)
+
+
+def _write(run_dir: str, outcomes: dict[str, Outcome]) -> None:
+    """Print the tables; write run_dir/evaluation.json, or evaluation/NAME.json for completion and prompts."""
     console = Console()
-    for outcome in outcomes.values():
+    for name, outcome in outcomes.items():
         outcome.show(console)
-    alone = outcomes.get(_FROM_CAPTIONS)
-    path = Path(config.run_dir) / ("tasks.json" if alone is None else "evaluation.json")
-    found = {name: outcome.as_json() for name, outcome in outcomes.items()}
-    write_json(path, found if alone is None else alone.as_json())
-    print(f"figures in {path}, samples in {Path(config.run_dir) / 'samples'}")
+        path = Path(run_dir) / ("evaluation.json" if name == FROM_CAPTIONS else f"evaluation/{name}.json")
+        write_json(path, outcome.as_json())
+        curves = _history(Path(run_dir) / "evaluation" / f"{name}.jsonl", outcome)
+        samples = Path(run_dir) / "samples" / name
+        files = {v.name: samples / f"{n:04d}.mp4" for n, v in enumerate(outcome.columns[SAMPLES])}
+        page = path.with_suffix(".html")
+        page.write_text(evaluation_page(outcome, files, curves), encoding="utf-8")
+        print(f"{path}, {page}, samples in {samples}")
 
 
-def _identity(config: Config, plan: Plan, judges: Judges, task: Task, checkpoint: str) -> str:
+def _history(path: Path, outcome: Outcome) -> dict[str, list[tuple[int, float]]]:
+    """Remember the figures of this checkpoint, and return those of all checkpoints that were evaluated alike."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    now = {row.name: row.cells[SAMPLES].value for row in outcome.rows if SAMPLES in row.cells}
+    now |= {figure.name: figure.made.value for figure in outcome.distances.get(SAMPLES, [])}
+    step = int(outcome.about["checkpoint"].rpartition("-")[2])
+    alike = {key: outcome.about.get(key) for key in ("clips", "seed")} | {"count": len(outcome.columns[SAMPLES])}
+    lines = [line for line in lines if line["step"] != step or line["alike"] != alike]
+    lines.append({"step": step, "alike": alike, "figures": now})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for name, value in line["figures"].items() if line["alike"] == alike else ():
+            curves.setdefault(name, []).append((line["step"], value))
+    return curves
+
+
+def _identity(evaluator: Evaluator, task: Task, checkpoint: str, clips: str) -> str:
     """A name for this very evaluation: another checkpoint, setting or metric has another."""
     what = {
-        "checkpoint": checkpoint, "plan": plan.hash, "task": asdict(task), "metrics": judges.names,
-        "flow": asdict(replace(config.flow, tasks={})),
+        "checkpoint": checkpoint, "clips": clips, "task": asdict(task), "metrics": evaluator.judges.names,
+        "flow": asdict(replace(evaluator.config.flow, tasks={})),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]

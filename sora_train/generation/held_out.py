@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,20 +31,20 @@ from sora_train.evaluation.completion import standing_still
 from sora_train.evaluation.metric import Part, Sample
 from sora_train.evaluation.results import REAL, SAMPLES, STILL, THROUGH_VAE, Judged, Judges
 from sora_train.flow.ode import Request
-from sora_train.generation.requests import Prompt, Shot
+from sora_train.generation.requests import Prompt, Shot, Size, clip_size
 from sora_train.generation.sampler import FrozenVae, Sampler, request_for, save_sample
 
 UNIT = 16  # clips
-_SHOWN = 12  # samples written as files
 
 
 @dataclass(frozen=True)
 class Case:
-    """A clip of the data: its frames, what is known of it, and the seed of the sample that is made for it."""
+    """What a sample is made for: what is known of it, its size (frames, height, width), and the real clip if any."""
 
     sample: Sample
-    frames_THWC: np.ndarray
+    size: Size
     seed: int
+    frames_THWC: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def cases(config: Config, plan: Plan, task: Task) -> Iterator[Case]:
                     continue
                 fps = clip.visit.fps or config.data.fps
                 frames = np.ascontiguousarray(clip.video_TCHW.permute(0, 2, 3, 1).numpy())
-                yield Case(Sample(clip.key, clip.caption, fps, fields, task.part), frames, task.seed + found)
+                sample = Sample(clip.key, clip.caption, fps, fields, task.part)
+                yield Case(sample, (len(frames), *frames.shape[1:3]), task.seed + found, frames)
                 found += 1
                 if found >= task.count:
                     return
@@ -96,53 +97,73 @@ def _suits(config: Config, visit: Visit, fields: Mapping[str, Any], task: Task) 
     return task.part is None or (one and visit.frames == config.data.max_frames)
 
 
-def evaluate(
-    config: Config, sampler: Sampler, plan: Plan, judges: Judges, task: Task, folder: Path, world: World
-) -> dict[str, list[Judged]]:
-    """The figures of every clip by column; `folder` keeps the units of this very evaluation.
+def prompt_cases(config: Config, rows: Mapping[str, Mapping[str, Any]], task: Task) -> list[Case]:
+    """A case for each prompt of a file; `seconds`, `height` and `width` of a row say its size, where it has them.
 
-    Raises InputError where the plan has no clip for the task.
+    A size that the model wasn't trained on is scaled to the area that it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    clips = cases(config, plan, task)
-    numbered = enumerate(iter(lambda: list(islice(clips, UNIT)), []))
-    units = -(-task.count // UNIT)
-    made = 0
-    for number, unit in track(numbered, description=f"sampling {task.name}", total=units, disable=not world.is_main):
-        path, made = folder / f"unit-{number:05d}.json", number + 1
-        if number % world.size == world.rank and not path.is_file():
-            _write(path, _judge_unit(config, sampler, judges, task, unit, number))
-    if not made:
-        raise InputError(f"the shards hold no clip to evaluate {task.name} on; give others as shards=[...]")
-    _wait_for_all(world)
-    columns: dict[str, list[Judged]] = {}
-    for number in range(made):
-        for column, videos in json.loads((folder / f"unit-{number:05d}.json").read_text()).items():
-            columns.setdefault(column, []).extend(Judged(**video) for video in videos)
-    return columns
+    found = []
+    for number, (name, row) in enumerate(rows.items()):
+        height, width = (int(row.get(key) or 0) for key in ("height", "width"))
+        shape = np.zeros((1, height, width, 3), np.uint8) if height and width else None
+        frames, *area = clip_size(config, shape, None, None, float(row["seconds"]) if row.get("seconds") else None)
+        fields = {key: value for key, value in row.items() if key != "caption"}
+        sample = Sample(name, str(row["caption"]), config.data.fps, fields)
+        found.append(Case(sample, (min(frames, config.data.max_frames), area[0], area[1]), task.seed + number))
+    return found[: task.count]
 
 
-def _judge_unit(
-    config: Config, sampler: Sampler, judges: Judges, task: Task, unit: Sequence[Case], number: int
-) -> dict[str, list[Judged]]:
-    videos = {
-        SAMPLES: sampler.in_batches([request_of(config, sampler.vae, case) for case in unit]),
-        REAL: [case.frames_THWC for case in unit],
-        THROUGH_VAE: [through_vae(sampler.vae, case.frames_THWC) for case in unit],
-    }
-    if task.part is not None:
-        videos[STILL] = [standing_still(case.frames_THWC, task.part) for case in unit]
-    columns = {
-        column: [
-            judges.judge(video, None if column == REAL else case.frames_THWC, case.sample)
-            for video, case in zip(one, unit, strict=True)
-        ]
-        for column, one in videos.items()
-    }
-    for place, (case, made) in enumerate(zip(unit, videos[SAMPLES], strict=True), number * UNIT):
-        if place < _SHOWN:
-            _show(Path(config.run_dir) / "samples" / task.name, place, case, made, columns[SAMPLES][place % UNIT])
-    return columns
+@dataclass(frozen=True)
+class Evaluator:
+    """Samples with one model and judges, on this rank's share of the units."""
+
+    config: Config
+    sampler: Sampler
+    judges: Judges
+    world: World
+
+    def evaluate(self, clips: Iterable[Case], task: Task, folder: Path) -> dict[str, list[Judged]]:
+        """The figures of every clip by column; `folder` keeps the units of this very evaluation.
+
+        Raises InputError where there is no clip.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        cases, world = iter(clips), self.world
+        numbered = enumerate(iter(lambda: list(islice(cases, UNIT)), []))
+        made, total = 0, -(-task.count // UNIT)
+        for number, unit in track(numbered, f"sampling, {task.name}", total=total, disable=not world.is_main):
+            path, made = folder / f"unit-{number:05d}.json", number + 1
+            if number % world.size == world.rank and not path.is_file():
+                _write(path, self._judge_unit(unit, task, number))
+        if not made:
+            raise InputError(f"the shards hold no clip to evaluate {task.name} on; give others as shards=[...]")
+        _wait_for_all(world)
+        columns: dict[str, list[Judged]] = {}
+        for number in range(made):
+            for column, videos in json.loads((folder / f"unit-{number:05d}.json").read_text()).items():
+                columns.setdefault(column, []).extend(Judged(**video) for video in videos)
+        return columns
+
+    def _judge_unit(self, unit: Sequence[Case], task: Task, number: int) -> dict[str, list[Judged]]:
+        vae = self.sampler.vae
+        videos = {SAMPLES: self.sampler.in_batches([request_of(self.config, vae, case) for case in unit])}
+        real = [case.frames_THWC for case in unit]
+        clips = [frames for frames in real if frames is not None]
+        if clips:
+            videos |= {REAL: clips, THROUGH_VAE: [through_vae(vae, frames) for frames in clips]}
+        if task.part is not None:
+            videos[STILL] = [standing_still(frames, task.part) for frames in clips]
+        columns = {
+            column: [
+                self.judges.judge(video, None if column == REAL else case.frames_THWC, case.sample)
+                for video, case in zip(one, unit, strict=True)
+            ]
+            for column, one in videos.items()
+        }
+        for place, (case, made) in enumerate(zip(unit, videos[SAMPLES], strict=True), number * UNIT):
+            folder = Path(self.config.run_dir) / "samples" / task.name
+            _show(folder, place, case, made, columns[SAMPLES][place % UNIT])
+        return columns
 
 
 def _show(folder: Path, place: int, case: Case, made_THWC: np.ndarray, judged: Judged) -> None:
@@ -150,8 +171,8 @@ def _show(folder: Path, place: int, case: Case, made_THWC: np.ndarray, judged: J
     about: dict[str, object] = {"prompt": case.sample.caption, "seed": case.seed, "figures": judged.figures}
     if case.sample.part is not None:
         about |= {"given": case.sample.part.given(len(made_THWC))}
-        made_THWC = np.concatenate((made_THWC, case.frames_THWC), axis=1)
-    save_sample(folder, f"{place:02d}", made_THWC, case.sample.fps, about)
+        made_THWC = made_THWC if case.frames_THWC is None else np.concatenate((made_THWC, case.frames_THWC), axis=1)
+    save_sample(folder, f"{place:04d}", made_THWC, case.sample.fps, about)
 
 
 def request_of(config: Config, vae: FrozenVae, case: Case) -> Request:
@@ -160,8 +181,8 @@ def request_of(config: Config, vae: FrozenVae, case: Case) -> Request:
     A given end is encoded after one more frame before it.
     """
     frames, part = case.frames_THWC, case.sample.part
-    if part is None:
-        return request_for(config, case.sample.caption, (len(frames), frames.shape[1], frames.shape[2]), case.seed)
+    if part is None or frames is None:
+        return request_for(config, case.sample.caption, case.size, case.seed)
     stride = config.vae.temporal_stride
     prompt = Prompt(
         [Shot(float("inf"), case.sample.caption)],
@@ -169,7 +190,7 @@ def request_of(config: Config, vae: FrozenVae, case: Case) -> Request:
         after=frames[len(frames) - part.after - 1 :] if part.after else None,
         most=max(geometry(config).grid(part.before, 1, 1)[0] if part.before else 0, part.after // stride),
     )
-    return prompt.request(config, vae, (len(frames), frames.shape[1], frames.shape[2]), case.seed)
+    return prompt.request(config, vae, case.size, case.seed)
 
 
 def through_vae(vae: FrozenVae, frames_THWC: np.ndarray) -> np.ndarray:
