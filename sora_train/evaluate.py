@@ -18,27 +18,34 @@ under torchrun the ranks share the samples out.
 
 from __future__ import annotations
 
-import torch
-
 from sora_train.config.load import load
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, nearest, options, run
 from sora_train.core.world import from_environment
 from sora_train.data.order.plan import Plan
 from sora_train.evaluation.commands import WITHOUT_A_MODEL, Options
-from sora_train.generation.evaluate_run import SPLITS, evaluate_run
-from sora_train.generation.sampler import load_sampler
-from sora_train.generation.training_clips import find_copies
-from sora_train.methods.build import Shards
+
+SPLITS = {"val": "validation", "test": "test", "train": "sources"}  # and the key of data that names its shards
 
 
 def main() -> int:
     """Do what the options ask for."""
     o = options(Options, __doc__)
     if o.memorised:
+        from sora_train.generation.training_clips import find_copies
+
         return find_copies(o)
-    if not o.run_dir:
-        return next(command for key, command in WITHOUT_A_MODEL.items() if not key or getattr(o, key))(o)
+    if o.run_dir:
+        return _with_model(o)
+    return next(command for key, command in WITHOUT_A_MODEL.items() if not key or getattr(o, key))(o)
+
+
+def _with_model(o: Options) -> int:
+    import torch  # these take seconds to import, and only this needs them
+
+    from sora_train.generation.evaluate_run import evaluate_run
+    from sora_train.generation.sampler import load_sampler
+
     config, world = load(o.run_dir), from_environment()
     plan = None if o.prompts else _plan(config, o)
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -47,6 +54,8 @@ def main() -> int:
 
 def _plan(config: Config, o: Options) -> Plan:
     """The order of the clips to evaluate on. Raises InputError for a split without shards."""
+    from sora_train.methods.build import Shards
+
     if o.split not in SPLITS:
         raise InputError(f"split={o.split}; {nearest(o.split, list(SPLITS))}")
     if o.split == "train" and not o.shards:

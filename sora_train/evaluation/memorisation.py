@@ -26,7 +26,8 @@ _LEAST = 3  # frames that must overlap
 _BORDER = 6.0  # of 255: rows and columns that vary less than this, in time and place, are borders
 
 _TEMPLATE = """<p>{{ copies }} of {{ samples }} samples repeat a training clip (mean distance of hashes at most
-{{ limit }} of 64 bits).</p><table><tr><th>distance</th><th>sample</th><th>nearest training clip</th><th>shift, s</th></tr>
+{{ limit }} of 64 bits).</p><table><tr><th>distance</th><th>sample</th><th>nearest training clip</th>
+<th>shift, s</th></tr>
 {% for row in rows %}<tr><td>{{ "%.1f"|format(row.distance) }}</td><td>{{ row.sample }}<br>
 {% if row.left %}<video controls loop muted playsinline src="{{ row.left }}"></video>{% endif %}</td>
 <td>{{ row.clip }}<br>

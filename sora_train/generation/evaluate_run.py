@@ -25,7 +25,6 @@ from sora_train.generation.held_out import Case, Evaluator, Task, cases, prompt_
 from sora_train.generation.sampler import Sampler
 from sora_train.training.state.checkpoint import latest_intact
 
-SPLITS = {"val": "validation", "test": "test", "train": "sources"}  # and the key of data that names its shards
 FROM_CAPTIONS = "evaluation"  # folder of the samples, beside those of each task
 
 
