@@ -18,11 +18,14 @@ under torchrun the ranks share the samples out.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sora_train.config.load import load
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, nearest, options, run
 from sora_train.core.world import from_environment
 from sora_train.data.order.plan import Plan
+from sora_train.data.shards import Shards
 from sora_train.evaluation.commands import WITHOUT_A_MODEL, Options
 
 SPLITS = {"val": "validation", "test": "test", "train": "sources"}  # and the key of data that names its shards
@@ -44,18 +47,18 @@ def _with_model(o: Options) -> int:
     import torch  # these take seconds to import, and only this needs them
 
     from sora_train.generation.evaluate_run import evaluate_run
-    from sora_train.generation.sampler import load_sampler
+    from sora_train.operations.trained import load_sampler
+    from sora_train.training.state.checkpoint import latest_intact
 
     config, world = load(o.run_dir), from_environment()
     plan = None if o.prompts else _plan(config, o)
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return evaluate_run(o, load_sampler(config, o.run_dir, device), plan, world)
+    checkpoint = latest_intact(Path(o.run_dir) / "checkpoints").name
+    return evaluate_run(o, load_sampler(config, o.run_dir, device), checkpoint, plan, world)
 
 
 def _plan(config: Config, o: Options) -> Plan:
     """The order of the clips to evaluate on. Raises InputError for a split without shards."""
-    from sora_train.methods.build import Shards
-
     if o.split not in SPLITS:
         raise InputError(f"split={o.split}; {nearest(o.split, list(SPLITS))}")
     if o.split == "train" and not o.shards:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,21 +21,21 @@ from sora_train.evaluation.outcome import Outcome, conclude
 from sora_train.evaluation.page import evaluation_page
 from sora_train.evaluation.results import SAMPLES, write_json
 from sora_train.generation.benchmark_videos import Output, seconds_of, write_videos
-from sora_train.generation.held_out import Case, Evaluator, Task, cases, prompt_cases
+from sora_train.generation.cases import Case, Task, cases, prompt_cases
+from sora_train.generation.evaluator import Evaluator
 from sora_train.generation.sampler import Sampler
-from sora_train.training.state.checkpoint import latest_intact
 
 FROM_CAPTIONS = "evaluation"  # folder of the samples, beside those of each task
 
 
-def evaluate_run(o: Options, sampler: Sampler, plan: Plan | None, world: World) -> int:
+def evaluate_run(o: Options, sampler: Sampler, checkpoint: str, plan: Plan | None, world: World) -> int:
     """Evaluate a run on the clips of a plan or on the prompts of a file, or write a benchmark's videos with it."""
     if o.format:
         every = wanted(o.format, o.prompts)
         out, seconds = Path(o.out or f"{o.run_dir}/{o.format}"), seconds_of(o.format, o.seconds)
         write_videos(sampler, every, Output(out, o.seed, seconds, o.images), world)
         return 0
-    evaluator = Evaluator(sampler.config, sampler, o.judges(), world)
+    evaluator = Evaluator(sampler, checkpoint, o.judges(), world)
     outcomes = _on_prompts(evaluator, o) if plan is None else _on_clips(evaluator, plan, o)
     if world.is_main:
         _write(o.run_dir, outcomes)
@@ -44,7 +44,7 @@ def evaluate_run(o: Options, sampler: Sampler, plan: Plan | None, world: World) 
 
 def _on_clips(evaluator: Evaluator, plan: Plan, o: Options) -> dict[str, Outcome]:
     """The outcome of each task, or of sampling from captions, on the clips of a plan."""
-    config = evaluator.config
+    config = evaluator.sampler.config
     frames, stride = config.data.max_frames, config.vae.temporal_stride
     parts: dict[str, Part | None] = {name: part_of(name, frames, stride) for name in o.tasks}
     outcomes = {}
@@ -60,18 +60,15 @@ def _on_prompts(evaluator: Evaluator, o: Options) -> dict[str, Outcome]:
     rows = read_prompts(o.prompts)
     task = Task(Path(o.prompts).stem, min(o.count, len(rows)), o.seed)
     known = hashlib.sha256(Path(o.prompts).read_bytes()).hexdigest()
-    clips = prompt_cases(evaluator.config, rows, task)
+    clips = prompt_cases(evaluator.sampler.config, rows, task)
     return {task.name: _outcome(evaluator, clips, task, {"prompts": o.prompts, "clips": known})}
 
 
 def _outcome(evaluator: Evaluator, clips: Iterable[Case], task: Task, about: dict[str, str]) -> Outcome:
-    config = evaluator.config
-    run = Path(config.run_dir)
-    checkpoint = latest_intact(run / "checkpoints").name
-    folder = run / "evaluation" / f"{task.name}-{_identity(evaluator, task, checkpoint, about['clips'])}"
-    columns = evaluator.evaluate(clips, task, folder)
-    about |= {"run": config.run_dir, "checkpoint": checkpoint, "task": task.name}
-    title = f"{run.name}, {checkpoint}, {task.name.replace('_', ' ')}"
+    run = Path(evaluator.sampler.config.run_dir)
+    columns = evaluator.evaluate(clips, task, run / "evaluation" / f"{task.name}-{_identity(evaluator, task, about)}")
+    title = f"{run.name}, {evaluator.checkpoint}, {task.name.replace('_', ' ')}"
+    about |= {"run": str(run), "checkpoint": evaluator.checkpoint, "task": task.name}
     return conclude(title, {**about, "seed": task.seed}, evaluator.judges, columns)
 
 
@@ -108,10 +105,11 @@ def _history(path: Path, outcome: Outcome) -> dict[str, list[tuple[int, float]]]
     return curves
 
 
-def _identity(evaluator: Evaluator, task: Task, checkpoint: str, clips: str) -> str:
+def _identity(evaluator: Evaluator, task: Task, about: Mapping[str, str]) -> str:
     """A name for this very evaluation: another checkpoint, setting or metric has another."""
+    config = evaluator.sampler.config
     what = {
-        "checkpoint": checkpoint, "clips": clips, "task": asdict(task), "metrics": evaluator.judges.names,
-        "flow": asdict(replace(evaluator.config.flow, tasks={})),
+        "checkpoint": evaluator.checkpoint, "clips": about["clips"], "task": asdict(task),
+        "metrics": evaluator.judges.names, "flow": asdict(replace(config.flow, tasks={})),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]
