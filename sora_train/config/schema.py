@@ -219,6 +219,7 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     validation: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)  # for `evaluate split=test`; training never looks at it
     filter: str = ""  # which samples may be used, e.g. duration >= 2 and height >= 240; validation too
     side_tables: list[str] = field(default_factory=list)  # Parquet files with a column key: further columns of samples
     weight: str = ""  # visits of each sample per epoch, times its source's: an expression, e.g. score / 5; empty: 1
