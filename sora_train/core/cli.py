@@ -1,4 +1,4 @@
-"""What every command shares: one clear line and exit code 2 for bad input, and `key=value` options for the tools."""
+"""Conventions of all commands: one line and exit code 2 for bad input, and `key=value` options of the tools."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def options(schema: type[Options], usage: str | None) -> Options:
         key, equals, _ = argument.partition("=")
         if not equals:
             raise InputError(f"{argument!r} is not of the form key=value; --help shows the keys")
-        if key not in list(fields):  # `in` says no for a key without a default
+        if key not in list(fields):  # `key in fields` is False for a key without a default
             raise InputError(f"there is no option {key!r}; {nearest(key, list(fields))}")
     try:
         values = OmegaConf.merge(fields, OmegaConf.from_dotlist(sys.argv[1:]))

@@ -1,6 +1,6 @@
-"""Small videos and pictures to and from files, by PyAV and Pillow. Frames are `(T, H, W, 3)` uint8 RGB.
+"""Reading and writing of small videos and pictures with PyAV and Pillow. Frames are `(T, H, W, 3)` uint8 RGB.
 
-For samples, demo data and tests; what training reads goes through `data/decode.py`.
+For samples, demo data and tests. Training data is decoded by `data/read/decode.py` instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
-_BT601 = 6  # H.273 code for primaries and transfer: what swscale converts to, so that every player shows our colours
+_BT601 = 6  # H.273 code of primaries and transfer; swscale converts to BT.601, and players need to be told
 
 
 def write_mp4(
@@ -32,9 +32,19 @@ def write_mp4(
 ) -> None:
     """Write frames as H.264 (yuv420p, index in front) to a path, atomically, or to an open binary file.
 
-    Frames may come in pieces, each written when it comes, so that a long video needs no more memory than one of them.
-    Odd sizes are padded by repeating the last row or column. `gop` is the distance of key frames in frames, `metadata`
-    goes into the container. The same frames give the same bytes. Raises ValueError for frames of another form.
+    The same frames give the same bytes. Odd sizes are padded by repeating the last row or column.
+
+    Args:
+        target: Path or open binary file.
+        frames_THWC: uint8 RGB frames, as one array or as an iterable of arrays that are encoded one after the other,
+            so that a long video never has to be in memory as a whole.
+        fps: Frames per second.
+        crf: Constant rate factor of x264; lower is better quality.
+        gop: Distance of key frames, in frames.
+        metadata: Tags of the container.
+
+    Raises:
+        ValueError: The frames have another shape or type.
     """
     if not isinstance(target, (str, os.PathLike)):
         target.write(encode_mp4(frames_THWC, fps, crf, gop, metadata))
@@ -55,7 +65,7 @@ def encode_mp4(
     gop: int = 12,
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The bytes that `write_mp4` writes."""
+    """Encode frames like `write_mp4`, and return the file's bytes."""
     # FFmpeg moves the index to the front by reading its own output again, which takes a file with a name.
     with tempfile.TemporaryDirectory(prefix="sora_train_") as folder:
         path = Path(folder) / "clip.mp4"
@@ -64,9 +74,13 @@ def encode_mp4(
 
 
 def read_mp4(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray, float]:
-    """All frames `(T, H, W, 3)` uint8 of a small video (a path, or its bytes), and its frames a second.
+    """Decode a small video, given as a path or as bytes.
 
-    Raises ValueError if there is no video in it.
+    Returns:
+        All frames, `(T, H, W, 3)` uint8, and the frames per second.
+
+    Raises:
+        ValueError: No video can be read from it.
     """
     opened = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
     try:
@@ -82,7 +96,7 @@ def read_mp4(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray, float]
 
 
 def contact_sheet(frames_THWC: np.ndarray, columns: int = 8, scale: float = 1.0) -> Image.Image:
-    """Evenly spaced frames side by side in one row, first and last included; fewer if the clip has fewer."""
+    """Picture of up to `columns` evenly spaced frames side by side, the first and the last included."""
     _check(frames_THWC)
     count = min(columns, len(frames_THWC))
     chosen = np.linspace(0, len(frames_THWC) - 1, count).round().astype(int)
@@ -126,7 +140,7 @@ def _encode(
         codec = stream.codec_context
         codec.thread_count = 1  # several threads would make the bytes depend on their number
         codec.gop_size = gop
-        # mbtree's vector code gives now and then other bytes for the same frames (1 clip in 40 was seen to differ)
+        # x264's mbtree isn't deterministic: about 1 clip in 40 came out with other bytes for the same frames
         codec.options = {"crf": str(crf), "preset": "veryfast", "mbtree": "0"}
         codec.colorspace, codec.color_range = int(Colorspace.ITU601), int(ColorRange.MPEG)
         codec.color_primaries = codec.color_trc = _BT601
