@@ -16,41 +16,42 @@ sample) for data.index=FOLDER; name the shards in the order in which data.source
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
+from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
 from data_tools.progress import progress
 from sora_train.config.schema import DataConfig, Probe
-from sora_train.core.cli import InputError, run
+from sora_train.core.cli import InputError, number, options_and_paths, run
 from sora_train.data.index.consolidated import consolidate
 from sora_train.data.index.index import expand, index_path, index_shards
 from sora_train.data.read.store import Store
 
 
+@dataclass
+class Options:
+    """What the command takes beside shards."""
+
+    consolidate: str | None = None
+    probe: Probe = Probe.packets
+    workers: int | None = number(None, least=1)
+
+
 def main() -> int:
     """Index the shards named on the command line and print one line for each."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    names = ("consolidate", "probe", "workers")
-    given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in names)
-    patterns = [a for a in sys.argv[1:] if a.partition("=")[0] not in names]
+    o, patterns = options_and_paths(Options, __doc__)
     if not patterns:
         raise InputError("no shard given; --help shows how to name them")
-    probe, workers = given.get("probe", Probe.packets.value), given.get("workers", "null")
-    if probe not in {p.value for p in Probe} or (workers != "null" and not workers.isdecimal()) or workers == "0":
-        raise InputError(f"probe={probe} must be packets or frame, workers={workers} a number above 0 or null")
     store = Store.of(DataConfig())
     shards = expand(patterns, store)
-    index_shards(shards, None if workers == "null" else int(workers), store, probe=Probe(probe))
+    index_shards(shards, o.workers, store, probe=o.probe)
     for shard in shards:
         print(_summary(shard, store))
-    if "consolidate" in given:
+    if o.consolidate is not None:
         with progress(len(shards), "consolidating shards") as advance:
-            count = consolidate(shards, given["consolidate"], advance, store)
-        print(f"{given['consolidate']}: {count} samples of {len(shards)} shard(s)")
+            count = consolidate(shards, o.consolidate, advance, store)
+        print(f"{o.consolidate}: {count} samples of {len(shards)} shard(s)")
     return 0
 
 

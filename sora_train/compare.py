@@ -10,11 +10,10 @@ png        the curves, drawn by matplotlib
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, options_and_paths, run
 from sora_train.operations.records import Record, read
 from sora_train.operations.report import page, write_report
 from sora_train.operations.side_by_side import plot, table
@@ -33,9 +32,7 @@ class Options:
 
 def main() -> int:
     """Compare the runs that the command line names."""
-    folders = [a for a in sys.argv[1:] if "=" not in a and not a.startswith("-")]
-    sys.argv[1:] = [a for a in sys.argv[1:] if a not in folders]
-    wanted = options(Options, __doc__)
+    wanted, folders = options_and_paths(Options, __doc__)
     if not folders:
         raise InputError("name at least one run folder; --help shows how")
     records = _told_apart([read(folder) for folder in folders])

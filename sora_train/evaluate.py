@@ -26,14 +26,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import MISSING
 from rich.console import Console
 from rich.progress import track
 
 from sora_train.config.load import load
 from sora_train.config.schema import Config
 from sora_train.core.batch import Visit
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import MAX_SEED, InputError, number, options, run
 from sora_train.data.index.index import Index
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Plan, Position
@@ -51,9 +50,9 @@ _SHOWN = 12  # samples written as files
 class Options:
     """Command-line options."""
 
-    run_dir: str = MISSING
-    prompts: int = 256
-    seed: int = 0
+    run_dir: str
+    prompts: int = number(256, least=1)
+    seed: int = number(0, least=0, most=MAX_SEED)
     by_heart: bool = False
     tasks: list[str] = field(default_factory=list)
 
@@ -150,13 +149,13 @@ def _by_heart(config: Config, sampler: Sampler, o: Options) -> int:
     known = [_through_vae(sampler, case.frames_THWC) for case in cases]
     folder = Path(o.run_dir) / "samples" / "by_heart"
     report = []
-    for number, (case, sample, target) in enumerate(zip(cases, samples, known, strict=True)):
+    for n, (case, sample, target) in enumerate(zip(cases, samples, known, strict=True)):
         others = [psnr(sample, other) for other in known if other is not target and other.shape == target.shape]
         marks = {"psnr_db": psnr(sample, target), "vae_psnr_db": psnr(target, case.frames_THWC)}
         marks |= {"nearest_other_db": max(others)} if others else {}
         print(f"{case.key}: " + ", ".join(f"{name} {value:.1f}" for name, value in marks.items()))
         both = np.concatenate((sample, target), axis=2)
-        save_sample(folder, f"{number:02d}", both, case.visit.fps or config.data.fps, {"prompt": case.caption, **marks})
+        save_sample(folder, f"{n:02d}", both, case.visit.fps or config.data.fps, {"prompt": case.caption, **marks})
         report.append({"key": case.key, "prompt": case.caption, "size": list(case.visit.size), **marks})
     mean = float(np.mean([entry["psnr_db"] for entry in report]))
     print(f"{len(cases)} training clips: samples at {mean:.1f} dB PSNR against the clips as the VAE gives them back")

@@ -25,13 +25,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING
 from safetensors.torch import save_file
 
 from sora_train.config.load import load, to_yaml
 from sora_train.config.released import folder_of
 from sora_train.config.schema import VAE_USE, Config, LoraConfig, Method, Prediction
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, choice, number, options, run
 from sora_train.core.pixels import to_unit
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Position
@@ -50,17 +49,15 @@ _CLIPS_MEASURED = 512
 class Options:
     """Command-line options."""
 
-    run_dir: str = MISSING
-    out: str = MISSING
-    format: str = "safetensors"
-    ema_length: float | None = None
+    run_dir: str
+    out: str
+    format: str = choice(("safetensors", "diffusers", "adapter"), "safetensors")
+    ema_length: float | None = number(None, above=0, below=1)
 
 
 def main() -> int:
     """Export the newest checkpoint of a run."""
     o = options(Options, __doc__)
-    if o.format not in ("safetensors", "diffusers", "adapter"):
-        raise InputError(f"format={o.format!r}; known: safetensors, diffusers, adapter")
     config, out = load(o.run_dir), Path(o.out)
     if o.format != "safetensors":
         _check_for_diffusers(config, o)
