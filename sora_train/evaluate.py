@@ -40,7 +40,8 @@ from sora_train.data.read.pool import Pool
 from sora_train.demo_world.judge import COLUMNS, Counts, as_json, judge, table
 from sora_train.evaluation.completion import figures_table, marks, measure, part_of, request_of, summary
 from sora_train.evaluation.pixels import psnr
-from sora_train.generation.sampler import Sampler, load_sampler, request_for, save_sample
+from sora_train.generation.output import save_sample
+from sora_train.generation.sampler import Sampler, load_sampler, request_for
 from sora_train.methods.build import Shards
 
 _SHOWN = 12  # samples written as files

@@ -35,7 +35,7 @@ from sora_train.core.pixels import to_unit
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Position
 from sora_train.data.read.pool import Pool
-from sora_train.generation.sampler import build_vae, trained_weights, whole_weights
+from sora_train.generation.sampler import EXPORTED, build_vae, trained_weights, whole_weights
 from sora_train.methods.build import Shards
 from sora_train.models.video_vae.model import VideoVAE
 from sora_train.models.wan.convert import save_wan
@@ -75,7 +75,7 @@ def main() -> int:
     elif o.format == "diffusers":
         _pipeline(whole_weights(config, weights), config, out)
     else:
-        save_file(whole_weights(config, weights), out / "model.safetensors")
+        save_file(whole_weights(config, weights), out / EXPORTED)
         merged = replace(config, model=replace(config.model, lora=LoraConfig()))
         (out / "config.yaml").write_text(to_yaml(merged))
         assert config.vae.path is not None

@@ -18,7 +18,7 @@ MAY_IMPORT = {  # beside themselves
     "config": {"core"},
     **dict.fromkeys(("data", "models", "flow", "demo_world"), BASE),
     "evaluation": {*BASE, "demo_world", "flow", "generation"},
-    "generation": {*BASE, "models", "flow", "training"},
+    "generation": {*BASE, "data", "models", "flow", "training"},
     "methods": {*BASE, "data", "models", "flow", "generation", "training", "forecast", "operations"},
     "training": BASE,
     "forecast": {*BASE, "data", "models", "flow", "training"},

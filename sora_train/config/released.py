@@ -21,9 +21,14 @@ _FIXED = {  # what our DiT takes for granted of a Wan transformer
 }  # fmt: skip
 
 
+def is_released(path: str | Path) -> bool:
+    """Whether a folder is a whole diffusers pipeline."""
+    return (Path(path) / "model_index.json").is_file()
+
+
 def folder_of(path: str | Path, part: str) -> Path:
     """The folder of one part: `path` itself, or its subfolder `part` where `path` is a whole diffusers pipeline."""
-    return Path(path) / part if (Path(path) / "model_index.json").is_file() else Path(path)
+    return Path(path) / part if is_released(path) else Path(path)
 
 
 def read_config(folder: Path, what: str, key: str) -> dict[str, Any]:

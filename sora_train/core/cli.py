@@ -70,15 +70,20 @@ def named(key: str, default: Any = dataclasses.MISSING) -> Any:
     return _field(default, {"key": key})
 
 
-def options(schema: type[Options], usage: str | None) -> Options:
+def options(
+    schema: type[Options],
+    usage: str | None,
+    beneath: Callable[[Mapping[str, str]], Mapping[str, Any]] = lambda typed: {},
+) -> Options:
     """Read the command line, all of it `key=value`, into the dataclass `schema`; `--help` prints `usage`.
 
-    Raises InputError for an unknown key (naming the nearest), a wrong type, a value out of range, or a missing one.
+    `beneath` gives the values of keys that weren't typed, knowing those that were. Raises InputError for an unknown key
+    (naming the nearest), a wrong type, a value out of range, or a missing one.
     """
     given, rest = _sorted_out(schema, usage)
     for argument in rest:
         _refuse(schema, argument)
-    return read(schema, given)
+    return read(schema, {**beneath(given), **given})
 
 
 def options_and_paths(schema: type[Options], usage: str | None) -> tuple[Options, list[str]]:

@@ -2,7 +2,8 @@
 
 Any latent frames may be given, and stay as they are; a clip may begin from a partly noised one instead of from noise
 (Meng et al. 2022, SDEdit, arXiv 2108.01073); each shot of a clip may have its own caption. A clip that goes on from
-another may be held to it over the frames that both have, until they are let go one after the other.
+another, or leads to another, may be held to it over the frames that both have, until they are let go one after the
+other. Guidance leads away from the empty caption, or from a negative prompt in its place.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from sora_train.flow.solvers import SOLVE
 
 @dataclass(frozen=True)
 class Held:
-    """Latents `(C, T, H, W)` that a clip begins with and goes away from, and the noise that they were made from."""
+    """Latents `(C, T, H, W)` that a clip begins or ends with and departs from, and the noise they were made from."""
 
     latents_CTHW: Tensor
     noise_CTHW: Tensor
+    release: bool = True  # False: all of them are held to the end
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Request:
     and caption of each shot, in the caption's place. `lead_CTHW`: the latent frame that a given end was encoded after,
     for whoever decodes it. `held`: what the clip is held to at its beginning, the first frame to the end, each later
     one for less of the way; unlike given frames these are noised like all others, so no model has to learn them.
+    `held_end`: the same at its end, mirrored: the last frame is held to the end. `negative`: what guidance leads away
+    from.
     """
 
     caption: str
@@ -51,6 +55,8 @@ class Request:
     shots: tuple[tuple[int, str], ...] = ()
     lead_CTHW: Tensor | None = None
     held: Held | None = None
+    held_end: Held | None = None
+    negative: str = ""
 
 
 @torch.no_grad()
@@ -112,7 +118,7 @@ class _Guided:
         self.packs = []
         for copies in (1, 2):
             shots = [request.shots or ((request.grid[0], request.caption),) for request in requests]
-            shots += [((request.grid[0], ""),) for request in requests] * (copies - 1)
+            shots += [((request.grid[0], request.negative),) for request in requests] * (copies - 1)
             text, texts = tokenize([caption for clip in shots for _, caption in clip])
             grids = tuple(request.grid for request in requests) * copies
             frames = tuple(tuple(length for length, _ in clip) for clip in shots)
@@ -165,7 +171,7 @@ def _check(request: Request, channels: int, patch: int) -> None:
     frames, height, width = request.grid
     shape = (channels, height * patch, width * patch)
     start = [] if request.start_CTHW is None else [(0, request.start_CTHW)]
-    for first, latents in (*request.given, *_beginning(request), *start):
+    for first, latents in (*request.given, *_ends(request), *start):
         if (*latents.shape[:1], *latents.shape[2:]) != shape or not 0 <= first <= frames - latents.shape[1]:
             raise ValueError(f"latents {tuple(latents.shape)} at frame {first} don't fit {request.grid} of {shape}")
     if request.shots and sum(length for length, _ in request.shots) != frames:
@@ -179,6 +185,8 @@ def noise_of(request: Request, channels: int, patch: int) -> Tensor:
     noise_CTHW = torch.randn(channels, frames, height * patch, width * patch, generator=generator)
     if request.held is not None:
         noise_CTHW[:, : request.held.noise_CTHW.shape[1]] = request.held.noise_CTHW
+    if request.held_end is not None:
+        noise_CTHW[:, frames - request.held_end.noise_CTHW.shape[1] :] = request.held_end.noise_CTHW
     return noise_CTHW
 
 
@@ -197,21 +205,32 @@ def _given_mask(request: Request) -> Tensor:
 
 
 def _release(request: Request, config: FlowConfig) -> Tensor:
-    """The time until which each token is held, `(N,)`: frame k of K until k / K of the way is left, others never."""
+    """The time until which each token is held, `(N,)`: frame k of K until k / K of the way is left, others never.
+
+    At a clip's end frames are counted from the last one backwards.
+    """
     frames, height, width = request.grid
-    count = 0 if request.held is None else request.held.latents_CTHW.shape[1]
     shift = shift_of(config, request.grid)
-    release = [shifted(k / count, shift) if k < count else math.inf for k in range(frames)]
+    release = [math.inf] * frames
+    for held, places in ((request.held, range(frames)), (request.held_end, range(frames - 1, -1, -1))):
+        count = 0 if held is None else held.latents_CTHW.shape[1]
+        for k, place in enumerate(places[:count]):
+            release[place] = shifted(k / count if held is not None and held.release else 0.0, shift)
     return torch.tensor(release).repeat_interleave(height * width)
 
 
-def _beginning(request: Request) -> list[tuple[int, Tensor]]:
-    return [] if request.held is None else [(0, request.held.latents_CTHW)]
+def _ends(request: Request) -> list[tuple[int, Tensor]]:
+    """Latents that a clip is held to at either end, each with the latent frame it begins at."""
+    ends = [] if request.held is None else [(0, request.held.latents_CTHW)]
+    if request.held_end is not None:
+        latents = request.held_end.latents_CTHW
+        ends.append((request.grid[0] - latents.shape[1], latents))
+    return ends
 
 
 def _known(request: Request, channels: int, patch: int) -> Tensor:
     frames, height, width = request.grid
     known = torch.zeros(channels, frames, height * patch, width * patch)
-    for first, latents in (*request.given, *_beginning(request)):
+    for first, latents in (*request.given, *_ends(request)):
         known[:, first : first + latents.shape[1]] = latents.cpu()
     return patchify(known, patch)

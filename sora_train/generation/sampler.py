@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sora_train.config.cost import geometry, patch_features
+from sora_train.config.released import is_released
 from sora_train.config.schema import Config, Method, VaeConfig
 from sora_train.core.cli import InputError
-from sora_train.core.media import contact_sheet, write_mp4, write_png
 from sora_train.core.pixels import to_frames, to_unit
 from sora_train.flow.objective import Tokenize
 from sora_train.flow.ode import Request, generate
@@ -24,9 +25,11 @@ from sora_train.models.video_model import VideoModel
 from sora_train.models.video_vae.model import VideoVAE
 from sora_train.models.video_vae.tiling import in_time, tiled
 from sora_train.models.wan.convert import load_wan
-from sora_train.models.wan.lora import add_adapters, merge
+from sora_train.models.wan.lora import add_adapters, add_to_weights, merge
 from sora_train.models.wan.model import DiT
-from sora_train.training.state.checkpoint import latest_intact, load_full
+from sora_train.training.state.checkpoint import latest_intact, load_full, verify
+
+EXPORTED = "model.safetensors"  # what `export` writes a video model's weights to
 
 
 def build_video_model(config: Config) -> VideoModel:
@@ -190,9 +193,33 @@ class Sampler:
         return [videos[i] for i in range(len(requests))]
 
 
-def trained_weights(run_dir: str | Path) -> dict[str, Tensor]:
-    """The averaged weights of a run's newest intact checkpoint, by parameter name."""
-    return load_full(latest_intact(Path(run_dir) / "checkpoints"), "ema")
+@dataclass(frozen=True)
+class Weights:
+    """Which weights of a run or a folder to sample with, and in which precision."""
+
+    checkpoint: int | None = None  # its step; None: the newest intact one
+    raw: bool = False  # the trained weights themselves instead of their moving average
+    bf16: bool = False
+    adapters: tuple[tuple[str, float], ...] = ()  # files of adapters, each with the weight it is added with
+
+
+def trained_weights(run_dir: str | Path, weights: Weights = Weights()) -> dict[str, Tensor]:  # noqa: B008 (immutable)
+    """The weights of a run's checkpoint, averaged unless they are asked for raw, by parameter name."""
+    return load_full(checkpoint_of(run_dir, weights.checkpoint), "master" if weights.raw else "ema")
+
+
+def checkpoint_of(run_dir: str | Path, step: int | None) -> Path:
+    """A run's newest intact checkpoint, or that of a step. Raises InputError where it isn't there or isn't whole."""
+    folder = Path(run_dir) / "checkpoints"
+    if step is None:
+        return latest_intact(folder)
+    path = folder / f"step-{step:08d}"
+    if not path.is_dir():
+        there = ", ".join(str(int(p.name.removeprefix("step-"))) for p in sorted(folder.glob("step-*"))) or "none"
+        raise InputError(f"{run_dir} has no checkpoint={step}; it has {there}")
+    if fault := verify(path):
+        raise InputError(f"checkpoint={step} of {run_dir} is damaged ({fault}); choose another step")
+    return path
 
 
 def whole_weights(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,57 +231,41 @@ def whole_weights(config: Config, weights: dict[str, Tensor]) -> dict[str, Tenso
         return merge(_filled(config).state_dict(), weights, config.model.lora)
 
 
-def load_sampler(config: Config, run_dir: str | Path, device: torch.device) -> Sampler:
-    """A sampler with a run's averaged weights. Raises InputError for a run that isn't a video model's."""
+def load_sampler(
+    config: Config,
+    run_dir: str | Path,
+    device: torch.device,
+    weights: Weights = Weights(),  # noqa: B008 (immutable)
+) -> Sampler:
+    """A sampler of a run, of an export, or of a released pipeline's folder.
+
+    Raises InputError for a run that isn't a video model's, and for weights that aren't there.
+    """
     if config.method is not Method.diffusion:
         raise InputError(
             f"{run_dir} holds a {config.method.value} run; samples come from a video model (experiment=demo)"
         )
     network = build_video_model(config)
-    network.load_state_dict(whole_weights(config, trained_weights(run_dir)))
-    network.to(device).eval().requires_grad_(False)
+    exported = Path(run_dir) / EXPORTED
+    if is_released(run_dir):
+        load_wan(network.dit, run_dir)
+    elif exported.is_file():
+        _load_exported(network, exported)
+    else:
+        network.load_state_dict(whole_weights(config, trained_weights(run_dir, weights)))
+    for path, factor in weights.adapters:
+        add_to_weights(network.dit, path, factor)
+    network.to(device, torch.bfloat16 if weights.bf16 else torch.float32).eval().requires_grad_(False)
     return Sampler(config, network, FrozenVae(config.vae, device), device)
+
+
+def _load_exported(network: nn.Module, path: Path) -> None:
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(f"{path} doesn't hold this model: {' '.join(str(error).split())[:200]}") from error
 
 
 def request_for(config: Config, caption: str, size: tuple[int, int, int], seed: int) -> Request:
     """A request for a clip of (frames, height, width); all are rounded to the VAE's and the patch's grid."""
     return Request(caption, geometry(config).grid(*size), seed)
-
-
-def save_sample(
-    folder: Path, name: str, frames_THWC: np.ndarray | Iterable[np.ndarray], fps: float, about: Mapping[str, object]
-) -> Path:
-    """Write NAME.mp4 (NAME.png for one frame), a contact sheet NAME-sheet.png, and NAME.json; returns the video.
-
-    Of frames that come in pieces, the sheet shows the first frames of a few of them.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-    comment = {"comment": "AI-generated video (sora_train)"}
-    path = folder / f"{name}.mp4"
-    if isinstance(frames_THWC, np.ndarray):
-        shown = frames_THWC
-        if len(frames_THWC) == 1:
-            path = folder / f"{name}.png"
-            write_png(path, frames_THWC[0])
-        else:
-            write_mp4(path, frames_THWC, fps, metadata=comment)
-    else:
-        firsts: list[np.ndarray] = []
-        write_mp4(path, _watched(frames_THWC, firsts), fps, metadata=comment)
-        shown = np.stack(firsts)
-    scale = max(1, round(128 / shown.shape[1]))
-    write_png(folder / f"{name}-sheet.png", contact_sheet(shown, columns=min(8, len(shown)), scale=scale))
-    return path
-
-
-def _watched(pieces: Iterable[np.ndarray], firsts: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The pieces as they come, evenly spaced ones' first frames kept: fewer than 16."""
-    every = 1
-    for number, piece in enumerate(pieces):
-        if number % every == 0:
-            firsts.append(piece[0])
-            if len(firsts) == 16:
-                del firsts[1::2]
-                every *= 2
-        yield piece

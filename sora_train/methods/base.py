@@ -19,13 +19,13 @@ from sora_train.core.batch import Clip
 from sora_train.core.pixels import to_frames, to_unit
 from sora_train.core.world import World
 from sora_train.flow.objective import FlowTask
+from sora_train.generation.output import save_sample
 from sora_train.generation.sampler import (
     FrozenVae,
     Sampler,
     build_vae,
     build_video_model,
     request_for,
-    save_sample,
     starting_model,
     tokenizer,
 )

@@ -53,8 +53,9 @@ def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Options:
 TEXTS = [
     "Anime style: a large red ring", "a: b: c", "#1 of the set", "a ring #1", "* star", "& and", "@home", "%", "!bang",
     "{curly}", "[list]", "[{seconds: 1, caption: x}]", "'single", '"double"', "|", "> fold", "\ttab", " space ", "",
-    "no", "yes", "null", "~", "1e3", "010", "2024_11", "0x10", "???", "${oc.env:HOME}", "$HOME", "line\nline\r\n", "a\\nb",
-    "红色的圆环",     "🙂", "=", "a=b=c", "--help me", "\u2028",
+    "no", "yes", "null", "~", "1e3", "010", "2024_11", "0x10",
+    "???", "${oc.env:HOME}", "$HOME", "line\nline\r\n", "a\\nb",
+    "红色的圆环", "🙂", "=", "a=b=c", "--help me", "\u2028",
 ]  # fmt: skip
 
 

@@ -1,0 +1,145 @@
+"""The model that samples come from: a run, an export of ours, or a released diffusers pipeline's folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from sora_train.config.load import build, load
+from sora_train.config.released import is_released
+from sora_train.config.rules import check
+from sora_train.config.schema import Config
+from sora_train.core.cli import InputError
+from sora_train.core.world import World, from_environment
+from sora_train.data.read.encoded import weights_hash
+from sora_train.generation.options import Options
+from sora_train.generation.sampler import EXPORTED, Sampler, Weights, checkpoint_of, load_sampler
+from sora_train.models.layers import ulysses
+
+_TI2V_CHANNELS = 48  # of the latents of Wan 2.2's 5B model, which runs at another rate and size than the others
+_WAN = {"fps": 16.0, "max_frames": 81, "max_pixels": 480 * 832}
+_WAN_TI2V = {"fps": 24.0, "max_frames": 121, "max_pixels": 704 * 1280}
+
+
+def model_config(o: Options) -> Config:
+    """The configuration of the model at `run_dir`, with what the options change for all samples. Raises InputError."""
+    of_a_run = {"checkpoint": o.checkpoint is not None, "weights=raw": o.weights == "raw"}
+    config = _released(o.run_dir) if is_released(o.run_dir) else load(o.run_dir, o.vae)
+    given = [key for key, is_given in of_a_run.items() if is_given]
+    if given and not (Path(o.run_dir) / "checkpoints").is_dir():
+        raise InputError(f"{o.run_dir} is no run, so it has no {given[0]}; leave it out")
+    model = replace(
+        config.model,
+        rope_scaling=o.rope_scaling or config.model.rope_scaling,
+        rope_factors=tuple(o.rope_factors or config.model.rope_factors),  # type: ignore[arg-type]  # `check` counts them
+    )
+    config = replace(config, model=model)
+    check(config)
+    return config
+
+
+def with_flow(config: Config, o: Options) -> Config:
+    """The configuration of one sample: how it is guided and solved. Raises InputError for what doesn't go together."""
+    chosen: dict[str, Any] = {
+        "guidance": o.guidance, "guidance_interval": o.guidance_interval and tuple(o.guidance_interval),
+        "guidance_rescale": o.guidance_rescale, "sampling_steps": o.steps, "solver": o.solver, "shift": o.shift,
+    }  # fmt: skip
+    flow = replace(config.flow, **{key: value for key, value in chosen.items() if value is not None})
+    if o.negative and flow.guidance == 1.0:
+        raise InputError("negative=... says nothing with guidance=1; give guidance=... above 1")
+    changed = replace(config, flow=flow)
+    check(changed)
+    return changed
+
+
+def weights_of(o: Options) -> Weights:
+    """The weights that the options ask for."""
+    return Weights(o.checkpoint, o.weights == "raw", o.dtype == "bf16", tuple(map(adapter, o.lora)))
+
+
+def adapter(text: str) -> tuple[str, float]:
+    """File and weight of one item of `lora=`."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if colon and not Path(text).exists() else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def fixed(o: Options) -> Options:
+    """The same options, naming the checkpoint that is the newest now and adapters by their whole paths."""
+    lora = [f"{Path(path).absolute()}:{factor:g}" for path, factor in map(adapter, o.lora)]
+    if is_released(o.run_dir) or (Path(o.run_dir) / EXPORTED).is_file():
+        return replace(o, lora=lora)
+    step = int(checkpoint_of(o.run_dir, o.checkpoint).name.removeprefix("step-"))
+    return replace(o, checkpoint=step, lora=lora)
+
+
+def fingerprint(config: Config, o: Options) -> str:
+    """A hash of everything that was trained, in one line: by it a sample's JSON knows its weights again."""
+    if is_released(o.run_dir):
+        parts = [weights_hash(Path(o.run_dir) / "transformer")]
+    elif (Path(o.run_dir) / EXPORTED).is_file():
+        parts = [weights_hash(Path(o.run_dir))]
+    else:
+        manifest = checkpoint_of(o.run_dir, o.checkpoint) / "manifest.json"
+        parts = [str(json.loads(manifest.read_text())["sha256"])[:16]]
+    parts.append(weights_hash(Path(config.vae.path or "")))
+    parts += [
+        weights_hash(Path(path) if Path(path).is_dir() else Path(path).parent) for path, _ in map(adapter, o.lora)
+    ]
+    return " ".join(parts)
+
+
+def sharing(config: Config) -> World:
+    """This process's place among the ranks, which share every clip's tokens. Raises InputError for too many."""
+    world = from_environment()
+    if config.model.heads % world.size:
+        raise InputError(f"{world.size} ranks can't share {config.model.heads} heads (model.heads); start fewer")
+    return world.with_sequence(world.size)
+
+
+def open_sampler(config: Config, run_dir: str, weights: Weights, world: World) -> Sampler:
+    """The sampler of this process; of several ranks, one that shares every clip's tokens with the others."""
+    if world.size == 1:
+        return load_sampler(config, run_dir, torch.device("cuda" if torch.cuda.is_available() else "cpu"), weights)
+    from sora_train.training.engine.zero import connect  # deepspeed takes seconds to import
+
+    sampler = load_sampler(config, run_dir, connect(world), weights)
+    others = ulysses.Neighbours(ulysses.sequence_group(world))
+    blocks: Any = sampler.network.get_submodule("dit.blocks")
+    ulysses.apply(sampler.network, [block.self_attention for block in blocks], others)
+    return sampler
+
+
+def _released(folder: str) -> Config:
+    """The configuration of a text-to-video or TI2V pipeline of Wan. Raises InputError for another one."""
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    if index.get("transformer_2", [None])[0] is not None:
+        raise InputError(
+            f"{folder} has two transformers, one for each half of the noise; only one is sampled with here"
+        )
+    tree = {
+        "run_dir": folder, "steps": 1, "vae": {"path": folder}, "model": {"init_from": folder},
+        "text_encoder": {"path": folder, "max_tokens": 512, "pad_to": 512},
+        "flow": {"guidance": 5.0, "sampling_steps": 50, "shift": _shift(Path(folder)), "shift_tokens": 0},
+        "data": {**_WAN, "sources": {"none": {"shards": []}}},
+    }  # fmt: skip
+    missing = {"width": 1, "depth": 1, "heads": 1, "ffn": 1}  # the folder's shape replaces them
+    tree["model"] = {**missing, "init_from": folder}
+    config = build(OmegaConf.create(tree))
+    if config.vae.channels == _TI2V_CHANNELS:
+        config = replace(config, data=replace(config.data, **_WAN_TI2V))  # type: ignore[arg-type]
+    return config
+
+
+def _shift(folder: Path) -> float:
+    """The shift of timesteps that a pipeline's scheduler has."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return float(found.get("flow_shift") or found.get("shift") or 1.0)
