@@ -39,10 +39,7 @@ def in_pieces(
     """
     grid = geometry(config)
     latents, stride = grid.grid(*size)[0], grid.temporal_stride
-    if overlap > (latents - 1) // 2 and latents > 1:
-        raise InputError(f"overlap={overlap} of a piece's {latents} latent frames; at most {(latents - 1) // 2}")
-    if latents < 3:
-        raise InputError(f"a piece has {latents} latent frame(s), too few to go on from; a model of longer clips can")
+    check_overlap(latents, overlap)
     past, made, piece, back = _Past(), 0, 0, None
     if prompt.before is not None:
         past = _Past(encode(sampler.vae, tail(prompt.before, latents, grid)))
@@ -69,6 +66,14 @@ def in_pieces(
         request = _request(config, sampler.vae, replace(prompt, before=None), size, seed, piece, made, past.held)
         (whole_CTHW,) = sampler.latents([replace(request, held_end=back.held)])
         yield past.decoded(sampler.vae, whole_CTHW[:, 1 : latents - back.repeated], stride)[: back.last]
+
+
+def check_overlap(latents: int, overlap: int) -> None:
+    """Raise InputError for an overlap that leaves no room in pieces of so many latent frames."""
+    if overlap > (latents - 1) // 2 and latents > 1:
+        raise InputError(f"overlap={overlap} of a piece's {latents} latent frames; at most {(latents - 1) // 2}")
+    if latents < 3:
+        raise InputError(f"a piece has {latents} latent frame(s), too few to go on from; a model of longer clips can")
 
 
 @dataclass(frozen=True)

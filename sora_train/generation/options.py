@@ -11,7 +11,7 @@ from typing import Any
 
 from sora_train.config.schema import ROPE_SCALINGS, SOLVERS
 from sora_train.core.cli import MAX_SEED, InputError, choice, keys, named, number, options, read
-from sora_train.generation.output import FORMATS
+from sora_train.generation.output import FORMATS, has_format
 from sora_train.generation.prompt_files import read_rows
 
 FILES = ("image", "video", "end_image", "end_video")
@@ -92,7 +92,10 @@ def parse(usage: str | None) -> tuple[Options, Recorded | None]:
         anew = {"run_dir", "checkpoint", "weights", "lora", "vae"} & set(typed)
         given = {name: sha for name, sha in about["given"].items() if name not in typed}
         found.append(Recorded(typed["from"], "" if anew else about["weights"], given))
-        return about["options"] | {"out": str(Path(typed["from"]).parent / about["file"])}
+        its = about["options"] | {"out": str(Path(typed["from"]).parent / about["file"])}
+        if has_format(typed.get("out", "")):
+            its = {key: value for key, value in its.items() if key not in ("format", "crf")}
+        return its
 
     o = options(Options, usage, beneath)
     for one, other in (("image", "video"), ("end_image", "end_video"), ("prompt", "prompts"), ("prompt", "shots"),
@@ -131,7 +134,7 @@ def copies(o: Options, place: Path) -> list[Job]:
     if o.count in (None, 1):
         return [Job(o, place)]
     stem, suffix = place.stem, place.suffix
-    if suffix.lower().removeprefix(".") not in FORMATS:
+    if not has_format(place):
         stem, suffix = place.name, ""
     count = o.count or 1
     return [Job(replace(o, seed=o.seed + n), place.with_name(f"{stem}-{n}{suffix}")) for n in range(count)]
@@ -139,7 +142,7 @@ def copies(o: Options, place: Path) -> list[Job]:
 
 def _jobs_of_file(o: Options, path: str) -> list[Job]:
     folder = Path(o.out) if o.out is not None else Path(o.run_dir) / "samples" / Path(path).stem
-    if folder.suffix.lower().removeprefix(".") in FORMATS or folder.is_file():
+    if has_format(folder) or folder.is_file():
         raise InputError(f"out={o.out} must be a folder, for the samples of prompts={path}")
     names = {key: name for name, key in keys(Options).items()}
     jobs = []

@@ -47,13 +47,18 @@ class Target:
         return self.folder / f"{self.name}.json"
 
 
+def has_format(place: str | Path) -> bool:
+    """Whether the suffix of a name says which format it is."""
+    return Path(place).suffix.lower().removeprefix(".") in set(FORMATS) - {"frames"}
+
+
 def target_of(place: Path, wanted: str | None, frames: int, crf: int | None) -> Target:
     """The target of `out=` and `format=` for a clip of so many frames. Raises InputError where they don't go together.
 
     A suffix that is no format's is part of the name.
     """
     suffix = place.suffix.lower().removeprefix(".")
-    has_suffix = suffix in FORMATS and suffix != "frames"
+    has_suffix = has_format(place)
     if place.suffix.lower() in _OTHERS:
         raise InputError(f"out={place}: samples are .mp4, .webm, .gif, .png (one frame), or a folder of format=frames")
     if has_suffix and wanted not in (None, suffix):

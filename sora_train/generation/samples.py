@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from sora_train.config.cost import geometry
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
 from sora_train.data.read.pool import Pool
 from sora_train.generation.given import Given
-from sora_train.generation.long_video import in_pieces
+from sora_train.generation.long_video import check_overlap, in_pieces
 from sora_train.generation.options import FILES, Job, Options, Recorded, record
 from sora_train.generation.output import Target, Video, is_there, save, target_of
 from sora_train.generation.requests import Prompt, Shot, Size, clip_size, fits, inside, read_shots
@@ -146,6 +147,8 @@ def _prepared(config: Config, o: Options, job: Job, pool: Pool) -> Sample:
     before, after, start = _ends(sample)
     if sample.in_pieces and (after is not None or start is not None):
         raise InputError("a loop, or a video made piece by piece, can't end in what is given; try whole=true")
+    if sample.in_pieces:
+        check_overlap(geometry(config).grid(min(size[0], config.data.max_frames), *size[1:])[0], o.overlap)
     if size[0] == 1 and (before is not None or after is not None):
         raise InputError("one frame has no room beside what is given; give more seconds")
     return sample

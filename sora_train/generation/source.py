@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from sora_train.config.load import build, load
-from sora_train.config.released import is_released
+from sora_train.config.released import folder_of, is_released
 from sora_train.config.rules import check
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
@@ -20,6 +21,7 @@ from sora_train.data.read.encoded import weights_hash
 from sora_train.generation.options import Options
 from sora_train.generation.sampler import EXPORTED, Sampler, Weights, checkpoint_of, load_sampler
 from sora_train.models.layers import ulysses
+from sora_train.models.wan.lora import adapter_file
 
 _TI2V_CHANNELS = 48  # of the latents of Wan 2.2's 5B model, which runs at another rate and size than the others
 _WAN = {"fps": 16.0, "max_frames": 81, "max_pixels": 480 * 832}
@@ -73,6 +75,9 @@ def adapter(text: str) -> tuple[str, float]:
 
 def fixed(o: Options) -> Options:
     """The same options, naming the checkpoint that is the newest now and adapters by their whole paths."""
+    for path, _ in map(adapter, o.lora):
+        if not Path(path).exists():
+            raise InputError(f"lora={path}: there is no such file or folder")
     lora = [f"{Path(path).absolute()}:{factor:g}" for path, factor in map(adapter, o.lora)]
     if is_released(o.run_dir) or (Path(o.run_dir) / EXPORTED).is_file():
         return replace(o, lora=lora)
@@ -89,10 +94,12 @@ def fingerprint(config: Config, o: Options) -> str:
     else:
         manifest = checkpoint_of(o.run_dir, o.checkpoint) / "manifest.json"
         parts = [str(json.loads(manifest.read_text())["sha256"])[:16]]
-    parts.append(weights_hash(Path(config.vae.path or "")))
-    parts += [
-        weights_hash(Path(path) if Path(path).is_dir() else Path(path).parent) for path, _ in map(adapter, o.lora)
-    ]
+    parts.append(weights_hash(folder_of(config.vae.path or "", "vae")))
+    if config.text_encoder.path is not None:
+        parts.append(weights_hash(folder_of(config.text_encoder.path, "text_encoder")))
+    for path, _ in map(adapter, o.lora):
+        with adapter_file(path).open("rb") as file:
+            parts.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
     return " ".join(parts)
 
 

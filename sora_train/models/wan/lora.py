@@ -128,11 +128,15 @@ def add_to_weights(dit: nn.Module, path: str, factor: float) -> None:
             parameters[name].add_(change.to(parameters[name]), alpha=scale)
 
 
+def adapter_file(path: str) -> Path:
+    """The file of adapters that a path names: itself, or the one in a folder."""
+    return Path(path) / _FILE if Path(path).is_dir() else Path(path)
+
+
 def read_adapters(path: str) -> dict[str, tuple[Tensor, Tensor, float | None]]:
     """A, B and alpha (None: the factor is 1) of each adapted layer in a file, by the layer's name there."""
-    file = Path(path) / _FILE if Path(path).is_dir() else Path(path)
     try:
-        tensors = load_file(file)
+        tensors = load_file(adapter_file(path))
     except (OSError, SafetensorError) as error:
         raise InputError(f"lora={path} can't be read as safetensors: {error}") from error
     parts: dict[str, dict[str, Tensor]] = {}
