@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,12 +71,18 @@ class Given:
         for start in range(first, last, _AT_ONCE):
             yield self.decoded(start, min(_AT_ONCE, last - start), size)
 
-    def _numbers(self, first: int, count: int) -> list[int]:
-        """Which frames of the file are on the screen at each frame of the clip."""
+    def _numbers(self, first: int, count: int) -> Sequence[float]:
+        """Numbers of the file's frames that are on the screen at each frame of the clip, as the decoder takes them.
+
+        Counted from the middle of the first frame's time, so that rounded times don't matter. Of a variable rate they
+        have fractions: times in units of the average frame.
+        """
         if not self.rate:
             return [0] * count
+        if self.figures["vfr"]:
+            return [(first + n) / self.fps * self.rate for n in range(count)]
         last = int(self.figures["frames"]) - 1
-        return [min(last, int((first + n) / self.fps * self.rate + _ALMOST)) for n in range(count)]
+        return [min(last, int((first + n) / self.fps * self.rate + 0.5)) for n in range(count)]
 
     def sha256(self) -> str:
         """The hash of the file, by which it is known again."""

@@ -90,7 +90,7 @@ class Pool:
         path: str,
         extension: str,
         member: tuple[int, int, int | None],
-        frames: list[int],
+        frames: Sequence[float],
         resize: tuple[int, int],
         crop: tuple[int, int, int, int],
         timing: Timing = STEADY,
