@@ -14,7 +14,7 @@ from sora_train.data.order.balance import packed
 from sora_train.data.order.curriculum import build_stages
 from sora_train.data.order.plan import Plan, Slots
 from sora_train.data.order.selection import Selection
-from sora_train.methods.build import plan_inputs
+from sora_train.data.shards import plan_inputs
 
 _SHOWN = 16  # slots of the step that is drawn
 _NAMED = 6  # keys that stand for all that a filter leaves out

@@ -28,22 +28,26 @@ import torch
 import webdataset as wds
 
 from sora_train.config.hydra import run_hydra
-from sora_train.config.schema import Config, Method
+from sora_train.config.registry import METHODS
+from sora_train.config.schema import Config
 from sora_train.core.batch import Refusal, Visit
 from sora_train.core.cli import InputError, choice, options_and_overrides, run
 from sora_train.core.pixels import to_video
 from sora_train.core.world import from_environment
 from sora_train.data.index.index import Index, index_shards, load_index
+from sora_train.data.index.side_tables import SideTables
 from sora_train.data.index.tar import Member, walk
 from sora_train.data.latents import texts_to_bytes, to_bytes
 from sora_train.data.loader import refusal
+from sora_train.data.order.filters import Filter
 from sora_train.data.order.plan import PlanInputs, source_frames
 from sora_train.data.order.selection import Selection
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.encoded import DTYPES, LATENT, TEXT, header, made_with
 from sora_train.data.read.pool import Pool
-from sora_train.generation.sampler import FrozenVae, tokenizer
-from sora_train.methods.build import Shards, plan_inputs
+from sora_train.data.shards import Shards, plan_inputs
+from sora_train.encoding.captions import tokenizer
+from sora_train.encoding.vae import FrozenVae
 
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _AHEAD = 64  # clips that are decoded while others are encoded
@@ -66,7 +70,7 @@ def main() -> int:
 
 def encode(config: Config, out: Path, dtype: str) -> int:
     """Encode this process's share of a configuration's shards: under torchrun each rank takes every so-many-th."""
-    if config.method is Method.autoencoder:
+    if not METHODS.get(config.method).reads_latents:
         raise InputError("an autoencoder learns from pixels; give the experiment of the video model")
     if config.data.stages:
         raise InputError("data.stages ask for several sizes; encode each by itself, with data.stages=[] and its sizes")
@@ -100,15 +104,17 @@ class Encoder:
 
     def __init__(self, config: Config, device: torch.device, dtype: str, pool: Pool, shards: Shards) -> None:
         self.config, self.dtype, self.pool, self.shards = config, dtype, pool, shards
-        self.vae = FrozenVae(config.vae, device)
+        self.vae = FrozenVae.load(config.vae, device)
         frozen = config.text_encoder.path is not None
         self.embed: Callable[[Sequence[str]], Any] | None = tokenizer(config, device) if frozen else None
+        self.tables = SideTables(config.data.side_tables, shards.store)
         self.made_with = json.dumps(made_with(config), sort_keys=True)
 
     def shard(self, shard: str, text_filter: str, path: Path) -> str:
         """Encode one shard, unless it is there; returns a line on it. InputError if another's latents are there."""
         index_shards([shard], self.config.data.workers, self.shards.store, self.shards.limits)
         index = load_index([shard], self.shards.store, allow_empty=True)
+        index = self.tables.join(index, asked=Filter(text_filter).columns)
         if index.encoded() - {""}:
             raise InputError(f"{shard} holds latents already")
         about = {"made_with": self.made_with, "source": f"{index.fingerprint[:16]} {text_filter}"}

@@ -1,17 +1,19 @@
 """Index shards: Parquet beside each, with every sample's place in the tar, size, frames and checksum.
 
-    python -m data_tools.index SHARD [SHARD ...] [probe=packets] [workers=null]
+    python -m data_tools.index SHARD [SHARD ...] [probe=packets] [workers=null] [upload=true]
 
-    python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER
+    python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER [side_table=FILES ...]
 
 Shards are paths, globs ('data/*.tar'), brace ranges ('{000..012}.tar') or URLs (https, s3, gs, hf). Those whose index
 is current are left as they are, so that an interrupted command goes on where it was. Of every video and image the
 frames are counted, the headers read and the checksum taken; `probe=frame` also decodes each video's first frame and
 each image: it takes several times longer, and finds some of the damage that training would leave out and count.
 
-The index of a remote shard stands in the node's cache; upload it beside the shard, and other nodes take it from there.
+The index of a remote shard stands in the node's cache. With `upload=true` it is written beside the shard too (s3, gs,
+hf), and every other node takes it from there.
 With `consolidate` the columns that plans and filters need are also written to one memory-mapped index (19 bytes a
-sample) for data.index=FOLDER; name the shards in the order in which data.sources does.
+sample) for data.index=FOLDER; name the shards in the order in which data.sources does. Each entry of data.side_tables
+is given as a side_table= of its own; its numbers are written too (8 bytes a sample each), its text is not.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from data_tools.progress import progress
 from sora_train.config.schema import DataConfig, Probe
 from sora_train.core.cli import InputError, number, options_and_paths, run
 from sora_train.data.index.consolidated import consolidate
-from sora_train.data.index.index import expand, index_path, index_shards
-from sora_train.data.read.store import Store
+from sora_train.data.index.index import expand, index_path, index_shards, upload_index
+from sora_train.data.read.store import Store, scheme
 
 
 @dataclass
@@ -34,8 +36,10 @@ class Options:
     """What the command takes beside shards."""
 
     consolidate: str | None = None
+    side_table: list[str] = number([])
     probe: Probe = Probe.packets
     workers: int | None = number(None, least=1)
+    upload: bool = False
 
 
 def main() -> int:
@@ -43,14 +47,20 @@ def main() -> int:
     o, patterns = options_and_paths(Options, __doc__)
     if not patterns:
         raise InputError("no shard given; --help shows how to name them")
+    if o.side_table and o.consolidate is None:
+        raise InputError(
+            "side_table= is for consolidate=FOLDER; without data.index a run reads data.side_tables itself"
+        )
     store = Store.of(DataConfig())
     shards = expand(patterns, store)
     index_shards(shards, o.workers, store, probe=o.probe)
     for shard in shards:
         print(_summary(shard, store))
+        if o.upload and scheme(shard) is not None:
+            upload_index(shard, store)
     if o.consolidate is not None:
         with progress(len(shards), "consolidating shards") as advance:
-            count = consolidate(shards, o.consolidate, advance, store)
+            count = consolidate(shards, o.consolidate, advance, store, o.side_table)
         print(f"{o.consolidate}: {count} samples of {len(shards)} shard(s)")
     return 0
 

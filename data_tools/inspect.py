@@ -32,12 +32,13 @@ from sora_train.config.load import load
 from sora_train.config.schema import Config, DataConfig, SourceConfig, StageConfig
 from sora_train.core.cli import InputError, choice, number, options_and_overrides, options_and_paths, run
 from sora_train.data.index.index import Index, expand, index_shards, load_index
+from sora_train.data.index.side_tables import SideTables
 from sora_train.data.order.visits import cuts
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.encoded import LATENT
 from sora_train.data.read.pool import Pool
 from sora_train.data.read.store import Store
-from sora_train.methods.build import Shards
+from sora_train.data.shards import Shards
 
 _SIDE = 192  # pixels of a thumbnail's longer side
 _STYLE = """
@@ -115,7 +116,7 @@ def _inspect(config: Config, patterns: list[str], out: Path, samples: int) -> in
             stage.weights = {}
     shards = Shards(config)
     shards.index()
-    index = load_index(shards.training, shards.store)
+    index = SideTables(config.data.side_tables, shards.store).join(load_index(shards.training, shards.store))
     part = report(config, index, shards.source_of, shards.filters)
     with Pool.of(config.data, shards.store) as pool:
         _write(out, render(index, view_of(config), pool, samples, part), index)

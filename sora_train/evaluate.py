@@ -37,12 +37,13 @@ from sora_train.data.index.index import Index
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Plan, Position
 from sora_train.data.read.pool import Pool
+from sora_train.data.shards import Shards
 from sora_train.demo_world.judge import COLUMNS, Counts, as_json, judge, table
 from sora_train.evaluation.completion import figures_table, marks, measure, part_of, request_of, summary
 from sora_train.evaluation.pixels import psnr
 from sora_train.generation.output import save_sample
-from sora_train.generation.sampler import Sampler, load_sampler, request_for
-from sora_train.methods.build import Shards
+from sora_train.generation.sampler import Sampler, request_for
+from sora_train.operations.trained import load_sampler
 
 _SHOWN = 12  # samples written as files
 

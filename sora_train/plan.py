@@ -22,19 +22,17 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 
 from sora_train.config.hydra import run_hydra
-from sora_train.config.schema import Config, Method
+from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, number, options_and_overrides, run
 from sora_train.data.order.plan import Plan
-from sora_train.forecast.estimate import degrees, estimate, heaviest_pass, meta_network
+from sora_train.data.shards import Shards
+from sora_train.forecast.estimate import degrees, estimate, heaviest_pass
 from sora_train.forecast.footprint import stage_of
 from sora_train.forecast.forecast import Forecast, forecast, show
 from sora_train.forecast.hardware import hardware
 from sora_train.forecast.rehearsal import rehearse
 from sora_train.forecast.this_machine import measure_cpu
 from sora_train.forecast.timing import DEVICE_HOURS_PER_FAILURE
-from sora_train.generation.sampler import build_vae, untrained_model
-from sora_train.methods.base import untrained
-from sora_train.methods.build import Shards
 
 
 @dataclass
@@ -64,7 +62,7 @@ def plan(config: Config, options: Options) -> int:
     show(terminal, config, result, note)
     if options.rehearse:
         sizes, _ = heaviest_pass(config, data, options.world_size)
-        took = rehearse(config, options.world_size, result.figures.passes, sizes, untrained)
+        took = rehearse(config, options.world_size, result.figures.passes, sizes)
         expected = result.stages[stage_of(config)].memory.peak
         terminal.print(
             f"rehearsed one step as one of {options.world_size} ranks at ZeRO stage {stage_of(config)}: "
@@ -76,18 +74,14 @@ def plan(config: Config, options: Options) -> int:
 
 def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
     """The forecast of a configuration, with its plan where there are shards."""
-    if config.method is Method.diffusion:
-        network = meta_network(untrained_model, config)
-    else:
-        network = meta_network(build_vae, config.vae)
     device = measure_cpu() if options.hardware == "cpu" else hardware(options.hardware)
     if options.price is not None:
         device = replace(device, dollars_per_hour=options.price)
-    figures = estimate(config, network, data, options.world_size)
+    figures = estimate(config, data, options.world_size)
     sizes, share = heaviest_pass(config, data, options.world_size)
     return forecast(
         config, figures, sizes, share, device, options.per_node, options.disk_gb_s * 1e9, options.device_hours,
-        untrained, degrees(config, data, options.world_size),
+        degrees(config, data, options.world_size),
     )  # fmt: skip
 
 

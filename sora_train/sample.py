@@ -28,10 +28,10 @@ from pathlib import Path
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, run
 from sora_train.data.order.plan import Position
+from sora_train.data.shards import Shards
 from sora_train.generation.options import Job, Options, jobs_of, parse
 from sora_train.generation.samples import make_all
-from sora_train.generation.source import model_config
-from sora_train.methods.build import Shards
+from sora_train.operations.source import Source
 
 _HELD_OUT = 8  # captions sampled when none is given
 
@@ -39,8 +39,8 @@ _HELD_OUT = 8  # captions sampled when none is given
 def main() -> int:
     """Sample what the options ask for, and say where it is."""
     o, recorded = parse(__doc__)
-    config = model_config(o)
-    make_all(config, o, jobs_of(o) or _held_out(config, o), recorded)
+    model = Source(o)
+    make_all(model, jobs_of(o) or _held_out(model.config, o), recorded)
     return 0
 
 

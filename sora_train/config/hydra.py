@@ -13,22 +13,43 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sora_train.config.catalogue import help_text
 from sora_train.config.load import build, known_keys
-from sora_train.config.schema import Config
+from sora_train.config.registry import FAMILIES, load_plugins
+from sora_train.config.schema import Config, VaeConfig
 from sora_train.core.cli import BAD_INPUT, InputError, nearest
 from sora_train.core.world import from_environment
 
 _HERE = Path(__file__).parents[1]
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # installed from a wheel, or a checkout
+
+
+def store_schema() -> None:
+    """Tell Hydra the schema: every key with its default, and the keys of each model family as a choice of `model`.
+
+    As values without their types: `load.build` checks types, and says what is wrong with a value in one line.
+    """
+    store = ConfigStore.instance()
+    store.store(name="schema", node=_values(Config))
+    for name in FAMILIES.names():
+        store.store(group="model", name=name, node=_values(FAMILIES.get(name).settings))
+    store.store(group="vae", name="base", node=_values(VaeConfig))
+
+
+def _values(schema: Any) -> Any:
+    return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True))
+
+
+store_schema()
 
 
 def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = "") -> int:
@@ -41,6 +62,8 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
         print(help_text(usage, CONF))
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    load_plugins(_plugins())
+    store_schema()
     codes: list[int] = []
     mistakes: list[InputError] = []
 
@@ -93,6 +116,12 @@ def _is_text(key: str) -> bool:
         hints = get_type_hints(kind) if is_dataclass(kind) else {}
         kind = hints.get(part)
     return kind in (str, str | None)
+
+
+def _plugins() -> list[str]:
+    """The modules that the command line names, which must be known before Hydra composes."""
+    given = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("plugins=")]
+    return [name.strip() for value in given for name in value.strip("[]").split(",") if name.strip()]
 
 
 def write_exit(run_dir: str | Path, code: int, reason: str) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from sora_train.config.released import text_width, transformer_shape, vae_shape
+from sora_train.config.registry import FAMILIES, load_plugins
+from sora_train.config.released import text_width, vae_shape
 from sora_train.config.rules import check, require
 from sora_train.config.schema import VAE_USE, Config, VaeConfig
 from sora_train.core.cli import InputError, nearest
@@ -27,7 +28,7 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
     The shape of a VAE at `vae.path` replaces what the tree says of it; `need_vae` False goes on where it isn't there.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
+        merged = OmegaConf.merge(schema_of(tree), OmegaConf.create(OmegaConf.to_container(tree)))
         assert isinstance(merged, DictConfig)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -53,6 +54,15 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
     return config
 
 
+def schema_of(tree: DictConfig) -> DictConfig:
+    """The schema of a tree: every key with its default, `model` with those of the family that the tree names."""
+    load_plugins(tree.get("plugins") or [])
+    schema = OmegaConf.structured(Config)
+    model = tree.get("model") or {}
+    schema.model = OmegaConf.structured(FAMILIES.get(model.get("family") or "wan").settings)
+    return schema
+
+
 def _take_released_shapes(config: Config) -> None:
     """The shapes of released models replace what the tree says of them; they must fit each other."""
     if config.vae.path is not None:
@@ -63,7 +73,7 @@ def _take_released_shapes(config: Config) -> None:
         text.width = text_width(text.path)
     if config.model.init_from is None:
         return
-    shape = transformer_shape(config.model.init_from)
+    shape = FAMILIES.get(config.model.family).released_shape(config.model.init_from)
     channels, width = shape.pop("channels"), shape.pop("text_width")
     for key, value in shape.items():
         setattr(config.model, key, value)
@@ -125,7 +135,7 @@ def _masked(value: Any) -> Any:
 
 def known_keys(tree: Any = None, prefix: str = "") -> list[str]:
     """Every dotted key of the configuration."""
-    tree = OmegaConf.structured(Config) if tree is None else tree
+    tree = schema_of(OmegaConf.create()) if tree is None else tree
     keys: list[str] = []
     for key in tree:
         keys.append(prefix + str(key))

@@ -1,4 +1,4 @@
-"""The reference of every key, generated from config.py and conf/.
+"""The reference of every key, generated from the schema and conf/.
 
 python -m sora_train.config.reference conf > docs/config_reference.md
 """
@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from sora_train.config import schema as configuration
 from sora_train.config.catalogue import group
+from sora_train.config.registry import FAMILIES
 from sora_train.config.schema import Config
 
 _HEAD = """# Configuration reference
@@ -45,6 +46,11 @@ def reference(conf: Path) -> str:
         (configuration.LoraConfig, "`model.lora`"),
     ):  # fmt: skip
         parts.append(_table(where[0].upper() + where[1:], schema, comments))
+    common = {f.name for f in dataclasses.fields(configuration.ModelConfig)}
+    for name in FAMILIES.names():
+        settings = FAMILIES.get(name).settings
+        own = _comments(Path(inspect.getfile(settings)))
+        parts.append(_table(f"`model` of the family `{name}`", settings, own, leave_out=common))
     return "\n".join(parts)
 
 

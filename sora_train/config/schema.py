@@ -16,12 +16,10 @@ DECODERS = ("decord", "pyav", "torchcodec")
 TASKS = (
     "text_to_video", "image_to_video", "extension", "extension_backwards", "interpolation", "frames", "image",
 )  # fmt: skip
-LORA_TARGETS = (  # linear layers of the transformer by the ends of their names
-    "q", "k", "v", "out", "self_attention.q", "self_attention.k", "self_attention.v", "self_attention.out",
-    "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.out", "mlp.0", "mlp.2",
-    "text_in.0", "text_in.2", "time_in.0", "time_in.2", "time_modulation.1", "out.project",
-)  # fmt: skip
-ROPE_SCALINGS = ("none", "interpolation", "ntk")
+_TASK_WEIGHTS = {
+    "text_to_video": 0.8, "image_to_video": 0.1, "extension": 0.1, "extension_backwards": 0.0, "interpolation": 0.0,
+    "frames": 0.0,
+}  # fmt: skip
 SOLVERS = ("euler", "heun", "adams_bashforth")
 VAE_USE = ("path", "cache_mib", "tile", "perceptual")  # how a run uses its VAE; the rest of VaeConfig is its shape
 WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
@@ -38,13 +36,6 @@ DERIVED = {  # DeepSpeed keys that follow from ours
     "tensorboard": "logging.writers",
     "wandb": "logging.writers",
 }
-
-
-class Method(Enum):
-    """What a run trains."""
-
-    diffusion = "diffusion"
-    autoencoder = "autoencoder"
 
 
 class Precision(Enum):
@@ -109,26 +100,20 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """The diffusion transformer."""
+    """The diffusion transformer: the keys of every family. `model=NAME` picks a size, and with it a family."""
 
+    family: str = MISSING  # folder of sora_train/models that builds it
     width: int = MISSING
-    depth: int = MISSING
+    depth: int = MISSING  # blocks
     heads: int = MISSING
     ffn: int = MISSING  # width of the MLP
     patch: int = 2  # latent pixels a side
-    frequencies: int = 256  # of the timestep embedding
-    rope_theta: float = 10000.0
-    gate_init: float = 0.0  # start of the blocks' gates; 0 is adaLN-zero
-    pooled_text: bool = False  # the caption's mean joins the timestep; without it a short run hardly hears the caption
-    absolute_positions: bool = False  # tell each token its place in the clip, beside RoPE; helps small models
     activation_checkpointing: str = "none"  # recompute in backward: none, block (all of it), selective (not attention)
     mlp_chunk: int = 0  # tokens that go through an MLP at a time, and again in backward, to save memory; 0 for all
     attention: str = "auto"  # back end: auto, sdpa, varlen (FlashAttention), flex
     compile: bool = False  # torch.compile of the block
-    init_from: str | None = None  # a diffusers Wan transformer or pipeline folder to start from; its shape rules
+    init_from: str | None = None  # released weights of the family (a diffusers folder) to start from; their shape rules
     lora: LoraConfig = field(default_factory=LoraConfig)
-    rope_scaling: str = "none"  # for clips longer or larger than trained: none, interpolation, ntk
-    rope_factors: tuple[float, float, float] = (1.0, 1.0, 1.0)  # new / trained length of time, height, width
 
 
 @dataclass
@@ -157,11 +142,11 @@ class VaeConfig:
     cache_mib: int = 0  # latents that each rank remembers, for small data sets seen many times
     tile: TileConfig = field(default_factory=TileConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    channels: int = 6
-    patch: int = 4
-    widths: list[int] = field(default_factory=lambda: [32, 64])
-    blocks: list[int] = field(default_factory=lambda: [0, 2])
-    strides: list[list[int]] = field(default_factory=lambda: [[4, 1]])  # (time, space) between levels
+    channels: int = 16
+    patch: int = 2
+    widths: list[int] = field(default_factory=lambda: [96, 192, 384])
+    blocks: list[int] = field(default_factory=lambda: [1, 2, 2])
+    strides: list[list[int]] = field(default_factory=lambda: [[2, 2], [2, 2]])  # (time, space) between levels
     mse_weight: float = 4.0  # beside L1
     kl_weight: float = 1e-4
 
@@ -235,17 +220,19 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     validation: list[str] = field(default_factory=list)
     filter: str = ""  # which samples may be used, e.g. duration >= 2 and height >= 240; validation too
+    side_tables: list[str] = field(default_factory=list)  # Parquet files with a column key: further columns of samples
+    weight: str = ""  # visits of each sample per epoch, times its source's: an expression, e.g. score / 5; empty: 1
     stages: list[StageConfig] = field(default_factory=list)  # one after the other; empty: one
     captions: dict[str, float] = field(default_factory=dict)  # weights of named captions; empty: all alike
     index: str | None = None  # consolidated index of the training shards, for large sets
     probe: Probe = Probe.packets  # what is decoded of shards that have no index yet; frame takes some times longer
     drop_refused: bool = False  # leave samples that were refused out of later epochs
-    fps: float = 8.0  # frames a second to train at; faster videos are thinned out
-    max_frames: int = 17
-    max_pixels: int = 1024  # height x width; larger videos are scaled down
+    fps: float = 16.0  # frames a second to train at; faster videos are thinned out
+    max_frames: int = 81
+    max_pixels: int = 102400  # height x width; larger videos are scaled down
     fit: Fit = Fit.crop
-    slots: int = 2  # packs of an optimizer step, shared out over the ranks
-    max_tokens: int = 1024  # of a slot
+    slots: int = 8  # packs of an optimizer step, shared out over the ranks
+    max_tokens: int = 8192  # of a slot
     fill: float = 0.9  # share of the token budget that a window's steps aim at
     window: int = 4096  # samples planned together
     workers: int = 2  # decode processes per rank
@@ -264,12 +251,12 @@ class DataConfig:
 class FlowConfig:
     """The objective and the sampler."""
 
-    tasks: dict[str, float] = field(default_factory=lambda: {"text_to_video": 1.0})  # weights
+    tasks: dict[str, float] = field(default_factory=lambda: dict(_TASK_WEIGHTS))  # share of the clips, by weight
     prediction: Prediction = Prediction.velocity
     timesteps: Timesteps = Timesteps.logit_normal
     mean: float = 0.0  # of the logit-normal
     std: float = 1.0
-    shift: float = 1.0  # t -> shift t / (1 + (shift - 1) t), towards noise
+    shift: float = 2.0  # t -> shift t / (1 + (shift - 1) t), towards noise
     shift_tokens: int = 0  # tokens of a clip that `shift` is meant for; others: shift sqrt(tokens / this). 0: all alike
     caption_dropout: float = 0.1
     per_frame_noise: float = 0.0  # share of clips whose latent frames each have a timestep of their own
@@ -360,12 +347,14 @@ class Config:
     """Everything a run needs to know; the resolved tree is written to run_dir/config.yaml."""
 
     run_dir: str = MISSING  # folder for everything that a run writes
-    method: Method = Method.diffusion
+    method: str = "diffusion"  # what is trained: diffusion, autoencoder, or a plugin's
+    plugins: list[str] = field(default_factory=list)  # modules that register methods or model families
+    init_from: str | None = None  # run folder or export whose averaged weights a new run starts from
     seed: int = 0  # of weights, order, noise
     steps: int = MISSING  # optimizer updates of the run
     precision: Precision = Precision.fp32
     threads: int | None = None  # CPU threads per rank; null: the cores of the machine shared out
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = MISSING
     vae: VaeConfig = field(default_factory=VaeConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     data: DataConfig = field(default_factory=DataConfig)

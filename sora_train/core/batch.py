@@ -63,8 +63,8 @@ class Refusal:
 class Clip:
     """What a visit brought back: pixels `video_TCHW` (uint8) and the caption drawn for this visit.
 
-    A sample that was encoded before brings `latents_CTHW` instead, with pixels of no frame, and where the text encoder
-    is frozen, `text_LE` of its caption and of none.
+    A sample whose latents were computed before training brings `latents_CTHW` and no frame of pixels. With a frozen
+    text encoder, `text_LE` holds the embedding of its caption, then of the empty caption.
     """
 
     visit: Visit
@@ -87,10 +87,6 @@ class Pack:
 
     clips: list[Clip]
     refused: list[Refusal] = field(default_factory=list)
-
-    def to(self, device: torch.device) -> Pack:
-        """Copy the pixels to `device`, asynchronously where they are pinned."""
-        return Pack([clip.moved(lambda x: x.to(device, non_blocking=True)) for clip in self.clips], self.refused)
 
     def pin(self) -> Pack:
         """Move the pixels to page-locked memory, so that the copy to the device can overlap with work."""
@@ -136,7 +132,7 @@ class Layout:
 
     @cached_property
     def spans(self) -> tuple[int, ...]:
-        """Tokens that look at each caption, in the whole pack without what pads it."""
+        """Tokens that attend to each caption, in the whole pack without its padding."""
         if not self.shots:
             return self.lengths[: len(self.texts)]
         sizes = [height * width for _, height, width in self.grids]
@@ -144,15 +140,18 @@ class Layout:
 
     @cached_property
     def queries(self) -> tuple[int, ...]:
-        """How many tokens of this part look at each caption; what pads the pack, a clip without one, at the last."""
+        """Tokens of this part that attend to each caption; the padding of a pack counts for its last caption."""
         first, last = self.mine.start, self.mine.stop
         ends = (*accumulate(self.spans[:-1]), self.tokens)
         return tuple(max(0, min(last, end) - max(first, start)) for start, end in zip((0, *ends), ends, strict=False))
 
 
 @dataclass
-class LatentPack:
-    """A pack as the diffusion model sees it: noised tokens, timesteps and captions, with the target and its weights."""
+class Stream:
+    """The tokens of one kind in a pack: video; audio would be another stream of the same clips.
+
+    `layout` has the token grid of every clip; `first` is the row at which the stream begins in the pack's sequence.
+    """
 
     layout: Layout
     x_NP: Tensor  # noised latent patches
@@ -161,5 +160,18 @@ class LatentPack:
     t_M: Tensor  # distinct timesteps
     t_of_N: Tensor  # index of each token's timestep in t_M
     level_N: Tensor  # timestep of the clip's generated frames, for the loss by noise level
-    text: Any  # ids_L2 for a text encoder trained along, or text_LE of a frozen one
     clip_of_M: Tensor | None = None  # the caption that each timestep goes with (one a clip); pooled text asks for it
+    first: int = 0
+
+
+@dataclass
+class LatentPack:
+    """A pack as the diffusion model sees it: noised tokens by stream, and what the captions became."""
+
+    streams: dict[str, Stream]
+    text: Any  # ids_L2 for a text encoder trained along, or text_LE of a frozen one
+
+    @property
+    def video(self) -> Stream:
+        """The stream that every pack has."""
+        return self.streams["video"]

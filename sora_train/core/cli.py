@@ -3,8 +3,8 @@
 The dataclass of a command's options says what each value is, and the value reaches the command as it was typed: text is
 never read as YAML, so a colon, a hash or the word "no" is only text. Numbers are finite and checked against the range
 that their field states. A list is written `[a,b]`; an item that holds a comma stands in quotes, and brackets or braces
-inside an item keep theirs (`[train-{0,1}.tar,val.tar]`). One item needs no brackets. `null` leaves a number or a choice
-that may be absent at its default.
+inside an item keep theirs (`[train-{0,1}.tar,val.tar]`). One item needs no brackets, and a list's key may come several
+times. `null` leaves a number or a choice that may be absent at its default.
 """
 
 from __future__ import annotations
@@ -152,16 +152,21 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return none or field.default == _MISSING
 
 
-def _sorted_out(schema: type, usage: str | None) -> tuple[dict[str, str], list[str]]:
-    """The values of the command line by key, the last where a key comes twice, and all other arguments."""
+def _sorted_out(schema: type, usage: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The values of the command line by key, and all other arguments.
+
+    Where a key comes twice the last value counts; lists are joined, so each value of a list's key is a tuple.
+    """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage)
         sys.exit(0)
-    given, rest, known = {}, [], _by_key(schema)
+    given: dict[str, Any] = {}
+    rest, known, hints = [], _by_key(schema), get_type_hints(schema)
     for argument in sys.argv[1:]:
         key, equals, value = argument.partition("=")
         if equals and key in known:
-            given[key] = value
+            is_list = get_origin(_without_none(hints[known[key].name])[0]) is list
+            given[key] = (*given.get(key, ()), value) if is_list else value
         else:
             rest.append(argument)
     return given, rest
@@ -181,7 +186,10 @@ def _value(key: str, field: dataclasses.Field[Any], hint: Any, given: Any) -> An
     if optional and (given is None or (given == "null" and not is_text)):
         return None
     if get_origin(kind) is list:
-        items = _items(key, given) if isinstance(given, str) else given
+        if isinstance(given, str):
+            items: Any = _items(key, given)
+        else:
+            items = [item for text in given for item in _items(key, text)] if isinstance(given, tuple) else given
         if not isinstance(items, list):
             raise InputError(f"{key}={_shown(given)} must be a list, [a,b]")
         return [_one(key, field, get_args(kind)[0], item) for item in items]

@@ -36,6 +36,15 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Shapes:
+    """Sizes at both ends of a transformer: numbers in one token's patch, width and number of text tokens."""
+
+    patch_features: int
+    text_width: int
+    text_tokens: int
+
+
+@dataclass(frozen=True)
 class Cost:
     """Forward FLOPs of a clip of N tokens with a caption of L, integers.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +133,20 @@ class Loader:
         latents, texts = check_size(found, (frames, height * grid.patch, width * grid.patch))
         none = to_video(np.empty((0, *visit.size[1:], 3), np.uint8))
         return Clip(visit, key, captions[drawn], none, latents, (texts[drawn], texts[-1]) if texts else None)
+
+
+def first_clips(
+    plan: Plan | Stages, pool: Pool, agreed: Callable[[Iterator[Step]], Iterator[Step]] = iter, prefetch_steps: int = 2
+) -> Iterator[Clip]:
+    """The clips of a plan's first epoch in its order, all slots of a step decoded here.
+
+    `agreed` may take clips out of the steps, so that several ranks see the same ones.
+    """
+    everything = [list(range(plan.inputs.slots))]
+    for step in agreed(iter(Loader(plan, pool, everything, Position(), prefetch_steps))):
+        if step.position.epoch > 0:
+            return
+        yield from step.packs[0].clips
 
 
 def draw_caption(names: list[str], weights: Sequence[tuple[str, float]], seed: int) -> int:

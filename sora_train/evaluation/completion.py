@@ -17,11 +17,11 @@ from sora_train.config.cost import geometry
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, nearest
 from sora_train.demo_world.judge import Counts, judge
+from sora_train.encoding.vae import FrozenVae
 from sora_train.evaluation.motion import changes, median_interval, path_error, seam_jumps
 from sora_train.evaluation.pixels import psnr
 from sora_train.flow.ode import Request
 from sora_train.generation.requests import Prompt, Shot
-from sora_train.generation.sampler import FrozenVae
 
 TASKS = ("image_to_video", "extension", "extension_backwards", "interpolation")
 MEASURES = {  # in the table and in the JSON

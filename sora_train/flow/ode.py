@@ -9,7 +9,7 @@ other. Guidance leads away from the empty caption, or from a negative prompt in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from sora_train.config.schema import FlowConfig
-from sora_train.core.batch import Grid, LatentPack, Layout
-from sora_train.flow.objective import Tokenize, shift_of, shifted
+from sora_train.core.batch import Grid, LatentPack, Layout, Stream
+from sora_train.flow.objective import shift_of, shifted
 from sora_train.flow.patches import patchify, unpatchify
 from sora_train.flow.prediction import velocity
 from sora_train.flow.solvers import SOLVE
+
+Tokenize = Callable[[Sequence[str]], tuple[Tensor, tuple[int, ...]]]  # captions to rows end to end, and their lengths
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,8 @@ class _Guided:
         t_M = torch.stack((torch.zeros_like(t_S), t_S), dim=1).flatten()  # for each caption: 0 if given, or its time
         place_N = 2 * caption_of_N + (~self.given_N).long().repeat(copies)
         caption_of_M = torch.arange(captions, device=x.device).repeat_interleave(2)
-        pack = LatentPack(layout, x, unused, unused, t_M, place_N, unused, text, caption_of_M)
-        return velocity(self.config.prediction, self.network(pack), pack)
+        video = Stream(layout, x, unused, unused, t_M, place_N, unused, caption_of_M)
+        return velocity(self.config.prediction, self.network(LatentPack({"video": video}, text)), video)
 
 
 def _check(request: Request, channels: int, patch: int) -> None:

@@ -23,9 +23,10 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.cost import Geometry
 from sora_train.core.seeds import hash64
+from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Held, Request, noise_of
 from sora_train.generation.requests import Prompt, Size, encode, encode_end, tail
-from sora_train.generation.sampler import FrozenVae, Sampler
+from sora_train.generation.sampler import Sampler
 
 
 def in_pieces(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sora_train.config.schema import ROPE_SCALINGS, SOLVERS
+from sora_train.config.schema import SOLVERS
 from sora_train.core.cli import MAX_SEED, InputError, choice, keys, named, number, options, read
 from sora_train.generation.output import FORMATS, has_format
 from sora_train.generation.prompt_files import read_rows
@@ -54,7 +54,7 @@ class Options:
     steps: int | None = number(None, least=1, most=10_000)
     solver: str | None = choice(SOLVERS, None)
     shift: float | None = number(None, above=0, most=1000)
-    rope_scaling: str | None = choice(ROPE_SCALINGS, None)
+    rope_scaling: str | None = None  # interpolation, ntk
     rope_factors: list[float] | None = number(None, least=1)  # of time, height, width
     checkpoint: int | None = number(None, least=0)  # its step; default: the newest intact one
     weights: str = choice(("ema", "raw"), "ema")

@@ -15,8 +15,8 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.cost import Geometry
 from sora_train.core.pixels import to_video
+from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Request
-from sora_train.generation.sampler import FrozenVae
 
 Size = tuple[int, int, int]  # frames, height, width
 

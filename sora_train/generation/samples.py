@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from sora_train.config.cost import geometry
+from sora_train.config.rules import check
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
@@ -25,7 +26,6 @@ from sora_train.generation.options import FILES, Job, Options, Recorded, record
 from sora_train.generation.output import Target, Video, is_there, save, target_of
 from sora_train.generation.requests import Prompt, Shot, Size, clip_size, fits, inside, read_shots
 from sora_train.generation.sampler import Sampler
-from sora_train.generation.source import fingerprint, fixed, open_sampler, sharing, weights_of, with_flow
 from sora_train.models.text.encoder import tokenize
 
 
@@ -68,31 +68,42 @@ class Sample:
         }  # fmt: skip
 
 
-def make_all(config: Config, o: Options, jobs: Sequence[Job], recorded: Recorded | None) -> None:
+class Model(Protocol):
+    """The model that samples come from (`operations/source.py`)."""
+
+    config: Config
+    options: Options  # of the command, naming the very checkpoint and adapters
+    weights: str  # a hash of everything trained
+    world: World
+
+    def open(self) -> Sampler:
+        """Load it."""
+
+
+def make_all(model: Model, jobs: Sequence[Job], recorded: Recorded | None) -> None:
     """Make every sample of the jobs that isn't there yet, one after the other, and say where each is.
 
     What is wrong with any of them is said before the first is made. Raises InputError.
     """
-    world = sharing(config)
-    o = fixed(o)
-    weights = fingerprint(config, o)
+    o, weights = model.options, model.weights
     if recorded is not None and recorded.weights not in ("", weights):
         raise InputError(f"{recorded.path} was made from other weights than {o.run_dir} holds; give run_dir=... anew")
-    with Pool.of(replace(config.data, workers=1)) as pool:
-        samples = [
-            _prepared(config, replace(job.options, checkpoint=o.checkpoint, lora=o.lora), job, pool) for job in jobs
-        ]
+    with Pool.of(replace(model.config.data, workers=1)) as pool:
+        samples = []
+        for job in jobs:
+            its = replace(job.options, checkpoint=o.checkpoint, lora=o.lora)
+            samples.append(_prepared(model.config, its, job, pool))
         sampler: Sampler | None = None
         for sample in samples:
             about = sample.about(weights)
             _check_given(about["given"], recorded)
             if len(samples) > 1 and is_there(sample.target, about):
-                _say(world, f"{sample.target.path}  there already")
+                _say(model.world, f"{sample.target.path}  there already")
                 continue
-            sampler = sampler or open_sampler(config, o.run_dir, weights_of(o), world)
+            sampler = sampler or model.open()
             video = made(sampler, sample)
             made_with = {"sora_train": version("sora_train"), "torch": torch.__version__, "device": sampler.device.type}
-            _keep(world, sample, video, about | {"made_with": made_with})
+            _keep(model.world, sample, video, about | {"made_with": made_with})
 
 
 def made(sampler: Sampler, sample: Sample) -> Video:
@@ -133,7 +144,7 @@ def _prepared(config: Config, o: Options, job: Job, pool: Pool) -> Sample:
             raise InputError(f"give {one}=... or {other}=..., not both")
     if o.strength < 1.0 and not o.video:
         raise InputError("strength below 1 makes a video anew; give video=...")
-    config = with_flow(config, o)
+    config = _with_flow(config, o)
     shots = [Shot(float("inf"), o.prompt or "")] if o.shots is None else read_shots(o.shots)
     _say_what_is_cut(config, [shot.caption for shot in shots] + [o.negative])
     names = [name for name in FILES if getattr(o, name) is not None]
@@ -152,6 +163,20 @@ def _prepared(config: Config, o: Options, job: Job, pool: Pool) -> Sample:
     if size[0] == 1 and (before is not None or after is not None):
         raise InputError("one frame has no room beside what is given; give more seconds")
     return sample
+
+
+def _with_flow(config: Config, o: Options) -> Config:
+    """The configuration of one sample: how it is guided and solved. Raises InputError for what doesn't go together."""
+    chosen: dict[str, Any] = {
+        "guidance": o.guidance, "guidance_interval": o.guidance_interval and tuple(o.guidance_interval),
+        "guidance_rescale": o.guidance_rescale, "sampling_steps": o.steps, "solver": o.solver, "shift": o.shift,
+    }  # fmt: skip
+    flow = replace(config.flow, **{key: value for key, value in chosen.items() if value is not None})
+    if o.negative and flow.guidance == 1.0:
+        raise InputError("negative=... says nothing with guidance=1; give guidance=... above 1")
+    changed = replace(config, flow=flow)
+    check(changed)
+    return changed
 
 
 def _ends(sample: Sample) -> tuple[Given | None, Given | None, Given | None]:

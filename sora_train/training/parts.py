@@ -1,4 +1,4 @@
-"""What the training loop is given, as it sees it: a task, steps of packs, an engine, and places to report to."""
+"""The parts of a run, as the training loop sees them: a learner, steps of packs, engines, and places to report to."""
 
 from __future__ import annotations
 
@@ -7,25 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from sora_train.core.batch import Pack, Refusal
-from sora_train.training.engine.zero import Engine
+from sora_train.methods.base import Learner
+from sora_train.training.engine.engines import Engines
 from sora_train.training.health.guard import Guard
 from sora_train.training.health.watch import Watch
 from sora_train.training.report.console import Console
 from sora_train.training.report.meter import Meter
 from sora_train.training.report.writers import Writers
-
-
-class Task(Protocol):
-    """What a step does with a pack."""
-
-    def weight(self, pack: Pack) -> float:
-        """Loss-bearing units of a pack."""
-
-    def loss(self, network: Any, pack: Pack, device: torch.device) -> Any:
-        """An object with `sum`, and `level_sum`, `level_weight`, `texts`, `by_task` (or None)."""
+from sora_train.training.state.ledger import Ledger
+from sora_train.training.state.mirror import Mirror
 
 
 class Step(Protocol):
@@ -59,12 +50,27 @@ class Plan(Protocol):
         """Take over what a checkpoint kept."""
 
 
+class Noted(Sequence[Pack]):
+    """Packs; whoever goes through them has each one noted as the pack that is computed on."""
+
+    def __init__(self, packs: Sequence[Pack], note: Callable[[Pack], None]) -> None:
+        self._packs, self._note = packs, note
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, place: Any) -> Any:
+        pack = self._packs[place]
+        self._note(pack)
+        return pack
+
+
 @dataclass
 class Parts:
     """What the trainer is given."""
 
-    task: Task
-    engine: Engine
+    learner: Learner
+    engines: Engines
     meter: Meter
     open_writers: Callable[[int], Writers | None]  # by the step that the run goes on from; None off the main rank
     console: Console
@@ -72,7 +78,9 @@ class Parts:
     # steps taken of the plan, position, refusals known from before
     steps_from: Callable[[int, tuple[int, ...], dict[Any, Refusal]], Iterator[Any]]
     validation: Callable[[], Iterator[Pack]]  # this rank's share of the held-out packs
-    sample: Callable[[Any, int, Callable[[], bool]], dict[str, Path]]  # network, step, whether to break off: videos
+    sample: Callable[[int, Callable[[], bool]], dict[str, Path]]  # step, whether to break off: videos
+    ledger: Ledger
+    mirror: Mirror | None  # the main rank's, if any
     guard: Guard  # listens from now on; before, a signal ends the process at once, as nothing is to be saved
     watch: Watch
 

@@ -14,18 +14,16 @@ import torch
 import torch.distributed as dist
 
 from sora_train.config.schema import Config
+from sora_train.core.batch import Pack
 from sora_train.core.cli import STOPPED, InputError
 from sora_train.core.world import World
-from sora_train.training.engine.ema import Ema
 from sora_train.training.engine.optim import lr_factor
-from sora_train.training.engine.power_ema import PowerEmas, Snapshots
+from sora_train.training.engine.power_ema import Snapshots
 from sora_train.training.health.guard import BadShare
-from sora_train.training.health.spikes import Health, OnItsWay, Verdict, differing_ranks
-from sora_train.training.parts import Agreement, Parts, Place, Step
+from sora_train.training.health.spikes import Health, Verdict, differing_ranks
+from sora_train.training.parts import Agreement, Noted, Parts, Place, Step
 from sora_train.training.report.profiling import StepProfile
-from sora_train.training.state.checkpoint import Checkpoints, load_into, pieces, read_state
-from sora_train.training.state.ledger import Ledger
-from sora_train.training.state.mirror import Mirror
+from sora_train.training.state.checkpoint import Checkpoints, Pieces, load_into, pieces, read_state
 
 
 class Trainer:
@@ -33,16 +31,14 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, device: torch.device, parts: Parts) -> None:
         self.config, self.world, self.device, self.parts = config, world, device, parts
-        self.engine, self.meter, self.console = parts.engine, parts.meter, parts.console
+        self.engines, self.learner = parts.engines, parts.learner
+        self.meter, self.console = parts.meter, parts.console
         self.run_dir = Path(config.run_dir)
-        self.ema = Ema(self.engine.fragments, config.optim.ema_decay)
-        self.powers = PowerEmas(self.engine.fragments, config.optim.ema_lengths)
-        keep = config.checkpoint
-        every, limit = keep.snapshot_every, keep.snapshots
-        mirror = Mirror.of(config) if world.is_main else None
-        self.snapshots = Snapshots(self.run_dir, self.powers, every, limit, mirror) if self.powers.lengths else None
-        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep.keep, keep.keep_every, mirror)
-        self.ledger = Ledger(self.run_dir, world.rank)
+        keep, self.mirror = config.checkpoint, parts.mirror
+        every, limit, powers = keep.snapshot_every, keep.snapshots, self.engines.powers
+        self.snapshots = Snapshots(self.run_dir, powers, every, limit, self.mirror) if powers.lengths else None
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep.keep, keep.keep_every, self.mirror)
+        self.ledger = parts.ledger
         self.guard, self.bad = parts.guard, BadShare(config.data.max_bad_fraction)
         self.watch, self.health = parts.watch, Health(config.guard)
         self.profile = StepProfile(self.run_dir, world.rank, config.logging.profile_steps)
@@ -50,10 +46,13 @@ class Trainer:
         self.sizes: list[tuple[int, int, int]] = []  # of the clips in the pack under way, or in the last one
         self.left_out: set[tuple[int, ...]] = set()  # steps of the plan that rollbacks pass over
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
+        self.reason = "failed; see the logs"  # why the run ended
         newest = self.checkpoints.newest()
         self.resume(newest)
-        if mirror and newest:
-            mirror.offer(newest)  # a run that was killed may not have come to it
+        if self.step < config.steps:
+            self.checkpoints.require_room(self.pieces())
+        if self.mirror and newest:
+            self.mirror.offer(newest)  # a run that was killed may not have come to it
         self.writers = parts.open_writers(self.step)
 
     def train(self) -> int:
@@ -79,23 +78,15 @@ class Trainer:
             agreed = self.agree(batch)  # an all-reduce on the CPU
             self.leave_out(batch, agreed)
             self.enter("forward and backward")
-            own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-            for pack in batch.packs:
-                self.sizes = [clip.visit.size for clip in pack.clips]
-                loss = self.parts.task.loss(self.engine, pack, self.device)
-                self.engine.backward(loss.sum, agreed.weight)
-                self.meter.add(pack, loss, agreed.weight)
-                own_loss += loss.sum.detach() / agreed.weight
-            self.enter("optimizer step")
-            self.settle()
-            arriving = OnItsWay(own_loss)  # there before DeepSpeed's own wait for the gradient norm ends
-            applied = self.engine.step(lr_factor(self.step, self.config.steps, self.config.optim))
-            if applied:
-                self.ema.update()
-                self.powers.update()
-            verdict = self.advance(batch, arriving.read(), applied)
+            factor = lr_factor(self.step, self.config.steps, self.config.optim)
+            self.engines.set_pace(agreed.weight, factor, self.before_update)
+            result = self.learner.step(self.engines, Noted(batch.packs, self.note))
+            if result.applied:
+                self.engines.update_averages()
+            verdict = self.advance(batch, self.engines.loss.read(), result.applied)
             self.profile.after(self.step)
-            self.meter.step_done(agreed.arrived, agreed.tokens, agreed.refused, applied)
+            self.meter.add(result.losses, agreed.weight)
+            self.meter.step_done(agreed.arrived, agreed.tokens, agreed.refused, result.applied)
             self.bad.add(agreed.arrived, agreed.refused, self.causes)
             if verdict is not None and self.roll_back(verdict):
                 batches = self.batches()
@@ -109,7 +100,7 @@ class Trainer:
                 self.sample()
             if self.snapshots and self.due(self.snapshots.every):
                 with self.watch.slow("save"), self.meter.overhead():
-                    self.snapshots.save(self.step, self.engine.fragments, self.split, self.engine.shapes)
+                    self.snapshots.save(self.step, self.engines.fragments, self.split, self.engines.shapes)
             if self.saves():
                 self.save()
             if self.stop and self.step < self.config.steps:
@@ -140,6 +131,15 @@ class Trainer:
         pack = self.meter.about(self.sizes) if phase in ("forward and backward", "validation") else ""
         return Place(self.step, phase, pack)
 
+    def note(self, pack: Pack) -> None:
+        """Remember the pack that is computed on, for what is said when it fails."""
+        self.sizes = [clip.visit.size for clip in pack.clips]
+
+    def before_update(self) -> None:
+        """The weights are about to change: what is being saved must be copied by now."""
+        self.enter("optimizer step")
+        self.settle()
+
     def saves(self) -> bool:
         """Whether this step ends with a checkpoint."""
         return self.due(self.config.checkpoint.every_steps) or self.stop
@@ -153,7 +153,7 @@ class Trainer:
         for refusal in batch.refused:
             self.causes[refusal.cause] = self.causes.get(refusal.cause, 0) + 1
         mine = [
-            sum(self.parts.task.weight(pack) for pack in batch.packs),
+            sum(self.learner.weight(pack) for pack in batch.packs),
             float(len(batch.samples)),
             float(len(batch.refused)),
             float(sum(self.meter.tokens(pack) for pack in batch.packs)),
@@ -233,7 +233,7 @@ class Trainer:
 
     def compare_ranks(self) -> None:
         """Stop where the ranks' weights are no longer the same; the checkpoint before is still good."""
-        differing = differing_ranks(self.engine.fingerprint())
+        differing = differing_ranks(self.engines.fingerprint())
         if differing:
             raise RuntimeError(
                 f"step {self.step}: the weights of rank(s) {differing} differ from the others'; look for bad memory or "
@@ -244,10 +244,10 @@ class Trainer:
         """Read the meter when a step is logged."""
         if not (self.due(self.config.logging.every_steps) or self.step == 1):
             return
-        figures = self.meter.read() | {"grad_norm": self.engine.grad_norm, "lr": self.engine.lr}
+        figures = self.meter.read() | self.engines.figures()
         figures |= {"epoch": self.position[0], "failed_saves": self.checkpoints.failed}
-        if self.checkpoints.mirror:
-            figures["failed_uploads"] = self.checkpoints.mirror.failed
+        if self.mirror:
+            figures["failed_uploads"] = self.mirror.failed
         figures |= self.watch.stragglers()
         self.console.step(self.step, figures)
         if self.writers:
@@ -256,15 +256,15 @@ class Trainer:
     def validate(self) -> None:
         """Loss on held-out clips at fixed noise, with the averaged weights; the ranks share the work."""
         slow = self.watch.slow("validation")
-        with slow, self.meter.overhead(), self.engine.weights(self.ema.values), torch.no_grad():
+        with slow, self.meter.overhead(), self.engines.averaged(), torch.no_grad():
             total = torch.zeros(2, dtype=torch.float64)
             for pack in self.parts.validation():
                 if self.told_to_stop():
                     self.console.say(f"step {self.step}: validation broken off by a signal")
                     return
-                self.sizes = [clip.visit.size for clip in pack.clips]
-                loss = self.parts.task.loss(self.engine, pack, self.device)
-                total += torch.tensor([float(loss.sum), self.parts.task.weight(pack)], dtype=torch.float64)
+                self.note(pack)
+                loss_sum = self.learner.validate(self.engines, pack)
+                total += torch.tensor([float(loss_sum), self.learner.weight(pack)], dtype=torch.float64)
             dist.all_reduce(total)
         if total[1] > 0:
             value = (total[0] / total[1]).item()
@@ -274,8 +274,8 @@ class Trainer:
 
     def sample(self) -> None:
         """Sample videos with the averaged weights."""
-        with self.watch.slow("samples"), self.meter.overhead(), self.engine.weights(self.ema.values):
-            videos = self.parts.sample(self.engine, self.step, self.told_to_stop)
+        with self.watch.slow("samples"), self.meter.overhead(), self.engines.averaged():
+            videos = self.parts.sample(self.step, self.told_to_stop)
             dist.barrier()  # the ranks share the work
         if self.writers and videos:
             self.writers.videos(self.step, videos)
@@ -283,20 +283,25 @@ class Trainer:
     @property
     def split(self) -> tuple[int, int] | None:
         """How the ranks share out what every one of them holds whole."""
-        return (self.world.rank, self.world.size) if self.engine.stage == 0 else None
+        return (self.world.rank, self.world.size) if self.engines.stage == 0 else None
+
+    def pieces(self) -> Pieces:
+        """What this rank saves."""
+        engines = self.engines
+        return pieces(engines.fragments, engines.ema.values, self.split, engines.powers.values)
 
     def save(self) -> None:
         """Hand a copy of everything to the background writer."""
         with self.watch.slow("save"), self.meter.overhead():
-            mine = pieces(self.engine.fragments, self.ema.values, self.split, self.powers.values)
+            engines, mine = self.engines, self.pieces()
             state = {
                 "step": self.step, "applied": self.applied,
                 "position": self.position, "plan_hash": self.parts.plan.hash,
                 "amendments": self.parts.plan.amendments,
-                "ema_updates": self.ema.updates, "totals": asdict(self.meter.totals), "shapes": self.engine.shapes,
+                "ema_updates": engines.ema.updates, "totals": asdict(self.meter.totals), "shapes": engines.shapes,
                 "health": self.health.state(), "left_out": sorted(self.left_out),
-                "ranks": self.world.size, "stage": self.engine.stage, "time": time.time(),
-                **self.powers.state(),
+                "ranks": self.world.size, "stage": engines.stage, "time": time.time(),
+                **engines.powers.state(),
             }  # fmt: skip
             self.checkpoints.save(self.step, mine, state)
 
@@ -310,12 +315,13 @@ class Trainer:
         """Load a checkpoint, if there is one, and forget what was written after it."""
         if checkpoint is not None:
             state = read_state(checkpoint)
-            self.powers.restore(state)
-            load_into(checkpoint, pieces(self.engine.fragments, self.ema.values, None, self.powers.values))
-            self.engine.write_weights({f.name: f.master for f in self.engine.fragments})
+            engines = self.engines
+            engines.powers.restore(state)
+            load_into(checkpoint, pieces(engines.fragments, engines.ema.values, None, engines.powers.values))
+            engines.write_weights()
             self.step, self.applied, self.position = state["step"], state["applied"], tuple(state["position"])
-            self.ema.updates = state["ema_updates"]
-            self.engine.set_optimizer_steps(self.applied)
+            engines.ema.updates = state["ema_updates"]
+            engines.set_optimizer_steps(self.applied)
             self.meter.restore(state["totals"])
             self.health.restore(state.get("health", {}))
             self.left_out = {tuple(position) for position in state.get("left_out", [])}
@@ -329,8 +335,9 @@ class Trainer:
                 f"resumed {checkpoint.name}, saved on {state['ranks']} rank(s) at ZeRO stage {state['stage']}"
             )
         self.left_out |= {position for positions in self.ledger.rollbacks() for position in positions}
-        self.known = self.ledger.replayed(self.step)
-        dist.barrier()
+        known = [self.ledger.replayed(self.step) if self.world.is_main else {}]  # one rank opens the files of all
+        dist.broadcast_object_list(known)
+        self.known = known[0]
         if self.world.is_main:
             self.ledger.cut(self.step)
         dist.barrier()
@@ -341,10 +348,13 @@ class Trainer:
             saved = self.checkpoints.wait()
             if self.snapshots:
                 saved = self.snapshots.wait() and saved
-            if self.checkpoints.mirror:
-                self.checkpoints.mirror.finish(self.config.guard.slow_timeout_s / 2)  # no hang yet
-        if not saved:
-            code, reason = 1, f"{reason.removesuffix(' after saving')}, but the last checkpoint could not be written"
+            if self.mirror:
+                self.mirror.finish(self.config.guard.slow_timeout_s / 2)  # no hang yet
+        if not saved and code == STOPPED:  # the next start has the steps since the checkpoint before to do again
+            reason = f"{reason.removesuffix(' after saving')}, but its checkpoint could not be written"
+        elif not saved:
+            code, reason = 1, f"{reason}, but the last checkpoint could not be written"
+        self.reason = reason
         self.console.say(f"step {self.step}/{self.config.steps}: {reason}")
         return code
 

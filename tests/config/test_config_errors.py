@@ -17,7 +17,7 @@ from sora_train.config.hydra import as_typed, run_hydra
 from sora_train.config.load import load, to_dict
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, nearest, options
-from sora_train.methods.build import Shards
+from sora_train.data.shards import Shards
 
 ROOT = Path(__file__).parents[2]
 Answer = Callable[..., str]

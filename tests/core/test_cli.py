@@ -113,6 +113,11 @@ def test_what_is_wrong_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, argu
     assert "\n" not in str(refused.value)
 
 
+def test_the_last_value_counts_and_lists_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = typed(monkeypatch, "prompt=a", "shards=[a,b]", "prompt=b", "shards=c")
+    assert (made.prompt, made.shards) == ("b", ["a", "b", "c"])
+
+
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tool"])
     with pytest.raises(InputError, match=r"missing: run_dir=\.\.\."):

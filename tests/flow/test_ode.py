@@ -15,6 +15,7 @@ from sora_train.flow.ode import Held, Request, generate, noise_of
 from sora_train.flow.patches import patchify
 from sora_train.models.text.encoder import TextEncoder, tokenize_captions
 from sora_train.models.video_model import VideoModel
+from sora_train.models.wan.family import WAN
 from sora_train.models.wan.model import DiT
 
 CPU = torch.device("cpu")
@@ -38,11 +39,13 @@ class Field(nn.Module):
         self.formula, self.times, self.sizes = formula, [], []
 
     def forward(self, pack: LatentPack) -> Tensor:
-        t_N1 = pack.t_M[pack.t_of_N].unsqueeze(1)
-        told = torch.tensor([n > 1 for n in pack.layout.texts]).repeat_interleave(torch.tensor(pack.layout.lengths))
-        self.times.append(pack.t_M.max().item())
-        self.sizes.append(len(pack.x_NP))
-        return self.formula(pack.x_NP, t_N1, told.unsqueeze(1).float())  # type: ignore[operator]
+        t_N1 = pack.video.t_M[pack.video.t_of_N].unsqueeze(1)
+        told = torch.tensor([n > 1 for n in pack.video.layout.texts]).repeat_interleave(
+            torch.tensor(pack.video.layout.lengths)
+        )
+        self.times.append(pack.video.t_M.max().item())
+        self.sizes.append(len(pack.video.x_NP))
+        return self.formula(pack.video.x_NP, t_N1, told.unsqueeze(1).float())  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -71,8 +74,10 @@ def test_clips_of_one_batch_go_along_their_own_shifts() -> None:
 
     class Times(nn.Module):
         def forward(self, pack: LatentPack) -> Tensor:
-            seen.append([float(pack.t_M[part].max()) for part in pack.t_of_N.split(pack.layout.lengths)])
-            return torch.zeros_like(pack.x_NP)
+            seen.append(
+                [float(pack.video.t_M[part].max()) for part in pack.video.t_of_N.split(pack.video.layout.lengths)]
+            )
+            return torch.zeros_like(pack.video.x_NP)
 
     flow = replace(FLOW, sampling_steps=4, guidance=1.0, shift_tokens=6)
     run(Times(), [Request("x", grid, 0) for grid in GRIDS], flow)
@@ -126,7 +131,7 @@ def test_rescaled_guidance_has_the_deviation_of_the_conditional_velocity() -> No
 @pytest.fixture(scope="module")
 def model() -> VideoModel:
     torch.manual_seed(0)
-    network = VideoModel(DiT(16, 24, 2, 2, 48, 16), TextEncoder(16, 1, 2, 64, 32))
+    network = VideoModel(DiT(16, 24, 2, 2, 48, 16), TextEncoder(16, 1, 2, 64, 32), WAN)
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -246,8 +251,8 @@ def test_each_shot_looks_at_its_own_caption_alone() -> None:
 
     class Words(nn.Module):
         def forward(self, pack: LatentPack) -> Tensor:
-            queries, texts = pack.layout.queries, torch.tensor(pack.layout.texts)
-            return texts.repeat_interleave(torch.tensor(queries)).unsqueeze(1).expand_as(pack.x_NP).float()
+            queries, texts = pack.video.layout.queries, torch.tensor(pack.video.layout.texts)
+            return texts.repeat_interleave(torch.tensor(queries)).unsqueeze(1).expand_as(pack.video.x_NP).float()
 
     flow = replace(FLOW, guidance=1.0)
     noise = noise_of(request, 4, 2)

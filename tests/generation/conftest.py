@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from sora_train.config.hydra import CONF
 from sora_train.config.load import build, load, to_yaml
 from sora_train.config.schema import VAE_USE, Config, VaeConfig
-from sora_train.generation.sampler import build_vae, build_video_model
+from sora_train.models.video_model import build_video_model
+from sora_train.models.video_vae.model import build_vae
 from sora_train.training.state.checkpoint import Checkpoints
 
 SMALL = ("model.width=32", "model.depth=1", "model.heads=2", "model.ffn=32", "text_encoder.width=16")
@@ -28,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, process_group: torch.device) 
     """The model's VAE in `vae`, and in `run` a run with two checkpoints of random weights, averages unlike trained."""
     folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
-    vae = VaeConfig(widths=[8, 8], blocks=[0, 1], channels=4, strides=[[2, 1]])
+    vae = VaeConfig(widths=[8, 8], blocks=[0, 1], channels=4, strides=[[2, 1]], patch=4)
     (folder / "vae").mkdir()
     save_file(build_vae(vae).state_dict(), folder / "vae" / "vae.safetensors")
     shape = {key: value for key, value in asdict(vae).items() if key not in VAE_USE}
@@ -44,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, process_group: torch.device) 
         torch.manual_seed(step)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        named = {name: p.detach().clone() for name, p in network.named_parameters()}
+        named = {f"model/{name}": p.detach().clone() for name, p in network.named_parameters()}
         pieces = {f"ema/{name}": (0, p.reshape(-1)) for name, p in named.items()}
         pieces |= {f"master/{name}": (0, 1.5 * p.reshape(-1)) for name, p in named.items()}
         checkpoints.save(step, pieces, {"step": step, "shapes": {name: tuple(p.shape) for name, p in named.items()}})

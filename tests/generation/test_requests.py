@@ -16,11 +16,13 @@ from torch import Tensor
 from sora_train.config.schema import Config, TileConfig
 from sora_train.core.cli import InputError
 from sora_train.core.media import read_mp4
+from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Request, noise_of
 from sora_train.generation.long_video import in_pieces
 from sora_train.generation.output import save_sample
 from sora_train.generation.requests import Prompt, Shot, read_shots, spans
-from sora_train.generation.sampler import FrozenVae, Sampler, build_video_model
+from sora_train.generation.sampler import Sampler
+from sora_train.models.video_model import build_video_model
 
 SIZE = (9, 16, 16)
 
@@ -78,7 +80,7 @@ def test_a_long_video_is_held_to_the_latents_and_the_noise_of_the_overlap(config
 
 def test_a_seam_is_decoded_like_any_other_place(config: Config) -> None:
     """The frames of all pieces are those of their latents decoded at once, whatever a network makes."""
-    vae = FrozenVae(config.vae, torch.device("cpu"))
+    vae = FrozenVae.load(config.vae, torch.device("cpu"))
     drawn: list[Tensor] = []
 
     class Drawn(Sampler):
@@ -184,8 +186,8 @@ def test_memory_is_flat_in_the_length_of_a_video(tmp_path: Path) -> None:
 def test_a_large_video_goes_through_the_vae_in_pieces_and_tiles(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = FrozenVae(config.vae, torch.device("cpu"))
-    parts = FrozenVae(replace(config.vae, tile=TileConfig(4, 16, 24)), torch.device("cpu"))
+    whole = FrozenVae.load(config.vae, torch.device("cpu"))
+    parts = FrozenVae.load(replace(config.vae, tile=TileConfig(4, 16, 24)), torch.device("cpu"))
     video = torch.randint(0, 256, (1, 3, 9, 32, 48), dtype=torch.uint8)
     latents = whole.encode(video)
     largest: list[int] = []
@@ -199,7 +201,7 @@ def test_a_large_video_goes_through_the_vae_in_pieces_and_tiles(
 
 def test_given_frames_come_back_as_from_the_vae_alone(config: Config) -> None:
     """Both ends of a clip whose middle is made by a network that nobody trained."""
-    vae = FrozenVae(config.vae, torch.device("cpu"))
+    vae = FrozenVae.load(config.vae, torch.device("cpu"))
     sampler = Sampler(config, build_video_model(config).eval(), vae, torch.device("cpu"))
     before, after = (
         np.random.default_rng(n).integers(0, 255, (count, 24, 24, 3), dtype=np.uint8) for n, count in ((0, 3), (1, 5))

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from sora_train import export
 from sora_train.core.cli import InputError
 from sora_train.core.media import read_mp4, write_mp4
-from sora_train.generation import samples
 from sora_train.generation.sampler import Sampler
+from sora_train.operations import source
 
 Give = Callable[..., None]
 
@@ -159,15 +159,8 @@ def once(work: Callable[..., Any]) -> Callable[..., Any]:
 def test_300_prompts_of_a_fuzzer_reach_the_json_byte_for_byte(
     sample: Give, drawn: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sora_train import sample as command
-
-    for module, name in (
-        (command, "model_config"),
-        (samples, "fixed"),
-        (samples, "fingerprint"),
-        (samples, "open_sampler"),
-    ):
-        monkeypatch.setattr(module, name, once(getattr(module, name)))  # what isn't about the prompt takes long
+    for name in ("model_config", "fixed", "fingerprint", "load_sampler"):  # what isn't about the prompt takes long
+        monkeypatch.setattr(source, name, once(getattr(source, name)))
 
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.text(st.characters(exclude_characters="\0", codec="utf-8")))

@@ -37,6 +37,7 @@ from sora_train.data.read.pool import Pool
 from sora_train.data.read.store import PIPE, Store, scheme
 
 VERSION = 2
+_REQUESTS = 8  # shards that are asked about at a time: a remote one answers after a while
 _HASHED = ("key", "crc32", "frames", "fps", "width", "height", "vfr", "careful", "refused", "caption_crc32")
 
 
@@ -120,9 +121,15 @@ def index_path(shard: str, store: Store | None = None) -> Path:
     return folder / "index" / f"{hashlib.sha256(shard.encode()).hexdigest()[:32]}.index.parquet"
 
 
-def expand(patterns: Sequence[str], store: Store | None = None) -> list[str]:
+def expand(
+    patterns: Sequence[str],
+    store: Store | None = None,
+    what: str = "shard",
+    keys: str = "data.sources and data.validation",
+) -> list[str]:
     """Shards of glob patterns (`*`, `?`, `[...]`) and brace ranges (`{000..012}`, `{a,b}`), sorted per pattern.
 
+    Files of another kind than shards are called `what` in errors, and configured by `keys`.
     Raises InputError for a pattern that names no file, or a local file that isn't there. A remote shard that is named
     without wildcards is looked for when it is first read.
     """
@@ -135,15 +142,16 @@ def expand(patterns: Sequence[str], store: Store | None = None) -> list[str]:
         try:
             paths = list(braceexpand(pattern))
         except ValueError as error:  # unbalanced braces
-            raise InputError(f"shard {pattern!r}: {error}") from error
+            raise InputError(f"{what} {pattern!r}: {error}") from error
         for path in paths:
             matches = store.list(path) if kind else _local_files(path)
             if not matches:
-                raise InputError(f"no shard at {path!r} (from {pattern!r}); check data.sources and data.validation")
+                raise InputError(f"no {what} at {path!r} (from {pattern!r}); check {keys}")
             found += matches
     if len(set(found)) != len(found):
         twice = sorted({path for path in found if found.count(path) > 1})
-        raise InputError(f"shard {twice[0]!r} is named twice; use `repeat` to see samples more than once")
+        instead = "use `repeat` to see samples more than once" if what == "shard" else f"check {keys}"
+        raise InputError(f"{what} {twice[0]!r} is named twice; {instead}")
     return found
 
 
@@ -164,7 +172,7 @@ def index_shards(
     An index for which first pictures were decoded serves those who don't ask for that too.
     """
     store = store or Store()
-    stale = [s for s in shards if not is_current(s, store, limits, probe) and not _adopted(s, store, limits, probe)]
+    stale = missing_index(shards, store, limits, probe)
     if not stale:
         return
     count = workers or len(os.sched_getaffinity(0))
@@ -180,6 +188,24 @@ def index_shards(
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def missing_index(shards: Sequence[str], store: Store, limits: Limits, probe: Probe) -> list[str]:
+    """The shards that have no current index here, after those that lie beside remote shards were taken over."""
+
+    def lacks(shard: str) -> bool:
+        return not is_current(shard, store, limits, probe) and not _adopted(shard, store, limits, probe)
+
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        return [shard for shard, lacking in zip(shards, threads.map(lacks, shards), strict=True) if lacking]
+
+
+def take_index(shard: str, data: bytes, store: Store, limits: Limits, probe: Probe) -> None:
+    """Take over the index that another node made of a shard; raises InputError where the shard is another one here."""
+    table = pq.read_table(io.BytesIO(data))
+    if not _is_of(_metadata(table.schema), shard, store, limits, probe):
+        raise InputError(f"{shard} differs between the nodes of this run; give all of them the same files")
+    _write(table, index_path(shard, store))
 
 
 class _Bar:
@@ -218,11 +244,11 @@ def _index(shard: str, pool: Pool, store: Store, probe: Probe, advance: Callable
     _write(table, index_path(shard, store))
 
 
-def _adopted(shard: str, store: Store, limits: Limits, probe: Probe) -> bool:
+def _adopted(shard: str, store: Store, limits: Limits | None, probe: Probe) -> bool:
     """Take over the index that lies beside a remote shard, if there is one and it was made from that very shard."""
     if scheme(shard) in (None, PIPE):
         return False
-    beside = shard.removesuffix(".tar") + ".index.parquet"
+    beside = _beside(shard)
     try:
         table = pq.read_table(io.BytesIO(store.fetch(beside, 0, store.size(beside))))
     except (InputError, DecodeError, pa.ArrowException):
@@ -233,6 +259,15 @@ def _adopted(shard: str, store: Store, limits: Limits, probe: Probe) -> bool:
     about = known | {"sora_train.identity": store.identity(shard)}
     _write(table.replace_schema_metadata(about), index_path(shard, store))
     return True
+
+
+def upload_index(shard: str, store: Store) -> None:
+    """Write the index of a remote shard beside it, where every node finds it; raises InputError where it can't be."""
+    store.put(_beside(shard), index_path(shard, store).read_bytes())
+
+
+def _beside(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".index.parquet"
 
 
 def _write(table: pa.Table, final: Path) -> None:
@@ -261,6 +296,11 @@ def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Pr
         return False
     if "sora_train.version" not in known:
         raise InputError(f"{path} is in the place of the index of {shard} and is none; move it away")
+    return _is_of(known, shard, store, limits, probe)
+
+
+def _is_of(known: dict[str, str], shard: str, store: Store, limits: Limits | None, probe: Probe) -> bool:
+    """Whether an index, known by its metadata, was made from a shard as it is here and now, and fits what is asked."""
     if not _fits(known, limits, probe):
         return False
     if scheme(shard) is not None:
@@ -306,7 +346,7 @@ def load_index(
     `max_bad_fraction` isn't.
     """
     store = store or Store()
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(_REQUESTS) as threads:
         tables = list(threads.map(lambda shard: load_rows(shard, store), shards))
     table = pa.concat_tables(_of_one_kind(tables), promote_options="permissive")
     columns = {name: _column(table[name]) for name in table.column_names}
@@ -335,8 +375,8 @@ def load_index(
 
 
 def load_rows(shard: str, store: Store) -> pa.Table:
-    """The rows of one shard's index; raises InputError if it has no current one."""
-    if not is_current(shard, store):
+    """The rows of one shard's index, that beside a remote shard included; raises InputError without a current one."""
+    if not is_current(shard, store) and not _adopted(shard, store, None, Probe.packets):
         raise InputError(f"{shard} has no current index; run: python -m data_tools.index {shard}")
     return pq.read_table(index_path(shard, store))
 

@@ -98,7 +98,7 @@ def apply(network: nn.Module, self_attentions: Sequence[Any], others: Neighbours
         return (part_of(arguments[0], others.place, others.parts),)
 
     def bring_together(_: nn.Module, arguments: tuple[LatentPack], velocity_NP: Tensor) -> Tensor:
-        layout = arguments[0].layout
+        layout = arguments[0].video.layout
         return _Gather.apply(velocity_NP, others)[: sum(layout.spans)]  # without what pads the pack
 
     network.register_forward_pre_hook(share_out)
@@ -109,13 +109,14 @@ def apply(network: nn.Module, self_attentions: Sequence[Any], others: Neighbours
 
 def part_of(pack: LatentPack, place: int, parts: int) -> LatentPack:
     """One of several equal parts of a pack. Where they don't divide, a clip without a caption pads it at the end."""
-    layout = pack.layout
+    video = pack.video
+    layout = video.layout
     padding = -layout.tokens % parts
     grids = (*layout.grids, (1, 1, padding)) if padding else layout.grids
     layout = replace(layout, grids=grids, part=(place, parts))
-    x_NP = F.pad(pack.x_NP, (0, 0, 0, padding))[layout.mine]
-    t_of_N = F.pad(pack.t_of_N, (0, padding))[layout.mine]
-    return replace(pack, layout=layout, x_NP=x_NP, t_of_N=t_of_N)
+    x_NP = F.pad(video.x_NP, (0, 0, 0, padding))[layout.mine]
+    t_of_N = F.pad(video.t_of_N, (0, padding))[layout.mine]
+    return replace(pack, streams={"video": replace(video, layout=layout, x_NP=x_NP, t_of_N=t_of_N)})
 
 
 def across(attend: Attend, others: Neighbours) -> Attend:

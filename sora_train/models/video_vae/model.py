@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sora_train.config.schema import VaeConfig
+
 _CALM = 1e-3  # added to a position's energy: plain surfaces are near zero, and dividing by that makes gradients spike
 
 
@@ -283,3 +285,8 @@ def regroup(x_BCTHW: Tensor, channels: int) -> Tensor:
     common = math.lcm(have, channels)
     x = x_BCTHW.repeat_interleave(common // have, dim=1)
     return x.unflatten(1, (channels, -1)).mean(2)
+
+
+def build_vae(config: VaeConfig) -> VideoVAE:
+    """The autoencoder of a configuration, freshly initialised."""
+    return VideoVAE(config.channels, config.patch, config.widths, config.blocks, [(t, s) for t, s in config.strides])

@@ -17,9 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sora_train.config.released import ROPE_THETA, folder_of
-from sora_train.config.schema import ModelConfig
+from sora_train.config.released import ADAPTERS, folder_of
 from sora_train.core.cli import InputError
+from sora_train.models.wan.lora import pairs
+from sora_train.models.wan.released import ROPE_THETA
+from sora_train.models.wan.settings import WanConfig
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ENDS = {  # ours to diffusers'
@@ -86,7 +88,7 @@ def load_wan(dit: nn.Module, path: str | Path) -> None:
             raise InputError(f"{folder} {what} {len(names)} tensor(s): {', '.join(names)}")
 
 
-def save_wan(weights: Mapping[str, Tensor], model: ModelConfig, text_width: int, folder: Path) -> None:
+def save_wan(weights: Mapping[str, Tensor], model: WanConfig, text_width: int, folder: Path) -> None:
     """Write the weights of a DiT as a folder that `WanTransformer3DModel.from_pretrained` loads.
 
     Raises InputError for a model with options that Wan doesn't have.
@@ -118,7 +120,23 @@ def save_wan(weights: Mapping[str, Tensor], model: ModelConfig, text_width: int,
     (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
 
 
-def require_wan(model: ModelConfig, form: str) -> None:
+def save_adapters(adapters: Mapping[str, Tensor], model: WanConfig, folder: Path) -> None:
+    """Write the adapters of a DiT as a file that diffusers' `load_lora_weights` and `load_lora_adapter` read.
+
+    The factor alpha / rank is multiplied into B, so that it is 1 for every reader, whatever it knows of alpha.
+    Raises InputError for a model with options that Wan doesn't have.
+    """
+    require_wan(model, "adapter")
+    factor = model.lora.alpha / model.lora.rank
+    theirs: dict[str, Tensor] = {}
+    for name, down, up in pairs(adapters):
+        layer = "transformer." + wan_name(f"{name}.weight").removesuffix(".weight")
+        theirs |= {f"{layer}.lora_A.weight": down.contiguous(), f"{layer}.lora_B.weight": up * factor}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(theirs, folder / ADAPTERS, metadata={"format": "pt"})
+
+
+def require_wan(model: WanConfig, form: str) -> None:
     """Raise InputError for a model with options that Wan doesn't have; `form` is what was to be written."""
     if model.rope_scaling != "none":
         raise InputError(f"format={form}: diffusers' Wan has no model.rope_scaling={model.rope_scaling}; train without")

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sora_train.core.batch import Layout
+from sora_train.core.cost import Shapes
 from sora_train.models.layers.attention import host_lengths, packed_attention
 from sora_train.models.layers.fused import Gelu, gated_sum, modulated_norm, normed_heads
 from sora_train.models.layers.rope import PLACE_FEATURES, UNSCALED, Factors, place_features, rotations
+from sora_train.models.wan.settings import WanConfig
 
 
 class DiT(nn.Module):
@@ -221,3 +223,13 @@ def timestep_embedding(t_M: Tensor, size: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t_M.device) / half)
     angles = 1000.0 * t_M.float().unsqueeze(1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def build_dit(config: WanConfig, shapes: Shapes) -> DiT:
+    """The transformer of a configuration, freshly initialised."""
+    m = config
+    return DiT(
+        shapes.patch_features, m.width, m.depth, m.heads, m.ffn, shapes.text_width, m.frequencies, m.rope_theta,
+        m.gate_init, m.absolute_positions, m.pooled_text, m.activation_checkpointing, m.mlp_chunk, m.attention,
+        rope_scaling=m.rope_scaling, rope_factors=(m.rope_factors[0], m.rope_factors[1], m.rope_factors[2]),
+    )  # fmt: skip

@@ -8,7 +8,7 @@ against DeepSpeed 0.19; `_check_fragments` compares them with the parameters at 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,23 +19,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sora_train.config.schema import Precision
+from sora_train.config.schema import Config, Precision
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 _TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """What this rank owns of one parameter: elements start .. start + numel of it, flattened."""
+    """This rank's part of one parameter: elements start .. start + numel of it, flattened.
+
+    `name` is NETWORK/PARAMETER, `states` the optimizer's tensors by their own names.
+    """
 
     name: str
     start: int
     master: Tensor  # fp32
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    states: dict[str, Tensor]
 
 
 def connect(world: World, rehearsal: bool = False) -> torch.device:
@@ -71,23 +73,52 @@ def disconnect() -> None:
     deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
 
 
+@dataclass
+class Pace:
+    """What an optimizer step is taken with: the same for every engine of a run."""
+
+    weight: float = 1.0  # what summed losses are divided by, over all ranks
+    lr_factor: float = 1.0  # on the learning rate of every group
+    before_update: Callable[[], None] = lambda: None  # called before the weights change
+
+
+class OnItsWay:
+    """A number that is being copied from the device behind the work already queued there.
+
+    Reading it waits until that work is done, and no longer: nothing that was queued later.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.detach().to("cpu", non_blocking=True)  # into page-locked memory
+        self._arrived = torch.cuda.Event() if value.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> float:
+        """The number, on the host."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value.item())
+
+
 class Engine:
-    """A network under ZeRO: call it, `backward`, `step`."""
+    """A network under ZeRO: call it, `backward`, `step`. `name` stands before its parameters' names.
+
+    `passes` backward passes make a step. `loss` is this rank's share of the last step's loss.
+    """
 
     def __init__(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.AdamW,
-        precision: Precision,
-        passes: int,
-        clip: float,
-        options: dict[str, Any],
-    ) -> None:
+        self, name: str, network: nn.Module, optimizer: torch.optim.AdamW, passes: int, config: Config,
+        whole: bool = True,
+    ) -> None:  # fmt: skip
+        options, precision = config.deepspeed, config.precision
+        self.pace, self.loss = Pace(), OnItsWay(torch.zeros(()))
         self.stage = int(options.get("zero_optimization", {}).get("stage", 0))
         self.passes, self._done = passes, 0
-        self.clip, self.optimizer, self.fp32 = clip, optimizer, precision is Precision.fp32
+        self.clip, self.optimizer, self.fp32 = config.optim.clip, optimizer, precision is Precision.fp32
+        clip = self.clip
         self.world = dist.get_world_size()
-        self.names: dict[Any, str] = {p: name for name, p in network.named_parameters() if p.requires_grad}
+        self.names: dict[Any, str] = {p: f"{name}/{key}" for key, p in network.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
         settings = {
             "train_micro_batch_size_per_gpu": 1,
@@ -105,27 +136,33 @@ class Engine:
         self._grad_norm: Tensor | float | None = 0.0
         self._create_moments()
         self.fragments = sorted(self._fragments(), key=lambda f: f.name)
-        self._check_fragments()
+        self._check_fragments(whole)
+        self._own_loss = torch.zeros((), dtype=torch.float64, device=next(iter(self.names)).device)
 
     def __call__(self, *arguments: Any) -> Any:
         return self.engine(*arguments)
 
-    def backward(self, loss_sum: Tensor, weight: float) -> None:
+    def backward(self, loss_sum: Tensor) -> None:
         """Back-propagate a part of the step's loss: the gradients of all ranks and passes add up to sum / weight.
 
         A loss that isn't finite makes every gradient NaN, also where its own would be finite, so that `step` sees it.
         """
+        weight = self.pace.weight
+        self._own_loss += loss_sum.detach() / weight
         scale = torch.where(torch.isfinite(loss_sum.detach()), self.world / weight, float("nan"))
         self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
         self._done += 1
         if self._done < self.passes:
             self.engine.step()  # only tells DeepSpeed that the next pass of the same step comes
 
-    def step(self, lr_factor: float) -> bool:
+    def step(self) -> bool:
         """Clip, update and clear; False if a gradient wasn't finite and nothing was changed (the same on all ranks)."""
         self._done = 0
+        self.pace.before_update()
+        self.loss = OnItsWay(self._own_loss)  # queued before DeepSpeed's own wait for the gradient norm
+        self._own_loss = torch.zeros_like(self._own_loss)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor
+            group["lr"] = group["base_lr"] * self.pace.lr_factor
         if self.stage == 0 and self.fp32:
             return self._step_fp32()
         self.engine.step()
@@ -221,7 +258,7 @@ class Engine:
         for parameter in self.names if self.stage == 0 and not self.fp32 else ():
             self._master_of(parameter).data.copy_(parameter.data)
         for p in self._masters():
-            zeros = {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in _MOMENTS}
+            zeros = {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in MOMENTS}
             inner.state[p] |= {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
         if self.stage in (1, 2) and hasattr(z, "_lazy_init_hp_params_optimizer_state"):
             z._lazy_init_hp_params_optimizer_state()
@@ -241,7 +278,7 @@ class Engine:
             else:
                 master = p if self.fp32 else self._master_of(p)
                 state = self._inner.state[master]
-                yield Fragment(name, 0, master.data.view(-1), *(state[m].view(-1) for m in _MOMENTS))
+                yield Fragment(name, 0, master.data.view(-1), {m: state[m].view(-1) for m in MOMENTS})
 
     def _master_of(self, p: nn.Parameter) -> Tensor:
         """The fp32 copy of a bf16 parameter without ZeRO."""
@@ -259,8 +296,8 @@ class Engine:
         flats = getattr(z, "single_partition_of_fp32_groups", None) or z.fp32_groups_flat_partition
         flat, at = flats[place.param_group_index], place.hp_fragment_address
         state = self._inner.state[flat]
-        views = [t.data.narrow(0, at.start, at.numel) for t in (flat, *(state[m] for m in _MOMENTS))]
-        yield Fragment(name, place.lp_fragment_address.start, *views)
+        master, *states = (t.data.narrow(0, at.start, at.numel) for t in (flat, *(state[m] for m in MOMENTS)))
+        yield Fragment(name, place.lp_fragment_address.start, master, dict(zip(MOMENTS, states, strict=True)))
 
     def _partition_fragment(self, p: Any, name: str) -> Iterator[Fragment]:
         z = self.engine.optimizer
@@ -268,14 +305,14 @@ class Engine:
         numel = min(p.partition_numel(), p.ds_numel - start)  # the rest of the last partition is padding
         if numel <= 0:
             return
-        views = [
+        master, *states = (
             z._get_fp32_opt_state_partition(p, release_swap_buffers=True, optim_state_key=key)[0].data[:numel]
-            for key in (None, *_MOMENTS)
-        ]
-        yield Fragment(name, start, *views)
+            for key in (None, *MOMENTS)
+        )
+        yield Fragment(name, start, master, dict(zip(MOMENTS, states, strict=True)))
 
-    def _check_fragments(self) -> None:
-        """Each master must equal its slice of the parameter, and the fragments of all ranks must tile them all."""
+    def _check_fragments(self, whole: bool) -> None:
+        """Each master must equal its slice of the parameter; with `whole` the fragments of all ranks tile them all."""
         params = {name: p for p, name in self.names.items()}
         covered = torch.zeros(len(params), dtype=torch.int64)
         order = {name: i for i, name in enumerate(sorted(params))}
@@ -292,6 +329,8 @@ class Engine:
                     "remove unusual keys under deepspeed.zero_optimization, or use DeepSpeed 0.19"
                 )
             covered[order[f.name]] += f.master.numel() if self.stage or dist.get_rank() == 0 else 0
+        if not whole:
+            return
         dist.all_reduce(covered)
         sizes = torch.tensor([torch.Size(self.shapes[name]).numel() for name in order])
         if not torch.equal(covered, sizes):

@@ -34,25 +34,6 @@ class Verdict:
     guilty: tuple[tuple[int, Position], ...]
 
 
-class OnItsWay:
-    """A number that is being copied from the device behind the work already queued there.
-
-    Reading it waits until that work is done, and no longer: nothing that was queued later.
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value.detach().to("cpu", non_blocking=True)  # into page-locked memory
-        self._arrived = torch.cuda.Event() if value.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> float:
-        """The number, on the host."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return float(self._value.item())
-
-
 class Health:
     """Judges every step of a run from its loss; its memory rides in the checkpoint."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from sora_train.config.schema import TASKS
 from sora_train.core.batch import Pack
 from sora_train.core.cost import AdapterCost, Cost, Geometry
+from sora_train.core.loss import LEVELS, Loss
 
 PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
     "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "B200": 2250.0, "GB200": 2250.0, "A100": 312.0, "L40S": 362.0,
@@ -91,18 +92,19 @@ class Meter:
         yield
         self._data_wait += time.monotonic() - start
 
-    def add(self, pack: Pack, loss: Any, weight: float) -> None:
-        """Count a pack and its loss (its share of the step's mean; everything stays on the device)."""
-        lengths = [self.geometry.tokens(*clip.visit.size) for clip in pack.clips]
-        flops = self.cost.training(lengths, loss.texts if pack.clips else None) // self.sharing
-        self._flops += flops
-        self._step_flops += flops
-        self._tokens += sum(lengths)
-        self._loss = self._loss + loss.sum.detach().double() / weight
-        if loss.level_sum is not None:
-            self._levels = self._levels + torch.stack((loss.level_sum, loss.level_weight)).double()
-        if loss.by_task is not None:
-            self._tasks = self._tasks + loss.by_task.double()
+    def add(self, losses: Sequence[tuple[Pack, Loss]], weight: float) -> None:
+        """Count packs and their losses, shares of the step's mean; everything stays on the device."""
+        for pack, loss in losses:
+            lengths = [self.geometry.tokens(*clip.visit.size) for clip in pack.clips]
+            flops = self.cost.training(lengths, loss.texts if pack.clips else None) // self.sharing
+            self._flops += flops
+            self._step_flops += flops
+            self._tokens += sum(lengths)
+            self._loss = self._loss + loss.sum.detach().double() / weight
+            if loss.level_sum is not None and loss.level_weight is not None:
+                self._levels = self._levels + torch.stack((loss.level_sum, loss.level_weight)).double()
+            if loss.by_task is not None:
+                self._tasks = self._tasks + loss.by_task.double()
 
     def step_done(self, samples: int, tokens: int, refused: int, applied: bool) -> None:
         """Close a step; samples, tokens and refusals are those of all ranks."""
@@ -174,5 +176,5 @@ class Meter:
         self._data_wait = 0.0
         self._step_loads = []
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._levels = torch.zeros(2, 10, dtype=torch.float64, device=self.device)
+        self._levels = torch.zeros(2, LEVELS, dtype=torch.float64, device=self.device)
         self._tasks = torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.device)

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import av
 from PIL import Image
 
+from sora_train.core.lines import cut_after
+
 log = logging.getLogger(__name__)
 
 KNOWN = ("jsonl", "tensorboard", "wandb", "prometheus")
@@ -118,8 +120,7 @@ class _Lines:
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        if path.exists():
-            _cut(path, resume_step or -1)  # a new run keeps nothing, not even a line of step 0
+        cut_after(path, resume_step or -1)  # a new run keeps nothing, not even a line of step 0
         self._file = path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
@@ -132,24 +133,6 @@ class _Lines:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _cut(path: Path, last_step: int) -> None:
-    """Leave only whole lines up to `last_step`; the old file stays until the new one is complete."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-        except (ValueError, KeyError, TypeError):
-            step = math.inf  # torn by a kill or a full disk
-        if step <= last_step:
-            kept.append(line)
-    new = path.with_suffix(".jsonl.new")
-    with new.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def _strict(value: float | int) -> float | int | str:

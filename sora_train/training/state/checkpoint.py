@@ -1,7 +1,7 @@
 """Checkpoints that fit any cluster: tensors by parameter name, JSON, hashed, published by one rename.
 
     checkpoints/step-00001000/
-        rank-0.safetensors ...   this rank's pieces: `KIND/PARAMETER`, KIND = master, exp_avg, exp_avg_sq, ema, ...
+        rank-0.safetensors ...   this rank's pieces: `KIND/NETWORK/PARAMETER`, KIND = master, exp_avg, ema, ...
         state.json               step, position, counters, shapes
         manifest.json            size and SHA-256 of every file and of itself, where every piece begins; written last
 
@@ -45,11 +45,10 @@ from sora_train.training.state.files import (
 )
 from sora_train.training.state.mirror import Mirror
 
-KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 _SPARE = 16 << 20  # bytes that must stay free beside a checkpoint: JSON, logs, what others write meanwhile
 _log = logging.getLogger(__name__)
 
-Pieces = dict[str, tuple[int, Tensor]]  # KIND/PARAMETER: first element, values
+Pieces = dict[str, tuple[int, Tensor]]  # KIND/NETWORK/PARAMETER: first element, values
 
 
 def pieces(
@@ -59,7 +58,10 @@ def pieces(
     more: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Pieces:
     """What this rank saves; `more` are further averages by kind. For `split` see `shares`."""
-    own = {kind: {f.name: getattr(f, kind) for f in fragments} for kind in KINDS[:-1]}
+    own: dict[str, dict[str, Tensor]] = {"master": {f.name: f.master for f in fragments}}
+    for f in fragments:
+        for kind, values in f.states.items():
+            own.setdefault(kind, {})[f.name] = values
     return shares(fragments, {**own, "ema": ema, **(more or {})}, split)
 
 
@@ -70,6 +72,8 @@ def shares(
     mine: Pieces = {}
     for f in fragments:
         for kind, tensors in kinds.items():
+            if f.name not in tensors:  # a network without an average
+                continue
             values = tensors[f.name]
             start, stop = 0, values.numel()
             if split is not None:
@@ -216,6 +220,19 @@ class Checkpoints:
             "checkpoint of step %d not written: %s; training goes on, older checkpoints are untouched", step, reason
         )
 
+    def require_room(self, mine: Pieces) -> None:
+        """Raise InputError, on all ranks, where not even one checkpoint fits: nothing of a run would be kept."""
+        try:
+            self._check_space(mine)
+            lacking = ""
+        except OSError as error:
+            lacking = str(error)
+        everyone = [""] * self.ranks
+        dist.all_gather_object(everyone, lacking, group=self._group)
+        if any(everyone):
+            lacking = max(everyone, key=len)
+            raise InputError(f"no room for a checkpoint: {lacking}; make room, or choose another run_dir")
+
     def _check_space(self, mine: Pieces) -> None:
         """Raise OSError where the whole checkpoint will not fit; all ranks together."""
         total = torch.tensor([sum(values.nbytes for _, values in mine.values())], dtype=torch.int64)
@@ -272,12 +289,26 @@ def load_into(path: Path, targets: Pieces) -> None:
                 )
 
 
-def load_full(path: Path, kind: str) -> dict[str, Tensor]:
-    """Whole tensors of one kind by parameter name, for export and for sampling outside a run."""
-    shapes = read_state(path)["shapes"]
+def kinds_of(path: Path, network: str | None = None) -> list[str]:
+    """The kinds of tensors that a checkpoint holds of a network (the first), sorted: master, ema, exp_avg, ..."""
+    files = json.loads((path / "manifest.json").read_text())["files"].values()
+    keys = [key.split("/") for record in files for key in record.get("pieces", {})]
+    wanted = network or networks_of(path)[0]
+    return sorted({kind for kind, of, *_ in keys if of == wanted})
+
+
+def networks_of(path: Path) -> list[str]:
+    """The trained networks of a checkpoint, the run's main one first."""
+    return list(dict.fromkeys(name.split("/", 1)[0] for name in read_state(path)["shapes"]))
+
+
+def load_full(path: Path, kind: str, network: str | None = None) -> dict[str, Tensor]:
+    """Whole tensors of one kind by parameter name, of one network (the first), for use outside a run."""
+    prefix = f"{network or networks_of(path)[0]}/"
+    shapes = {name: shape for name, shape in read_state(path)["shapes"].items() if name.startswith(prefix)}
     full = {name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
     load_into(path, {f"{kind}/{name}": (0, values) for name, values in full.items()})
-    return {name: values.view(shapes[name]) for name, values in full.items()}
+    return {name.removeprefix(prefix): values.view(shapes[name]) for name, values in full.items()}
 
 
 def latest_intact(folder: Path) -> Path:

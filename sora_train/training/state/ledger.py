@@ -9,12 +9,12 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sora_train.core.batch import Refusal
+from sora_train.core.lines import cut_after, entries, entries_after
 
 _log = logging.getLogger(__name__)
 
@@ -62,17 +62,14 @@ class Ledger:
 
     def rollbacks(self) -> list[list[tuple[int, ...]]]:
         """The steps of the plan that each rollback so far leaves out."""
-        if not self.left_out.exists():
-            return []
-        return [[tuple(position) for position in entry["positions"]] for entry in _entries(self.left_out)]
+        return [[tuple(position) for position in entry["positions"]] for entry in entries(self.left_out)]
 
     def replayed(self, after_step: int) -> dict[tuple[tuple[int, ...], int], Refusal]:
-        """Refusals of steps later than `after_step`, by (position, sample), from the files of all ranks."""
+        """Refusals of steps later than `after_step`, by (position, sample), from the ends of the files of all ranks."""
         known: dict[tuple[tuple[int, ...], int], Refusal] = {}
         for path in self.folder.glob("rank-*.jsonl"):
-            for entry in _entries(path):
-                if entry["step"] > after_step:
-                    known |= {(tuple(entry["position"]), r["sample"]): Refusal(**r) for r in entry["refused"]}
+            for entry in entries_after(path, after_step):
+                known |= {(tuple(entry["position"]), r["sample"]): Refusal(**r) for r in entry["refused"]}
         return known
 
     def cut(self, after_step: int) -> None:
@@ -81,16 +78,9 @@ class Ledger:
         The record of a skipped step stays where a rollback left that step out: it isn't taken again.
         """
         left_out = {position for positions in self.rollbacks() for position in positions}
-        for path in (*self.folder.glob("rank-*.jsonl"), self.quarantine, self.skipped):
-            if path.exists():
-                kept = [
-                    json.dumps(e) + "\n"
-                    for e in _entries(path)
-                    if e["step"] <= after_step or (path == self.skipped and tuple(e["position"]) in left_out)
-                ]
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(kept))
-                temporary.replace(path)
+        for path in (*self.folder.glob("rank-*.jsonl"), self.quarantine):
+            cut_after(path, after_step)
+        cut_after(self.skipped, after_step, stays=lambda entry: tuple(entry["position"]) in left_out)
 
     def _note(self, path: Path, entry: dict[str, Any]) -> None:
         """Append, unless the disk is full: a record is no reason to stop."""
@@ -111,11 +101,3 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
             os.write(descriptor, b"\n")  # so that the torn line doesn't swallow the next one
     finally:
         os.close(descriptor)
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    entries = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):  # torn by a full disk or a crash: the step that it was of is taken again
-            entries.append(json.loads(line))
-    return entries

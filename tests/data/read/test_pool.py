@@ -163,7 +163,7 @@ def test_decoders_that_do_not_load_are_named_and_without_any_it_is_an_input_erro
 def test_a_decoder_that_is_taken_over_has_no_network_and_starts_no_program() -> None:
     code = """
 import socket, subprocess
-from sora_train.data.child import shut_in
+from sora_train.data.read.decode_child import shut_in
 shut_in()
 call = lambda: socket.create_connection(("127.0.0.1", 9))
 for deed in (socket.socket, lambda: subprocess.run(["true"]), call):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -12,20 +13,45 @@ import torch
 from omegaconf import OmegaConf
 
 from sora_train.config.load import build, load
-from sora_train.config.released import folder_of, is_released
+from sora_train.config.released import adapter_file, folder_of, is_released
 from sora_train.config.rules import check
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.world import World, from_environment
 from sora_train.data.read.encoded import weights_hash
 from sora_train.generation.options import Options
-from sora_train.generation.sampler import EXPORTED, Sampler, Weights, checkpoint_of, load_sampler
+from sora_train.generation.sampler import Sampler
 from sora_train.models.layers import ulysses
-from sora_train.models.wan.lora import adapter_file
+from sora_train.operations.trained import EXPORTED, Weights, checkpoint_of, load_sampler
 
 _TI2V_CHANNELS = 48  # of the latents of Wan 2.2's 5B model, which runs at another rate and size than the others
 _WAN = {"fps": 16.0, "max_frames": 81, "max_pixels": 480 * 832}
 _WAN_TI2V = {"fps": 24.0, "max_frames": 121, "max_pixels": 704 * 1280}
+
+
+class Source:
+    """The model at `run_dir`, opened when the first sample is made, and what names it in the JSON of samples."""
+
+    def __init__(self, o: Options) -> None:
+        """Read its configuration and find its weights. Raises InputError for what isn't there or doesn't fit."""
+        self.config = model_config(o)
+        self.options = fixed(o)
+        self.weights = fingerprint(self.config, self.options)
+        self.world = sharing(self.config)
+
+    def open(self) -> Sampler:
+        """The sampler of this process; of several ranks, one that shares every clip's tokens with the others."""
+        o = self.options
+        wanted = Weights(o.checkpoint, o.weights == "raw", o.dtype == "bf16", tuple(map(adapter, o.lora)))
+        if self.world.size == 1:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return load_sampler(self.config, o.run_dir, device, wanted)
+        from sora_train.training.engine.zero import connect  # deepspeed takes seconds to import
+
+        sampler = load_sampler(self.config, o.run_dir, connect(self.world), wanted)
+        network: Any = sampler.network
+        network.split_sequence(ulysses.Neighbours(ulysses.sequence_group(self.world)))
+        return sampler
 
 
 def model_config(o: Options) -> Config:
@@ -35,33 +61,15 @@ def model_config(o: Options) -> Config:
     given = [key for key, is_given in of_a_run.items() if is_given]
     if given and not (Path(o.run_dir) / "checkpoints").is_dir():
         raise InputError(f"{o.run_dir} is no run, so it has no {given[0]}; leave it out")
-    model = replace(
-        config.model,
-        rope_scaling=o.rope_scaling or config.model.rope_scaling,
-        rope_factors=tuple(o.rope_factors or config.model.rope_factors),  # type: ignore[arg-type]  # `check` counts them
-    )
+    model = copy.copy(config.model)
+    for key in ("rope_scaling", "rope_factors"):
+        if (value := getattr(o, key)) is not None:
+            if not hasattr(model, key):
+                raise InputError(f"{key}: models of the family {model.family} have no such key")
+            setattr(model, key, value)
     config = replace(config, model=model)
     check(config)
     return config
-
-
-def with_flow(config: Config, o: Options) -> Config:
-    """The configuration of one sample: how it is guided and solved. Raises InputError for what doesn't go together."""
-    chosen: dict[str, Any] = {
-        "guidance": o.guidance, "guidance_interval": o.guidance_interval and tuple(o.guidance_interval),
-        "guidance_rescale": o.guidance_rescale, "sampling_steps": o.steps, "solver": o.solver, "shift": o.shift,
-    }  # fmt: skip
-    flow = replace(config.flow, **{key: value for key, value in chosen.items() if value is not None})
-    if o.negative and flow.guidance == 1.0:
-        raise InputError("negative=... says nothing with guidance=1; give guidance=... above 1")
-    changed = replace(config, flow=flow)
-    check(changed)
-    return changed
-
-
-def weights_of(o: Options) -> Weights:
-    """The weights that the options ask for."""
-    return Weights(o.checkpoint, o.weights == "raw", o.dtype == "bf16", tuple(map(adapter, o.lora)))
 
 
 def adapter(text: str) -> tuple[str, float]:
@@ -109,19 +117,6 @@ def sharing(config: Config) -> World:
     if config.model.heads % world.size:
         raise InputError(f"{world.size} ranks can't share {config.model.heads} heads (model.heads); start fewer")
     return world.with_sequence(world.size)
-
-
-def open_sampler(config: Config, run_dir: str, weights: Weights, world: World) -> Sampler:
-    """The sampler of this process; of several ranks, one that shares every clip's tokens with the others."""
-    if world.size == 1:
-        return load_sampler(config, run_dir, torch.device("cuda" if torch.cuda.is_available() else "cpu"), weights)
-    from sora_train.training.engine.zero import connect  # deepspeed takes seconds to import
-
-    sampler = load_sampler(config, run_dir, connect(world), weights)
-    others = ulysses.Neighbours(ulysses.sequence_group(world))
-    blocks: Any = sampler.network.get_submodule("dit.blocks")
-    ulysses.apply(sampler.network, [block.self_attention for block in blocks], others)
-    return sampler
 
 
 def _released(folder: str) -> Config:

@@ -6,7 +6,6 @@ term (Kingma and Welling 2013), no adversary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -15,22 +14,13 @@ from torch import Tensor, nn
 from sora_train.config.schema import VaeConfig
 from sora_train.core.batch import Pack, send
 from sora_train.core.cost import Geometry
+from sora_train.core.loss import Loss
+from sora_train.core.pixels import to_unit
 from sora_train.core.seeds import POSTERIOR, stream
 from sora_train.models.video_vae.perceptual import Perceptual
 
 
-@dataclass
 class Reconstruction:
-    """Summed loss of a pack; an autoencoder has no noise levels."""
-
-    sum: Tensor
-    level_sum: None = None
-    level_weight: None = None
-    texts: None = None
-    by_task: None = None
-
-
-class AutoencodingTask:
     """Reconstruction loss of the clips of a pack, per pixel. `perceptual` counts as the configuration says."""
 
     def __init__(self, config: VaeConfig, geometry: Geometry, perceptual: Perceptual | None = None) -> None:
@@ -40,23 +30,23 @@ class AutoencodingTask:
         """Pixels of a pack."""
         return float(sum(frames * height * width for frames, height, width in (c.visit.size for c in pack.clips)))
 
-    def loss(self, network: nn.Module, pack: Pack, device: torch.device) -> Reconstruction:
+    def loss(self, network: nn.Module, pack: Pack, device: torch.device) -> Loss:
         """Loss summed over pixels. A pack without clips still runs one empty frame, so that all ranks take part."""
         side = self.geometry.spatial_stride
         if not pack.clips:
             blank = torch.zeros(1, 3, 1, side, side, device=device)
             (output,) = network([blank], [self._noise([0], (1, side, side), device)])
-            return Reconstruction(0.0 * sum(part.float().sum() for part in output))
+            return Loss(0.0 * sum(part.float().sum() for part in output))
         videos, noises = [], []
         for size, run in groupby(pack.clips, key=lambda clip: clip.visit.size):
             clips = list(run)
             pixels = torch.stack([clip.video_TCHW.to(device, non_blocking=True) for clip in clips])
-            videos.append(pixels.transpose(1, 2).float() / 127.5 - 1.0)
+            videos.append(to_unit(pixels.transpose(1, 2)))
             noises.append(self._noise([clip.visit.seed for clip in clips], size, device))
         total = torch.zeros((), device=device)
         for video, (decoded, mean, log_variance) in zip(videos, network(videos, noises), strict=True):
             total = total + self._loss(video, decoded.float(), mean.float(), log_variance.float())
-        return Reconstruction(total)
+        return Loss(total)
 
     def _loss(self, video: Tensor, decoded: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
         error = decoded - video

@@ -1,0 +1,23 @@
+"""Captions to text rows: word ids for the encoder that is trained along, or embeddings of a released one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sora_train.config.schema import Config
+from sora_train.models.text.encoder import tokenize_captions
+
+Tokenize = Callable[[Sequence[str]], tuple[Tensor, tuple[int, ...]]]  # captions to rows end to end, and their lengths
+
+
+def tokenizer(config: Config, device: torch.device = torch.device("cpu")) -> Tokenize:  # noqa: B008 (immutable)
+    """What the network of this configuration reads of captions: ids, or embeddings of a released encoder."""
+    t = config.text_encoder
+    if t.path is not None:
+        from sora_train.models.text.released import ReleasedText  # transformers takes seconds to import
+
+        return ReleasedText(t.path, device, t.max_tokens, t.pad_to)
+    return lambda captions: tokenize_captions(captions, t.buckets, t.max_tokens)

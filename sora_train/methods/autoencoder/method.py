@@ -1,0 +1,59 @@
+"""The video VAE, from the configuration's side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sora_train.config.rules import require
+from sora_train.config.schema import Config
+from sora_train.core.cost import Cost, Geometry
+from sora_train.models.video_vae.cost import cost
+
+if TYPE_CHECKING:
+    import torch
+
+    from sora_train.methods.base import Learner
+
+
+class Autoencoder:
+    """Reconstruction of clips through the latents of `vae`."""
+
+    fixed = ("method", "vae")
+    highest_stage = 2  # each size runs by itself, in an order that ZeRO-3's gathering can't follow
+    splits_sequence = recomputes = reads_latents = makes_videos = False
+
+    def rules(self, config: Config) -> None:
+        """Check what an autoencoder can't do."""
+        stage = config.deepspeed.get("zero_optimization", {}).get("stage")
+        require(stage != 3, "an autoencoder runs each size by itself, which ZeRO-3 can't follow; use stage 0, 1 or 2")
+        require(config.parallel.sequence == 1, "an autoencoder has no sequence; parallel.sequence=1")
+        require(
+            config.model.lora.rank == 0, "model.lora is for the video model; method=diffusion, or model.lora.rank=0"
+        )
+
+    def geometry(self, config: Config) -> Geometry:
+        """Tokens are latent positions."""
+        return Geometry(config.vae.temporal_stride, config.vae.spatial_stride, 1)
+
+    def cost(self, config: Config) -> Cost:
+        """Forward cost of encoder and decoder."""
+        return cost(config.vae)
+
+    def training_cost(self, config: Config) -> Cost:
+        """The same: all of it is trained."""
+        return cost(config.vae)
+
+    def learner(self, config: Config, device: torch.device) -> Learner:
+        """The networks of a run."""
+        from sora_train.methods.autoencoder.learner import start
+
+        return start(config, device)
+
+    def planned(self, config: Config) -> Learner:
+        """The networks for a forecast."""
+        from sora_train.methods.autoencoder.learner import planned
+
+        return planned(config)
+
+
+AUTOENCODER = Autoencoder()

@@ -1,0 +1,23 @@
+"""The keys of the Wan family, beside those of every family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sora_train.config.schema import ModelConfig
+
+ROPE_SCALINGS = ("none", "interpolation", "ntk")
+
+
+@dataclass
+class WanConfig(ModelConfig):
+    """A diffusion transformer of the Wan family."""
+
+    family: str = "wan"
+    frequencies: int = 256  # of the timestep embedding
+    rope_theta: float = 10000.0
+    gate_init: float = 0.0  # start of the blocks' gates; 0 is adaLN-zero
+    pooled_text: bool = False  # add the caption's mean to the timestep; without it a short run is hardly conditioned
+    absolute_positions: bool = False  # tell each token its place in the clip, beside RoPE; helps small models
+    rope_scaling: str = "none"  # for clips longer or larger than trained: none, interpolation, ntk
+    rope_factors: tuple[float, float, float] = (1.0, 1.0, 1.0)  # new / trained length of time, height, width
