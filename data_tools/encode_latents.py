@@ -112,7 +112,7 @@ class Encoder:
 
     def shard(self, shard: str, text_filter: str, path: Path) -> str:
         """Encode one shard, unless it is there; returns a line on it. InputError if another's latents are there."""
-        index_shards([shard], self.config.data.workers, self.shards.store, self.shards.limits)
+        index_shards([shard], self.config.data.workers, self.shards.store, self.shards.wanted.limits)
         index = load_index([shard], self.shards.store, allow_empty=True)
         index = self.tables.join(index, asked=Filter(text_filter).columns)
         if index.encoded() - {""}:
@@ -156,14 +156,15 @@ class Encoder:
         self, index: Index, visit: Visit, frames_THWC: np.ndarray, about: dict[str, str]
     ) -> list[tuple[str, bytes]]:
         """The members of one clip, encoded by itself: what it is encoded beside must not show."""
-        captions, fields = index.captions(visit.sample)
+        captions, named = index.captions(visit.sample)
+        fields = index.fields(visit.sample) | (named or {"caption": captions[0]})
         size = "x".join(map(str, visit.size))
         latents = self.vae.encode(to_video(frames_THWC).transpose(0, 1).unsqueeze(0))[0].to(_STORED[self.dtype])
         members = [(LATENT, to_bytes(latents, about | {"size": size, "fps": repr(visit.fps)}))]
         if self.embed is not None:
             rows = [self.embed([text])[0] for text in (*captions, "")]
             members.append((TEXT, texts_to_bytes(rows, self.config.text_encoder.pad_to)))
-        return [*members, ("json", json.dumps(fields or {"caption": captions[0]}, ensure_ascii=False).encode())]
+        return [*members, ("json", json.dumps(fields).encode())]
 
     def _is_there(self, path: Path, about: dict[str, str]) -> bool:
         """Whether a shard stands there with a sample that was made the same; raises InputError for another one."""

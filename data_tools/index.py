@@ -27,7 +27,7 @@ from data_tools.progress import progress
 from sora_train.config.schema import DataConfig, Probe
 from sora_train.core.cli import InputError, number, options_and_paths, run
 from sora_train.data.index.consolidated import consolidate
-from sora_train.data.index.index import expand, index_path, index_shards, upload_index
+from sora_train.data.index.index import expand, ignored_fields, index_path, index_shards, upload_index
 from sora_train.data.read.store import Store, scheme
 
 
@@ -66,9 +66,14 @@ def main() -> int:
 
 
 def _summary(shard: str, store: Store) -> str:
-    causes = Counter(pq.read_table(index_path(shard, store), columns=["refused"])["refused"].to_pylist())
+    rows = pq.read_table(index_path(shard, store), columns=["refused", "frames"])
+    causes = Counter(rows["refused"].to_pylist())
     usable = causes.pop("", 0)
     refused = f"{causes.total()} refused" + "".join(f", {n} {cause}" for cause, n in causes.most_common())
+    uncaptioned = sum(frames > 0 for frames in rows["frames"].to_pylist()) - usable
+    refused += f" ({uncaptioned} of them of use to an autoencoder)" if uncaptioned else ""
+    ignored = ", ".join(f"{name} ({why})" for name, why in ignored_fields(shard, store).items())
+    refused += f"; fields that are no columns: {ignored}" if ignored else ""
     return f"{shard}: {usable} samples, {store.size(shard):,} bytes, {refused}"
 
 

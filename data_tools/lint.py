@@ -23,8 +23,9 @@ from rich.table import Table
 from data_tools.progress import progress
 from sora_train.config.schema import DataConfig
 from sora_train.core.cli import InputError, choice, number, options_and_paths, run
+from sora_train.data.index.captions import CAPTIONS
 from sora_train.data.index.index import expand, index_path, is_current, load_rows
-from sora_train.data.index.scan import CAPTIONS, scan_shard
+from sora_train.data.index.scan import scan_shard
 from sora_train.data.index.tar import Fault, Member, walk
 from sora_train.data.read.decode import IMAGES, VIDEOS
 from sora_train.data.read.pool import Pool
@@ -53,10 +54,17 @@ MEANING = {  # cause -> what it means and what to do; those in WARNINGS lose not
     "variable_rate": "frames come at a variable rate; they are taken by time",
     "careful": "an edit list or open groups of pictures; read by PyAV, which is slower than decord",
     "still": "a video of one frame",
+    "ignored_field": "a field of the jsons that is no column of the index, so that no filter can use it",
+    "no_caption": "no caption; an autoencoder can be trained on it all the same",
+    "caption_type": "the caption is a number or nested, not text",
+    "caption_not_utf8": "the caption is no text: write it as UTF-8",
+    "caption_json": "the json can't be read, or is no object",
+    "caption_binary": "zero bytes in the caption",
+    "caption_too_long": "more than a megabyte of caption",
 }
 WARNINGS = {
     "hostile_name", "link", "executable", "no_index", "stale_index", "key_twice", "same_media", "variable_rate",
-    "careful", "still",
+    "careful", "still", "ignored_field",
 }  # fmt: skip
 _EXECUTABLE = ("pkl", "pickle", "pyd", "pth", "pt", "ckpt", "dill", "joblib", "gz", "zip", "exe", "so", "py", "sh")
 
@@ -127,7 +135,10 @@ def lint(shards: list[str], store: Store) -> Findings:
         for shard in shards:
             with store.local(shard) as path:
                 _members(shard, path, found)
-                rows = scan_shard(str(path), pool, pixels=True)[0].to_pylist()
+                scan = scan_shard(str(path), pool, pixels=True)
+            rows = scan.table.to_pylist()
+            for name, why in scan.ignored.items():
+                found.add(shard, "ignored_field", f"{name}: {why}")
             _rows(shard, rows, found)
             _index(shard, store, rows, found)
             for row in rows:

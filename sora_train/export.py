@@ -33,7 +33,8 @@ from sora_train.config.released import folder_of
 from sora_train.config.schema import VAE_USE, Config, LoraConfig, Prediction
 from sora_train.core.cli import InputError, choice, number, options, run
 from sora_train.core.pixels import to_unit
-from sora_train.data.loader import first_clips
+from sora_train.data.loader import Loader
+from sora_train.data.order.plan import Position
 from sora_train.data.read.pool import Pool
 from sora_train.data.shards import Shards
 from sora_train.models.video_model import transformer_weights, whole_weights
@@ -147,9 +148,13 @@ def _measure(vae: VideoVAE, config: Config) -> None:
     plan = Shards(config).plan(config)
     latents: list[torch.Tensor] = []
     with Pool.of(config.data) as pool:
-        for clip in islice(first_clips(plan, pool, prefetch_steps=4), _CLIPS_MEASURED):
-            mean, _ = vae.encode(to_unit(clip.video_TCHW.transpose(0, 1)).unsqueeze(0))
-            latents.append(mean[0].flatten(1))
+        everything = [list(range(plan.inputs.slots))]
+        for step in islice(Loader(plan, pool, everything, Position(), prefetch_steps=4), _CLIPS_MEASURED):
+            for clip in step.packs[0].clips:
+                mean, _ = vae.encode(to_unit(clip.video_TCHW.transpose(0, 1)).unsqueeze(0))
+                latents.append(mean[0].flatten(1))
+            if len(latents) >= _CLIPS_MEASURED:
+                break
     if not latents:
         raise InputError("no clip of the training shards could be read to measure the latents with")
     values = torch.cat(latents, dim=1)

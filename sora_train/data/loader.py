@@ -99,7 +99,7 @@ class Loader:
         if (position, visit.sample) in self.known:
             return self.known[position, visit.sample]
         path, extension, member = self.index.member(visit.sample)
-        captions = self.pool.submit(self.index.captions, visit.sample)
+        captions = self.pool.submit(self.index.captions, visit.sample) if self.index.captioned else None
         if extension == LATENT:
             return _Request(self.pool.submit(read, self.index, visit.sample), captions)
         timing = self.index.timing(visit.sample)
@@ -123,7 +123,7 @@ class Loader:
         return Step(flying.position, packs)
 
     def _clip(self, visit: Visit, request: _Request) -> Clip:
-        captions, fields = request.captions.result()
+        captions, fields = request.captions.result() if request.captions else ([""], {})
         drawn = draw_caption(list(fields.get("captions", ())), self.plan.inputs.captions, visit.seed)
         key, found = str(self.index.key[visit.sample]), request.content.result()
         if not isinstance(found, Encoded):
@@ -168,7 +168,7 @@ class _Request:
     """What is on its way for one visit."""
 
     content: Future[np.ndarray] | Future[Encoded]  # pixels, or what they were encoded to before
-    captions: Future[tuple[list[str], dict[str, Any]]]
+    captions: Future[tuple[list[str], dict[str, Any]]] | None  # none are read where none are wanted
 
 
 def refusals(index: Index) -> list[Refusal]:

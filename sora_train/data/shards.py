@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sora_train.config.cost import cost, geometry
+from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, Probe
 from sora_train.data.index.consolidated import load_consolidated
 from sora_train.data.index.index import Index, expand, index_shards, load_index, missing_index
@@ -57,6 +58,7 @@ class Shards:
         for table in config.data.side_tables:
             expand([table], self.store, "side table", "data.side_tables")
         allowed = Limits(limits.pixels, limits.frames, limits.bytes)
+        self.captioned: bool = METHODS.get(config.method).reads_captions
         self.wanted = Wanted(self.training + self.validation, self.store, allowed, config.data.probe)
 
     def index(self) -> None:
@@ -74,8 +76,8 @@ class Shards:
         """The index of the training shards, with the columns of the side tables."""
         d = config.data
         if d.index:
-            return load_consolidated(d.index, self.training, self.store, d.side_tables)
-        index = load_index(self.training, self.store, d.max_bad_fraction)
+            return load_consolidated(d.index, self.training, self.store, d.side_tables, self.captioned)
+        index = load_index(self.training, self.store, d.max_bad_fraction, captioned=self.captioned)
         return SideTables(d.side_tables, self.store).join(index)
 
     def held_out(self, config: Config) -> Plan | None:
@@ -83,7 +85,7 @@ class Shards:
         if not self.validation:
             return None
         filters = [config.data.filter] * len(self.validation)
-        index = load_index(self.validation, self.store)
+        index = load_index(self.validation, self.store, captioned=self.captioned)
         tables = SideTables(config.data.side_tables, self.store)
         index = tables.join(index, asked=Filter(config.data.filter).columns)  # the filter holds for validation too
         require(index.encoded(), config, "data.validation")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sora_train.config.schema import Config
-from sora_train.models.text.encoder import tokenize_captions
+from sora_train.models.text.encoder import tokenize, tokenize_captions
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, tuple[int, ...]]]  # captions to rows end to end, and their lengths
+_UNLIMITED = 1 << 40
 
 
 def tokenizer(config: Config, device: torch.device = torch.device("cpu")) -> Tokenize:  # noqa: B008 (immutable)
@@ -21,3 +22,13 @@ def tokenizer(config: Config, device: torch.device = torch.device("cpu")) -> Tok
 
         return ReleasedText(t.path, device, t.max_tokens, t.pad_to)
     return lambda captions: tokenize_captions(captions, t.buckets, t.max_tokens)
+
+
+def count_tokens(config: Config, captions: Sequence[str]) -> list[int]:
+    """Tokens of captions before any are cut off at `text_encoder.max_tokens`."""
+    t = config.text_encoder
+    if t.path is not None:
+        from sora_train.models.text.released import token_counts  # transformers takes seconds to import
+
+        return token_counts(t.path, captions)
+    return [len(tokenize(caption, t.buckets, _UNLIMITED)) for caption in captions]

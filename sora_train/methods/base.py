@@ -101,6 +101,7 @@ class Method(Protocol):
     splits_sequence: bool  # whether ranks can share a pack's tokens (parallel.sequence)
     recomputes: bool  # whether model.activation_checkpointing is heeded
     reads_latents: bool  # whether shards may hold latents in place of pixels
+    reads_captions: bool  # whether samples need a caption
     makes_videos: bool  # whether `sample` and `evaluate` can use the result
 
     def rules(self, config: Config) -> None:

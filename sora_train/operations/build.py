@@ -18,11 +18,13 @@ from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, Previews
 from sora_train.core.batch import Pack, Refusal
 from sora_train.core.world import World
+from sora_train.data.left_out import left_out
 from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
 from sora_train.data.order.curriculum import Stages
 from sora_train.data.order.plan import Position
 from sora_train.data.read.pool import Pool
 from sora_train.data.shards import Shards
+from sora_train.encoding.captions import count_tokens
 from sora_train.methods.base import Learner
 from sora_train.models.layers import ulysses
 from sora_train.operations.held_out import PreviewClips, validation_packs, write_previews
@@ -142,4 +144,4 @@ def _summary(config: Config, world: World, plan: Stages, engines: Engines, passe
             f"warning: {config.data.slots} slots don't divide by {groups} group(s) of ranks; "
             f"{share:.0%} of the places idle"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *left_out(config, plan, partial(count_tokens, config))])

@@ -25,12 +25,14 @@ import torch
 import webdataset as wds
 from safetensors.torch import load_file
 
+from sora_train.config.hydra import store_schema
+from sora_train.config.registry import load_plugins
 from sora_train.config.schema import Config
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.index import index_shards
 from sora_train.methods.diffusion.learner import DiffusionLearner
 from sora_train.training.engine.power_ema import combined
-from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full
+from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of
 from sora_train.training.state.deepspeed_files import read
 from sora_train.training.trainer import Trainer
 from tests.faults.bed import Bed, Job, differences, losses, outcome, run, samples_by_step
@@ -336,9 +338,39 @@ def full_disk(bed: Bed) -> object:
     return {"ends": ends, "steps": list(samples_by_step(Path(config.run_dir))), "output": output}
 
 
+def plugs(bed: Bed) -> object:
+    """A method of two engines and a family of our tests: stages, kills, moves to other ranks and stages."""
+    load_plugins(["tests.plugs.distil", "tests.plugs.mixer"])
+    store_schema()
+    mine = ("plugins=[tests.plugs.distil,tests.plugs.mixer]", "method=distil")
+    short = (*mine, "steps=6", "optim.decay_fraction=0")
+    configs = {
+        f"distil-{stage}": bed.config(f"distil-{stage}", f"deepspeed=zero{stage}", *short) for stage in (1, 2, 3)
+    }
+    shape = ("model.width=16", "model.depth=1", "model.heads=2", "model.ffn=32", "model.patch=2")
+    family = ("model=mixer", *shape, "steps=6")
+    configs["mixer-3"] = bed.config("mixer-3", "deepspeed=zero3", short[0], *family, leave=("model",))
+    first, *then = configs.values()
+    job = Job(first, 2, then=then)
+    if code := job.wait():
+        raise RuntimeError(f"ended with {code}:\n{job.log.read_text()[-4000:]}")
+    undisturbed = bed.config("undisturbed", *mine, *stage_for(2))
+    if code := run(undisturbed, 2):
+        raise RuntimeError(f"the undisturbed run ended with {code}; see {undisturbed.run_dir}")
+    reference = outcome(bed.run_dir("undisturbed"))
+    wrong = kill(bed, "killed", random.Random(3), reference, 2, (True, False), *mine, *stage_for(2))
+    newest = latest_intact(bed.run_dir("killed") / "checkpoints")
+    return {
+        "losses": {name: list(losses(Path(config.run_dir)).values()) for name, config in configs.items()},
+        "kill": wrong, "torn saves": bed.facts["torn"],
+        "move": elastic(bed, "moved", ((2, 1), (1, 3), (2, 2)), bed.run_dir("undisturbed"), *mine),
+        "tensors": {network: kinds_of(newest, network) for network in networks_of(newest)},
+    }  # fmt: skip
+
+
 KINDS: dict[str, Callable[[Bed], object]] = {
     "matrix": matrix, "kills": kills, "moves": moves, "mirrored": mirrored, "debugs": debugs,
-    "adapters": adapters, "minute": minute, "large minute": large_minute, "imports": imports,
+    "plugs": plugs, "adapters": adapters, "minute": minute, "large minute": large_minute, "imports": imports,
     "side tables": side_tables, "full disk": full_disk,
 }  # fmt: skip
 

@@ -66,14 +66,15 @@ class Consolidated(Index):
         prints: Sequence[str],
         fingerprint: str,
         store: Store,
+        captioned: bool = True,
     ) -> None:
         count = int(first[-1])
         by_row: Any = _ByRow(count, lambda row: int(np.searchsorted(first, row, side="right")) - 1)
-        super().__init__(tuple(shards), by_row, first, columns, fingerprint, store)
+        super().__init__(tuple(shards), by_row, first, columns, fingerprint, store, captioned)
         object.__setattr__(self, "key", _ByRow(count, lambda row: self._at(row)[0].key[self._at(row)[1]]))
 
         def load(shard: int) -> Index:
-            index = load_index([shards[shard]], store, allow_empty=True)
+            index = load_index([shards[shard]], store, allow_empty=True, captioned=captioned)
             if index.fingerprint[:16] != prints[shard]:
                 raise InputError(f"{shards[shard]} changed after it was consolidated; consolidate the index again")
             return index
@@ -83,7 +84,7 @@ class Consolidated(Index):
     @property
     def usable(self) -> np.ndarray:
         """`(n,)` bool: which rows may be planned."""
-        return self.columns["usable"].view(np.bool_)
+        return self.columns["usable"].view(np.bool_) if self.captioned else self.columns["frames"] > 0
 
     def _at(self, row: int) -> tuple[Index, int]:
         shard = self.shard[row]
@@ -173,9 +174,16 @@ def write_meta(
 
 
 def load_consolidated(
-    folder: str | Path, shards: Sequence[str], store: Store | None = None, side_tables: Sequence[str] = ()
+    folder: str | Path,
+    shards: Sequence[str],
+    store: Store | None = None,
+    side_tables: Sequence[str] = (),
+    captioned: bool = True,
 ) -> Consolidated:
-    """Map an index. Raises InputError where there is none, it is torn, or it is of other shards or side tables."""
+    """Map an index; `captioned` as of `load_index`.
+
+    Raises InputError where there is none, it is torn, or it is of other shards or side tables.
+    """
     folder, store = Path(folder), store or Store()
     again = f"make it: python -m data_tools.index SHARDS... consolidate={folder}"
     again += "".join(f" side_table={pattern}" for pattern in side_tables)
@@ -197,7 +205,8 @@ def load_consolidated(
         if not path.is_file() or path.stat().st_size != int(first[-1]) * np.dtype(kind).itemsize:
             raise InputError(f"{path} is not whole; {again}")
         columns[name] = np.memmap(path, dtype=kind, mode="r")
-    if not columns["usable"].any():
-        raise InputError(f"data.index={folder} holds no usable sample")
     fingerprint = sha256(text.encode()).hexdigest()
-    return Consolidated(shards, first, columns, meta["fingerprints"], fingerprint, store)
+    index = Consolidated(shards, first, columns, meta["fingerprints"], fingerprint, store, captioned)
+    if not index.usable.any():
+        raise InputError(f"data.index={folder} holds no usable sample")
+    return index

@@ -20,7 +20,7 @@ class Autoencoder:
 
     fixed = ("method", "vae")
     highest_stage = 2  # each size runs by itself, in an order that ZeRO-3's gathering can't follow
-    splits_sequence = recomputes = reads_latents = makes_videos = False
+    splits_sequence = recomputes = reads_latents = reads_captions = makes_videos = False
 
     def rules(self, config: Config) -> None:
         """Check what an autoencoder can't do."""

@@ -22,7 +22,7 @@ class Diffusion:
 
     fixed = ("method", "model", "vae", "text_encoder")
     highest_stage = 3
-    splits_sequence = recomputes = reads_latents = makes_videos = True
+    splits_sequence = recomputes = reads_latents = reads_captions = makes_videos = True
 
     def rules(self, config: Config) -> None:
         """Check model, objective and adapters."""

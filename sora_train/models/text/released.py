@@ -50,17 +50,34 @@ class ReleasedText:
         return rows
 
 
+def token_counts(path: str, captions: Sequence[str]) -> list[int]:
+    """Tokens of each caption as it is, before any are cut off; the encoder itself is not loaded."""
+    ids = _tokenizer(path)([_clean(caption) for caption in captions], truncation=False, verbose=False).input_ids
+    return list(map(len, ids))
+
+
 @lru_cache(maxsize=1)
 def _load(path: str, device: torch.device) -> tuple[AutoTokenizer, torch.nn.Module]:
     """Tokenizer and encoder of a folder; training and its previews share one copy."""
-    folder, beside = folder_of(path, "text_encoder"), folder_of(path, "tokenizer")
+    folder, tokenizer = folder_of(path, "text_encoder"), _tokenizer(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(beside, local_files_only=True)
         kind = _CLASSES[AutoConfig.from_pretrained(folder, local_files_only=True).model_type]
         encoder = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
     except (OSError, ValueError) as error:
-        raise InputError(f"text_encoder.path={Path(path)}: {str(error).splitlines()[0]}") from error
+        raise _unusable(path, error) from error
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: str) -> AutoTokenizer:
+    try:
+        return AutoTokenizer.from_pretrained(folder_of(path, "tokenizer"), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: str, error: Exception) -> InputError:
+    return InputError(f"text_encoder.path={Path(path)}: {str(error).splitlines()[0]}")
 
 
 def _clean(caption: str) -> str:
