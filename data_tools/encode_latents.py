@@ -17,10 +17,9 @@ that a stopped command goes on where it was. What couldn't be decoded stands in 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from sora_train.config.hydra import run_hydra
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config
 from sora_train.core.batch import Refusal, Visit
-from sora_train.core.cli import InputError, nearest, run
+from sora_train.core.cli import InputError, choice, options_and_overrides, run
 from sora_train.core.pixels import to_video
 from sora_train.core.world import from_environment
 from sora_train.data.index.index import Index, index_shards, load_index
@@ -55,21 +54,18 @@ _AHEAD = 64  # clips that are decoded while others are encoded
 _HEAD = 1 << 20  # bytes that a header is looked for in
 
 
+@dataclass
+class Options:
+    """What the command takes beside the configuration."""
+
+    out: str
+    dtype: str = choice(tuple(_STORED), "fp32")
+
+
 def main() -> int:
     """Encode what the command line says."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    own = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in ("out", "dtype"))
-    sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in ("out", "dtype")]
-    dtype = own.get("dtype", "fp32")
-    if not own.get("out"):
-        raise InputError("give out=FOLDER; --help shows the rest")
-    if dtype not in _STORED:
-        raise InputError(f"dtype={dtype}; {nearest(dtype, list(_STORED))}")
-    if not any(argument.startswith("run_dir=") for argument in sys.argv[1:]):
-        sys.argv.append("run_dir=runs/encoded")  # nothing is written there
-    return run_hydra(lambda config: encode(config, Path(own["out"]), dtype))
+    o = options_and_overrides(Options, __doc__, "runs/encoded")
+    return run_hydra(lambda config: encode(config, Path(o.out), o.dtype))
 
 
 def encode(config: Config, out: Path, dtype: str) -> int:

@@ -18,50 +18,50 @@ is given as a side_table= of its own; its numbers are written too (8 bytes a sam
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
+from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
 from data_tools.progress import progress
 from sora_train.config.schema import DataConfig, Probe
-from sora_train.core.cli import InputError, run
+from sora_train.core.cli import InputError, number, options_and_paths, run
 from sora_train.data.index.consolidated import consolidate
 from sora_train.data.index.index import expand, ignored_fields, index_path, index_shards, upload_index
 from sora_train.data.read.store import Store, scheme
 
 
+@dataclass
+class Options:
+    """What the command takes beside shards."""
+
+    consolidate: str | None = None
+    side_table: list[str] = number([])
+    probe: Probe = Probe.packets
+    workers: int | None = number(None, least=1)
+    upload: bool = False
+
+
 def main() -> int:
     """Index the shards named on the command line and print one line for each."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    names = ("consolidate", "probe", "workers", "side_table", "upload")
-    given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in names)
-    patterns = [a for a in sys.argv[1:] if a.partition("=")[0] not in names]
+    o, patterns = options_and_paths(Options, __doc__)
     if not patterns:
         raise InputError("no shard given; --help shows how to name them")
-    tables = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("side_table=")]
-    if tables and "consolidate" not in given:
+    if o.side_table and o.consolidate is None:
         raise InputError(
             "side_table= is for consolidate=FOLDER; without data.index a run reads data.side_tables itself"
         )
-    probe, workers = given.get("probe", Probe.packets.value), given.get("workers", "null")
-    if probe not in {p.value for p in Probe} or (workers != "null" and not workers.isdecimal()) or workers == "0":
-        raise InputError(f"probe={probe} must be packets or frame, workers={workers} a number above 0 or null")
-    if given.get("upload", "true") not in ("true", "false"):
-        raise InputError(f"upload={given['upload']} must be true or false")
     store = Store.of(DataConfig())
     shards = expand(patterns, store)
-    index_shards(shards, None if workers == "null" else int(workers), store, probe=Probe(probe))
+    index_shards(shards, o.workers, store, probe=o.probe)
     for shard in shards:
         print(_summary(shard, store))
-        if given.get("upload") == "true" and scheme(shard) is not None:
+        if o.upload and scheme(shard) is not None:
             upload_index(shard, store)
-    if "consolidate" in given:
+    if o.consolidate is not None:
         with progress(len(shards), "consolidating shards") as advance:
-            count = consolidate(shards, given["consolidate"], advance, store, tables)
-        print(f"{given['consolidate']}: {count} samples of {len(shards)} shard(s)")
+            count = consolidate(shards, o.consolidate, advance, store, o.side_table)
+        print(f"{o.consolidate}: {count} samples of {len(shards)} shard(s)")
     return 0
 
 

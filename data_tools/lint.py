@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from data_tools.progress import progress
 from sora_train.config.schema import DataConfig
-from sora_train.core.cli import InputError, run
+from sora_train.core.cli import InputError, choice, number, options_and_paths, run
 from sora_train.data.index.captions import CAPTIONS
 from sora_train.data.index.index import expand, index_path, is_current, load_rows
 from sora_train.data.index.scan import scan_shard
@@ -105,22 +104,25 @@ class Findings:
         return {"samples": self.samples, "usable": self.usable, "errors": self.errors, "faults": faults}
 
 
+@dataclass
+class Options:
+    """What the command takes beside shards."""
+
+    format: str = choice(("table", "json"), "table")
+    examples: int = number(3, least=0)
+
+
 def main() -> int:
     """Check the shards named on the command line."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in ("format", "examples"))
-    patterns = [a for a in sys.argv[1:] if a.partition("=")[0] not in ("format", "examples")]
-    form, examples = given.get("format", "table"), given.get("examples", "3")
-    if not patterns or form not in ("table", "json") or not examples.isdigit():
-        raise InputError("give shards, and format=table or json, examples=N; --help shows how")
+    o, patterns = options_and_paths(Options, __doc__)
+    if not patterns:
+        raise InputError("no shard given; --help shows how to name them")
     store = Store.of(DataConfig())
     found = lint(expand(patterns, store), store)
-    if form == "json":
-        print(json.dumps(found.as_json(int(examples)), indent=1))
+    if o.format == "json":
+        print(json.dumps(found.as_json(o.examples), indent=1))
     else:
-        _print(found, int(examples))
+        _print(found, o.examples)
     return 1 if found.errors else 0
 
 

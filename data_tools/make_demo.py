@@ -23,7 +23,7 @@ import webdataset as wds
 from PIL import Image
 
 from data_tools.progress import progress
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import MAX_SEED, InputError, number, options, run
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.index import index_shards
 from sora_train.demo_world import scenes as shapes_world
@@ -37,12 +37,12 @@ _SPLITS = ("train", "val")
 class Options:
     """The command's options; see the head of this file."""
 
-    out: str = ""
-    clips: int = 3000
-    held_out: int = 384
-    seed: int = 0
-    shard_clips: int = 250
-    workers: int | None = None
+    out: str
+    clips: int = number(3000, least=1)
+    held_out: int = number(384, least=0)
+    seed: int = number(0, least=0, most=MAX_SEED)
+    shard_clips: int = number(250, least=1)
+    workers: int | None = number(None, least=1)
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,6 @@ class Shard:
 def main() -> int:
     """Make the data set that the command line describes; nothing to do if it is there already."""
     asked = options(Options, __doc__)
-    if not asked.out:
-        raise InputError("missing: out=...; --help shows what it means")
-    if asked.clips < 1 or asked.held_out < 0 or asked.shard_clips < 1 or (asked.workers or 1) < 1:
-        raise InputError("clips, shard_clips and workers must be at least 1, held_out at least 0")
     out = Path(asked.out)
     recipe = {"version": VERSION} | {key: getattr(asked, key) for key in ("clips", "held_out", "seed", "shard_clips")}
     if _finished(out, recipe):

@@ -13,12 +13,10 @@ png        the curves, drawn by matplotlib
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, options_and_paths, run
 from sora_train.evaluation.paired import print_differences
 from sora_train.operations.records import Record, read
 from sora_train.operations.report import page, write_report
@@ -34,17 +32,15 @@ class Options:
     )
     html: str = ""
     png: str = ""
-    metrics: Any = None
+    metrics: list[str] = field(default_factory=list)
 
 
 def main() -> int:
     """Compare the runs that the command line names."""
-    folders = [a for a in sys.argv[1:] if "=" not in a and not a.startswith("-")]
-    sys.argv[1:] = [a for a in sys.argv[1:] if a not in folders]
-    wanted = options(Options, __doc__)
+    wanted, folders = options_and_paths(Options, __doc__)
     if not folders:
         raise InputError("name at least one run folder; --help shows how")
-    if wanted.metrics is not None:
+    if wanted.metrics:
         return print_differences(folders, wanted.metrics)
     records = _told_apart([read(folder) for folder in folders])
     table(records, wanted.figures)

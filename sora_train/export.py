@@ -25,14 +25,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING
 from safetensors.torch import save_file
 
 from sora_train.config.load import load, to_yaml
 from sora_train.config.registry import FAMILIES, METHODS
 from sora_train.config.released import folder_of
 from sora_train.config.schema import VAE_USE, Config, LoraConfig, Prediction
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, choice, number, options, run
 from sora_train.core.pixels import to_unit
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Position
@@ -40,7 +39,7 @@ from sora_train.data.read.pool import Pool
 from sora_train.data.shards import Shards
 from sora_train.models.video_model import transformer_weights, whole_weights
 from sora_train.models.video_vae.model import VideoVAE, build_vae
-from sora_train.operations.trained import trained_weights
+from sora_train.operations.trained import EXPORTED, trained_weights
 from sora_train.training.engine.power_ema import combined
 
 _CLIPS_MEASURED = 512
@@ -50,17 +49,15 @@ _CLIPS_MEASURED = 512
 class Options:
     """Command-line options."""
 
-    run_dir: str = MISSING
-    out: str = MISSING
-    format: str = "safetensors"
-    ema_length: float | None = None
+    run_dir: str
+    out: str
+    format: str = choice(("safetensors", "diffusers", "adapter"), "safetensors")
+    ema_length: float | None = number(None, above=0, below=1)
 
 
 def main() -> int:
     """Export the newest checkpoint of a run."""
     o = options(Options, __doc__)
-    if o.format not in ("safetensors", "diffusers", "adapter"):
-        raise InputError(f"format={o.format!r}; known: safetensors, diffusers, adapter")
     config, out = load(o.run_dir), Path(o.out)
     if o.format != "safetensors":
         _check_for_diffusers(config, o)
@@ -78,7 +75,7 @@ def main() -> int:
     elif o.format == "diffusers":
         _pipeline(whole_weights(config, weights), config, out)
     else:
-        save_file(whole_weights(config, weights), out / "model.safetensors")
+        save_file(whole_weights(config, weights), out / EXPORTED)
         merged = replace(config, model=replace(config.model, lora=LoraConfig()))
         (out / "config.yaml").write_text(to_yaml(merged))
         assert config.vae.path is not None

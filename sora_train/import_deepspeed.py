@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from sora_train.core.cli import InputError, options, run
 from sora_train.operations.lock import RunLock
 
@@ -27,8 +25,8 @@ from sora_train.operations.lock import RunLock
 class Options:
     """Command-line options."""
 
-    checkpoint: str = MISSING
-    run_dir: str = MISSING
+    checkpoint: str
+    run_dir: str
     tag: str | None = None
     prefix: str = ""
     network: str = "video"

@@ -8,12 +8,15 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -85,6 +88,8 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
     main.codes = codes  # type: ignore[attr-defined]  # hydra_plugins' launcher, whose jobs are processes, appends here
     try:
         _refuse_sweep_under_torchrun()
+        if not {"-m", "--multirun"} & set(sys.argv[1:]):
+            sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
         hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")(main)()
         if mistakes:
             raise mistakes[0]
@@ -96,6 +101,30 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
         _leave_note(str(error))
         raise
     return max(codes, default=0)
+
+
+def as_typed(argument: str) -> str:
+    """An override whose key holds text, quoted where Hydra's grammar would read another value than was typed.
+
+    So `run_dir=2024_11` is that folder and not a number. What is quoted already, null and interpolations stay Hydra's.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or not value or value == "null" or "${" in value or value[0] in "'\"" or not _is_text(key):
+        return argument
+    try:
+        read = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        read = None
+    return argument if read == value else f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def _is_text(key: str) -> bool:
+    """Whether a dotted key of the configuration holds text."""
+    kind: Any = Config
+    for part in key.split("."):
+        hints = get_type_hints(kind) if is_dataclass(kind) else {}
+        kind = hints.get(part)
+    return kind in (str, str | None)
 
 
 def _plugins() -> list[str]:

@@ -91,14 +91,33 @@ def _take_released_shapes(config: Config) -> None:
     )
 
 
-def load(run_dir: str | Path) -> Config:
-    """Read the configuration of a run from its folder. Raises InputError if the folder holds no run."""
+def load(run_dir: str | Path, vae: str | None = None) -> Config:
+    """Read the configuration of a run or of an export from its folder.
+
+    `vae` is where its VAE is, if it has been moved. Raises InputError if the folder holds no run.
+    """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run_dir} holds no run (there is no {path}); check run_dir")
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
+    for key in ("vae.path", "text_encoder.path", "model.init_from"):
+        if (value := OmegaConf.select(tree, key)) is not None:
+            OmegaConf.update(tree, key, _where(str(value), Path(run_dir)))
+    if (path.parent / "vae").is_dir():  # an export, whole by itself
+        OmegaConf.update(tree, "vae.path", str(path.parent / "vae"))
+        OmegaConf.update(tree, "model.init_from", None)
+    if vae is not None:
+        OmegaConf.update(tree, "vae.path", vae)
     return build(tree)
+
+
+def _where(path: str, run_dir: Path) -> str:
+    """A path of a run's configuration; if it isn't there, beneath the folder above the run where it is."""
+    if Path(path).is_absolute() or Path(path).exists():
+        return path
+    above = (folder / path for folder in run_dir.resolve().parents)
+    return str(next((place for place in above if place.exists()), path))
 
 
 def to_yaml(config: Config) -> str:

@@ -14,11 +14,22 @@ from sora_train.core.cli import InputError
 
 VAES = ("AutoencoderKLWan",)
 TEXT_ENCODERS = ("umt5", "t5")
+ADAPTERS = "pytorch_lora_weights.safetensors"  # where diffusers and peft look for low-rank adapters
+
+
+def is_released(path: str | Path) -> bool:
+    """Whether a folder is a whole diffusers pipeline."""
+    return (Path(path) / "model_index.json").is_file()
 
 
 def folder_of(path: str | Path, part: str) -> Path:
-    """Folder of one model: `path` itself, or its subfolder `part` if `path` is a diffusers pipeline."""
-    return Path(path) / part if (Path(path) / "model_index.json").is_file() else Path(path)
+    """The folder of one part: `path` itself, or its subfolder `part` where `path` is a whole diffusers pipeline."""
+    return Path(path) / part if is_released(path) else Path(path)
+
+
+def adapter_file(path: str | Path) -> Path:
+    """The file of adapters that a path names: itself, or the one in a folder."""
+    return Path(path) / ADAPTERS if Path(path).is_dir() else Path(path)
 
 
 def read_config(folder: Path, what: str, key: str) -> dict[str, Any]:

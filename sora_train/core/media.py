@@ -1,4 +1,4 @@
-"""Reading and writing of small videos and pictures with PyAV and Pillow. Frames are `(T, H, W, 3)` uint8 RGB.
+"""Videos and pictures to and from files, by PyAV and Pillow. Frames are `(T, H, W, 3)` uint8 RGB.
 
 For samples, demo data and tests. Training data is decoded by `data/read/decode.py` instead.
 """
@@ -8,18 +8,34 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
-_BT601 = 6  # H.273 code of primaries and transfer; swscale converts to BT.601, and players need to be told
+
+@dataclass(frozen=True)
+class Coding:
+    """How frames become a file: container, encoder, its quality (lower is better) and key frames."""
+
+    container: str = "mp4"
+    encoder: str = "libx264"
+    crf: int = 18
+    gop: int = 12
+    options: Mapping[str, str] = field(default_factory=dict)  # of the encoder
+
+
+# mbtree's vector code gives now and then other bytes for the same frames (1 clip in 40 was seen to differ)
+_H264 = {"preset": "veryfast", "mbtree": "0"}
+_VP9 = {"deadline": "good", "cpu-used": "4", "b": "0"}
+_BT601 = 6  # H.273 code for primaries and transfer: what swscale converts to, so that every player shows our colours
 
 
 def write_mp4(
@@ -49,13 +65,40 @@ def write_mp4(
     if not isinstance(target, (str, os.PathLike)):
         target.write(encode_mp4(frames_THWC, fps, crf, gop, metadata))
         return
-    path = Path(target)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _encode(temporary, frames_THWC, fps, crf, gop, metadata or {})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    coding = Coding(crf=crf, gop=gop, options=_H264)
+    _write(Path(target), lambda path: _encode(path, frames_THWC, fps, coding, metadata or {}))
+
+
+def write_webm(
+    path: str | os.PathLike[str],
+    frames_THWC: np.ndarray | Iterable[np.ndarray],
+    fps: float,
+    crf: int = 24,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write frames as VP9 in WebM, atomically; otherwise as `write_mp4`."""
+    coding = Coding("webm", "libvpx-vp9", crf, 128, _VP9)
+    _write(Path(path), lambda temporary: _encode(temporary, frames_THWC, fps, coding, metadata or {}))
+
+
+def write_gif(
+    path: str | os.PathLike[str], frames_THWC: np.ndarray | Iterable[np.ndarray], fps: float, comment: str = ""
+) -> None:
+    """Write frames as a GIF that repeats for ever, atomically. All of them are in memory at once.
+
+    A GIF counts hundredths of a second: each frame ends at the nearest one, so that the whole keeps its length.
+    """
+    pieces = [frames_THWC] if isinstance(frames_THWC, np.ndarray) else frames_THWC
+    pictures = [Image.fromarray(frame) for frame in chain.from_iterable(pieces)]
+    ends = [round(100 * (n + 1) / fps) for n in range(len(pictures))]
+    shown = [10 * max(1, end - start) for start, end in zip([0, *ends], ends, strict=False)]
+    _write(
+        Path(path),
+        lambda temporary: pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=shown, loop=0, disposal=1,
+            comment=comment.encode(),
+        ),
+    )  # fmt: skip
 
 
 def encode_mp4(
@@ -69,7 +112,7 @@ def encode_mp4(
     # FFmpeg moves the index to the front by reading its own output again, which takes a file with a name.
     with tempfile.TemporaryDirectory(prefix="sora_train_") as folder:
         path = Path(folder) / "clip.mp4"
-        _encode(path, frames_THWC, fps, crf, gop, metadata or {})
+        _encode(path, frames_THWC, fps, Coding(crf=crf, gop=gop, options=_H264), metadata or {})
         return path.read_bytes()
 
 
@@ -109,12 +152,16 @@ def contact_sheet(frames_THWC: np.ndarray, columns: int = 8, scale: float = 1.0)
 
 def write_png(path: str | os.PathLike[str], picture: np.ndarray | Image.Image) -> None:
     """Write a picture, `(H, W, 3)` uint8 or a Pillow image, as PNG, atomically."""
-    final = Path(path)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    _write(Path(path), lambda temporary: image.save(temporary, format="PNG"))
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    """Have a file saved under another name and put in its place when it is whole."""
+    temporary = path.with_name(f".{path.name[-200:]}.{os.getpid()}.tmp")
     try:
-        image.save(temporary, format="PNG")
-        temporary.replace(final)
+        save(temporary)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -125,23 +172,22 @@ def _check(frames_THWC: np.ndarray) -> None:
 
 
 def _encode(
-    path: Path, frames_THWC: np.ndarray | Iterable[np.ndarray], fps: float, crf: int, gop: int,
-    metadata: Mapping[str, str],
-) -> None:  # fmt: skip
+    path: Path, frames_THWC: np.ndarray | Iterable[np.ndarray], fps: float, coding: Coding, metadata: Mapping[str, str]
+) -> None:
     pieces = iter([frames_THWC] if isinstance(frames_THWC, np.ndarray) else frames_THWC)
     first = next(pieces, np.zeros(0))
     _check(first)
     height, width = first.shape[1:3]
     flags = "+faststart+use_metadata_tags" if metadata else "+faststart"
-    with av.open(str(path), "w", format="mp4", options={"movflags": flags}) as container:
+    muxing = {"movflags": flags} if coding.container == "mp4" else {}
+    with av.open(str(path), "w", format=coding.container, options=muxing) as container:
         container.metadata.update(metadata)
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream: Any = container.add_stream(coding.encoder, rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         codec = stream.codec_context
         codec.thread_count = 1  # several threads would make the bytes depend on their number
-        codec.gop_size = gop
-        # x264's mbtree isn't deterministic: about 1 clip in 40 came out with other bytes for the same frames
-        codec.options = {"crf": str(crf), "preset": "veryfast", "mbtree": "0"}
+        codec.gop_size = coding.gop
+        codec.options = {"crf": str(coding.crf), **coding.options}
         codec.colorspace, codec.color_range = int(Colorspace.ITU601), int(ColorRange.MPEG)
         codec.color_primaries = codec.color_trc = _BT601
         for number, picture in enumerate(chain.from_iterable(chain([first], pieces))):

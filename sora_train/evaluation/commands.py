@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -36,7 +35,7 @@ class Options:
     videos: str = ""
     reference: str | None = None
     prompts: str = ""
-    metrics: Any = None  # names and groups; null: quick, or completion with tasks
+    metrics: list[str] = field(default_factory=list)  # names and groups; empty: quick, or completion with tasks
     models: dict[str, str] = field(default_factory=dict)  # local networks by the name that metrics give them
     count: int = 256
     seed: int = 0
@@ -54,8 +53,7 @@ class Options:
 
     def judges(self) -> Judges:
         """The metrics asked for."""
-        names = self.metrics or ("completion" if self.tasks else "quick")
-        return choose(names if isinstance(names, list) else [names], self.models)
+        return choose(self.metrics or ["completion" if self.tasks else "quick"], self.models)
 
     def path(self, ending: str) -> Path:
         """`out`, which must have this ending. Raises InputError."""

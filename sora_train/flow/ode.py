@@ -2,8 +2,9 @@
 
 Any latent frames may be given as conditions. A clip may start from a partly noised clip instead of noise (SDEdit, Meng
 et al. 2022, arXiv 2108.01073). Each shot of a clip may have a caption of its own. For videos longer than a clip, the
-first frames may be held to the end of the clip before: they follow its latents during the first part of the
-denoising, and are released one after the other.
+first (or last) frames may be held to the clip beside it: they follow its latents during the first part of the
+denoising, and are released one after the other. Guidance extrapolates away from the empty caption, or from a negative
+prompt in its place.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ Tokenize = Callable[[Sequence[str]], tuple[Tensor, tuple[int, ...]]]  # captions
 
 @dataclass(frozen=True)
 class Held:
-    """Overlap of a clip with the one before it: latents `(C, T, H, W)`, and the noise they were generated from."""
+    """Overlap of a clip with the one beside it: latents `(C, T, H, W)`, and the noise they were generated from."""
 
     latents_CTHW: Tensor
     noise_CTHW: Tensor
+    release: bool = True  # False: all of them are held to the end
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Request:
         held: Overlap that the first frames follow during denoising: the first frame until the last step, each later
             one for a shorter part. Unlike given frames they have the noise level of all others, so the model needs
             no training for them.
+        held_end: The same at the end, mirrored: the last frame is held until the last step.
+        negative: Prompt that guidance extrapolates away from; empty: the empty caption.
     """
 
     caption: str
@@ -61,6 +65,8 @@ class Request:
     shots: tuple[tuple[int, str], ...] = ()
     lead_CTHW: Tensor | None = None
     held: Held | None = None
+    held_end: Held | None = None
+    negative: str = ""
 
 
 @torch.no_grad()
@@ -138,7 +144,7 @@ class _Guided:
         self.packs = []
         for copies in (1, 2):
             shots = [request.shots or ((request.grid[0], request.caption),) for request in requests]
-            shots += [((request.grid[0], ""),) for request in requests] * (copies - 1)
+            shots += [((request.grid[0], request.negative),) for request in requests] * (copies - 1)
             text, texts = tokenize([caption for clip in shots for _, caption in clip])
             grids = tuple(request.grid for request in requests) * copies
             frames = tuple(tuple(length for length, _ in clip) for clip in shots)
@@ -193,7 +199,7 @@ def _check(request: Request, channels: int, patch: int) -> None:
     frames, height, width = request.grid
     shape = (channels, height * patch, width * patch)
     start = [] if request.start_CTHW is None else [(0, request.start_CTHW)]
-    for first, latents in (*request.given, *_beginning(request), *start):
+    for first, latents in (*request.given, *_ends(request), *start):
         if (*latents.shape[:1], *latents.shape[2:]) != shape or not 0 <= first <= frames - latents.shape[1]:
             raise ValueError(f"latents {tuple(latents.shape)} at frame {first} don't fit {request.grid} of {shape}")
     if request.shots and sum(length for length, _ in request.shots) != frames:
@@ -207,6 +213,8 @@ def noise_of(request: Request, channels: int, patch: int) -> Tensor:
     noise_CTHW = torch.randn(channels, frames, height * patch, width * patch, generator=generator)
     if request.held is not None:
         noise_CTHW[:, : request.held.noise_CTHW.shape[1]] = request.held.noise_CTHW
+    if request.held_end is not None:
+        noise_CTHW[:, frames - request.held_end.noise_CTHW.shape[1] :] = request.held_end.noise_CTHW
     return noise_CTHW
 
 
@@ -225,21 +233,32 @@ def _given_mask(request: Request) -> Tensor:
 
 
 def _release(request: Request, config: FlowConfig) -> Tensor:
-    """Timestep above which each token is held, `(N,)`: k / K (shifted) for frame k of K held ones, else infinity."""
+    """Timestep above which each token is held, `(N,)`: k / K (shifted) for frame k of K held ones, else infinity.
+
+    At a clip's end frames are counted from the last one backwards.
+    """
     frames, height, width = request.grid
-    count = 0 if request.held is None else request.held.latents_CTHW.shape[1]
     shift = shift_of(config, request.grid)
-    release = [shifted(k / count, shift) if k < count else math.inf for k in range(frames)]
+    release = [math.inf] * frames
+    for held, places in ((request.held, range(frames)), (request.held_end, range(frames - 1, -1, -1))):
+        count = 0 if held is None else held.latents_CTHW.shape[1]
+        for k, place in enumerate(places[:count]):
+            release[place] = shifted(k / count if held is not None and held.release else 0.0, shift)
     return torch.tensor(release).repeat_interleave(height * width)
 
 
-def _beginning(request: Request) -> list[tuple[int, Tensor]]:
-    return [] if request.held is None else [(0, request.held.latents_CTHW)]
+def _ends(request: Request) -> list[tuple[int, Tensor]]:
+    """Latents that a clip is held to at either end, each with the latent frame it begins at."""
+    ends = [] if request.held is None else [(0, request.held.latents_CTHW)]
+    if request.held_end is not None:
+        latents = request.held_end.latents_CTHW
+        ends.append((request.grid[0] - latents.shape[1], latents))
+    return ends
 
 
 def _known(request: Request, channels: int, patch: int) -> Tensor:
     frames, height, width = request.grid
     known = torch.zeros(channels, frames, height * patch, width * patch)
-    for first, latents in (*request.given, *_beginning(request)):
+    for first, latents in (*request.given, *_ends(request)):
         known[:, first : first + latents.shape[1]] = latents.cpu()
     return patchify(known, patch)

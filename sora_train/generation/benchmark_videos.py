@@ -16,10 +16,12 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.media import write_mp4
 from sora_train.core.world import World
+from sora_train.data.read.pool import Pool
 from sora_train.evaluation.layouts import PHYSICS_SECONDS, Wanted
 from sora_train.evaluation.results import write_json
+from sora_train.generation.given import Given
 from sora_train.generation.long_video import in_pieces
-from sora_train.generation.requests import Prompt, Shot, clip_size, read_frames, resized
+from sora_train.generation.requests import Prompt, Shot, clip_size
 from sora_train.generation.sampler import Sampler
 
 _OVERLAP = 2  # latent frames that a piece of a long video shares with the one before
@@ -48,12 +50,13 @@ def write_videos(sampler: Sampler, every: Sequence[Wanted], to: Output, world: W
     frames = None if to.seconds is None else _frames(config, to.seconds)
     missing = [(n, one) for n, one in enumerate(every) if n % world.size == world.rank]
     missing = [(n, one) for n, one in missing if not (to.folder / one.file).is_file()]
-    for place, one in track(missing, description=f"sampling into {to.folder}", disable=not world.is_main):
-        given = None if to.images is None else _image(config, to.images, one)
-        video = _video(config, sampler, one.prompt, frames, to.seed + place, given)
-        path = to.folder / one.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_mp4(path, video, config.data.fps, metadata={"comment": "AI-generated video (sora_train)"})
+    with Pool.of(config.data) as pool:
+        for place, one in track(missing, description=f"sampling into {to.folder}", disable=not world.is_main):
+            given = None if to.images is None else _image(config, to.images, one, pool)
+            video = _video(sampler, one.prompt, frames, to.seed + place, given)
+            path = to.folder / one.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_mp4(path, video, config.data.fps, metadata={"comment": "AI-generated video (sora_train)"})
     if world.is_main:
         seeds = {one.file: to.seed + n for n, one in enumerate(every)}
         write_json(to.folder / "seeds.json", {"run": config.run_dir, "seeds": seeds})
@@ -66,18 +69,18 @@ def _frames(config: Config, seconds: float) -> int:
     return round(frames)
 
 
-def _video(
-    config: Config, sampler: Sampler, prompt: str, frames: int | None, seed: int, given: np.ndarray | None
-) -> np.ndarray:
+def _video(sampler: Sampler, prompt: str, frames: int | None, seed: int, given: Given | None) -> np.ndarray:
     """A video of so many frames: made longer where the grid asks for it, and cut; in pieces above the trained length.
 
     A given first frame stays in it.
     """
+    config = sampler.config
     grid, most = geometry(config), config.data.max_frames
     count = frames or most
     whole = 1 + -(-(count - 1) // grid.temporal_stride) * grid.temporal_stride
-    size = clip_size(config, given, None, None, None)
-    asked = Prompt([Shot(float("inf"), prompt)], None if given is None else resized(given, size))
+    size = clip_size(config, None if given is None else (given.height, given.width), None, None, None)
+    before = None if given is None else given.decoded(0, given.frames, size[1:])
+    asked = Prompt([Shot(float("inf"), prompt)], before)
     if whole <= most:
         return sampler.videos([asked.request(config, sampler.vae, (whole, *size[1:]), seed)])[0][:count]
     pieces = in_pieces(config, sampler, asked, (most, *size[1:]), whole, seed, _OVERLAP, False)
@@ -85,14 +88,14 @@ def _video(
     return made[:count] if asked.before is None else np.concatenate((asked.before, made))[:count]
 
 
-def _image(config: Config, folder: str, one: Wanted) -> np.ndarray | None:
+def _image(config: Config, folder: str, one: Wanted, pool: Pool) -> Given:
     number = Path(one.file).name[:4]
     found = sorted(Path(folder).glob(f"{number}*"))
     if len(found) != 1:
         raise InputError(
             f"images={folder} needs one file that begins with {number}, for {one.file}; it has {len(found)}"
         )
-    return read_frames(str(found[0]), config.data.fps)
+    return Given(str(found[0]), config.data.fps, config.data.fit, pool)
 
 
 def seconds_of(form: str, seconds: float | None) -> float | None:

@@ -87,7 +87,7 @@ def prompt_cases(config: Config, rows: Mapping[str, Mapping[str, Any]], task: Ta
     found = []
     for number, (name, row) in enumerate(rows.items()):
         height, width = (int(row.get(key) or 0) for key in ("height", "width"))
-        shape = np.zeros((1, height, width, 3), np.uint8) if height and width else None
+        shape = (height, width) if height and width else None
         frames, *area = clip_size(config, shape, None, None, float(row["seconds"]) if row.get("seconds") else None)
         fields = {key: value for key, value in row.items() if key != "caption"}
         sample = Sample(name, str(row["caption"]), config.data.fps, fields)

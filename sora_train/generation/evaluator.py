@@ -24,7 +24,8 @@ from sora_train.encoding.vae import FrozenVae
 from sora_train.evaluation.completion import standing_still
 from sora_train.evaluation.results import REAL, SAMPLES, STILL, THROUGH_VAE, Judged, Judges
 from sora_train.generation.cases import Case, Task, request_of
-from sora_train.generation.sampler import Sampler, save_sample
+from sora_train.generation.output import save_sample
+from sora_train.generation.sampler import Sampler
 
 UNIT = 16  # clips
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 
 from sora_train.config.cost import geometry
 from sora_train.config.schema import Config
-from sora_train.core.media import contact_sheet, write_mp4, write_png
 from sora_train.encoding.captions import tokenizer
 from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Request, generate
@@ -61,42 +58,3 @@ class Sampler:
 def request_for(config: Config, caption: str, size: tuple[int, int, int], seed: int) -> Request:
     """A request for a clip of (frames, height, width); all are rounded to the VAE's and the patch's grid."""
     return Request(caption, geometry(config).grid(*size), seed)
-
-
-def save_sample(
-    folder: Path, name: str, frames_THWC: np.ndarray | Iterable[np.ndarray], fps: float, about: Mapping[str, object]
-) -> Path:
-    """Write NAME.mp4 (NAME.png for one frame), a contact sheet NAME-sheet.png, and NAME.json; returns the video.
-
-    Of frames that come in pieces, the sheet shows the first frames of a few of them.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-    comment = {"comment": "AI-generated video (sora_train)"}
-    path = folder / f"{name}.mp4"
-    if isinstance(frames_THWC, np.ndarray):
-        shown = frames_THWC
-        if len(frames_THWC) == 1:
-            path = folder / f"{name}.png"
-            write_png(path, frames_THWC[0])
-        else:
-            write_mp4(path, frames_THWC, fps, metadata=comment)
-    else:
-        firsts: list[np.ndarray] = []
-        write_mp4(path, _watched(frames_THWC, firsts), fps, metadata=comment)
-        shown = np.stack(firsts)
-    scale = max(1, round(128 / shown.shape[1]))
-    write_png(folder / f"{name}-sheet.png", contact_sheet(shown, columns=min(8, len(shown)), scale=scale))
-    return path
-
-
-def _watched(pieces: Iterable[np.ndarray], firsts: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The pieces as they come, evenly spaced ones' first frames kept: fewer than 16."""
-    every = 1
-    for number, piece in enumerate(pieces):
-        if number % every == 0:
-            firsts.append(piece[0])
-            if len(firsts) == 16:
-                del firsts[1::2]
-                every *= 2
-        yield piece

@@ -48,3 +48,6 @@ class Family(Protocol):
 
     def save_adapters(self, adapters: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
         """Write adapters alone in the released form. Raises InputError where the form lacks an option."""
+
+    def add_adapter_file(self, network: nn.Module, path: str, factor: float) -> None:
+        """Add the adapters of a file, times `factor`, to the weights. Raises InputError where they don't fit."""

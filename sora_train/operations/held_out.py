@@ -15,7 +15,7 @@ from sora_train.data.loader import Loader, first_clips
 from sora_train.data.order.curriculum import Stages
 from sora_train.data.order.plan import Plan, Position
 from sora_train.data.read.pool import Pool
-from sora_train.generation.sampler import save_sample
+from sora_train.generation.output import save_sample
 from sora_train.models.layers import ulysses
 
 Group = ulysses.Group

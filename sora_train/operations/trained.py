@@ -3,35 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sora_train.config.registry import METHODS
+from sora_train.config.registry import FAMILIES, METHODS
+from sora_train.config.released import is_released
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.encoding.vae import FrozenVae
 from sora_train.generation.sampler import Sampler
 from sora_train.methods.base import Network, trained
 from sora_train.models.video_model import build_video_model, whole_weights
-from sora_train.training.state.checkpoint import latest_intact, load_full, networks_of
+from sora_train.training.state.checkpoint import latest_intact, load_full, networks_of, verify
+
+EXPORTED = "model.safetensors"  # what `export` writes a video model's weights to
 
 
-def trained_weights(run_dir: str | Path, network: str | None = None) -> dict[str, Tensor]:
-    """The averaged weights of a network (the main one) in a run's newest intact checkpoint, by parameter name."""
-    return load_full(latest_intact(Path(run_dir) / "checkpoints"), "ema", network)
+@dataclass(frozen=True)
+class Weights:
+    """Which weights of a run or a folder to sample with, and in which precision."""
+
+    checkpoint: int | None = None  # its step; None: the newest intact one
+    raw: bool = False  # the trained weights themselves instead of their moving average
+    bf16: bool = False
+    adapters: tuple[tuple[str, float], ...] = ()  # files of adapters, each with the weight it is added with
 
 
-def load_sampler(config: Config, run_dir: str | Path, device: torch.device) -> Sampler:
-    """A sampler with a run's averaged weights. Raises InputError for a run that isn't a video model's."""
+AVERAGED = Weights()
+
+
+def trained_weights(run_dir: str | Path, network: str | None = None, weights: Weights = AVERAGED) -> dict[str, Tensor]:
+    """The weights of a network (the main one) in a run's checkpoint, averaged unless asked for raw, by parameter."""
+    return load_full(checkpoint_of(run_dir, weights.checkpoint), "master" if weights.raw else "ema", network)
+
+
+def checkpoint_of(run_dir: str | Path, step: int | None) -> Path:
+    """A run's newest intact checkpoint, or that of a step. Raises InputError where it isn't there or isn't whole."""
+    folder = Path(run_dir) / "checkpoints"
+    if step is None:
+        return latest_intact(folder)
+    path = folder / f"step-{step:08d}"
+    if not path.is_dir():
+        there = ", ".join(str(int(p.name.removeprefix("step-"))) for p in sorted(folder.glob("step-*"))) or "none"
+        raise InputError(f"{run_dir} has no checkpoint={step}; it has {there}")
+    if fault := verify(path):
+        raise InputError(f"checkpoint={step} of {run_dir} is damaged ({fault}); choose another step")
+    return path
+
+
+def load_sampler(config: Config, run_dir: str | Path, device: torch.device, weights: Weights = AVERAGED) -> Sampler:
+    """A sampler of a run, of an export, or of a released pipeline's folder.
+
+    Raises InputError for a run that isn't a video model's, and for weights that aren't there.
+    """
     if not METHODS.get(config.method).makes_videos:
         raise InputError(f"{run_dir} holds a {config.method} run; samples come from a video model (experiment=demo)")
+    family, exported = FAMILIES.get(config.model.family), Path(run_dir) / EXPORTED
     network = build_video_model(config)
-    network.load_state_dict(whole_weights(config, trained_weights(run_dir)))
-    network.to(device).eval().requires_grad_(False)
+    if is_released(run_dir):
+        family.load(network.dit, str(run_dir))
+    elif exported.is_file():
+        _load_exported(network, exported)
+    else:
+        network.load_state_dict(whole_weights(config, trained_weights(run_dir, weights=weights)))
+    for path, factor in weights.adapters:
+        family.add_adapter_file(network.dit, path, factor)
+    network.to(device, torch.bfloat16 if weights.bf16 else torch.float32).eval().requires_grad_(False)
     return Sampler(config, network, FrozenVae.load(config.vae, device), device)
+
+
+def _load_exported(network: nn.Module, path: Path) -> None:
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise InputError(f"{path} doesn't hold this model: {' '.join(str(error).split())[:200]}") from error
 
 
 def load_starting_weights(networks: Mapping[str, Network], source: str) -> None:
@@ -55,7 +105,7 @@ def _weights_by_network(source: Path, names: list[str]) -> dict[str, dict[str, T
         if not there:
             raise InputError(f"init_from={source} trained {networks_of(newest)}, this run trains {names}")
         return {name: load_full(newest, "ema", name) for name in there}
-    for file in ("model.safetensors", "vae.safetensors"):
+    for file in (EXPORTED, "vae.safetensors"):
         if (source / file).is_file():
             return {names[0]: load_file(source / file)}
     raise InputError(

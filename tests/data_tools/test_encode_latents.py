@@ -283,7 +283,7 @@ def test_weights_are_told_apart_and_missing_ones_named(tmp_path: Path) -> None:
     assert weights_hash(tmp_path) != before
 
 
-@pytest.mark.parametrize(("arguments", "message"), [([], "out=FOLDER"), (["out=x", "dtype=fp8"], "dtype=fp8")])
+@pytest.mark.parametrize(("arguments", "message"), [([], "missing: out="), (["out=x", "dtype=fp8"], "dtype=fp8")])
 def test_wrong_use_is_one_line(monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
     monkeypatch.setattr(sys, "argv", ["encode_latents", *arguments])
     with pytest.raises(InputError, match=message):

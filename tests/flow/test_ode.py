@@ -177,6 +177,37 @@ def test_what_a_clip_is_held_to_is_let_go_frame_by_frame(solver: str) -> None:
     assert (result[:, 0] - wanted[:, 0]).abs().max() > 1
 
 
+def test_what_a_clip_is_held_to_at_its_end_is_let_go_from_the_front() -> None:
+    wanted, known, noise = (latents((3, 2, 2), n) for n in (1, 2, 3))
+    x0 = patchify(wanted, 2)
+    flow = replace(FLOW, solver="euler", guidance=1.0, sampling_steps=8)
+    for release, free in ((True, 2), (False, 1)):
+        request = Request("x", GRIDS[0], 5, held_end=Held(known[:, 1:], noise[:, 1:], release))
+        assert torch.equal(noise_of(request, 4, 2)[:, 1:], noise[:, 1:])
+        (result,) = run(Field(lambda x, t, told: (x - x0) / t), [request], flow)
+        torch.testing.assert_close(result[:, :free], wanted[:, :free], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result[:, free:], known[:, free:], rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_leads_away_from_the_negative_prompt() -> None:
+    """Where a caption moves the velocity by its number of tokens, guidance weighs two captions against each other."""
+    lengths: list[tuple[int, ...]] = []
+
+    class Told(nn.Module):
+        def forward(self, pack: LatentPack) -> Tensor:
+            layout = pack.video.layout
+            lengths.append(layout.texts)
+            per_clip = torch.tensor(layout.texts, dtype=torch.float32)
+            return 0 * pack.video.x_NP + per_clip.repeat_interleave(torch.tensor(layout.lengths)).unsqueeze(1)
+
+    flow = replace(FLOW, guidance=3.0, sampling_steps=1, shift=1.0)
+    request = Request("one two", (1, 1, 1), 5, negative="one two three four")
+    (result,) = run(Told(), [request], flow)
+    noise = noise_of(request, 4, 2)
+    assert lengths == [(3, 5)]
+    torch.testing.assert_close(result, noise - (5 + 3 * (3 - 5)))
+
+
 def test_held_frames_go_the_way_from_their_noise_and_are_no_given_ones() -> None:
     known, noise = latents((3, 2, 2), 2), latents((3, 2, 2), 3)
     request = Request("x", GRIDS[0], 5, held=Held(known[:, :2], noise[:, :2]))

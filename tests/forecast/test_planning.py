@@ -28,7 +28,7 @@ from sora_train.forecast.this_machine import ThisCpu, measure_cpu
 from sora_train.forecast.timing import save_advice, step_time
 from sora_train.forecast.trace import Call, Made, Operation, Trace, trace
 from sora_train.models.video_model import build_video_model
-from sora_train.plan import take
+from sora_train.plan import main
 
 ROOT = Path(__file__).parents[2]
 PASS = Trace(
@@ -249,14 +249,11 @@ def test_a_forecast_has_every_stage_and_both_choices_of_recomputation(config: Co
     assert all(s.fits for s in result.stages.values())
 
 
-def test_options_leave_the_rest_of_the_line_to_hydra() -> None:
-    line = ["plan", "experiment=demo", "world_size=64", "hardware=h200", "seed=1", "rehearse=true"]
-    options = take(line)
-    assert (options.world_size, options.hardware, options.rehearse) == (64, "h200", True)
-    assert line == ["plan", "experiment=demo", "seed=1"]
-    for wrong in ("world_size=0", "world_size=many", "per_node=-1"):
+def test_wrong_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("world_size=0", "world_size=many", "per_node=-1", "price=nan", "disk_gb_s=0"):
+        monkeypatch.setattr("sys.argv", ["plan", "experiment=demo", wrong])
         with pytest.raises(InputError, match=wrong.partition("=")[0]):
-            take(["plan", wrong])
+            main()
     with pytest.raises(InputError, match=r"hardware=h1000; did you mean 'h100'"):
         hardware("h1000")
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from sora_train.data.read.animation import EXTENSION, decode_animation, probe_animation
 from sora_train.data.read.decode import (
     DecodeError,
     Limits,
@@ -76,12 +77,18 @@ class Server:
         data = os.pread(self.memory_file, size, 0) if handed else read_member(request["path"], offset, size)
         checked(data, offset, size, request["crc32"])
         if request["op"] == "probe":
-            figures = probe(data, request["extension"], self.limits, request["pixels"])
+            if request["extension"] == EXTENSION:
+                figures = probe_animation(data, self.limits)
+            else:
+                figures = probe(data, request["extension"], self.limits, request["pixels"])
             return {**figures, "crc32": zlib.crc32(data)}
         decoders = self.decoders[1:] if request["spare"] else self.decoders
         resize = tuple(request["resize"])
         timing = Timing(*request["timing"])
-        pixels = decode(data, request["extension"], request["frames"], resize, timing, decoders, self.limits)
+        if request["extension"] == EXTENSION:
+            pixels = decode_animation(data, request["frames"], resize, timing, self.limits)
+        else:
+            pixels = decode(data, request["extension"], request["frames"], resize, timing, decoders, self.limits)
         top, left, height, width = request["crop"]
         pixels = pixels[:, top : top + height, left : left + width]
         if list(pixels.shape[1:3]) != [height, width]:

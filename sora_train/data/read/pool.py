@@ -89,13 +89,16 @@ class Pool:
         self,
         path: str,
         extension: str,
-        member: tuple[int, int, int],
-        frames: list[int],
+        member: tuple[int, int, int | None],
+        frames: Sequence[float],
         resize: tuple[int, int],
         crop: tuple[int, int, int, int],
         timing: Timing = STEADY,
     ) -> Future[np.ndarray]:
-        """Frames `(T, H, W, 3)` uint8 of a member (offset, size, crc32), resized, then cut to (top, left, H, W)."""
+        """Frames `(T, H, W, 3)` uint8 of a member (offset, size, crc32), resized, then cut to (top, left, H, W).
+
+        A crc32 of None isn't compared.
+        """
         offset, size, crc32 = member
         request = {
             "op": "decode", "path": path, "offset": offset, "size": size, "crc32": crc32, "extension": extension,

@@ -17,14 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sora_train.config.released import folder_of
+from sora_train.config.released import ADAPTERS, folder_of
 from sora_train.core.cli import InputError
 from sora_train.models.wan.lora import pairs
 from sora_train.models.wan.released import ROPE_THETA
 from sora_train.models.wan.settings import WanConfig
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_ADAPTERS = "pytorch_lora_weights.safetensors"  # where diffusers and peft look
 _ENDS = {  # ours to diffusers'
     "patch_in": "patch_embedding",
     "text_in.0": "condition_embedder.text_embedder.linear_1",
@@ -134,7 +133,7 @@ def save_adapters(adapters: Mapping[str, Tensor], model: WanConfig, folder: Path
         layer = "transformer." + wan_name(f"{name}.weight").removesuffix(".weight")
         theirs |= {f"{layer}.lora_A.weight": down.contiguous(), f"{layer}.lora_B.weight": up * factor}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(theirs, folder / _ADAPTERS, metadata={"format": "pt"})
+    save_file(theirs, folder / ADAPTERS, metadata={"format": "pt"})
 
 
 def require_wan(model: WanConfig, form: str) -> None:

@@ -84,6 +84,12 @@ class Wan:
 
         save_adapters(adapters, _own(config), folder)
 
+    def add_adapter_file(self, network: nn.Module, path: str, factor: float) -> None:
+        """Add adapters in the names of diffusers, peft, Wan's own repository or kohya's scripts."""
+        from sora_train.models.wan.adapter_files import add_to_weights
+
+        add_to_weights(network, path, factor)
+
 
 def _own(config: ModelConfig) -> WanConfig:
     assert isinstance(config, WanConfig)
