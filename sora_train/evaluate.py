@@ -125,7 +125,8 @@ def _tasks(config: Config, sampler: Sampler, plan: Plan, o: Options) -> int:
         figures[task] = [measure(*videos, part) for videos in zip(made, real, through, strict=True)]
         for n, case in list(enumerate(cases))[:_SHOWN]:
             about = {"prompt": case.caption, "given": part.given(whole), **figures[task][n]}
-            save_sample(folder, f"{task}-{n:02d}", np.concatenate((made[n], real[n]), axis=1), config.data.fps, about)
+            both = np.concatenate((made[n], real[n]), axis=1)
+            save_sample(folder, f"{task}-{n:02d}", both, config.data.made_fps, about)
     summed = summary(figures)
     Console().print(table(rows), figures_table(summed))
     print(f"{len(cases)} held-out clips of {whole} frames; above in each sample what was made, below the clip itself")
@@ -157,7 +158,8 @@ def _by_heart(config: Config, sampler: Sampler, o: Options) -> int:
         marks |= {"nearest_other_db": max(others)} if others else {}
         print(f"{case.key}: " + ", ".join(f"{name} {value:.1f}" for name, value in marks.items()))
         both = np.concatenate((sample, target), axis=2)
-        save_sample(folder, f"{number:02d}", both, case.visit.fps or config.data.fps, {"prompt": case.caption, **marks})
+        fps = case.visit.fps or config.data.made_fps
+        save_sample(folder, f"{number:02d}", both, fps, {"prompt": case.caption, **marks})
         report.append({"key": case.key, "prompt": case.caption, "size": list(case.visit.size), **marks})
     mean = float(np.mean([entry["psnr_db"] for entry in report]))
     print(f"{len(cases)} training clips: samples at {mean:.1f} dB PSNR against the clips as the VAE gives them back")
@@ -193,7 +195,7 @@ def _scene(index: Index, visit: Visit) -> dict[str, object] | None:
     if "scene" not in fields:
         raise InputError(f"{index.key[visit.sample]} describes no demo scene; evaluate measures the demo world only")
     scene = fields["scene"]
-    stride = max(1, round(index.fps[visit.sample] / visit.fps)) if visit.fps else 1
+    stride = float(index.fps[visit.sample]) / visit.fps if visit.fps else 1.0
     whole = visit.frames * stride + stride * 4 > index.frames[visit.sample]
     return scene if whole or scene["kind"] not in ("return", "behind") else None
 
@@ -224,7 +226,7 @@ def _count(videos: list[np.ndarray], cases: list[Case]) -> Counts:
 def _show(config: Config, cases: list[Case], videos: list[np.ndarray], folder: Path) -> None:
     for n, (case, video) in enumerate(list(zip(cases, videos, strict=True))[:_SHOWN]):
         about = {"prompt": case.caption, "scene": case.scene, "marks": judge(video, case.scene)}
-        save_sample(folder, f"{n:02d}", video, config.data.fps, about)
+        save_sample(folder, f"{n:02d}", video, config.data.made_fps, about)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def main() -> int:
     videos = (_long if longer else _short)(config, sampler, prompt, size, o)
     for n, video in enumerate(videos):
         name = out.stem if o.count in (None, 1) else f"{out.stem}-{n}"
-        _keep(world, out.parent, name, video, config.data.fps, about | {"seed": o.seed + n})
+        _keep(world, out.parent, name, video, config.data.made_fps, about | {"seed": o.seed + n})
     return 0
 
 
@@ -169,8 +169,8 @@ def _read(config: Config, o: Options) -> tuple[list[Shot], dict[str, np.ndarray 
         raise InputError("strength below 1 makes a video anew; give video=...")
     if o.overlap < 1:
         raise InputError(f"overlap={o.overlap} latent frames; must be above 0")
-    before = read_frames(o.image or o.video, config.data.fps)
-    after = read_frames(o.end_image or o.end_video, config.data.fps)
+    before = read_frames(o.image or o.video, config.data.made_fps)
+    after = read_frames(o.end_image or o.end_video, config.data.made_fps)
     anew = o.strength < 1.0
     frames = {"before": None if anew else before, "after": after, "start": before if anew else None}
     if o.prompt is None and any(value is not None for value in frames.values()):
@@ -207,7 +207,7 @@ def _held_out(config: Config, sampler: Sampler, o: Options, world: World) -> int
     folder = Path(o.run_dir) / "samples" / "held_out"
     for n, (request, frames) in enumerate(zip(requests, sampler.in_batches(requests), strict=True)):
         about: dict[str, object] = {"prompt": request.caption, "seed": request.seed}
-        _keep(world, folder, f"{n:02d}", frames, config.data.fps, about, request.caption)
+        _keep(world, folder, f"{n:02d}", frames, config.data.made_fps, about, request.caption)
     return 0
 
 

@@ -34,9 +34,9 @@ class Visit:
     """One planned use of a sample: what to cut out of it, and the seed of everything random about it."""
 
     sample: int  # row in the index
-    first: int  # first frame, counted at the clip's own rate `fps`
+    first: int  # first frame, a number of the source's
     frames: int
-    fps: float  # 0 for an image
+    fps: float  # real frames a second of the clip, which may not be the source's; 0 for an image
     resize: tuple[int, int]  # height, width the decoder delivers
     crop: tuple[int, int, int, int]  # top, left, height, width taken from that
     task: str

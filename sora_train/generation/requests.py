@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from sora_train.config.cost import geometry
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.cost import Geometry
-from sora_train.core.media import read_mp4
 from sora_train.core.pixels import to_video
+from sora_train.data.read.whole_file import read_file
 from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Request
 
@@ -48,20 +47,8 @@ def read_shots(prompt: Any) -> list[Shot]:
 
 
 def read_frames(path: str | None, fps: float) -> np.ndarray | None:
-    """The frames of an image, or of a video thinned out to `fps`. Raises InputError for a file that is neither."""
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {path}")
-    try:
-        return np.asarray(Image.open(path).convert("RGB"))[None]
-    except UnidentifiedImageError:
-        pass  # then it is a video
-    try:
-        frames, rate = read_mp4(path)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
-    return frames[:: max(1, round(rate / fps))]
+    """The frames of an image, or those that a video shows at each n / fps. Raises InputError for any other file."""
+    return None if path is None else read_file(path, fps)[0]
 
 
 def resized(frames_THWC: np.ndarray, size: Size) -> np.ndarray:
@@ -80,7 +67,7 @@ def clip_size(
         scale = (config.data.max_pixels / (shape[0] * shape[1])) ** 0.5
         height, width = round(shape[0] * scale), round(shape[1] * scale)
     height, width = (max(1, round(side / grid.multiple)) * grid.multiple for side in (height, width))
-    frames = config.data.max_frames if seconds is None else max(1, round(seconds * config.data.fps))
+    frames = config.data.max_frames if seconds is None else max(1, round(seconds * config.data.made_fps))
     return 1 + (frames - 1) // grid.temporal_stride * grid.temporal_stride, height, width
 
 
@@ -110,7 +97,7 @@ class Prompt:
             lead, latents = latents[:, :1], latents[:, 1:]
             given.append((frames - latents.shape[1], latents))
         start = None if self.start is None else encode(vae, self.start)
-        shots = spans(self.shots, frames, first, grid.temporal_stride, config.data.fps)
+        shots = spans(self.shots, frames, first, grid.temporal_stride, config.data.made_fps)
         caption = shots[0][1]
         return Request(
             caption, grid.grid(*size), seed, tuple(given), start, self.strength, shots if len(shots) > 1 else (), lead
