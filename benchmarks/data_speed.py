@@ -45,7 +45,8 @@ from sora_train.core.media import encode_mp4
 from sora_train.data.index.index import index_shards, load_index
 from sora_train.data.index.scan import scan_shard
 from sora_train.data.loader import Loader
-from sora_train.data.order.plan import Plan, PlanInputs, Position, source_frames
+from sora_train.data.order.plan import Plan, PlanInputs, Position
+from sora_train.data.order.times import source_frames
 from sora_train.data.read.decode import read_member
 from sora_train.data.read.pool import Pool
 

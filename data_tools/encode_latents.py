@@ -40,8 +40,9 @@ from sora_train.data.index.tar import Member, walk
 from sora_train.data.latents import texts_to_bytes, to_bytes
 from sora_train.data.loader import refusal
 from sora_train.data.order.filters import Filter
-from sora_train.data.order.plan import PlanInputs, source_frames
+from sora_train.data.order.plan import PlanInputs
 from sora_train.data.order.selection import Selection
+from sora_train.data.order.times import source_frames
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.encoded import DTYPES, LATENT, TEXT, header, made_with
 from sora_train.data.read.pool import Pool
@@ -144,9 +145,9 @@ class Encoder:
         """Key, visit and pixels of every clip of a shard, in order, some being decoded ahead."""
         waiting: list[tuple[str, Visit, Future[np.ndarray]]] = []
         for key, visit in fixed_visits(index, inputs):
-            timing = index.timing(visit.sample)
-            frames = source_frames(visit, timing.fps)
-            pixels = self.pool.decode(*index.member(visit.sample), frames, visit.resize, visit.crop, timing)
+            track = index.track(visit.sample)
+            frames = source_frames(visit, track.fps, track.vfr)
+            pixels = self.pool.decode(*index.member(visit.sample), frames, visit.resize, visit.crop, track)
             waiting.append((key, visit, pixels))
             if len(waiting) > _AHEAD:
                 yield waiting.pop(0)
@@ -191,15 +192,18 @@ def fixed_visits(index: Index, inputs: PlanInputs) -> Iterator[tuple[str, Visit]
     rows, _ = Selection(index, inputs.filters).rows(np.zeros(1, dtype=np.int64))
     cut = inputs.cuts(index, rows)
     for n, row in enumerate(rows.tolist()):
-        available, frames = int(cut.available[n]), int(cut.frames[n])
-        pieces = -(-available // frames)
-        short = available < frames + inputs.geometry.temporal_stride  # nothing but a rest that fills no latent frame
-        fps = float(index.fps[row]) / int(cut.stride[n])
+        frames, whole, span = int(cut.frames[n]), int(index.frames[row]), int(cut.span[n])
+        # nothing but a rest that fills no latent frame
+        short = int(cut.available[n]) < frames + inputs.geometry.temporal_stride
         top, left, height, width = map(int, cut.crop[n])
         resize = (int(cut.resize[n, 0]), int(cut.resize[n, 1]))
-        for piece, first in enumerate([0] if short else np.linspace(0, available - frames, pieces).astype(int)):
+        firsts = [0] if short else np.linspace(0, whole - span, -(-whole // span)).astype(int).tolist()
+        for piece, first in enumerate(firsts):
             key = f"{index.key[row]}+{piece}" if piece else str(index.key[row])
-            yield key, Visit(row, int(first), frames, fps, resize, (top, left, height, width), "text_to_video", 0)
+            yield (
+                key,
+                Visit(row, first, frames, float(cut.fps[n]), resize, (top, left, height, width), "text_to_video", 0),
+            )
 
 
 if __name__ == "__main__":

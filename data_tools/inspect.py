@@ -29,7 +29,7 @@ from data_tools.configured import report
 from sora_train.config.cost import geometry
 from sora_train.config.hydra import run_hydra
 from sora_train.config.load import load
-from sora_train.config.schema import Config, DataConfig, SourceConfig, StageConfig
+from sora_train.config.schema import Config, DataConfig, SourceConfig, StageConfig, clip_rate
 from sora_train.core.cli import InputError, choice, number, options_and_overrides, options_and_paths, run
 from sora_train.data.index.index import Index, expand, index_shards, load_index
 from sora_train.data.index.side_tables import SideTables
@@ -136,8 +136,8 @@ def view_of(config: Config) -> View:
     d, grid = config.data, geometry(config)
     stage = d.stages[0] if d.stages else StageConfig()
     return View(
-        stage.fps or d.fps, stage.max_frames or d.max_frames, stage.max_pixels or d.max_pixels, grid.multiple,
-        grid.temporal_stride, d.fit.value, d.max_tokens,
+        clip_rate(stage.fps or d.fps), stage.max_frames or d.max_frames, stage.max_pixels or d.max_pixels,
+        grid.multiple, grid.temporal_stride, d.fit.value, d.max_tokens,
     )  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def _card(index: Index, row: int, pool: Pool) -> str:
         path, extension, member = index.member(row)
         wanted = [int(c["frames"]) // 2]
         if extension != LATENT:  # which have no picture
-            picture = pool.decode(path, extension, member, wanted, size, (0, 0, *size), index.timing(row)).result()[0]
+            picture = pool.decode(path, extension, member, wanted, size, (0, 0, *size), index.track(row)).result()[0]
             image = _picture(picture)
         captions, _ = index.captions(row)
     except DecodeError as error:

@@ -52,7 +52,11 @@ MEANING = {  # cause -> what it means and what to do; those in WARNINGS lose not
     "tar_empty": "no bytes",
     "no_samples": "not one sample in it",
     "variable_rate": "frames come at a variable rate; they are taken by time",
-    "careful": "an edit list or open groups of pictures; read by PyAV, which is slower than decord",
+    "careful": "decord would count its frames wrongly or show it wrongly; read by PyAV, which is slower",
+    "sequential": "no frame of it can be asked for alone: decoded from the start, slow in a long video; encode it anew",
+    "hdr": "HDR (PQ or HLG), trained on as stored, which looks pale; data.tone_map=true brings it to SDR",
+    "interlaced": "interlaced, trained on as stored: moving edges are combs; data.deinterlace=true takes them away",
+    "pixel_aspect": "its pixels are no squares; it is stretched as players show it",
     "still": "a video of one frame",
     "ignored_field": "a field of the jsons that is no column of the index, so that no filter can use it",
     "no_caption": "no caption; an autoencoder can be trained on it all the same",
@@ -64,7 +68,7 @@ MEANING = {  # cause -> what it means and what to do; those in WARNINGS lose not
 }
 WARNINGS = {
     "hostile_name", "link", "executable", "no_index", "stale_index", "key_twice", "same_media", "variable_rate",
-    "careful", "still", "ignored_field",
+    "careful", "sequential", "hdr", "interlaced", "pixel_aspect", "still", "ignored_field",
 }  # fmt: skip
 _EXECUTABLE = ("pkl", "pickle", "pyd", "pth", "pt", "ckpt", "dill", "joblib", "gz", "zip", "exe", "so", "py", "sh")
 
@@ -199,7 +203,9 @@ def _rows(shard: str, rows: list[dict[str, Any]], found: Findings) -> None:
             continue
         video = row["extension"] in VIDEOS
         for cause, holds in (
-            ("variable_rate", row["vfr"]), ("careful", row["careful"]), ("still", video and row["frames"] == 1)
+            ("variable_rate", row["vfr"]), ("careful", row["careful"]), ("still", video and row["frames"] == 1),
+            ("sequential", row["sequential"]), ("hdr", row["transfer"]), ("interlaced", row["interlaced"]),
+            ("pixel_aspect", video and not 0.99 < row["pixel_aspect"] < 1.01),
         ):  # fmt: skip
             if holds:
                 found.add(shard, cause, row["key"])

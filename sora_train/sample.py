@@ -56,7 +56,13 @@ def _held_out(config: Config, o: Options) -> list[Job]:
         caption = plan.index.captions(visit.sample)[0][0]
         frames, height, width = visit.size
         its = replace(
-            o, prompt=caption, seed=o.seed + n, seconds=frames / config.data.fps, height=height, width=width, count=None
+            o,
+            prompt=caption,
+            seed=o.seed + n,
+            seconds=frames / config.data.made_fps,
+            height=height,
+            width=width,
+            count=None,
         )
         jobs.append(Job(its, folder / f"{n:02d}", caption))
     return jobs

@@ -33,7 +33,7 @@ MAY_IMPORT = {  # beside themselves
     "data_tools": {*PARTS, "encoding", "demo_world"},
 }  # fmt: skip
 HEAVY = {
-    "decord": {"sora_train/data/read/decode.py"},
+    "decord": {"sora_train/data/read/back_ends.py"},
     "deepspeed": {"sora_train/training/engine/zero.py"},
     "wandb": {"sora_train/training/report/writers.py"},
     "hydra": {"sora_train/config/hydra.py"},

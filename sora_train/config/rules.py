@@ -12,6 +12,7 @@ from sora_train.config.registry import METHODS
 from sora_train.config.schema import (
     DECODERS,
     DERIVED,
+    NATIVE,
     WRITERS,
     Config,
     DataConfig,
@@ -26,7 +27,7 @@ def check(config: Config) -> None:
     vae, data, flow = config.vae, config.data, config.flow
     positive = {
         "logging.wandb_finish_s": config.logging.wandb_finish_s,
-        "steps": config.steps, "data.slots": data.slots, "data.max_frames": data.max_frames, "data.fps": data.fps,
+        "steps": config.steps, "data.slots": data.slots, "data.max_frames": data.max_frames,
         "data.max_tokens": data.max_tokens, "data.window": data.window, "data.workers": data.workers,
         "data.prefetch_steps": data.prefetch_steps, "optim.lr": config.optim.lr, "optim.clip": config.optim.clip,
         "checkpoint.snapshot_every": config.checkpoint.snapshot_every,
@@ -109,7 +110,14 @@ def _check_text(text: TextEncoderConfig) -> None:
     )
 
 
+def _check_rate(key: str, rate: float | str) -> None:
+    if rate != NATIVE:
+        require(not isinstance(rate, str), f"{key}={rate}: give frames a second, or {NATIVE} for each video's own")
+        require(float(rate) > 0, f"{key}={rate} must be above 0")
+
+
 def _check_data(data: DataConfig) -> None:
+    _check_rate("data.fps", data.fps)
     unknown = [name for name in data.decoders if name not in DECODERS]
     require(not unknown, f"data.decoders has no {unknown[:1]}; {nearest(str((unknown or [''])[0]), list(DECODERS))}")
     require(bool(data.decoders) and len(set(data.decoders)) == len(data.decoders),
@@ -158,7 +166,9 @@ def _check_mixing(data: DataConfig) -> None:
         require(is_last or (stage.until_step or 0) > last,
                  f"{key}.until_step={stage.until_step} must be above {last}, where the stage begins")  # fmt: skip
         last = stage.until_step or last
-        for name in ("fps", "max_frames", "max_pixels"):
+        if stage.fps is not None:
+            _check_rate(f"{key}.fps", stage.fps)
+        for name in ("max_frames", "max_pixels"):
             value = getattr(stage, name)
             require(value is None or value > 0, f"{key}.{name}={value} must be above 0")
     for key, values in named:

@@ -17,6 +17,7 @@ DECODERS = ("decord", "pyav", "torchcodec")
 TASKS = (
     "text_to_video", "image_to_video", "extension", "extension_backwards", "interpolation", "frames", "image",
 )  # fmt: skip
+NATIVE = "native"  # as data.fps
 _TASK_WEIGHTS = {
     "text_to_video": 0.8, "image_to_video": 0.1, "extension": 0.1, "extension_backwards": 0.0, "interpolation": 0.0,
     "frames": 0.0,
@@ -37,6 +38,11 @@ DERIVED = {  # DeepSpeed keys that we set from ours
     "tensorboard": "logging.writers",
     "wandb": "logging.writers",
 }
+
+
+def clip_rate(fps: float | str) -> float:
+    """Frames a second that `data.fps` asks of every clip; 0 for `native`, where each keeps its own rate."""
+    return 0.0 if fps == NATIVE else float(fps)
 
 
 class Precision(Enum):
@@ -190,7 +196,7 @@ class StageConfig:
     """A stage of a curriculum, with data settings of its own. Keys that are null keep the value of `data`."""
 
     until_step: int | None = None  # last step of the stage; null: to the end
-    fps: float | None = None
+    fps: int | float | str | None = None
     max_frames: int | None = None
     max_pixels: int | None = None
     weights: dict[str, float] = field(default_factory=dict)  # of sources; 0 where not named; empty: the sources' own
@@ -229,7 +235,7 @@ class DataConfig:
     index: str | None = None  # consolidated index of the training shards, for large sets
     probe: Probe = Probe.packets  # part decoded when shards without an index are indexed; frame is several times slower
     drop_refused: bool = False  # leave out of later epochs the samples that were refused
-    fps: float = 16.0  # frames per second to train at; of faster videos frames are dropped
+    fps: int | float | str = 16.0  # frames per second to train at, or native: each video's own
     max_frames: int = 81  # of a clip
     max_pixels: int = 102400  # height x width of a clip; larger videos are scaled down
     fit: Fit = Fit.crop
@@ -247,6 +253,13 @@ class DataConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     storage: dict[str, Any] = field(default_factory=dict)  # fsspec options by scheme, e.g. s3: {anon: true}
     commands: list[str] = field(default_factory=list)  # programs that shards named pipe:... may run
+    deinterlace: bool = False  # interlaced videos, by FFmpeg's estdif; else as they are stored, both fields in a frame
+    tone_map: bool = False  # HDR videos (PQ, HLG) to SDR, by FFmpeg's swscale; else their code values as if SDR
+
+    @property
+    def made_fps(self) -> float:
+        """Frames a second of videos that are made: `fps`, or 24 where every clip keeps its own rate."""
+        return clip_rate(self.fps) or 24.0
 
 
 @dataclass

@@ -34,9 +34,9 @@ class Visit:
     """One planned use of a sample: the part to cut out of it, and the seed of everything random about it."""
 
     sample: int  # row in the index
-    first: int  # number of the clip's first frame, counted at `fps` (not at the file's frame rate)
+    first: int  # number of the clip's first frame in the source
     frames: int
-    fps: float  # 0 for an image
+    fps: float  # of the clip, which may not be the source's; 0 for an image
     resize: tuple[int, int]  # height, width in pixels that the decoder delivers
     crop: tuple[int, int, int, int]  # top, left, height, width in pixels, cut out after the resize
     task: str

@@ -17,7 +17,8 @@ from sora_train.core.seeds import CAPTION, below, uniform
 from sora_train.data.index.index import Index
 from sora_train.data.latents import Encoded, check_size, read
 from sora_train.data.order.curriculum import Stages
-from sora_train.data.order.plan import Plan, Position, Slots, source_frames
+from sora_train.data.order.plan import Plan, Position, Slots
+from sora_train.data.order.times import source_frames
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.encoded import LATENT
 from sora_train.data.read.pool import Pool
@@ -102,9 +103,9 @@ class Loader:
         captions = self.pool.submit(self.index.captions, visit.sample) if self.index.captioned else None
         if extension == LATENT:
             return _Request(self.pool.submit(read, self.index, visit.sample), captions)
-        timing = self.index.timing(visit.sample)
-        frames = source_frames(visit, timing.fps)
-        pixels = self.pool.decode(path, extension, member, frames, visit.resize, visit.crop, timing)
+        track = self.index.track(visit.sample)
+        frames = source_frames(visit, track.fps, track.vfr)
+        pixels = self.pool.decode(path, extension, member, frames, visit.resize, visit.crop, track)
         return _Request(pixels, captions)
 
     def _land(self, flying: _Flying) -> Step:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sora_train.config.cost import cost, geometry
 from sora_train.config.registry import METHODS
-from sora_train.config.schema import Config, Probe
+from sora_train.config.schema import Config, Probe, clip_rate
 from sora_train.data.index.consolidated import load_consolidated
 from sora_train.data.index.index import Index, expand, index_shards, load_index, missing_index
 from sora_train.data.index.side_tables import SideTables
@@ -97,8 +97,8 @@ def plan_inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> 
     d = config.data
     weighted = tuple(sorted((task, weight) for task, weight in tasks.items() if weight > 0))
     return PlanInputs(
-        seed=config.seed, slots=d.slots, max_tokens=d.max_tokens, fill=d.fill, window=d.window, fps=d.fps,
-        max_frames=d.max_frames, max_pixels=d.max_pixels, fit=d.fit.value, tasks=weighted,
+        seed=config.seed, slots=d.slots, max_tokens=d.max_tokens, fill=d.fill, window=d.window,
+        fps=clip_rate(d.fps), max_frames=d.max_frames, max_pixels=d.max_pixels, fit=d.fit.value, tasks=weighted,
         repeats=(1.0,) * len(filters), geometry=geometry(config), cost=cost(config), filters=tuple(filters),
         captions=tuple(sorted(d.captions.items())), weight=d.weight,
     )  # fmt: skip

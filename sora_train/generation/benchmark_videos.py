@@ -56,16 +56,16 @@ def write_videos(sampler: Sampler, every: Sequence[Wanted], to: Output, world: W
             video = _video(sampler, one.prompt, frames, to.seed + place, given)
             path = to.folder / one.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_mp4(path, video, config.data.fps, metadata={"comment": "AI-generated video (sora_train)"})
+            write_mp4(path, video, config.data.made_fps, metadata={"comment": "AI-generated video (sora_train)"})
     if world.is_main:
         seeds = {one.file: to.seed + n for n, one in enumerate(every)}
         write_json(to.folder / "seeds.json", {"run": config.run_dir, "seeds": seeds})
 
 
 def _frames(config: Config, seconds: float) -> int:
-    frames = seconds * config.data.fps
+    frames = seconds * config.data.made_fps
     if not math.isclose(frames, round(frames)):
-        raise InputError(f"{seconds:g} s at data.fps={config.data.fps:g} are no whole number of frames")
+        raise InputError(f"{seconds:g} s at data.fps={config.data.made_fps:g} are no whole number of frames")
     return round(frames)
 
 
@@ -95,7 +95,7 @@ def _image(config: Config, folder: str, one: Wanted, pool: Pool) -> Given:
         raise InputError(
             f"images={folder} needs one file that begins with {number}, for {one.file}; it has {len(found)}"
         )
-    return Given(str(found[0]), config.data.fps, config.data.fit, pool)
+    return Given(str(found[0]), config.data.made_fps, config.data.fit, pool)
 
 
 def seconds_of(form: str, seconds: float | None) -> float | None:

@@ -56,7 +56,7 @@ def cases(config: Config, plan: Plan, task: Task) -> Iterator[Case]:
             fields = plan.index.captions(clip.visit.sample)[1]
             if not _shows_its_scene(plan.index, clip.visit, fields) or not _suits(config, clip.visit, fields, task):
                 continue
-            fps = clip.visit.fps or config.data.fps
+            fps = clip.visit.fps or config.data.made_fps
             frames = np.ascontiguousarray(clip.video_TCHW.permute(0, 2, 3, 1).numpy())
             sample = Sample(clip.key, clip.caption, fps, fields, task.part)
             yield Case(sample, (len(frames), *frames.shape[1:3]), task.seed + found, frames)
@@ -90,7 +90,7 @@ def prompt_cases(config: Config, rows: Mapping[str, Mapping[str, Any]], task: Ta
         shape = (height, width) if height and width else None
         frames, *area = clip_size(config, shape, None, None, float(row["seconds"]) if row.get("seconds") else None)
         fields = {key: value for key, value in row.items() if key != "caption"}
-        sample = Sample(name, str(row["caption"]), config.data.fps, fields)
+        sample = Sample(name, str(row["caption"]), config.data.made_fps, fields)
         found.append(Case(sample, (min(frames, config.data.max_frames), area[0], area[1]), task.seed + number))
     return found[: task.count]
 

@@ -7,21 +7,21 @@ size asked for, so that its length and resolution don't show in this process's m
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from sora_train.config.schema import Fit
+from sora_train.core.batch import Visit
 from sora_train.core.cli import InputError
+from sora_train.data.order.times import available, source_frames, thousandths
 from sora_train.data.read.animation import EXTENSION, is_animation
-from sora_train.data.read.decode import DecodeError, Timing, container
+from sora_train.data.read.decode import DecodeError, Track, container
 from sora_train.data.read.pool import Pool
 
 _HEAD = 1 << 10  # bytes that tell the kind of a file
 _AT_ONCE = 32  # frames of a piece
-_ALMOST = 1e-6  # of a frame: times are rounded
 
 
 class Given:
@@ -40,8 +40,9 @@ class Given:
         except DecodeError as error:
             raise InputError(f"{path} can't be used: {error}") from error
         self.height, self.width = int(self.figures["height"]), int(self.figures["width"])
-        self.rate = float(self.figures["fps"])
-        self.frames = 1 if not self.rate else max(1, math.ceil(self.figures["frames"] / self.rate * fps - _ALMOST))
+        self.track = Track.of(self.figures)
+        count = available(np.asarray(self.track.frames), thousandths(self.track.fps), thousandths(fps))
+        self.frames = int(count) if self.track.fps else 1
 
     def decoded(self, first: int, count: int, size: tuple[int, int]) -> np.ndarray:
         """Frames `first` to `first + count`, `(T, H, W, 3)` uint8, of the height and width `size`.
@@ -51,18 +52,9 @@ class Given:
         resize, crop = fitted((self.height, self.width), size, self.fit)
         if resize[0] * resize[1] > self.pool.limits.pixels:
             raise InputError(f"{self.path} is {self.width}x{self.height}: too long and thin for {size[1]}x{size[0]}")
-        timing = Timing(self.rate, bool(self.figures["vfr"]), bool(self.figures["careful"]))
-        whole = (0, -1, None)
+        wanted = self._numbers(first, count)
         try:
-            return self.pool.decode(
-                self._file,
-                self.kind,
-                whole,
-                self._numbers(first, count),
-                resize,
-                crop,
-                timing,
-            ).result()
+            return self.pool.decode(self._file, self.kind, (0, -1, None), wanted, resize, crop, self.track).result()
         except DecodeError as error:
             raise InputError(f"{self.path} can't be used: {error}") from error
 
@@ -72,17 +64,10 @@ class Given:
             yield self.decoded(start, min(_AT_ONCE, last - start), size)
 
     def _numbers(self, first: int, count: int) -> Sequence[float]:
-        """Numbers of the file's frames that are on the screen at each frame of the clip, as the decoder takes them.
-
-        Counted from the middle of the first frame's time, so that rounded times don't matter. Of a variable rate they
-        have fractions: times in units of the average frame.
-        """
-        if not self.rate:
-            return [0] * count
-        if self.figures["vfr"]:
-            return [(first + n) / self.fps * self.rate for n in range(count)]
-        last = int(self.figures["frames"]) - 1
-        return [min(last, int((first + n) / self.fps * self.rate + 0.5)) for n in range(count)]
+        """Numbers of the file's frames that are on the screen at each frame of the clip, as training takes them."""
+        fps = self.fps if self.track.fps else 0.0
+        visit = Visit(0, 0, first + count, fps, (self.height, self.width), (0, 0, self.height, self.width), "", 0)
+        return source_frames(visit, self.track.fps, self.track.vfr)[first:]
 
     def sha256(self) -> str:
         """The hash of the file, by which it is known again."""

@@ -67,7 +67,7 @@ def clip_size(
     rows, columns = (max(1, round(side / grid.multiple)) * grid.multiple for side in sides)
     if rows * columns > config.data.limits.pixels:
         raise InputError(f"a clip of {columns}x{rows} is above data.limits.pixels={config.data.limits.pixels}")
-    frames = config.data.max_frames if seconds is None else max(1, round(seconds * config.data.fps))
+    frames = config.data.max_frames if seconds is None else max(1, round(seconds * config.data.made_fps))
     return 1 + (frames - 1) // grid.temporal_stride * grid.temporal_stride, rows, columns
 
 
@@ -104,7 +104,7 @@ class Prompt:
             lead, latents = latents[:, :1], latents[:, 1:]
             given.append((frames - latents.shape[1], latents))
         start = None if self.start is None else encode(vae, self.start)
-        shots = spans(self.shots, frames, first, grid.temporal_stride, config.data.fps)
+        shots = spans(self.shots, frames, first, grid.temporal_stride, config.data.made_fps)
         caption = shots[0][1]
         return Request(
             caption, grid.grid(*size), seed, tuple(given), start, self.strength, shots if len(shots) > 1 else (), lead,

@@ -56,8 +56,8 @@ class Sample:
         """The JSON beside it: everything that makes it again."""
         o, flow = self.options, self.config.flow
         whole = replace(
-            o, seconds=self.size[0] / self.config.data.fps, height=self.size[1], width=self.size[2],
-            fps=o.fps or self.config.data.fps, format=self.target.format, guidance=flow.guidance,
+            o, seconds=self.size[0] / self.config.data.made_fps, height=self.size[1], width=self.size[2],
+            fps=o.fps or self.config.data.made_fps, format=self.target.format, guidance=flow.guidance,
             guidance_interval=list(flow.guidance_interval), guidance_rescale=flow.guidance_rescale,
             steps=flow.sampling_steps, solver=flow.solver, shift=flow.shift,
         )  # fmt: skip
@@ -148,7 +148,7 @@ def _prepared(config: Config, o: Options, job: Job, pool: Pool) -> Sample:
     shots = [Shot(float("inf"), o.prompt or "")] if o.shots is None else read_shots(o.shots)
     _say_what_is_cut(config, [shot.caption for shot in shots] + [o.negative])
     names = [name for name in FILES if getattr(o, name) is not None]
-    given = {name: Given(getattr(o, name), config.data.fps, config.data.fit, pool) for name in names}
+    given = {name: Given(getattr(o, name), config.data.made_fps, config.data.fit, pool) for name in names}
     shape = next(((g.height, g.width) for g in given.values()), None)
     told = sum(shot.seconds for shot in shots)
     size = clip_size(config, shape, o.height, o.width, o.seconds or (told if told < float("inf") else None))
@@ -209,7 +209,7 @@ def _say_what_is_cut(config: Config, captions: list[str]) -> None:
 def _keep(world: World, sample: Sample, video: Video, about: dict[str, Any]) -> None:
     """Write a video and say where. Every rank has it; the others only go through its pieces, to make them together."""
     if world.is_main:
-        path: Path = save(sample.target, video, sample.options.fps or sample.config.data.fps, about)
+        path: Path = save(sample.target, video, sample.options.fps or sample.config.data.made_fps, about)
         print(f"{path}  {sample.note}".rstrip(), flush=True)
     elif not isinstance(video, np.ndarray):
         for _ in video:

@@ -83,7 +83,7 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
 
     def sample(step: int, break_off: Callable[[], bool]) -> dict[str, Path]:
         folder = run_dir / "samples" / f"step-{step:06d}"
-        return write_previews(partial(learner.preview, engines), previews.get(), folder, d.fps, world, break_off)
+        return write_previews(partial(learner.preview, engines), previews.get(), folder, d.made_fps, world, break_off)
 
     def open_writers(step: int) -> Writers | None:
         return _writers(config, step) if world.is_main else None

@@ -19,7 +19,8 @@ from sora_train.core.cli import InputError
 from sora_train.core.cost import Cost, Geometry
 from sora_train.data.index.index import index_shards, load_index
 from sora_train.data.loader import Loader, Step, draw_caption, passes_of_rank
-from sora_train.data.order.plan import Plan, PlanInputs, Position, source_frames
+from sora_train.data.order.plan import Plan, PlanInputs, Position
+from sora_train.data.order.times import source_frames
 from sora_train.data.read.pool import Pool
 
 

@@ -193,7 +193,7 @@ def test_a_long_video_is_covered_from_its_first_frame_to_its_last(config: Config
     assert found[0] == [("00000", 0)]
     assert found[1] == [("00001", 0), ("00001+1", 4)], "9 frames"
     assert [first for _, first in found[2]] == [0, 4, 8, 12], "17 frames"
-    assert [first for _, first in found[3]] == [0, 4, 8, 12], "33 frames at 16 a second are 17"
+    assert [first for _, first in found[3]] == [0, 8, 16, 24], "of 33 at 16 a second, every other"
 
 
 def test_damage_is_refused_and_named(config: Config, tmp_path: Path, pool: Pool) -> None:

@@ -47,14 +47,18 @@ def test_a_video_runs_at_its_own_speed(pool: Pool, tmp_path: Path, rate: float) 
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-@pytest.mark.parametrize(("durations", "shown"), [([250] * 4, [0, 1, 2, 3]), ([500, 250, 500], [0, 0, 1, 2, 2])])
-def test_an_animation_runs_at_its_own_times(
-    pool: Pool, tmp_path: Path, kind: str, durations: list[int], shown: list[int]
-) -> None:
+@pytest.mark.parametrize("durations", [[250] * 4, [500, 250, 500]])
+def test_an_animation_runs_at_its_own_times(pool: Pool, tmp_path: Path, kind: str, durations: list[int]) -> None:
+    """From the middle of an average frame on, each frame of the clip is on the screen within a tenth of a second."""
     pictures = [Image.fromarray(frame) for frame in counted(len(durations))]
     path = tmp_path / "named.mp4"  # a name isn't believed
     pictures[0].save(path, kind, save_all=True, append_images=pictures[1:], duration=durations, loop=0, lossless=True)
-    assert levels(Given(str(path), 4.0, Fit.crop, pool)) == shown
+    ends = np.cumsum(durations) / 1000
+    shown = levels(Given(str(path), 4.0, Fit.crop, pool))
+    assert len(shown) == pytest.approx(ends[-1] * 4, abs=0.5)
+    for n, number in enumerate(shown):
+        at = ends[-1] / len(durations) / 2 + n / 4
+        assert ends[number] - durations[number] / 1000 - 0.1 <= at <= ends[number] + 0.1, (n, shown)
 
 
 def test_a_gif_of_ours_comes_back(pool: Pool, tmp_path: Path) -> None:

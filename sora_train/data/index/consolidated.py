@@ -20,7 +20,7 @@ import numpy as np
 from sora_train.core.cli import InputError
 from sora_train.data.index.index import Index, load_index
 from sora_train.data.index.side_tables import SideTables, side_table_hashes
-from sora_train.data.read.decode import DecodeError, Timing
+from sora_train.data.read.decode import DecodeError, Track
 from sora_train.data.read.store import Store
 
 VERSION = 2
@@ -100,10 +100,10 @@ class Consolidated(Index):
         index, at = self._at(row)
         return index.refusal(at)
 
-    def timing(self, row: int) -> Timing:
+    def track(self, row: int) -> Track:
         """As of `Index`."""
         index, at = self._at(row)
-        return index.timing(at)
+        return index.track(at)
 
     def captions(self, row: int) -> tuple[list[str], dict[str, Any]]:
         """As of `Index`."""

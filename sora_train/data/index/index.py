@@ -35,13 +35,16 @@ from sora_train.data.index.captions import parse_captions, parse_fields
 from sora_train.data.index.places import check_places, index_path, write
 from sora_train.data.index.scan import META, scan_shard
 from sora_train.data.index.tar import BLOCK
-from sora_train.data.read.decode import LIMITS, DecodeError, Limits, Timing
+from sora_train.data.read.decode import LIMITS, DecodeError, Limits, Track
 from sora_train.data.read.pool import Pool
 from sora_train.data.read.store import PIPE, Store, scheme
 
-VERSION = 3
+VERSION = 4
 _REQUESTS = 8  # shards that are asked about at a time: a remote one answers after a while
-_HASHED = ("key", "crc32", "frames", "fps", "width", "height", "vfr", "careful", "refused", "caption_crc32")
+_HASHED = (
+    "key", "crc32", "frames", "fps", "width", "height", "vfr", "careful", "sequential", "stream", "rotation",
+    "mirrored", "refused", "caption_crc32",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,9 @@ class Index:
         """Why a row isn't usable."""
         return DecodeError(str(self.columns["refused"][row]), str(self.columns["detail"][row]))
 
-    def timing(self, row: int) -> Timing:
-        """What a decoder has to know of a video's time line."""
-        c = self.columns
-        return Timing(float(c["fps"][row]), bool(c["vfr"][row]), bool(c["careful"][row]))
+    def track(self, row: int) -> Track:
+        """What a decoder has to know of a video's pictures."""
+        return Track.of({name: self.columns[name][row] for name in Track._fields})
 
     def captions(self, row: int) -> tuple[list[str], dict[str, Any]]:
         """The captions of a sample (read from the shard now) and the fields of its json; raises DecodeError."""

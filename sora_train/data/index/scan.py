@@ -29,12 +29,18 @@ SCHEMA = pa.schema(
         ("crc32", pa.int64()),
         ("frames", pa.int32()),  # shown ones
         ("fps", pa.float64()),  # 0 for an image; the average where the rate varies
-        ("width", pa.int32()),  # upright
+        ("width", pa.int32()),  # as shown: upright, pixels square
         ("height", pa.int32()),
         ("duration", pa.float64()),  # seconds, from presentation times
         ("vfr", pa.bool_()),  # variable frame rate
-        ("careful", pa.bool_()),  # an edit list hides frames, or groups of pictures are open
+        ("careful", pa.bool_()),  # decord would count wrongly or show it wrongly; PyAV reads it
+        ("sequential", pa.bool_()),  # frames can't be asked for alone: decoded from the start and counted
+        ("stream", pa.int16()),  # which of the file's
         ("rotation", pa.int16()),  # degrees that the pictures are turned to stand upright, counter-clockwise
+        ("mirrored", pa.bool_()),  # left to right, before that
+        ("pixel_aspect", pa.float64()),  # width of a stored pixel over its height; width and height allow for it
+        ("interlaced", pa.bool_()),
+        ("transfer", pa.string()),  # of HDR: pq or hlg; empty: SDR
         ("codec", pa.string()),
         ("pixel_format", pa.string()),
         ("caption_extension", pa.string()),

@@ -12,7 +12,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from sora_train.config.schema import DataConfig, StageConfig
+from sora_train.config.schema import DataConfig, StageConfig, clip_rate
 from sora_train.core.cli import InputError
 from sora_train.data.index.index import Index
 from sora_train.data.order.plan import Amendment, Plan, PlanInputs, Position, Slots
@@ -88,6 +88,8 @@ def build_stages(index: Index, source_of: Sequence[str], data: DataConfig, input
         rate = _rates(source_of, visits, stage.weights or weights) if stage.weights or weights else repeats
         changed = {name: getattr(stage, name) for name in ("fps", "max_frames", "max_pixels")}
         changed = {name: value for name, value in changed.items() if value is not None}
+        if stage.fps is not None:
+            changed["fps"] = clip_rate(stage.fps)
         if stage.tasks:
             changed["tasks"] = tuple(sorted((task, weight) for task, weight in stage.tasks.items() if weight > 0))
         plans.append(Plan(index, replace(inputs, repeats=tuple(rate[name] for name in source_of), **changed)))

@@ -76,7 +76,7 @@ class PlanInputs:
     max_tokens: int
     fill: float
     window: int
-    fps: float
+    fps: float  # of clips; 0: each its own
     max_frames: int
     max_pixels: int
     fit: str
@@ -241,16 +241,10 @@ class Plan:
         seeds = hash64(i.seed, epoch, rows, repeat)
         cut = i.cuts(index, rows)
         turn = epoch * np.ceil(rates).astype(np.int64) + repeat  # how many visits this sample has had before
-        first = cut_pieces(cut.available, cut.frames, turn, hash64(i.seed, rows, FIRST_FRAME))
+        frames = index.frames[rows].astype(np.int64)
+        first = cut_pieces(frames, cut.span, turn, hash64(i.seed, rows, FIRST_FRAME))
         names = [name for name, weight in i.tasks if weight > 0]
         weights = np.array([weight for _, weight in i.tasks if weight > 0])
         drawn = np.searchsorted(np.cumsum(weights) / weights.sum(), uniform(seeds, TASK), side="right")
-        rate = index.fps[rows].astype(np.float64) / cut.stride
-        return Visits(rows, first, cut.frames, rate, cut.resize, cut.crop, (*names, "image"),
+        return Visits(rows, first, cut.frames, cut.fps, cut.resize, cut.crop, (*names, "image"),
                       np.where(cut.frames == 1, len(names), drawn), seeds, cut.tokens)  # fmt: skip
-
-
-def source_frames(visit: Visit, fps: float) -> list[int]:
-    """Indexes of a visit's frames in a video that runs at `fps`."""
-    stride = round(fps / visit.fps) if visit.fps else 1
-    return [(visit.first + n) * stride for n in range(visit.frames)]

@@ -9,6 +9,7 @@ import numpy as np
 
 from sora_train.core.batch import Visit
 from sora_train.core.seeds import below
+from sora_train.data.order.times import available, distance, thousandths
 
 _SHIFT, _ANYWHERE = (1 << 34) + np.arange(2)  # streams of where a long clip is cut
 
@@ -18,7 +19,7 @@ class Visits:
     """Many visits, one row each; a row becomes a `Visit` when it is asked for."""
 
     sample: np.ndarray
-    first: np.ndarray
+    first: np.ndarray  # source frame
     frames: np.ndarray
     fps: np.ndarray
     resize: np.ndarray  # (n, 2)
@@ -54,9 +55,10 @@ class Visits:
 class Cuts(NamedTuple):
     """What visits cut out of samples, whichever part they take of each."""
 
-    stride: np.ndarray  # source frames from one frame of the clip to the next
+    fps: np.ndarray  # of a clip; 0 for an image
     available: np.ndarray  # frames of the whole sample at the clip's rate
     frames: np.ndarray  # of a clip
+    span: np.ndarray  # source frames from the first to the last frame of a clip, both included
     resize: np.ndarray  # (n, 2)
     crop: np.ndarray  # (n, 4)
     per_frame: np.ndarray  # tokens of a latent frame
@@ -67,29 +69,35 @@ def cuts(
     index: Any, rows: np.ndarray, fps: float, max_frames: int, max_pixels: int, max_tokens: int, fit: str,
     multiple: int, temporal_stride: int,
 ) -> Cuts:  # fmt: skip
-    """How samples (rows of an index) are cut: `multiple` is the side of a token in pixels."""
-    stride = np.maximum(1, np.rint(index.fps[rows].astype(np.float64) / fps)).astype(np.int64)
-    available = 1 + (index.frames[rows].astype(np.int64) - 1) // stride
+    """How samples (rows of an index) are cut, at `fps` frames a second, or their own rate where that is 0.
+
+    `multiple` is the side of a token in pixels.
+    """
+    own = index.fps[rows].astype(np.float64)
+    rate = own if fps == 0 else np.where(own > 0, fps, 0.0)
+    source, clip = thousandths(own), thousandths(rate)
+    whole = available(index.frames[rows].astype(np.int64), source, clip)
     resize, crop = fit_sizes(index.height[rows], index.width[rows], max_pixels, multiple, fit)
     per_frame = crop[:, 2] * crop[:, 3] // multiple**2
     longest = np.minimum(max_frames, 1 + (max_tokens // per_frame - 1) * temporal_stride)
-    frames = 1 + (np.minimum(available, longest) - 1) // temporal_stride * temporal_stride
+    frames = 1 + (np.minimum(whole, longest) - 1) // temporal_stride * temporal_stride
     latent = 1 + (frames - 1) // temporal_stride
-    return Cuts(stride, available, frames, resize, crop, per_frame, latent * per_frame)
+    span = 1 + distance(frames - 1, source, clip)
+    return Cuts(rate, whole, frames, span, resize, crop, per_frame, latent * per_frame)
 
 
-def cut_pieces(available: np.ndarray, wanted: np.ndarray, turn: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """First frame of the `turn`-th visit of clips with more frames than a visit takes.
+def cut_pieces(frames: np.ndarray, span: np.ndarray, turn: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """First source frame of the `turn`-th visit of samples of `frames` frames, of which a visit spans `span`.
 
     A clip that needs P pieces is visited in rounds of P + 1: P pieces that together cover all of it, begun at another
     one for each clip and cut at other places in each round, then one from anywhere.
     """
-    pieces = -(-available // wanted)
+    pieces = -(-frames // span)
     number = turn + below(pieces + 1, seeds, _SHIFT)
     lap, piece = number // (pieces + 1), number % (pieces + 1)
-    shift = below(pieces * wanted - available + 1, seeds, _SHIFT, lap)
-    covering = np.clip(piece * wanted - shift, 0, available - wanted)
-    return np.where(piece < pieces, covering, below(available - wanted + 1, seeds, _ANYWHERE, lap))
+    shift = below(pieces * span - frames + 1, seeds, _SHIFT, lap)
+    covering = np.clip(piece * span - shift, 0, frames - span)
+    return np.where(piece < pieces, covering, below(frames - span + 1, seeds, _ANYWHERE, lap))
 
 
 def fit_sizes(

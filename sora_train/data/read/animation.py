@@ -1,4 +1,4 @@
-"""Animated GIF and WebP files as videos: their frames at their own times, through Pillow. Runs in a child.
+"""Animated WebP files as videos, which FFmpeg can't read: frames at their own times, by Pillow. Runs in a child.
 
 Pillow composes what each frame changes; what stays transparent shows white, as on a page.
 """
@@ -12,19 +12,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sora_train.data.read.decode import DecodeError, Limits, Timing, check_pixels, shown_at
+from sora_train.data.read.decode import DecodeError, Limits, Track, check_pixels, shown_at
 
-EXTENSION = "gif"  # what the pool is told of either kind
-_FORMATS = ("GIF", "WEBP")
+EXTENSION = "animated webp"  # told to the pool in the place of an extension
+_FORMATS = ("WEBP",)
 _SHORTEST_MS, _INSTEAD_MS = 10, 100  # browsers show a frame without a duration for a tenth of a second
 _SAME_S = 1e-9  # difference of durations that is none
 _ANIMATED = 0x02  # of the flags in a WebP file's VP8X chunk
 
 
 def is_animation(data: bytes) -> bool:
-    """Whether these bytes begin a GIF, or a WebP file of several frames."""
-    webp = data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and len(data) > 20 and bool(data[20] & _ANIMATED)
-    return data[:4] == b"GIF8" or webp
+    """Tell whether these bytes begin a WebP file of several frames."""
+    return data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and len(data) > 20 and bool(data[20] & _ANIMATED)
 
 
 def probe_animation(data: bytes, limits: Limits) -> dict[str, Any]:
@@ -34,19 +33,20 @@ def probe_animation(data: bytes, limits: Limits) -> dict[str, Any]:
         count = len(times)
         return {
             "frames": count, "fps": 0.0 if count == 1 else count / end, "duration": 0.0 if count == 1 else end,
-            "vfr": bool(np.ptp(np.diff(times, append=end)) > _SAME_S), "careful": False, "rotation": 0,
+            "vfr": bool(np.ptp(np.diff(times, append=end)) > _SAME_S), "careful": False, "sequential": False,
+            "stream": -1, "rotation": 0, "mirrored": False, "interlaced": False, "transfer": "",
             "width": image.width, "height": image.height, "codec": str(image.format).lower(),
             "pixel_format": image.mode,
         }  # fmt: skip
 
 
 def decode_animation(
-    data: bytes, frames: Sequence[int], resize: tuple[int, int], timing: Timing, limits: Limits
+    data: bytes, frames: Sequence[float], resize: tuple[int, int], track: Track, limits: Limits
 ) -> np.ndarray:
     """The wanted frames, `(T, height, width, 3)` uint8, resized to (height, width). Raises DecodeError."""
     with _opened(data, limits) as image:
         times, _ = _times(image, limits)
-        numbers = shown_at(times, frames, timing.fps) if timing.vfr else list(frames)
+        numbers = shown_at(times, frames, track.fps) if track.vfr else [int(number) for number in frames]
         if numbers[-1] >= len(times):
             raise DecodeError("short", f"frame {numbers[-1]} wanted of {len(times)}")
         pictures: dict[int, np.ndarray] = {}

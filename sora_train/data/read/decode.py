@@ -1,27 +1,33 @@
-"""Decode back ends: bytes of a video or image to frames. Runs in a child (`child.py`).
+"""Words that everything which decodes shares: limits, what is known of a video's pictures, containers, images.
 
 Frames are numbered in the order they are shown. A number means the frame that is on the screen in the middle of its
 interval at the index's rate, so that a video of constant rate gives frame k for number k, and one of variable rate the
-frame that a viewer would see then. A back end that fails hands over to the next one.
+frame that a viewer would see then.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import re
 import zlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-VIDEOS = ("mp4", "mkv", "webm", "mov", "avi")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "avif")
+VIDEOS = (
+    "mp4", "mkv", "webm", "mov", "avi", "m4v", "3gp", "ts", "mts", "m2ts", "gif", "flv", "mpg", "mpeg", "wmv", "ogv",
+)  # fmt: skip
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF")
+_MAGIC = {  # FFmpeg's name of a container by its first bytes
+    b"\x1aE\xdf\xa3": "matroska", b"GIF87a": "gif", b"GIF89a": "gif", b"FLV\1": "flv", b"\0\0\1\xba": "mpeg",
+    b"0&\xb2u\x8ef\xcf\x11": "asf", b"OggS": "ogg",
+}  # fmt: skip
+_SYNC = 0x47  # first byte of each packet of a transport stream
+_WHITE = 255  # what shows through where a picture has no colour, as on the page of a browser
 
 
 class DecodeError(Exception):
@@ -40,16 +46,41 @@ class Limits(NamedTuple):
     bytes: int = 2 << 30
 
 
-class Timing(NamedTuple):
-    """What a decoder has to know of a video's time line; the index stores it."""
+class Track(NamedTuple):
+    """What a decoder has to know of a video's pictures; the index stores it, and chose the stream."""
 
     fps: float = 0.0  # of the numbers that frames are asked by
     vfr: bool = False  # frames come at a variable rate
-    careful: bool = False  # hidden frames or open groups of pictures: decord would count wrongly
+    careful: bool = False  # decord and torchcodec would count wrongly, or show it wrongly
+    sequential: bool = False  # frames can't be asked for alone: decoded from the start and counted
+    stream: int = -1  # number of the stream in the file; -1: to be chosen
+    frames: int = 0  # that are shown; 0: not known
+    rotation: int = 0  # degrees counter-clockwise to stand upright
+    mirrored: bool = False  # left to right, before that
+    interlaced: bool = False
+    transfer: str = ""  # of HDR: pq or hlg; empty: SDR
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> Track:
+        """The track that the index's figures (or columns, of one row) describe."""
+        kinds = {name: type(value) for name, value in cls._field_defaults.items()}
+        return cls(**{name: kind(figures[name]) for name, kind in kinds.items()})
+
+    def converted(self, conversion: Conversion) -> bool:
+        """Whether pictures are changed on the way, which PyAV alone does."""
+        return (conversion.deinterlace and self.interlaced) or (conversion.tone_map and bool(self.transfer))
 
 
-STEADY = Timing()
+class Conversion(NamedTuple):
+    """What is changed of pictures that aren't meant for a screen of today; as they are stored by default."""
+
+    deinterlace: bool = False
+    tone_map: bool = False
+
+
+STEADY = Track()
 LIMITS = Limits()
+AS_STORED = Conversion()
 
 
 def read_member(path: str, offset: int, size: int) -> bytes:
@@ -67,39 +98,6 @@ def checked(data: bytes, offset: int, size: int, crc32: int | None) -> bytes:
     return data
 
 
-def decode(
-    data: bytes,
-    extension: str,
-    frames: Sequence[int],
-    resize: tuple[int, int],
-    timing: Timing = STEADY,
-    decoders: Sequence[str] = ("decord", "pyav"),
-    limits: Limits = LIMITS,
-) -> np.ndarray:
-    """The wanted frames, `(T, height, width, 3)` uint8, upright, resized to (height, width).
-
-    Raises DecodeError; where no back end could do it, the message has what each of them said.
-    """
-    admit(data, extension, limits)
-    if extension in IMAGES:
-        return open_image(data, limits, resize)[None]
-    failures: list[tuple[str, Exception]] = []
-    for name in decoders:
-        try:
-            return BACK_ENDS[name](data, list(frames), resize, timing, limits)
-        except DecodeError as error:
-            if error.cause == "pixels":
-                raise
-            failures.append((name, error))
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise anything; whatever it is, the next one may do better
-            failures.append((name, error))
-    causes = {getattr(error, "cause", "undecodable") for _, error in failures}
-    detail = "; ".join(f"{name}: {getattr(error, 'detail', None) or first_line(error)}" for name, error in failures)
-    raise DecodeError(causes.pop() if len(causes) == 1 else "undecodable", detail)
-
-
 def admit(data: bytes, extension: str, limits: Limits) -> None:
     """Raise DecodeError for what must not reach a decoder: nothing, too much, or not one of the known containers."""
     if not data:
@@ -114,9 +112,12 @@ def container(data: bytes) -> str | None:
     """FFmpeg's name of the container, by magic bytes. Playlists and scripts, which name other files, are none."""
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
         return "mov"
-    if data[:4] == b"\x1aE\xdf\xa3":
-        return "matroska"
-    return "avi" if data[:4] == b"RIFF" and data[8:12] == b"AVI " else None
+    if data[:4] == b"RIFF":
+        return "avi" if data[8:12] == b"AVI " else None
+    for first, step in ((0, 188), (4, 192)):  # transport streams, plain and as camcorders write them
+        if len(data) > first + 2 * step and all(data[first + n * step] == _SYNC for n in range(3)):
+            return "mpegts"
+    return next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None)
 
 
 def check_pixels(height: int, width: int, limits: Limits) -> None:
@@ -126,159 +127,35 @@ def check_pixels(height: int, width: int, limits: Limits) -> None:
 
 
 def open_image(data: bytes, limits: Limits, resize: tuple[int, int] | None = None) -> np.ndarray:
-    """An image, `(H, W, 3)` uint8, upright. JPEG, PNG or WebP, whatever its name says."""
+    """An image, `(H, W, 3)` uint8, upright, as a browser shows it. Of a known format, whatever its name says."""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             check_pixels(image.height, image.width, limits)
-            rgb = ImageOps.exif_transpose(image).convert("RGB")
+            rgb = _as_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise DecodeError("pixels", str(error)) from error
     return np.asarray(rgb if resize is None else rgb.resize(resize[::-1], Image.Resampling.BICUBIC))
 
 
-def shown_at(times: np.ndarray, frames: Sequence[int] | np.ndarray, fps: float) -> list[int]:
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits of each colour, on white where the image is transparent."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        levels = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((np.clip(levels, 0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise DecodeError("undecodable", "an image of floating-point numbers, whose white isn't known")
+    if image.has_transparency_data:
+        return Image.fromarray(on_white(np.asarray(image.convert("RGBA"))))
+    return image.convert("RGB")
+
+
+def on_white(picture_HWC: np.ndarray) -> np.ndarray:
+    """A picture of red, green, blue and alpha, uint8, laid on white."""
+    alpha = picture_HWC[..., 3:].astype(np.uint16)
+    return ((picture_HWC[..., :3] * alpha + _WHITE * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def shown_at(times: np.ndarray, frames: Sequence[float] | np.ndarray, fps: float) -> list[int]:
     """Which frame is on the screen in the middle of each numbered interval; `times` are seconds, ascending."""
     middle = times[0] + (np.asarray(frames, dtype=np.float64) + 0.5) / fps
     return (np.searchsorted(times, middle, side="right") - 1).tolist()
-
-
-def _decord(data: bytes, frames: list[int], resize: tuple[int, int], timing: Timing, limits: Limits) -> np.ndarray:
-    from decord import VideoReader, cpu
-
-    if timing.careful:
-        raise DecodeError("undecodable", "has an edit list or open groups of pictures, which decord doesn't follow")
-    height, width = resize
-    reader = VideoReader(io.BytesIO(data), ctx=cpu(0), width=width, height=height, num_threads=1)
-    if timing.vfr:
-        frames = shown_at(reader.get_frame_timestamp(range(len(reader)))[:, 0], frames, timing.fps)
-    if frames[-1] >= len(reader):
-        raise DecodeError("short", f"frame {frames[-1]} wanted of {len(reader)}")
-    try:
-        return reader.get_batch(frames).asnumpy()
-    except Exception as error:
-        if "from_size == to_size" not in str(error):
-            raise
-    # decord can't batch frames of some small widths (16, 24, 48, 72), whose rows it pads; cut the padding off here
-    return np.stack([_unpadded(reader[number].asnumpy(), width) for number in frames])
-
-
-def _unpadded(frame: np.ndarray, width: int) -> np.ndarray:
-    rows = len(frame)
-    return frame.reshape(rows, -1)[:, : 3 * width].reshape(rows, width, 3)
-
-
-def _pyav(data: bytes, frames: list[int], resize: tuple[int, int], timing: Timing, limits: Limits) -> np.ndarray:
-    import av
-    from av.video.reformatter import Interpolation
-
-    with av.open(io.BytesIO(data), format=container(data), metadata_errors="replace") as file:
-        stream = best_stream(file)
-        check_pixels(stream.height, stream.width, limits)
-        stamps, keys, _ = timeline(file, stream)
-        seconds = np.array(stamps, dtype=np.float64) * float(stream.time_base or 1)
-        numbers = shown_at(seconds, frames, timing.fps) if timing.vfr else frames
-        if numbers[-1] >= len(stamps):
-            raise DecodeError("short", f"frame {numbers[-1]} wanted of {len(stamps)}")
-        pictures: dict[int, np.ndarray] = {}
-        for frame in _walk(file, stream, [stamps[number] for number in dict.fromkeys(numbers)], keys):
-            turns = round(frame.rotation / 90) % 4
-            height, width = resize[::-1] if turns % 2 else resize
-            flat = frame.reformat(width, height, "rgb24", interpolation=Interpolation.BICUBIC)
-            pictures[int(frame.pts)] = np.rot90(flat.to_ndarray(), turns)
-        return np.stack([pictures[stamps[number]] for number in numbers])
-
-
-def best_stream(file: Any) -> Any:
-    """The video stream that FFmpeg holds for the main one, set to decode in this thread; raises DecodeError."""
-    stream = file.streams.best("video")
-    if stream is None or stream.disposition & type(stream.disposition).attached_pic:  # a cover is no video
-        raise DecodeError("no_video", "there is no video stream in it")
-    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-    return stream
-
-
-def timeline(file: Any, stream: Any) -> tuple[list[int], list[int], bool]:
-    """Stamps of all shown and of all key frames, ascending, and whether to be careful; from packets alone.
-
-    Careful: an edit list hides frames, or frames shown before a key frame come after it in the file (an open group of
-    pictures), so that counting from a key frame goes wrong.
-    """
-    stamps, keys, careful = [], [], False
-    for packet in file.demux(stream):
-        if packet.size:
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            if stamp is None:
-                raise DecodeError("undecodable", "has frames without a time")
-            if packet.is_keyframe:
-                keys.append(stamp)
-            careful = careful or packet.is_discard or bool(keys and stamp < keys[-1])
-            if not packet.is_discard:
-                stamps.append(stamp)
-    if not stamps:
-        raise DecodeError("no_video", "there is no frame in it")
-    return sorted(stamps), sorted(keys), careful
-
-
-def _walk(file: Any, stream: Any, wanted: list[int], keys: list[int]) -> Iterator[Any]:
-    """Yield the frames with the wanted stamps, ascending; seeks where a key frame lies between two of them."""
-    left = set(wanted)
-    source: Iterator[Any] = iter(())
-    at: int | None = None  # stamp of the last frame that came out
-    for stamp in sorted(left):
-        key = bisect_right(keys, stamp) - 1
-        if at is None or (key >= 0 and keys[key] > at):
-            file.seek(stamp, stream=stream, backward=True)
-            source = file.decode(stream)
-        for frame in source:
-            at = frame.pts if frame.pts is not None else frame.dts
-            if frame.is_corrupt:
-                raise DecodeError("undecodable", f"the frame at {frame.time} s is damaged")
-            if at in left:
-                left.discard(at)
-                yield frame
-            if at is not None and at >= stamp:
-                break
-    if left:
-        raise DecodeError("short", f"{len(left)} of {len(wanted)} frames did not come out")
-
-
-def _torchcodec(data: bytes, frames: list[int], resize: tuple[int, int], timing: Timing, limits: Limits) -> np.ndarray:
-    from torchcodec.decoders import VideoDecoder
-
-    if timing.careful:
-        raise DecodeError("undecodable", "has an edit list or open groups of pictures, which torchcodec may not follow")
-    decoder = VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-    check_pixels(decoder.metadata.height or 0, decoder.metadata.width or 0, limits)
-    if frames[-1] >= len(decoder):
-        raise DecodeError("short", f"frame {frames[-1]} wanted of {len(decoder)}")
-    if timing.vfr:
-        start = float(decoder.metadata.begin_stream_seconds or 0.0)
-        batch = decoder.get_frames_played_at([start + (number + 0.5) / timing.fps for number in frames])
-    else:
-        batch = decoder.get_frames_at(frames)
-    pictures, size = batch.data.numpy(), resize[::-1]
-    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures])
-
-
-BACK_ENDS: dict[str, Callable[..., np.ndarray]] = {"decord": _decord, "pyav": _pyav, "torchcodec": _torchcodec}
-_MODULES = {"decord": "decord", "pyav": "av", "torchcodec": "torchcodec.decoders"}
-
-
-def load_error(name: str) -> str:
-    """Why a back end can't be loaded on this machine; empty if it can."""
-    from importlib import import_module
-
-    try:
-        import_module(_MODULES[name])
-    except Exception as error:  # a library that is missing or broken raises anything
-        absent = re.findall(r"(\S+): cannot open shared object file", str(error))
-        if absent:  # torchcodec's message is pages long: every version of FFmpeg that it tried
-            return f"{name} finds none of {', '.join(dict.fromkeys(absent))}; install FFmpeg's shared libraries"
-        return first_line(error)
-    return ""
-
-
-def first_line(error: Exception) -> str:
-    """An exception as one short line of ASCII."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return text.encode("ascii", "backslashreplace").decode()[:200]

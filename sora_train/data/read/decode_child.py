@@ -11,27 +11,25 @@ import json
 import mmap
 import os
 import platform
+import re
 import resource
 import signal
 import struct
 import sys
+import tempfile
 import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from sora_train.data.read.animation import EXTENSION, decode_animation, probe_animation
-from sora_train.data.read.decode import (
-    DecodeError,
-    Limits,
-    Timing,
-    checked,
-    decode,
-    first_line,
-    load_error,
-    read_member,
-)
+from sora_train.data.read.back_ends import Options, decode, first_line, load_error
+from sora_train.data.read.decode import Conversion, DecodeError, Limits, Track, checked, read_member
 from sora_train.data.read.probe import probe
+
+_HEARD = 1 << 14  # bytes of what a decoder wrote that are looked at
+_WRITTEN = 64 << 20  # bytes that it may write
+_HARMLESS = re.compile(r"deprecated pixel format")  # of swscale, for every video of full range
 
 
 class Server:
@@ -39,9 +37,13 @@ class Server:
 
     def __init__(self, requests: BinaryIO, answers: BinaryIO, memory_file: int, options: dict[str, Any]) -> None:
         self.requests, self.answers, self.memory_file = requests, answers, memory_file
-        self.limits = Limits(**options["limits"])
         self.errors = {name: load_error(name) for name in options["decoders"]}
-        self.decoders = [name for name, error in self.errors.items() if not error]
+        self.options = Options(
+            [name for name, error in self.errors.items() if not error],
+            Limits(**options["limits"]),
+            Conversion(**options["conversion"]),
+            Overheard().take,
+        )
         self._mapped: mmap.mmap | None = None
 
     def run(self) -> None:
@@ -70,7 +72,8 @@ class Server:
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["op"] == "decoders":
             return {"errors": self.errors}
-        if not self.decoders:
+        decoders = self.options.decoders
+        if not decoders:
             return {"cause": "no_decoder", "detail": "; ".join(f"{n}: {e}" for n, e in self.errors.items())}
         offset, size = request["offset"], request["size"]
         handed = request["handed"]
@@ -78,17 +81,16 @@ class Server:
         checked(data, offset, size, request["crc32"])
         if request["op"] == "probe":
             if request["extension"] == EXTENSION:
-                figures = probe_animation(data, self.limits)
+                figures = probe_animation(data, self.options.limits)
             else:
-                figures = probe(data, request["extension"], self.limits, request["pixels"])
+                figures = probe(data, request["extension"], self.options.limits, request["pixels"])
             return {**figures, "crc32": zlib.crc32(data)}
-        decoders = self.decoders[1:] if request["spare"] else self.decoders
-        resize = tuple(request["resize"])
-        timing = Timing(*request["timing"])
+        options = self.options._replace(decoders=decoders[1:] if request["spare"] else decoders)
+        track, resize = Track(*request["track"]), tuple(request["resize"])
         if request["extension"] == EXTENSION:
-            pixels = decode_animation(data, request["frames"], resize, timing, self.limits)
+            pixels = decode_animation(data, request["frames"], resize, track, options.limits)
         else:
-            pixels = decode(data, request["extension"], request["frames"], resize, timing, decoders, self.limits)
+            pixels = decode(data, request["extension"], request["frames"], resize, track, options)
         top, left, height, width = request["crop"]
         pixels = pixels[:, top : top + height, left : left + width]
         if list(pixels.shape[1:3]) != [height, width]:
@@ -115,6 +117,28 @@ class Server:
     def _send(self, reply: dict[str, Any]) -> None:
         self.answers.write(json.dumps(reply).encode() + b"\n")
         self.answers.flush()
+
+
+class Overheard:
+    """What decoders write to stderr, where decord's FFmpeg reports damage that it hides: a file without a name.
+
+    Not a pipe, which a decoder that writes more than it holds would wait at.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, for as long as the process
+        os.dup2(self._file.fileno(), 2)
+        os.dup2(self._file.fileno(), 1)  # what a decoder prints must not look like an answer either
+
+    def take(self) -> str:
+        """The first line that was written since the last call; empty if there is none that tells of damage."""
+        descriptor = self._file.fileno()
+        if not os.fstat(descriptor).st_size:
+            return ""
+        lines = os.pread(descriptor, _HEARD, 0).decode("ascii", "replace").splitlines()
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)  # where the copies at 1 and 2 write, too
+        return next((line.strip()[:200] for line in lines if line.strip() and not _HARMLESS.search(line)), "")
 
 
 _CALLS = {  # of the kernel: architecture's number in a filter; socket, connect, execve, execveat, ptrace
@@ -152,8 +176,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a child goes
     resource.setrlimit(resource.RLIMIT_AS, (options["memory_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_WRITTEN,) * 2)  # Python ignores the signal: a write fails
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a decoder prints must not look like an answer
     server = Server(sys.stdin.buffer, answers, memory_file, options)
     shut_in()
     server.run()

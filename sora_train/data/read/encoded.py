@@ -21,7 +21,7 @@ from sora_train.core.cli import InputError
 from sora_train.data.read.decode import DecodeError
 
 LATENT, TEXT = "latent.safetensors", "text.safetensors"  # extensions
-VERSION = 1  # of how clips are cut, decoded and encoded; a change makes older latents those of another code
+VERSION = 2  # of how clips are cut, decoded and encoded; a change makes older latents those of another code
 DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}  # safetensors' names of what latents are stored as
 _HEADER = 1 << 20  # bytes that a header may have
 _BLOCKS, _BLOCK = 256, 4096  # of a weights file that are hashed

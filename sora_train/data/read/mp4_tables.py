@@ -22,6 +22,8 @@ class Times(NamedTuple):
 
     ticks: np.ndarray  # (n,) when each is shown, up to a constant
     is_key: np.ndarray  # (n,) bool
+    places: np.ndarray  # (n,) where each begins in the file
+    sizes: np.ndarray  # (n,) bytes
     scale: int  # ticks a second
 
 
@@ -51,7 +53,7 @@ def _frame_times(data: memoryview, most: int) -> Times:
     if any(name in table for name in _GROUPS):
         raise _UnclearError
     sizes = _sizes(_one(table, b"stsz"), most)
-    _check_places(table, sizes, len(data))
+    places = _places(table, sizes, len(data))
     ticks = np.concatenate(([0], np.cumsum(_runs(_one(table, b"stts"), len(sizes), signed=False))[:-1]))
     if b"ctts" in table:
         ticks = ticks + _runs(_one(table, b"ctts"), len(sizes), signed=True)
@@ -64,7 +66,7 @@ def _frame_times(data: memoryview, most: int) -> Times:
         is_key[keys - 1] = True
     scale = _scale(_one(media, b"mdhd"))
     _check_edits(videos[0], ticks, scale, _scale(_one(movie, b"mvhd")))
-    return Times(ticks, is_key, scale)
+    return Times(ticks, is_key, places, sizes, scale)
 
 
 def _boxes(data: memoryview) -> dict[bytes, list[memoryview]]:
@@ -123,8 +125,8 @@ def _runs(box: memoryview, count: int, signed: bool) -> np.ndarray:
     return np.repeat(values, lengths)
 
 
-def _check_places(table: dict[bytes, list[memoryview]], sizes: np.ndarray, end: int) -> None:
-    """Every sample lies inside the file."""
+def _places(table: dict[bytes, list[memoryview]], sizes: np.ndarray, end: int) -> np.ndarray:
+    """Where each sample begins; all lie inside the file."""
     wide = b"co64" in table
     chunks = _numbers(_one(table, b"co64" if wide else b"stco"), 1, ">u8" if wide else ">u4")[:, 0]
     runs = _numbers(_one(table, b"stsc"), 3)
@@ -138,6 +140,7 @@ def _check_places(table: dict[bytes, list[memoryview]], sizes: np.ndarray, end: 
     borders = np.concatenate(([0], np.cumsum(np.repeat(each, lengths))))
     if chunks.min() < 0 or (chunks + np.diff(ends[borders])).max() > end:
         raise _UnclearError
+    return ends[:-1] + np.repeat(chunks - ends[borders[:-1]], np.diff(borders))
 
 
 def _scale(box: memoryview) -> int:

@@ -29,7 +29,7 @@ import numpy as np
 
 from sora_train.config.schema import DataConfig
 from sora_train.core.cli import InputError
-from sora_train.data.read.decode import LIMITS, STEADY, DecodeError, Limits, Timing
+from sora_train.data.read.decode import AS_STORED, LIMITS, STEADY, Conversion, DecodeError, Limits, Track
 from sora_train.data.read.store import Store, scheme
 
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH")
@@ -58,9 +58,11 @@ class Pool:
         decoders: Sequence[str] = ("decord", "pyav"),
         limits: Limits = LIMITS,
         store: Store | None = None,
+        conversion: Conversion = AS_STORED,
     ) -> None:
         self.workers, self.timeout_s, self.memory_bytes = workers, timeout_s, memory_bytes
         self.decoders, self.limits, self.store = tuple(decoders), limits, store or Store()
+        self.conversion = conversion
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._local = threading.local()
         self._children: list[_Child] = []
@@ -70,7 +72,8 @@ class Pool:
         """The pool that a run's configuration asks for."""
         limits = Limits(data.limits.pixels, data.limits.frames, data.limits.bytes)
         memory = int(data.decode_memory_gib * 2**30)
-        return cls(data.workers, data.decode_timeout_s, memory, data.decoders, limits, store or Store.of(data))
+        conversion, store = Conversion(data.deinterlace, data.tone_map), store or Store.of(data)
+        return cls(data.workers, data.decode_timeout_s, memory, data.decoders, limits, store, conversion)
 
     def probe(
         self, path: str, extension: str, offset: int = 0, size: int = -1, pixels: bool = True
@@ -93,16 +96,16 @@ class Pool:
         frames: Sequence[float],
         resize: tuple[int, int],
         crop: tuple[int, int, int, int],
-        timing: Timing = STEADY,
+        track: Track = STEADY,
     ) -> Future[np.ndarray]:
         """Frames `(T, H, W, 3)` uint8 of a member (offset, size, crc32), resized, then cut to (top, left, H, W).
 
-        A crc32 of None isn't compared.
+        `frames` are numbers as `source_frames` gives them, ascending. A crc32 of None isn't compared.
         """
         offset, size, crc32 = member
         request = {
             "op": "decode", "path": path, "offset": offset, "size": size, "crc32": crc32, "extension": extension,
-            "frames": frames, "resize": resize, "crop": crop, "timing": timing,
+            "frames": frames, "resize": resize, "crop": crop, "track": track,
         }  # fmt: skip
         return self._threads.submit(self._ask, request)
 
@@ -299,12 +302,15 @@ class _Child:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         environment |= {"OMP_NUM_THREADS": "1", **_ALLOCATOR}
         descriptor, pool = self.memory.fileno(), self.pool
-        options = {"memory_bytes": pool.memory_bytes, "decoders": pool.decoders, "limits": pool.limits._asdict()}
+        options = {
+            "memory_bytes": pool.memory_bytes, "decoders": pool.decoders, "limits": pool.limits._asdict(),
+            "conversion": pool.conversion._asdict(),
+        }  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", self.module, str(descriptor), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # decord prints raw bytes of bad files
+            stderr=subprocess.DEVNULL,  # until the child listens to its decoders itself
             pass_fds=(descriptor,),
             env=environment,
             start_new_session=True,  # a Ctrl-C at the terminal is the parent's to handle

@@ -14,33 +14,40 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sora_train.data.read.bitstream import INTRA, LENGTHS, is_entry, is_slice, needs_first_packet, units
 from sora_train.data.read.decode import (
     IMAGE_FORMATS,
     IMAGES,
     DecodeError,
     Limits,
+    Track,
     admit,
-    best_stream,
     check_pixels,
     container,
     open_image,
     shown_at,
-    timeline,
 )
 from sora_train.data.read.mp4_tables import frame_times
+from sora_train.data.read.orientation import from_matrix
+from sora_train.data.read.packets import Line, choose_stream, is_told, judge, read_line, read_packets, times_of
 
 _FASTEST = 1000.0  # frames a second; more is a broken time line
 _LONGEST = 10 * 24 * 3600.0  # seconds
 _SLICE = 128  # bytes of a slice; its header is shorter
-_LENGTHS = {"h264": 4, "hevc": 21}  # which byte of the decoder's record says how long the lengths before its units are
+_DECORD = ("h264", "hevc", "vp8", "vp9", "mpeg4")  # codecs, and below containers, that decord was tried with
+_ITS_CONTAINERS = ("mov", "matroska")
+_HDR = {16: "pq", 18: "hlg"}  # transfer characteristics of H.273
+_TAIL = 16  # frames at the end of a cut file behind which some may be missing: as many as decoders hold back
+STILL = Track(frames=1, stream=0)
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # of EXIF
 
 
 def probe(data: bytes, extension: str, limits: Limits, pixels: bool = True) -> dict[str, Any]:
     """The index's figures of one video or image; raises DecodeError if it can't be used.
 
-    `fps` is 0 for an image. `width` and `height` are those of the upright picture. `vfr` says that frames don't come
-    at a constant rate, `careful` what `timeline` says. Without `pixels` no picture is decoded, beyond its header.
+    `fps` is 0 for an image. `width` and `height` are those of the picture as it is shown: upright, pixels square. `vfr`
+    says that frames don't come at a constant rate; `Track` says what the others mean. Without `pixels` no picture is
+    decoded, beyond its header, unless nothing else tells which frames come out.
     """
     admit(data, extension, limits)
     return _still(data, limits, pixels) if extension in IMAGES else _video(data, limits, pixels)
@@ -57,68 +64,128 @@ def _still(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
                 height, width = width, height
     except Image.DecompressionBombError as error:
         raise DecodeError("pixels", str(error)) from error
-    still = {"frames": 1, "fps": 0.0, "duration": 0.0, "vfr": False, "careful": False, "rotation": 0}
+    still = STILL._asdict() | {"duration": 0.0, "pixel_aspect": 1.0}
     return {**still, "width": width, "height": height, "codec": codec, "pixel_format": pixel_format}
 
 
 def _video(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
     from av.stream import Discard
 
-    with _opened(data) as file:
-        stream = best_stream(file)
+    from sora_train.data.read.by_pyav import Complaints, Source
+
+    with Complaints() as complaints, _opened(data) as file:
+        stream = choose_stream(file)
         check_pixels(stream.height, stream.width, limits)
         for other in file.streams:
             other.discard = Discard.default if other.index == stream.index else Discard.all
-        times, careful = _times(data, file, stream, limits)
-        if len(times) > limits.frames:
-            raise DecodeError("frames", f"{len(times)} frames, data.limits.frames is {limits.frames}")
-        fps, duration, vfr = rate(times, float(stream.average_rate or 0))
-        first = _first(file, stream, pixels)
+        line, packets = _line(data, file, stream, limits)
+        cut = line.cut or any("ended prematurely" in said for said in complaints.take())
+        if line.shown.sum() > limits.frames:
+            raise DecodeError("frames", f"{line.shown.sum()} frames, data.limits.frames is {limits.frames}")
+        first, packet = _first(file, stream, pixels)
         check_pixels(first.height, first.width, limits)
-        turns = round(first.rotation / 90) % 4
-        height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
+        codec = stream.codec_context.name
+        sequential = line.unclear or needs_first_packet(codec, first.format.name, packet)
+        count, out = int(line.shown.sum()), []
+        if sequential:
+            packets = packets or _packets(file, stream)
+            out = Source(stream.codec_context, packets, line, complaints).stamps()
+            count = len(out)
+        times = times_of(line, count, float(stream.time_base or 1))
+        claimed = _claimed(stream, times)
+        times = _before_gap(times, claimed) if cut else times
+        fps, duration, vfr = rate(times, claimed)
+        if sequential and vfr and not is_told(line, out, file):
+            raise DecodeError("timeline", "frames without a time, at a variable rate; copy or encode it anew")
+        shape = _shape(first, stream)
+        check_pixels(shape["height"], shape["width"], limits)
+        careful = line.careful or sequential or cut or shape["mirrored"] or not _is_for_decord(file, stream, first)
         return {
-            "frames": len(times), "fps": fps, "duration": duration, "vfr": vfr, "careful": careful,
-            "rotation": turns * 90, "width": width, "height": height,
-            "codec": stream.codec_context.name, "pixel_format": first.format.name,
+            **shape, "frames": len(times), "fps": fps, "duration": duration, "vfr": vfr, "careful": careful,
+            "sequential": sequential, "stream": stream.index, "interlaced": bool(first.interlaced_frame),
+            "transfer": _HDR.get(int(first.color_trc), ""), "codec": codec, "pixel_format": first.format.name,
         }  # fmt: skip
 
 
-def _times(data: bytes, file: Any, stream: Any, limits: Limits) -> tuple[np.ndarray, bool]:
-    """Seconds at which frames are shown, ascending, and whether to be careful (see `timeline`).
+def _line(data: bytes, file: Any, stream: Any, limits: Limits) -> tuple[Line, list[Any]]:
+    """The time line, and the packets that it is from, if it is.
 
     From the tables of a plain mp4, if FFmpeg counts as many frames in it; else from its packets.
     """
     found = frame_times(data, limits.frames) if file.format.name.startswith("mov") else None
     if found is None or stream.frames != len(found.ticks) or stream.time_base * found.scale != 1:
-        stamps, _, careful = timeline(file, stream)
-        return np.array(stamps, dtype=np.float64) * float(stream.time_base), careful
-    key = np.maximum.accumulate(np.where(found.is_key, np.arange(len(found.ticks)), -1))
-    careful = bool(((key >= 0) & (found.ticks < found.ticks[key])).any())
-    return np.sort(found.ticks) / found.scale, careful
+        packets = read_packets(file, stream)
+        return read_line(file, stream, packets), packets
+    codec, record = stream.codec_context.name, stream.codec_context.extradata or b""
+    view, entries = memoryview(data), found.is_key.copy()
+    if codec not in INTRA:
+        for n in np.flatnonzero(found.is_key).tolist():
+            entries[n] = is_entry(codec, view[found.places[n] : found.places[n] + found.sizes[n]], record)
+    return judge(found.ticks, found.is_key, entries, np.zeros(len(entries), dtype=bool)), []
+
+
+def _packets(file: Any, stream: Any) -> list[Any]:
+    file.seek(0)
+    return read_packets(file, stream)
+
+
+def _before_gap(times: np.ndarray, claimed: float) -> np.ndarray:
+    """What is shown before frames are missing at the end of a file that was cut."""
+    steps = np.diff(times)
+    if not len(steps):
+        return times
+    usual = min(float(np.median(steps)), 1 / claimed if claimed else np.inf)
+    late = max(0, len(steps) - _TAIL)
+    gaps = np.flatnonzero(steps[late:] > 1.5 * usual)
+    return times[: 1 + late + int(gaps[0])] if len(gaps) else times
+
+
+def _claimed(stream: Any, times: np.ndarray) -> float:
+    """The rate that the container claims: of two, the one that the times of its frames are nearer to."""
+    claims = [float(claim) for claim in (stream.average_rate, stream.base_rate) if claim]
+    if len(times) < 2 or times[-1] <= times[0] or not claims:
+        return claims[0] if claims else 0.0
+    mean = (len(times) - 1) / float(times[-1] - times[0])
+    return min(claims, key=lambda claim: abs(claim - mean))
+
+
+def _shape(first: Any, stream: Any) -> dict[str, Any]:
+    """Size, pixel aspect and orientation of the picture as it is shown."""
+    from av.sidedata.sidedata import Type
+
+    matrix = first.side_data.get(Type.DISPLAYMATRIX)
+    rotation, mirrored = from_matrix(None if matrix is None else bytes(matrix))
+    height, width = first.height, first.width
+    aspect = float(stream.sample_aspect_ratio or 1)
+    if aspect > 1:  # the shorter side grows, as browsers have it: no pixel is lost
+        width = round(width * aspect)
+    elif 0 < aspect < 1:
+        height = round(height / aspect)
+    if rotation % 180:
+        height, width = width, height
+    return {"height": height, "width": width, "pixel_aspect": aspect, "rotation": rotation, "mirrored": mirrored}
+
+
+def _is_for_decord(file: Any, stream: Any, first: Any) -> bool:
+    """Whether decord reads this kind of file as it is shown: it chooses its stream by itself, and drops alpha."""
+    known = file.format.name.startswith(_ITS_CONTAINERS) and stream.codec_context.name in _DECORD
+    return known and len(file.streams.video) == 1 and not any(c.is_alpha for c in first.format.components)
 
 
 def _opened(data: bytes) -> Any:
-    """The container, if possible without what FFmpeg decodes to find out about streams.
-
-    Not possible for AVI, whose packets have no times of their own, and where there are several video streams: which of
-    them is best is told from what was decoded, and decoders of training choose in that way.
-    """
+    """The container, in mp4 and Matroska without what FFmpeg decodes to find out about streams."""
     import av
 
     kind = container(data)
-    if kind != "avi":
-        file = av.open(io.BytesIO(data), format=kind, options={"codec_whitelist": "none"}, metadata_errors="replace")
-        if len(file.streams.video) == 1:
-            return file
-        file.close()
-    return av.open(io.BytesIO(data), format=kind, metadata_errors="replace")
+    options = {"codec_whitelist": "none"} if kind in ("mov", "matroska") else {}
+    return av.open(io.BytesIO(data), format=kind, options=options, metadata_errors="replace")
 
 
-def _first(file: Any, stream: Any, pixels: bool) -> Any:
-    """The first frame that comes out, to be sure that one does; without `pixels` only its header is decoded.
+def _first(file: Any, stream: Any, pixels: bool) -> tuple[Any, bytes]:
+    """The first frame that comes out, to be sure that one does, and the first key packet.
 
-    A key frame by itself is tried first; where a decoder gives nothing for it, the file from its beginning.
+    Without `pixels` only the frame's header is decoded. The key frame by itself is tried first; where a decoder gives
+    nothing for it, the file from its beginning.
     """
     import av
 
@@ -132,30 +199,26 @@ def _first(file: Any, stream: Any, pixels: bool) -> Any:
         alone.pts, alone.dts, alone.time_base = packet.pts, packet.dts, packet.time_base
         with suppress(av.error.FFmpegError):  # the second way says what is wrong
             for frame in (*codec.decode(alone), *codec.decode(None)):
-                return frame
+                return frame, bytes(packet)
     file.seek(0)
-    for frame in file.decode(stream):
-        return frame
+    codec.flush_buffers()
+    for following in file.demux(stream):
+        with suppress(av.error.FFmpegError):  # goes on behind what can't be decoded, as the ffmpeg program does
+            for frame in codec.decode(following if following.size else None):
+                return frame, b"" if packet is None else bytes(packet)
     raise DecodeError("undecodable", "no frame comes out of it")
 
 
 def _beginning(packet: bytes, codec: Any) -> bytes:
-    """An H.264 or HEVC packet as far as the header of its first slice; one of another form or codec as it is.
-
-    The units of a packet in mp4 or Matroska have their lengths before them (ISO/IEC 14496-15, 5.3.2 and 8.3.2).
-    """
-    record, place = codec.extradata or b"", _LENGTHS.get(codec.name)
-    if place is None or len(record) <= place or record[0] != 1:
+    """An H.264 or HEVC packet as far as the header of its first slice; one of another form or codec as it is."""
+    record = codec.extradata or b""
+    if codec.name not in LENGTHS or len(record) <= LENGTHS[codec.name] or record[0] != 1:
         return packet
-    width, at = (record[place] & 3) + 1, 0
-    while at + width < len(packet):
-        size = int.from_bytes(packet[at : at + width], "big")
-        first = packet[at + width]
-        is_slice = first >> 1 & 63 < 32 if codec.name == "hevc" else 1 <= first & 31 <= 5
-        if size and is_slice:
-            unit = packet[at + width : at + width + min(size, _SLICE)]
-            return packet[:at] + len(unit).to_bytes(width, "big") + unit
-        at += width + size
+    width = (record[LENGTHS[codec.name]] & 3) + 1
+    for first, end in units(codec.name, packet, record):
+        if first < end and is_slice(codec.name, packet[first]):
+            unit = packet[first : min(end, first + _SLICE)]
+            return packet[: first - width] + len(unit).to_bytes(width, "big") + unit
     return packet
 
 

@@ -456,7 +456,7 @@ def test_an_index_costs_few_bytes_and_names_its_version(corpus: list[str]) -> No
     import pyarrow.parquet as pq
 
     metadata = pq.read_schema(index_path(corpus[0])).metadata
-    assert metadata[b"sora_train.version"] == b"3"
+    assert metadata[b"sora_train.version"] == b"4"
     assert metadata[b"sora_train.shard"].startswith(f"{Path(corpus[0]).stat().st_size}|".encode())
     assert json.loads(metadata[b"sora_train.limits"]) == list(Limits())
     assert np.array_equal(load_index(corpus[:1]).frames, load_index(corpus).frames[:8])

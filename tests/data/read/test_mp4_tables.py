@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from sora_train.data.read import probe as probing
-from sora_train.data.read.decode import DecodeError, Limits, best_stream, timeline
+from sora_train.data.read.decode import DecodeError, Limits
 from sora_train.data.read.mp4_tables import frame_times
-from sora_train.data.read.probe import _opened, _times
+from sora_train.data.read.packets import choose_stream, read_line, read_packets, times_of
+from sora_train.data.read.probe import _line, _opened
 from tests.data.videos import cut, turned, write_video
 
 STEADY = [k / 30 for k in range(60)]
@@ -24,11 +25,13 @@ X265 = {"x265-params": "log-level=none"}
 def both(data: bytes) -> tuple[tuple[np.ndarray, bool], tuple[np.ndarray, bool]]:
     """Seconds and `careful` as the probe has them, and as FFmpeg's packets have them."""
     with _opened(data) as file:
-        ours = _times(data, file, best_stream(file), Limits())
-    with _opened(data) as file:
-        stream = best_stream(file)
-        stamps, _, careful = timeline(file, stream)
-        return ours, (np.array(stamps) * float(stream.time_base), careful)
+        stream = choose_stream(file)
+        base = float(stream.time_base)
+        lines = [_line(data, file, stream, Limits())[0]]
+        file.seek(0)
+        lines.append(read_line(file, stream, read_packets(file, stream)))
+        ours, theirs = ((times_of(line, int(line.shown.sum()), base), line.careful) for line in lines)
+        return ours, theirs
 
 
 def assert_alike(data: bytes) -> None:
@@ -112,4 +115,5 @@ def test_packets_are_read_where_tables_and_ffmpeg_count_otherwise(
         probing, "frame_times", lambda *_: true._replace(ticks=true.ticks[:-1], is_key=true.is_key[:-1])
     )
     with _opened(data) as file:
-        assert len(_times(data, file, best_stream(file), Limits())[0]) == 60
+        line, packets = _line(data, file, choose_stream(file), Limits())
+        assert line.shown.sum() == len(packets) == 60

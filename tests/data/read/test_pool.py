@@ -84,8 +84,9 @@ def test_an_image_is_one_frame(pool: Pool, corpus: list[str]) -> None:
     path, extension, (offset, size, crc32) = load_index(corpus).member(IMAGE)
     probed = pool.probe(path, extension, offset, size).result()
     assert probed == {
-        "frames": 1, "fps": 0.0, "duration": 0.0, "vfr": False, "careful": False, "rotation": 0,
-        "width": 64, "height": 64, "codec": "png", "pixel_format": "RGB", "crc32": crc32,
+        "frames": 1, "fps": 0.0, "duration": 0.0, "vfr": False, "careful": False, "sequential": False, "stream": 0,
+        "rotation": 0, "mirrored": False, "interlaced": False, "transfer": "", "pixel_aspect": 1.0, "width": 64,
+        "height": 64, "codec": "png", "pixel_format": "RGB", "crc32": crc32,
     }  # fmt: skip
 
 

@@ -1,0 +1,101 @@
+"""The packets of a video's stream, in the order of the file: the frames that they show, and where decoding may begin.
+
+Nothing is decoded, and no container is asked to seek: it only says which packets there are. A frame is found by its
+presentation time, from the last packet before it that needs nothing from before (`bitstream.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sora_train.data.read.bitstream import INTRA, is_entry, is_shown
+from sora_train.data.read.decode import DecodeError
+
+_UNTIMED = "avi"  # packets have a place in the file there, and FFmpeg guesses when they are shown
+_DEFAULT = 5_000_000  # pixels that the mark counts
+_NEVER = -(1 << 62)  # stamp of a packet without one
+
+
+class Line(NamedTuple):
+    """The time line of a stream, from its packets alone; one entry a packet in the order of the file."""
+
+    stamps: np.ndarray  # when its frame is shown, in the stream's time base
+    shown: np.ndarray  # bool: an edit list hides a frame, and some only serve others
+    entries: np.ndarray  # bool: decoding may begin here
+    careful: bool  # counting from a key packet goes wrong: keys that can't be decoded alone, open groups, hidden frames
+    unclear: bool  # the packets don't say which frames come out, or when
+    cut: bool = False  # the file ends inside a packet
+
+
+def choose_stream(file: Any, wanted: int = -1) -> Any:
+    """The video stream to read, set to decode in this thread; raises DecodeError where there is none.
+
+    It is the stream of number `wanted`, which the index chose; else the one that the ffmpeg program would take: the
+    largest, those that the container marks as default before others, and no cover picture.
+    """
+    streams = file.streams.video
+    flags: Any = type(streams[0].disposition) if streams else None
+    found = [s for s in streams if not s.disposition & flags.attached_pic and wanted in (-1, s.index)]
+    found.sort(key=lambda s: -s.width * s.height - _DEFAULT * bool(s.disposition & flags.default))
+    if not found:
+        raise DecodeError("no_video", "there is no video stream in it")
+    found[0].thread_type, found[0].codec_context.thread_count = "NONE", 1
+    return found[0]
+
+
+def read_packets(file: Any, stream: Any) -> list[Any]:
+    """All packets of a stream that hold anything; raises DecodeError if there is none."""
+    packets = [packet for packet in file.demux(stream) if packet.size]
+    if not packets:
+        raise DecodeError("no_video", "there is no frame in it")
+    return packets
+
+
+def read_line(file: Any, stream: Any, packets: list[Any]) -> Line:
+    """The time line of a stream's packets."""
+    codec, record = stream.codec_context.name, stream.codec_context.extradata or b""
+    cut = np.array([packet.is_corrupt for packet in packets])
+    keys = np.array([packet.is_keyframe for packet in packets])
+    entries = np.array([bool(p.is_keyframe) and is_entry(codec, memoryview(p), record) for p in packets])
+    hidden = cut | np.array([p.is_discard or not is_shown(codec, memoryview(p)) for p in packets])
+    stamps = [packet.pts for packet in packets]
+    timed = file.format.name != _UNTIMED and not all(stamp is None for stamp in stamps)
+    if not timed:
+        stamps = [packet.dts for packet in packets]
+    lost = np.array([stamp is None for stamp in stamps])
+    if lost.all():
+        raise DecodeError("timeline", "has frames without a time")
+    known = np.array([_NEVER if stamp is None else stamp for stamp in stamps], dtype=np.int64)
+    line = judge(known, keys, entries, hidden | lost)
+    unclear = line.unclear or bool(lost.any()) or not (timed or codec in INTRA)
+    return line._replace(unclear=unclear, careful=line.careful or unclear, cut=bool(cut.any()))
+
+
+def judge(stamps: np.ndarray, keys: np.ndarray, entries: np.ndarray, hidden: np.ndarray) -> Line:
+    """A time line from what is known of each packet: `keys` as the container has them, `entries` those that are."""
+    places = np.arange(len(stamps))
+    at = np.maximum.accumulate(np.where(entries, places, -1))
+    leading = (at >= 0) & (stamps < stamps[at])
+    second = places[entries][1] if entries.sum() > 1 else len(stamps)
+    twice = len(np.unique(stamps[~hidden])) < (~hidden).sum()
+    unclear = bool(twice or not entries[0] or leading[:second].any())
+    careful = unclear or bool((keys & ~entries).any() or leading.any() or hidden.any())
+    return Line(stamps, ~hidden, entries, careful, unclear)
+
+
+def is_told(line: Line, out: list[int | None], file: Any) -> bool:
+    """Whether the packets tell when each frame is shown of those that come `out` of a decode from the start."""
+    stamps = np.sort(line.stamps[line.shown]).tolist()
+    return out == stamps or (file.format.name == _UNTIMED and len(out) == len(stamps))
+
+
+def times_of(line: Line, count: int, time_base: float) -> np.ndarray:
+    """Seconds at which `count` frames are shown, ascending: of a sequential stream too, if it shows so many."""
+    stamps = np.sort(line.stamps[line.shown])
+    if not count:
+        raise DecodeError("no_video", "no frame of it is shown")
+    if len(stamps) < count:
+        raise DecodeError("timeline", f"{count} frames come out, and {len(stamps)} packets have a time")
+    return stamps[:count] * time_base

@@ -1,0 +1,167 @@
+"""A frame asked for alone is the frame of a decode from the start, or is refused; damage is not trained on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sora_train.data.read.bitstream import is_entry, is_shown, needs_first_packet
+from sora_train.data.read.decode import DecodeError, Track
+from sora_train.data.read.pool import Pool
+from tests.data import damaged_clips, random_clips
+from tests.data.random_clips import decode_all
+from tests.data.videos import HEIGHT, WIDTH, number_of, write_video
+
+STEADY = [k / 30 for k in range(60)]
+SIZE = (HEIGHT, WIDTH)
+
+
+def said_of(path: Path, pool: Pool) -> Track:
+    figures = [pool.probe(str(path), path.suffix[1:], pixels=pixels).result() for pixels in (True, False)]
+    assert figures[0] == figures[1]
+    return Track.of(figures[0])
+
+
+def alone(path: Path, pool: Pool, track: Track, first: int, count: int = 3) -> list[int]:
+    wanted = list(range(first, first + count))
+    place = (str(path), path.suffix[1:], (0, -1, None))
+    return list(map(number_of, pool.decode(*place, wanted, SIZE, (0, 0, *SIZE), track).result()))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Pool:  # type: ignore[misc]
+    with Pool(1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "sequential"),
+    [
+        ("avi_reordered.avi", {"codec_options": {"bf": "3"}}, True),
+        ("xvid_reordered.avi", {"codec": "mpeg4", "codec_options": {"bf": "2"}}, True),
+        ("intra_refresh.mp4", {"codec_options": {"x264-params": "intra-refresh=1:bframes=0"}}, False),
+        ("open_groups.mp4", {"codec_options": {"x264-params": "open-gop=1:bframes=3:b-adapt=0"}}, False),
+        ("mjpeg.avi", {"codec": "mjpeg", "pixel_format": "yuvj420p"}, False),
+        ("hidden_pictures.webm", {"codec": "libvpx", "codec_options": {
+            "deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "16"}}, False),
+    ],
+)  # fmt: skip
+def test_what_may_not_be_sought_is_not(
+    tmp_path: Path, pool: Pool, name: str, how: dict[str, object], sequential: bool
+) -> None:
+    path = tmp_path / name
+    data = write_video(path, STEADY, **how)  # type: ignore[arg-type]
+    track = said_of(path, pool)
+    assert track.careful and track.sequential == sequential and track.frames == 60
+    assert decode_all(data, track, *SIZE).numbers == list(range(60))
+    for first in (0, 13, 31, 50):
+        assert alone(path, pool, track, first) == [first, first + 1, first + 2]
+
+
+def test_an_mp4_without_a_table_of_key_frames(tmp_path: Path, pool: Pool) -> None:
+    path = tmp_path / "v.mp4"
+    path.write_bytes(write_video(path, STEADY, codec_options={"bf": "0"}).replace(b"stss", b"free"))
+    track = said_of(path, pool)
+    assert track.careful and not track.sequential, "keys are told by the pictures themselves"
+    assert [alone(path, pool, track, first, 1) for first in (5, 25, 59)] == [[5], [25], [59]]
+
+
+def test_a_file_that_was_cut_ends_before_the_first_missing_frame(tmp_path: Path, pool: Pool) -> None:
+    frames = damaged_clips.footage(np.random.default_rng(1))
+    whole = damaged_clips.clean("libx264", {"preset": "veryfast"}, 12, "mp4", frames, tmp_path)
+    path = tmp_path / "v.mp4"
+    path.write_bytes(whole[: len(whole) * 6 // 10])  # the index of the file is in front
+    track = said_of(path, pool)
+    assert track.fps == 24.0 and not track.vfr and 10 < track.frames < len(frames) - 5
+    size = frames.shape[1:3]
+    last = track.frames - 1
+    got = pool.decode(str(path), "mp4", (0, -1, None), [last], size, (0, 0, *size), track).result()
+    assert damaged_clips.difference(got, frames[[last]]) < 20
+
+
+def test_entries_are_told_from_key_packets() -> None:
+    avcc = bytes([1, 100, 0, 30, 0xFF])
+
+    def packet(*units: bytes) -> bytes:
+        return b"".join(len(unit).to_bytes(4, "big") + unit for unit in units)
+
+    at_once, later = b"\x06\x06\x01\x84\x80", b"\x06\x06\x01\x34\x80"  # recovery points: 0 frames, 5
+    assert is_entry("h264", packet(b"\x67sps", b"\x65idr"), avcc)
+    assert is_entry("h264", packet(at_once, b"\x41i"), avcc) and not is_entry("h264", packet(later, b"\x41i"), avcc)
+    assert not is_entry("h264", packet(b"\x41p"), avcc) and not is_entry("h264", b"", avcc)
+    assert is_entry("h264", b"\0\0\0\1\x67sps\0\0\1\x65idr", b"\0\0\0\1\x67")
+    hvcc = bytes([1, *bytes(20), 0xFF])
+    assert is_entry("hevc", packet(b"\x2a\x01cra"), hvcc) and not is_entry("hevc", packet(b"\x02\x01trail"), hvcc)
+    assert is_entry("vp9", b"\x82", b"") and not is_entry("vp9", b"\x86", b"") and not is_entry("vp9", b"\x88", b"")
+    assert is_entry("vp8", b"\x10", b"") and not is_entry("vp8", b"\x11", b"")
+    assert is_shown("vp8", b"\x11") and not is_shown("vp8", b"\x01") and is_shown("h264", b"\x01")
+    assert is_entry("mpeg4", b"\0\0\1\xb6\x10", b"") and not is_entry("mpeg4", b"\0\0\1\xb6\x50", b"")
+    assert is_entry("prores", b"anything", b"")
+
+
+def test_an_old_x264_has_to_be_heard_first() -> None:
+    note = b"....x264 - core 148 r2643"
+    assert needs_first_packet("h264", "yuv444p", note)
+    assert not needs_first_packet("h264", "yuv420p", note)
+    assert not needs_first_packet("h264", "yuv444p", note.replace(b"148", b"164"))
+    assert needs_first_packet("h264", "yuv420p", note.replace(b"148", b"30 "))
+    assert not needs_first_packet("hevc", "yuv444p", note)
+
+
+def test_what_a_decoder_conceals_is_refused_and_what_is_whole_comes(tmp_path: Path, pool: Pool) -> None:
+    frames = damaged_clips.footage(np.random.default_rng(0))
+    data = bytearray(damaged_clips.clean("libx264", {"preset": "veryfast"}, 12, "mp4", frames, tmp_path))
+    path = tmp_path / "v.mp4"
+    path.write_bytes(data)
+    track = said_of(path, pool)
+    assert not track.careful
+    size = frames.shape[1:3]
+
+    def ask(first: int) -> np.ndarray:
+        wanted = list(range(first, first + 6))
+        return pool.decode(str(path), "mp4", (0, -1, None), wanted, size, (0, 0, *size), track).result()
+
+    before = [ask(first) for first in (0, 26)]
+    start = data.index(b"mdat")
+    at = start + (len(data) - start) * 2 // 5
+    data[at : at + 200] = bytes(200)
+    path.write_bytes(data)
+    results = []
+    for first in range(0, 42, 6):
+        try:
+            results.append(ask(first))
+        except DecodeError as error:
+            assert error.cause == "damaged" and "h264" in error.detail
+            results.append(None)
+    assert any(result is None for result in results) and np.array_equal(results[0], before[0])
+    assert len([result for result in results if result is not None]) >= 3
+
+
+def test_random_clips_of_every_kind_have_no_wrong_frame(tmp_path: Path) -> None:
+    result = random_clips.campaign(20, 11, tmp_path)
+    assert not result.wrong and result.right > 60 and not result.refused
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(7200)
+def test_two_thousand_random_clips(tmp_path: Path) -> None:
+    result = random_clips.campaign(2000, 1, tmp_path)
+    print(f"\n{result.right} right, {len(result.refused)} refused, {result.careful} by PyAV")
+    assert not result.wrong and len(result.refused) < 0.03 * result.right
+
+
+def test_of_damaged_videos_few_are_trained_on_wrong(tmp_path: Path) -> None:
+    out = damaged_clips.campaign(12, "libx264", 5, tmp_path)
+    assert out.files == 12 and out.wrong.total() <= 1 and out.refused + out.unusable.total() >= 3
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("codec", "share"), [("libx264", 0.01), ("libx265", 0.5)])
+def test_a_thousand_damaged_videos(tmp_path: Path, codec: str, share: float) -> None:
+    out = damaged_clips.campaign(1000, codec, random.Random(codec).randrange(1000), tmp_path)
+    print(f"\n{codec}: {out.wrong.total()} wrong, {out.refused} refused, {out.refused_right} of them right")
+    assert out.wrong.total() <= share * out.files
