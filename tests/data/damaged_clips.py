@@ -25,7 +25,7 @@ from sora_train.data.read.pool import Pool
 
 VISIBLE = 12.0  # levels of 255
 _SIZE = (192, 320)
-_FRAMES = 48
+_FRAMES = 32
 _OPTIONS = {
     "libx264": (
         {"preset": "veryfast"}, {"preset": "veryfast", "x264-params": "bframes=0"},

@@ -38,7 +38,7 @@ def made_with(config: Config) -> dict[str, Any]:
     return {
         "version": VERSION, "vae.path": weights_hash(folder_of(vae.path or "", "vae")), **frozen,
         "data.fps": d.fps, "data.max_frames": d.max_frames, "data.max_pixels": d.max_pixels, "data.fit": d.fit.value,
-        "model.patch": geometry(config).patch,
+        "data.deinterlace": d.deinterlace, "data.tone_map": d.tone_map, "model.patch": geometry(config).patch,
     }  # fmt: skip
 
 

@@ -45,8 +45,6 @@ def pool() -> Pool:  # type: ignore[misc]
         ("intra_refresh.mp4", {"codec_options": {"x264-params": "intra-refresh=1:bframes=0"}}, False),
         ("open_groups.mp4", {"codec_options": {"x264-params": "open-gop=1:bframes=3:b-adapt=0"}}, False),
         ("mjpeg.avi", {"codec": "mjpeg", "pixel_format": "yuvj420p"}, False),
-        ("hidden_pictures.webm", {"codec": "libvpx", "codec_options": {
-            "deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "16"}}, False),
     ],
 )  # fmt: skip
 def test_what_may_not_be_sought_is_not(
@@ -141,8 +139,8 @@ def test_what_a_decoder_conceals_is_refused_and_what_is_whole_comes(tmp_path: Pa
 
 
 def test_random_clips_of_every_kind_have_no_wrong_frame(tmp_path: Path) -> None:
-    result = random_clips.campaign(20, 11, tmp_path)
-    assert not result.wrong and result.right > 60 and not result.refused
+    result = random_clips.campaign(12, 11, tmp_path)
+    assert not result.wrong and result.right > 30 and not result.refused
 
 
 @pytest.mark.campaign
@@ -154,8 +152,8 @@ def test_two_thousand_random_clips(tmp_path: Path) -> None:
 
 
 def test_of_damaged_videos_few_are_trained_on_wrong(tmp_path: Path) -> None:
-    out = damaged_clips.campaign(12, "libx264", 5, tmp_path)
-    assert out.files == 12 and out.wrong.total() <= 1 and out.refused + out.unusable.total() >= 3
+    out = damaged_clips.campaign(6, "libx264", 5, tmp_path)
+    assert out.files == 6 and not out.wrong and out.refused + out.unusable.total() >= 2
 
 
 @pytest.mark.campaign
