@@ -1,7 +1,8 @@
-"""The contract of a model family. To add one: a folder beside `wan/` with an object like this, registered by name.
+"""The contract of a model family.
 
-The families of this package are listed in `config/registry.py`; a plugin calls `FAMILIES.register(NAME, family)`.
-`models/wan/README.md` walks through one. Nothing here is imported by a family: it is what they have in common.
+To add a family, write a folder like `wan/` (`models/wan/README.md` describes it) with an object that satisfies
+`Family`. The families of this package are listed in `config/registry.py`; a plugin calls
+`FAMILIES.register(NAME, family)`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ from sora_train.core.cost import AdapterCost, Cost, Shapes
 
 
 class Family(Protocol):
-    """A family of diffusion transformers. Importing the object must import no torch: it checks configurations."""
+    """A family of diffusion transformers.
+
+    The module of the object must not import torch at its top, because configurations are checked with it.
+    """
 
     settings: type[ModelConfig]  # dataclass of its keys under `model`
-    adapter_targets: tuple[str, ...]  # linear layers that LoRA may adapt, by the ends of their names
+    adapter_targets: tuple[str, ...]  # suffixes of the names of linear layers that LoRA may adapt
 
     def rules(self, config: Config) -> None:
         """Check the keys that only this family has. Raises InputError."""
 
     def released_shape(self, path: str) -> dict[str, Any]:
-        """Keys of `model` that released weights fix, beside `channels` and `text_width`. Raises InputError."""
+        """Keys of `model` that are determined by released weights, and `channels` and `text_width` in addition.
+
+        Raises InputError if the folder at `path` holds no weights of the family.
+        """
 
     def cost(self, config: ModelConfig, shapes: Shapes) -> Cost:
         """Forward FLOPs of a clip."""
@@ -35,19 +42,22 @@ class Family(Protocol):
         """FLOPs of training adapters alone (`model.lora`)."""
 
     def build(self, config: ModelConfig, shapes: Shapes) -> nn.Module:
-        """The network, freshly initialised. Its forward takes the arguments of `models/wan/model.py`'s `DiT`."""
+        """Build the network, randomly initialised. Its forward has the signature of `models.wan.model.DiT`."""
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
-        """The blocks: the unit of compile and recomputation. Each has a `self_attention` with an `attend` function."""
+        """The transformer blocks, which are compiled, recomputed and gathered (ZeRO-3) one by one.
+
+        Each has a submodule `self_attention` whose attribute `attend` is its attention function.
+        """
 
     def load(self, network: nn.Module, path: str) -> None:
-        """Copy released weights into the network. Raises InputError that lists what doesn't fit."""
+        """Copy released weights into the network. Raises InputError that lists tensors that don't match."""
 
     def save(self, weights: Mapping[str, Tensor], config: ModelConfig, text_width: int, folder: Path) -> None:
-        """Write weights in the released form. Raises InputError where the form lacks an option."""
+        """Write weights in the released format. Raises InputError if it can't express an option of the model."""
 
     def save_adapters(self, adapters: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
-        """Write adapters alone in the released form. Raises InputError where the form lacks an option."""
+        """Write adapters alone in the released format. Raises InputError if it can't express an option of the model."""
 
     def add_adapter_file(self, network: nn.Module, path: str, factor: float) -> None:
-        """Add the adapters of a file, times `factor`, to the weights. Raises InputError where they don't fit."""
+        """Add the adapters of a file, times `factor`, to the weights. Raises InputError if they don't match."""

@@ -1,4 +1,4 @@
-"""The network of a diffusion run: text encoder and transformer as one module, so that one engine holds both."""
+"""The network of a diffusion run: text encoder and transformer as one module, trained by one DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -19,29 +19,32 @@ from sora_train.models.wan.lora import add_adapters, add_outlines, merge
 
 
 class VideoModel(nn.Module):
-    """Captions and noised patches to velocities. Without a text encoder the pack brings embeddings, not ids."""
+    """Transformer, and the text encoder that is trained with it.
+
+    With `text` None the encoder is a frozen one outside of this module, and packs hold embeddings instead of word ids.
+    """
 
     def __init__(self, dit: nn.Module, text: TextEncoder | None, family: Family) -> None:
         super().__init__()
         self.dit, self.text, self.family = dit, text, family
 
     def forward(self, pack: LatentPack) -> Tensor:
-        """Velocity `(N, P)` of every token of the pack's video."""
+        """Output `(N, P)` for every token of the video stream: the velocity, or as `flow.prediction` says."""
         dtype, video = next(self.dit.parameters()).dtype, pack.video
         text_LE = pack.text.to(dtype) if self.text is None else self.text(pack.text, video.layout.texts)
         return self.dit(video.x_NP.to(dtype), text_LE, video.t_M, video.t_of_N, video.layout, video.clip_of_M)
 
     def blocks(self) -> Sequence[nn.Module]:
-        """The transformer's blocks: the unit of compile, recomputation and ZeRO-3."""
+        """Blocks of the transformer; see `Family.blocks`."""
         return self.family.blocks(self.dit)
 
     def split_sequence(self, others: ulysses.Neighbours) -> None:
-        """Share the tokens of every pack with other ranks (sequence parallelism)."""
+        """Divide the tokens of every pack among the ranks of a sequence-parallel group."""
         ulysses.apply(self, [block.self_attention for block in self.blocks()], others)
 
 
 def build_video_model(config: Config) -> VideoModel:
-    """The network of a configuration without adapters, freshly initialised."""
+    """Build the network of a configuration without adapters, randomly initialised."""
     family, t = FAMILIES.get(config.model.family), config.text_encoder
     dit = family.build(config.model, shapes(config))
     if config.model.compile:
@@ -52,9 +55,10 @@ def build_video_model(config: Config) -> VideoModel:
 
 
 def starting_model(config: Config) -> VideoModel:
-    """The network that a run begins with: fresh or with released weights, and adapters where model.lora has a rank.
+    """Build the network with its initial weights: random or released ones, and adapters with `model.lora`.
 
-    Beneath adapters and in them, what isn't read from a folder depends on the seed alone, so that it can be made anew.
+    With adapters, all random initial values depend on the configured seed alone: checkpoints hold only the adapters,
+    and the frozen weights are built again from the seed (`whole_weights`).
     """
     if config.model.lora.rank == 0:
         return _with_released_weights(config)
@@ -65,7 +69,7 @@ def starting_model(config: Config) -> VideoModel:
 
 
 def planned_model(config: Config) -> VideoModel:
-    """The network for forecasts, whose tensors may have no memory: no weights are read, adapters are outlines."""
+    """Build the network for a forecast, where tensors may be fake: reads no weights, and doesn't need peft."""
     network = build_video_model(config)
     if config.model.lora.rank:
         add_outlines(network, network.dit, config.model.lora)
@@ -73,7 +77,7 @@ def planned_model(config: Config) -> VideoModel:
 
 
 def whole_weights(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of `build_video_model` from what a run trained: adapters are added to the weights beneath them."""
+    """Turn a run's trained weights into those of `build_video_model`; adapters are merged into the frozen weights."""
     if config.model.lora.rank == 0:
         return weights
     with _seeded(config.seed):
@@ -81,7 +85,7 @@ def whole_weights(config: Config, weights: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def transformer_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the transformer, by the names that its family knows."""
+    """Select the weights of the transformer, under the names that its family uses."""
     return {name.removeprefix("dit."): values for name, values in weights.items() if name.startswith("dit.")}
 
 

@@ -7,7 +7,7 @@ from sora_train.core.cost import Cost
 
 
 def cost(v: VaeConfig) -> Cost:
-    """Convolutions per latent position, encoder and decoder alike; levels above the last count their finer grid."""
+    """Forward FLOPs per latent position: convolutions of encoder and decoder, finer levels with all their positions."""
     flops, positions = 0, 1
     for level in reversed(range(len(v.widths))):
         width = v.widths[level]

@@ -1,4 +1,4 @@
-"""FLOPs of a Wan transformer: all of it trained, or its adapters alone."""
+"""FLOPs of a Wan transformer, for training all weights or adapters alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sora_train.models.wan.settings import WanConfig
 
 
 def cost(m: WanConfig, shapes: Shapes) -> Cost:
-    """Forward FLOPs of a clip, without adapters."""
+    """Forward FLOPs of a clip, adapters excluded."""
     self_attention = 4 * m.width**2
     cross_attention = 2 * m.width**2
     mlp = 2 * m.width * m.ffn
@@ -22,10 +22,10 @@ def cost(m: WanConfig, shapes: Shapes) -> Cost:
 
 @dataclass
 class _Flow:
-    """Goes through the layers of a network with adapters in the order of its forward pass, and adds up FLOPs.
+    """Sum of the FLOPs of a network with adapters; its methods are called in the order of the forward pass.
 
-    A frozen layer's backward pass has the gradient of its input alone, and that only where something before it is
-    trained. `linear` and `attention` return whether what they give has a gradient.
+    The backward pass of a frozen layer computes the gradient of its input alone, and only if a layer before it is
+    trained. `linear` and `attention` therefore return True if their output has a gradient.
     """
 
     rank: int
@@ -36,10 +36,10 @@ class _Flow:
     per_text_pair: int = 0
 
     def linear(self, name: str, inputs: int, outputs: int, has_gradient: bool, text: bool = False) -> bool:
-        """Add a layer's FLOPs for a token, or for a text token; `has_gradient`: whether its input has one."""
+        """Add a layer's FLOPs per token, or per text token. `has_gradient`: its input has a gradient."""
         adapted = any(f".{name}".endswith(f".{target}") for target in self.targets)
         flops = 2 * inputs * outputs * (1 + has_gradient)
-        if adapted:  # forward; gradients of A and B; of what is between them; of the input
+        if adapted:  # forward pass; gradients of A and B; of the value between A and B; of the input
             down, up = 2 * inputs * self.rank, 2 * outputs * self.rank
             flops += (down + up) + (down + up) + up + down * has_gradient
         if text:
@@ -49,6 +49,7 @@ class _Flow:
         return adapted or has_gradient
 
     def attention(self, width: int, has_gradient: bool, text: bool) -> bool:
+        """Add attention's FLOPs per pair of tokens, or of token and text token."""
         flops = 4 * width * (3 if has_gradient else 1)  # scores and weighted values
         if text:
             self.per_text_pair += flops
@@ -61,7 +62,7 @@ def adapter_cost(m: WanConfig, shapes: Shapes) -> AdapterCost:
     """FLOPs of forward and backward with all but the adapters frozen, layer by layer as in `model.py`."""
     flow = _Flow(m.lora.rank, m.lora.targets)
     linear, width = flow.linear, m.width
-    # the timesteps' layers run once per distinct timestep and aren't counted, but their adapters send gradients on
+    # layers of the timestep run once per distinct timestep and aren't counted, but adapters there cause gradients later
     silent = _Flow(m.lora.rank, m.lora.targets)
     time = silent.linear("time_in.0", 1, 1, False)
     time = silent.linear("time_in.2", 1, 1, time)

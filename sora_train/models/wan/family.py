@@ -1,4 +1,4 @@
-"""The Wan family as the rest of the code sees it. Imports torch only where a network is built or read."""
+"""The Wan family behind the contract of `models/base.py`. Imports torch only where a network is built or read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Wan:
-    """See `models.base.Family`."""
+    """Implementation of `models.base.Family` for Wan 2.1 and 2.2 transformers."""
 
     settings = WanConfig
     adapter_targets = (
@@ -29,7 +29,7 @@ class Wan:
     )  # fmt: skip
 
     def rules(self, config: Config) -> None:
-        """Check RoPE's keys."""
+        """Check the keys of RoPE scaling."""
         model = _own(config.model)
         scaling = model.rope_scaling
         require(scaling in ROPE_SCALINGS, f"model.rope_scaling={scaling}; {nearest(scaling, list(ROPE_SCALINGS))}")
@@ -45,7 +45,7 @@ class Wan:
         )
 
     def released_shape(self, path: str) -> dict[str, Any]:
-        """The shape of a diffusers `WanTransformer3DModel`."""
+        """Shape of a diffusers `WanTransformer3DModel` folder."""
         return transformer_shape(path)
 
     def cost(self, config: ModelConfig, shapes: Shapes) -> Cost:
@@ -57,7 +57,7 @@ class Wan:
         return adapter_cost(_own(config), shapes)
 
     def build(self, config: ModelConfig, shapes: Shapes) -> nn.Module:
-        """A DiT, freshly initialised."""
+        """Build a DiT, randomly initialised."""
         from sora_train.models.wan.model import build_dit
 
         return build_dit(_own(config), shapes)

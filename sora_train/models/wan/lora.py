@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): beside frozen linear layers, or added to their weights.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) of frozen linear layers.
 
-An adapted layer computes W x + alpha / rank B A x. A is random and B zero at the start, so that nothing is changed;
-A and B are all that is trained, kept in checkpoints, averaged and given away.
+An adapted layer computes W x + alpha / rank B A x. A starts random and B zero, so that the output is unchanged at
+first. Only A and B are trained, averaged (EMA), saved in checkpoints and exported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"  # A and B, as p
 
 
 def targeted(network: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear layers that `targets` name by their ends, whole parts only (`q`, `self_attention.q`)."""
+    """Names of the linear layers whose dotted names end in one of `targets` (`q`, `self_attention.q`)."""
     ends = tuple(f".{target}" for target in targets)
     return [
         name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and f".{name}".endswith(ends)
@@ -26,9 +26,9 @@ def targeted(network: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def add_adapters(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
-    """Freeze `network` and put adapters into the layers of its part `dit`; A is drawn from the default generator.
+    """Freeze `network` and add adapters to the targeted layers of its submodule `dit`.
 
-    Raises InputError where peft isn't installed.
+    A is drawn from torch's default generator. Raises InputError if peft isn't installed.
     """
     try:
         from peft import LoraConfig as PeftConfig  # takes seconds to import
@@ -44,7 +44,7 @@ def add_adapters(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
 
 
 class Outline(nn.Module):
-    """Computes and keeps what peft's adapted layer does; for planning, where tensors have no memory."""
+    """Layer with the computation and memory of peft's adapted layer; for forecasts with fake tensors."""
 
     def __init__(self, base: nn.Linear, lora: LoraConfig) -> None:
         super().__init__()
@@ -53,12 +53,12 @@ class Outline(nn.Module):
         self.up = nn.Linear(lora.rank, base.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """W x + alpha / rank B A x."""
+        """Compute W x + alpha / rank B A x."""
         return self.base(x) + self.up(self.down(x)) * self.factor
 
 
 def add_outlines(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
-    """Freeze `network` and put outlines of adapters into the layers of its part `dit`."""
+    """Freeze `network` and replace the targeted layers of its submodule `dit` by `Outline`s."""
     network.requires_grad_(False)
     for name in targeted(dit, lora.targets):
         owner, _, part = name.rpartition(".")
@@ -66,7 +66,7 @@ def add_outlines(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
 
 
 def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
-    """Weights of the network without adapters that computes the same: each W becomes W + alpha / rank B A."""
+    """Merge adapters into the weights: each adapted W becomes W + alpha / rank B A."""
     merged = dict(weights)
     for name, down, up in pairs(adapters):
         merged[f"{name}.weight"] = torch.addmm(weights[f"{name}.weight"], up, down, alpha=lora.alpha / lora.rank)
@@ -74,7 +74,7 @@ def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], lora: L
 
 
 def pairs(adapters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name of the adapted layer, A and B, of each adapter."""
+    """Yield the name of the adapted layer, A and B of each adapter."""
     for key, down in adapters.items():
         if key.endswith(_DOWN):
             name = key.removesuffix(_DOWN)

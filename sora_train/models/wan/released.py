@@ -1,4 +1,4 @@
-"""The shape of a released Wan transformer, from the config.json of a diffusers folder. Imports no torch."""
+"""Shape of a released Wan transformer, from the config.json of a diffusers folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from sora_train.config.released import folder_of, read_config
 from sora_train.core.cli import InputError
 
 ROPE_THETA = 10000.0  # fixed in diffusers
-_FIXED = {  # what our DiT takes for granted of a Wan transformer
+_FIXED = {  # values of a released configuration that our DiT supports
     "qk_norm": "rms_norm_across_heads", "cross_attn_norm": True, "eps": 1e-6, "image_dim": None,
     "added_kv_proj_dim": None, "pos_embed_seq_len": None,
 }  # fmt: skip
 
 
 def transformer_shape(path: str | Path) -> dict[str, Any]:
-    """The shape of a `WanTransformer3DModel`: the keys of `ModelConfig`, beside `channels` and `text_width`.
+    """Read the shape of a `WanTransformer3DModel`: keys of `WanConfig`, and `channels` and `text_width` in addition.
 
-    Raises InputError for another class, and for a Wan model with parts that our DiT doesn't have (image to video of
-    Wan 2.1: an image encoder and its own keys and values).
+    Raises InputError for another class, and for Wan models with parts that our DiT doesn't have (Wan 2.1's
+    image-to-video models have an image encoder with keys and values of its own).
     """
     folder = folder_of(path, "transformer")
     c = read_config(folder, "transformer", "model.init_from")

@@ -1,4 +1,4 @@
-"""The engines of a run's trained networks, their averages, and one view of all their optimizer state."""
+"""The engines of all trained networks of a run, with their EMAs and optimizer state as one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from sora_train.training.engine.zero import Engine, Fragment, OnItsWay, Pace
 
 
 class Engines:
-    """An engine for each trained network, in the order of the learner; frozen networks stay plain modules.
+    """One engine per trained network, in the learner's order; frozen networks stay plain modules.
 
-    With `whole` False the other ranks are imagined, and it isn't checked that all ranks together hold every parameter.
+    Args:
+        networks: All networks of the learner, by name.
+        packs: Packs per step and rank.
+        config: Configuration of the run.
+        whole: Check that the ranks together hold every parameter. False in a forecast, where other ranks don't exist.
     """
 
     def __init__(self, networks: Mapping[str, Network], packs: int, config: Config, whole: bool = True) -> None:
@@ -48,7 +52,7 @@ class Engines:
 
     @property
     def stage(self) -> int:
-        """The ZeRO stage of all of them."""
+        """ZeRO stage of all engines."""
         return self.first.stage
 
     @property
@@ -62,7 +66,13 @@ class Engines:
         return self.first.loss
 
     def set_pace(self, weight: float, lr_factor: float, before_update: Callable[[], None]) -> None:
-        """Say what the coming step is taken with; `before_update` is called once, before the first weights change."""
+        """Set the parameters of the next step.
+
+        Args:
+            weight: Loss weight over all ranks, by which summed losses are divided.
+            lr_factor: Factor on all learning rates.
+            before_update: Called once, before the first engine changes weights.
+        """
         waiting = [before_update]
 
         def once() -> None:
@@ -73,7 +83,7 @@ class Engines:
             engine.pace = Pace(weight, lr_factor, once)
 
     def figures(self) -> dict[str, float]:
-        """Gradient norm and learning rate of the first engine; of others, beside the loss, under their names."""
+        """Gradient norm and learning rate of the first engine; those and the loss of others, by `FIGURE/NETWORK`."""
         found = {"grad_norm": self.first.grad_norm, "lr": self.first.lr}
         for name, engine in list(self._engines.items())[1:]:
             more = {"grad_norm": engine.grad_norm, "lr": engine.lr, "loss": engine.loss.read()}
@@ -81,13 +91,13 @@ class Engines:
         return found
 
     def update_averages(self) -> None:
-        """Move every average towards the weights of the step that was just taken."""
+        """Update all averages with the current weights, after an optimizer step."""
         self.ema.update()
         self.powers.update()
 
     @contextmanager
     def averaged(self, *names: str) -> Iterator[None]:
-        """Run networks (all that have an average, where none is named) with their averaged weights inside."""
+        """Context in which networks (default: all with an average) run with their averaged weights. Collective."""
         with ExitStack() as stack:
             for name in names or [name for name in self._engines if name in self._with_average]:
                 engine = self._engines[name]
@@ -95,15 +105,15 @@ class Engines:
             yield
 
     def write_weights(self) -> None:
-        """Set the weights that forward uses from the fp32 masters; all ranks together."""
+        """Set the weights used in the forward pass from the fp32 master weights. Collective."""
         for engine in self._engines.values():
             engine.write_weights({f.name: f.master for f in engine.fragments})
 
     def set_optimizer_steps(self, count: int) -> None:
-        """Set every optimizer's own step counter after a load."""
+        """Set the step counter of every optimizer, after a load."""
         for engine in self._engines.values():
             engine.set_optimizer_steps(count)
 
     def fingerprint(self) -> Tensor:
-        """Two integers per parameter that change with any bit of the weights; see `Engine.fingerprint`."""
+        """Checksums of the weights of all engines; see `Engine.fingerprint`."""
         return torch.cat([engine.fingerprint() for engine in self._engines.values()])
