@@ -24,7 +24,7 @@ import torch
 from benchmarks.report import write
 from sora_train.config.load import load
 from sora_train.config.schema import Config
-from sora_train.demo_world.sighting import Sighting, direction_of, sight
+from sora_train.demo_world.detect import Sighting, direction_of, sight
 from sora_train.evaluation.motion import changes, seam_jumps, worst_place
 from sora_train.generation.long_video import in_pieces
 from sora_train.generation.output import save_sample

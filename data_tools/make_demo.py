@@ -27,6 +27,7 @@ from sora_train.core.cli import MAX_SEED, InputError, number, options, run
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.index import index_shards
 from sora_train.demo_world import scenes as shapes_world
+from sora_train.demo_world.render import render
 
 VERSION = 3  # of the world and the way it is written; a change here changes the bytes
 _SPLITS = ("train", "val")
@@ -136,7 +137,7 @@ def make_sample(split: str, number: int, seed: int) -> tuple[str, str, bytes, di
     rng = np.random.default_rng([seed, _SPLITS.index(split), number])
     scene = shapes_world.make_scene(rng, held_out=split == "val")
     fields = shapes_world.describe(scene, shapes_world.captions(scene, rng))
-    frames = shapes_world.render(scene)
+    frames = render(scene)
     key = f"{split}_{number:06d}"
     if scene.kind != "image":
         return key, "mp4", encode_mp4(frames, scene.fps), fields

@@ -3,6 +3,9 @@
 python -m sora_train.compare RUN RUN ... [figures=[loss,mfu]] [html=compare.html] [png=compare.png]
 python -m sora_train.compare RUN                     writes RUN/report.html
 
+python -m sora_train.compare RUN RUN metrics=[shape,psnr_db]      two evaluations clip by clip, or metrics=all
+python -m sora_train.compare a.json b.json metrics=all            the same for files that `evaluate` wrote
+
 figures    for the table and the PNG (loss, validation_loss, tokens_per_s, mfu, step_time)
 html       one page with everything: curves, samples, differences, events
 png        the curves, drawn by matplotlib
@@ -14,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sora_train.core.cli import InputError, options_and_paths, run
+from sora_train.evaluation.paired import print_differences
 from sora_train.operations.records import Record, read
 from sora_train.operations.report import page, write_report
 from sora_train.operations.side_by_side import plot, table
@@ -28,6 +32,7 @@ class Options:
     )
     html: str = ""
     png: str = ""
+    metrics: list[str] = field(default_factory=list)
 
 
 def main() -> int:
@@ -35,6 +40,8 @@ def main() -> int:
     wanted, folders = options_and_paths(Options, __doc__)
     if not folders:
         raise InputError("name at least one run folder; --help shows how")
+    if wanted.metrics:
+        return print_differences(folders, wanted.metrics)
     records = _told_apart([read(folder) for folder in folders])
     table(records, wanted.figures)
     if len(records) == 1:

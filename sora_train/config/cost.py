@@ -1,4 +1,4 @@
-"""Geometry and cost of a configuration, as its method states them."""
+"""Geometry and cost of a configuration, asked of its method."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from sora_train.core.cost import TEXT_TOKENS, AdapterCost, Cost, Geometry, Shape
 
 
 def geometry(config: Config) -> Geometry:
-    """The token grid of a run."""
+    """Strides and patch side of a run, from which token grids follow."""
     return METHODS.get(config.method).geometry(config)
 
 
 def cost(config: Config) -> Cost:
-    """Forward cost of a clip in the network that is trained, without adapters; packs are planned by it."""
+    """Forward FLOPs of a clip in the trained network, adapters excluded. Packs are balanced by it."""
     return METHODS.get(config.method).cost(config)
 
 
 def training_cost(config: Config) -> Cost | AdapterCost:
-    """Cost of training, for MFU and forecasts."""
+    """FLOPs of the forward and backward pass, for MFU and forecasts."""
     return METHODS.get(config.method).training_cost(config)
 
 
 def shapes(config: Config) -> Shapes:
-    """Sizes at both ends of the diffusion transformer."""
+    """Input and output sizes of the diffusion transformer."""
     text = config.text_encoder
     return Shapes(config.vae.channels * config.model.patch**2, text.width, text.pad_to or TEXT_TOKENS)

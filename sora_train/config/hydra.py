@@ -1,4 +1,4 @@
-"""Hydra for the entry points: compose conf/, build the typed configuration, answer mistakes with one line."""
+"""Hydra for the entry points: compose conf/, build the typed configuration, report mistakes in one line."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  #
 
 
 def store_schema() -> None:
-    """Tell Hydra the schema: every key with its default, and the keys of each model family as a choice of `model`.
+    """Register the schema with Hydra: all keys with their defaults, and each model family as a choice of `model`.
 
-    As values without their types: `load.build` checks types, and says what is wrong with a value in one line.
+    Only values are registered, not types: `load.build` checks types, and reports a mistake in one line.
     """
     store = ConfigStore.instance()
     store.store(name="schema", node=_values(Config))
@@ -53,10 +53,19 @@ store_schema()
 
 
 def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = "") -> int:
-    """Compose from the command line and run `job` (several times for a `-m` sweep); returns the highest exit code.
+    """Compose the configuration from the command line and run `job` with it (once per job of a `-m` sweep).
 
-    Raises InputError for anything wrong with the configuration, and leaves it in run_dir/exit.json too, because
-    torchrun turns every code into 1. `--help` prints `usage` and what conf/ offers.
+    Args:
+        job: Function of the configuration that returns an exit code.
+        need_vae: Raise if `vae.path` names a VAE that doesn't exist.
+        usage: Text that `--help` prints before the catalogue of conf/.
+
+    Returns:
+        The highest exit code of the jobs.
+
+    Raises:
+        InputError: The configuration is wrong. The message is written to run_dir/exit.json too, because torchrun
+            turns every exit code into 1.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(usage, CONF))
@@ -73,10 +82,10 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
                 tree.run_dir = f"{tree.run_dir}/{job_name()}"
         try:
             codes.append(job(build(tree, need_vae)))
-        except InputError as error:  # Hydra would print a line of its own over ours
+        except InputError as error:  # raised again below: Hydra would print its own message above it
             mistakes.append(error)
 
-    main.codes = codes  # type: ignore[attr-defined]  # where a launcher that runs jobs as processes leaves theirs
+    main.codes = codes  # type: ignore[attr-defined]  # hydra_plugins' launcher, whose jobs are processes, appends here
     try:
         _refuse_sweep_under_torchrun()
         if not {"-m", "--multirun"} & set(sys.argv[1:]):
@@ -119,20 +128,20 @@ def _is_text(key: str) -> bool:
 
 
 def _plugins() -> list[str]:
-    """The modules that the command line names, which must be known before Hydra composes."""
+    """Modules of the `plugins` key on the command line; they register config choices, so they load before Hydra."""
     given = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("plugins=")]
     return [name.strip() for value in given for name in value.strip("[]").split(",") if name.strip()]
 
 
 def write_exit(run_dir: str | Path, code: int, reason: str) -> None:
-    """Leave the exit code where a launch script finds it."""
+    """Write run_dir/exit.json, from which the launch scripts take the exit code."""
     path = Path(run_dir) / "exit.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps({"code": code, "reason": reason, "time": time.time()}) + "\n")
         temporary.replace(path)
-    except OSError as error:  # a full disk must not hide how the run ended
+    except OSError as error:  # e.g. a full disk; it must not replace the error that ended the run
         print(f"warning: {path} can't be written ({error}): code {code}, {reason}", file=sys.stderr, flush=True)
 
 
@@ -159,14 +168,14 @@ def _refuse_sweep_under_torchrun() -> None:
 
 
 def job_name() -> str:
-    """Number of one job of a sweep and what sets it apart, as a folder name that Hydra also takes as a value."""
+    """Folder name of a sweep's job: its number and its swept overrides, in characters that need no quoting in Hydra."""
     hydra_config = HydraConfig.get()
     swept = [override for override in hydra_config.overrides.task if override not in sys.argv]
     return f"{hydra_config.job.num}-" + re.sub(r"[^\w.-]+", "_", ",".join(swept).replace("=", "-"))[:80].strip("_")
 
 
 def _one_line(error: Exception) -> str:
-    """The line of a Hydra error that says something, with the nearest key where one is unknown."""
+    """Reduce a Hydra error to one line; for an unknown key or choice, name the nearest."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unknown = re.search(r"Could not override '([\w.@/]+)'|Key '([\w.]+)' is not in struct", str(error))
     if unknown:

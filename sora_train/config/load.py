@@ -1,7 +1,4 @@
-"""Read and write configurations: from a composed tree, and from and to a run folder.
-
-Secrets are masked in whatever is written.
-"""
+"""Build the typed configuration from a composed tree or a run folder, and write it with secrets masked."""
 
 from __future__ import annotations
 
@@ -23,9 +20,16 @@ _SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential|^k
 
 
 def build(tree: DictConfig, need_vae: bool = True) -> Config:
-    """The typed, checked configuration of a composed tree. Raises InputError with one line for the first mistake.
+    """Build and check the typed configuration of a composed tree.
 
-    The shape of a VAE at `vae.path` replaces what the tree says of it; `need_vae` False goes on where it isn't there.
+    If `vae.path` names a VAE, its shape replaces the tree's values of the `vae` section.
+
+    Args:
+        tree: Values of all keys; keys that are missing get the schema's defaults.
+        need_vae: Raise if there is no VAE at `vae.path`. False keeps the tree's shape instead.
+
+    Raises:
+        InputError: One line about the first mistake.
     """
     try:
         merged = OmegaConf.merge(schema_of(tree), OmegaConf.create(OmegaConf.to_container(tree)))
@@ -55,7 +59,7 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
 
 
 def schema_of(tree: DictConfig) -> DictConfig:
-    """The schema of a tree: every key with its default, `model` with those of the family that the tree names."""
+    """Schema with defaults for a tree; `model` has the keys of the tree's model family. Loads the tree's plugins."""
     load_plugins(tree.get("plugins") or [])
     schema = OmegaConf.structured(Config)
     model = tree.get("model") or {}
@@ -64,7 +68,7 @@ def schema_of(tree: DictConfig) -> DictConfig:
 
 
 def _take_released_shapes(config: Config) -> None:
-    """The shapes of released models replace what the tree says of them; they must fit each other."""
+    """Replace shapes in the configuration by those of the released models it names, and check that they match."""
     if config.vae.path is not None:
         for key, value in (vae_shape(config.vae.path) or {}).items():
             setattr(config.vae, key, value)
@@ -88,7 +92,7 @@ def _take_released_shapes(config: Config) -> None:
 
 
 def load(run_dir: str | Path, vae: str | None = None) -> Config:
-    """The configuration that a run was started with, or that an export was written with.
+    """Read the configuration of a run or of an export from its folder.
 
     `vae` is where its VAE is, if it has been moved. Raises InputError if the folder holds no run.
     """
@@ -122,7 +126,7 @@ def to_yaml(config: Config) -> str:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain values; anything whose key speaks of a secret is masked."""
+    """The resolved configuration as plain values; values of keys that look like secrets are masked."""
     tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     return _masked(tree)
 
@@ -145,7 +149,7 @@ def known_keys(tree: Any = None, prefix: str = "") -> list[str]:
 
 
 def _explain(error: Exception) -> str:
-    """One line for an OmegaConf error: the full key, what is wrong, and the nearest key where one is unknown."""
+    """Reduce an OmegaConf error to one line: the full key and the mistake, or the nearest key if it is unknown."""
     key = str(getattr(error, "full_key", "") or "")
     if isinstance(error, ConfigKeyError):
         return f"there is no key {key!r}; {nearest(key, known_keys())}"

@@ -1,7 +1,7 @@
-"""Methods and model families by name: the built-in ones, and those that a plugin registers.
+"""Registries of training methods and model families, by the name that the configuration uses.
 
-An entry of ours is the place of an object (`module:NAME`) and is imported when it is first asked for. A plugin is a
-module named by the key `plugins`; importing it calls `METHODS.register` or `FAMILIES.register`. The contracts are in
+Built-in entries are import paths (`module:NAME`) and are imported on first use. A plugin is a module listed in the key
+`plugins`; when it is imported, it calls `METHODS.register` or `FAMILIES.register`. The contracts are in
 `methods/base.py` and `models/base.py`. Imports neither torch nor deepspeed.
 """
 
@@ -15,21 +15,21 @@ from sora_train.core.cli import InputError, nearest
 
 
 class Registry:
-    """Objects by the name that a configuration key gives."""
+    """Objects by name; `key` is the configuration key that names one, for error messages."""
 
     def __init__(self, key: str, built_in: Mapping[str, str]) -> None:
         self.key = key
         self._entries: dict[str, Any] = dict(built_in)
 
     def register(self, name: str, entry: Any) -> None:
-        """Add an object, or the place of one (`module:NAME`); a name registered before is replaced."""
+        """Add an object, or the import path of one (`module:NAME`). Replaces an entry of the same name."""
         self._entries[name] = entry
 
     def get(self, name: str) -> Any:
-        """The object of this name.
+        """Look an object up, and import it if its entry is an import path.
 
         Raises:
-            InputError: for an unknown name; it says the nearest.
+            InputError: The name is unknown; the message suggests the nearest.
         """
         if name not in self._entries:
             raise InputError(f"{self.key}={name}; {nearest(name, list(self._entries))}")
@@ -40,7 +40,7 @@ class Registry:
         return entry
 
     def names(self) -> list[str]:
-        """All names, in the order in which they were added."""
+        """All names in order of registration."""
         return list(self._entries)
 
 
@@ -60,7 +60,7 @@ def load_plugins(modules: Sequence[str]) -> None:
     """Import modules that register methods or families.
 
     Raises:
-        InputError: where one can't be imported.
+        InputError: A module can't be imported.
     """
     for name in modules:
         try:

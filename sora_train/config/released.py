@@ -1,7 +1,7 @@
-"""What released models say of themselves: the shapes in the config.json files of diffusers and transformers folders.
+"""Shapes of released models, from the config.json files of diffusers and transformers folders.
 
-Read without torch, so that a folder that doesn't fit is answered before anything heavy is imported. The weights are
-read by `models/wan.py`, `models/released_vae.py` and `models/released_text.py`.
+Imports no torch, so that a folder that doesn't match is reported at once. The weights themselves are read by
+`models/wan/convert.py`, `models/video_vae/released.py` and `models/text/released.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def adapter_file(path: str | Path) -> Path:
 
 
 def read_config(folder: Path, what: str, key: str) -> dict[str, Any]:
-    """The config.json of a folder. Raises InputError, which speaks of the configuration key that named the folder."""
+    """Read the config.json of a folder. `what` and `key` (the key that named the folder) are for the InputError."""
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"no {what} at {key}={folder} (there is no {file}); give the folder of its config.json")
@@ -44,7 +44,7 @@ def read_config(folder: Path, what: str, key: str) -> dict[str, Any]:
 
 
 def vae_shape(path: str | Path) -> dict[str, Any] | None:
-    """The keys of `VaeConfig` that follow from a diffusers VAE folder; None for a folder of our own."""
+    """Values for `VaeConfig` from a diffusers VAE folder; None if the folder isn't one (a VAE of our own)."""
     folder = folder_of(path, "vae")
     if not (folder / "config.json").is_file():
         return None
@@ -58,7 +58,7 @@ def vae_shape(path: str | Path) -> dict[str, Any] | None:
 
 
 def text_width(path: str | Path) -> int:
-    """Width of the embeddings of a T5 or umT5 encoder folder."""
+    """Embedding width of the T5 or umT5 encoder in a folder."""
     folder = folder_of(path, "text_encoder")
     c = read_config(folder, "text encoder", "text_encoder.path")
     if c.get("model_type") not in TEXT_ENCODERS:

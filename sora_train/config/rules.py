@@ -1,6 +1,6 @@
-"""Checks that span keys: which values are allowed, and which go together.
+"""Checks of the configuration's values: allowed ranges, and keys that constrain each other.
 
-Imports neither torch nor deepspeed, so that a mistake is answered within a moment and before any process group.
+Imports neither torch nor deepspeed, so that a mistake is reported within a second and before any process group.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sora_train.core.cli import InputError, nearest
 
 
 def check(config: Config) -> None:
-    """Every rule that spans keys, then those of the method; raises InputError for the first that is broken."""
+    """Check all rules, those of the method last. Raises InputError for the first that is broken."""
     vae, data, flow = config.vae, config.data, config.flow
     positive = {
         "logging.wandb_finish_s": config.logging.wandb_finish_s,
@@ -167,5 +167,6 @@ def _check_mixing(data: DataConfig) -> None:
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise InputError with `message` unless the condition holds."""
     if not condition:
         raise InputError(message)

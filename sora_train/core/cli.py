@@ -1,4 +1,4 @@
-"""What every command shares: exit codes, errors of one line, and `key=value` options.
+"""Conventions of all commands: exit codes, errors of one line, and `key=value` options.
 
 The dataclass of a command's options says what each value is, and the value reaches the command as it was typed: text is
 never read as YAML, so a colon, a hash or the word "no" is only text. Numbers are finite and checked against the range

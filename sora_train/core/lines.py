@@ -1,7 +1,7 @@
-"""Files of JSON lines that grow with a run, each line with its `step`, which only rises: read and cut from their end.
+"""JSON Lines files that a run appends to (metrics, ledger), read and truncated from their end.
 
-A resume needs the lines after its checkpoint and no others. Those are the last ones, so what it reads doesn't grow with
-the run.
+Every line has a `step`, and steps never decrease. A resume needs only the lines after its checkpoint, which are the
+last ones, so reading from the end costs the same however long the run has been.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_BLOCK = 1 << 16  # bytes read first; twice as many each time it wasn't enough
+_BLOCK = 1 << 16  # bytes of the first read; doubled until the wanted line is found
 
 Entry = dict[str, Any]
 
 
 def entries(path: Path) -> Iterator[Entry]:
-    """The whole lines of a file, one at a time; none where there is no file. Torn ones are left out."""
+    """Yield the complete lines of a file, parsed; nothing if the file doesn't exist. Incomplete lines are skipped."""
     if path.is_file():
         with path.open("rb") as file:
             yield from filter(None, map(_entry, file))
 
 
 def entries_after(path: Path, step: int) -> list[Entry]:
-    """The lines of later steps, read from the end of the file."""
+    """Parsed lines of steps after `step`, read from the end of the file."""
     if not path.is_file():
         return []
     with path.open("rb") as file:
@@ -33,9 +33,9 @@ def entries_after(path: Path, step: int) -> list[Entry]:
 
 
 def cut_after(path: Path, step: int, stays: Callable[[Entry], bool] = lambda entry: False) -> None:
-    """Remove the lines of later steps, and torn ones among them; those that `stays` names are kept.
+    """Remove the lines of steps after `step`, and incomplete lines; lines for which `stays` is true are kept.
 
-    Works in place, so a full disk doesn't hinder it, and a kill inside leaves nothing that the next cut doesn't remove.
+    Truncates in place, so it works on a full disk; if it is killed halfway, calling it again finishes the job.
     """
     if not path.is_file():
         return
@@ -51,14 +51,14 @@ def cut_after(path: Path, step: int, stays: Callable[[Entry], bool] = lambda ent
 
 
 def _tail(file: BinaryIO, step: int) -> tuple[int, list[bytes]]:
-    """The lines behind the last whole one of `step` or an earlier step, and where they begin."""
+    """Byte offset and raw lines of everything after the last complete line with a step of at most `step`."""
     start = end = file.seek(0, os.SEEK_END)
     block = _BLOCK
     while start > 0:
         start = max(0, end - block)
         file.seek(start)
         lines = file.read(end - start).splitlines(keepends=True)
-        first = 0 if start == 0 else 1  # the rest of a line that begins before
+        first = 0 if start == 0 else 1  # the block may begin in the middle of a line
         for number in range(len(lines) - 1, first - 1, -1):
             entry = _entry(lines[number])
             if entry and entry["step"] <= step:
@@ -70,7 +70,7 @@ def _tail(file: BinaryIO, step: int) -> tuple[int, list[bytes]]:
 
 
 def _entry(line: bytes) -> Entry | None:
-    """A whole line; None for one that a kill or a full disk has torn."""
+    """Parse a line; None for one that was only partly written (after a kill, or on a full disk)."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

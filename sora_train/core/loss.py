@@ -11,10 +11,10 @@ LEVELS = 10  # equal bins of t in [0, 1] for the loss by noise level
 
 @dataclass
 class Loss:
-    """Summed loss of a pack, and its parts for dashboards; everything stays on the device."""
+    """Summed loss of a pack, and its breakdown for the logs. All tensors stay on the device."""
 
     sum: Tensor
-    level_sum: Tensor | None = None  # (LEVELS,) summed loss by noise level; None for a method without noise
-    level_weight: Tensor | None = None  # (LEVELS,) loss-bearing tokens of each level
+    level_sum: Tensor | None = None  # (LEVELS,) summed loss by noise level; None for a method without noise levels
+    level_weight: Tensor | None = None  # (LEVELS,) summed loss weight of each level
     texts: tuple[int, ...] | None = None  # text tokens of each clip
-    by_task: Tensor | None = None  # (2, tasks) summed loss and weight of each task, in the order of config.TASKS
+    by_task: Tensor | None = None  # (2, tasks) summed loss and weight of each task, in the order of schema.TASKS

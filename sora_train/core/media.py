@@ -1,6 +1,6 @@
 """Videos and pictures to and from files, by PyAV and Pillow. Frames are `(T, H, W, 3)` uint8 RGB.
 
-For samples, demo data and tests; what training reads goes through `data/decode.py`.
+For samples, demo data and tests. Training data is decoded by `data/read/decode.py` instead.
 """
 
 from __future__ import annotations
@@ -48,9 +48,19 @@ def write_mp4(
 ) -> None:
     """Write frames as H.264 (yuv420p, index in front) to a path, atomically, or to an open binary file.
 
-    Frames may come in pieces, each written when it comes, so that a long video needs no more memory than one of them.
-    Odd sizes are padded by repeating the last row or column. `gop` is the distance of key frames in frames, `metadata`
-    goes into the container. The same frames give the same bytes. Raises ValueError for frames of another form.
+    The same frames give the same bytes. Odd sizes are padded by repeating the last row or column.
+
+    Args:
+        target: Path or open binary file.
+        frames_THWC: uint8 RGB frames, as one array or as an iterable of arrays that are encoded one after the other,
+            so that a long video never has to be in memory as a whole.
+        fps: Frames per second.
+        crf: Constant rate factor of x264; lower is better quality.
+        gop: Distance of key frames, in frames.
+        metadata: Tags of the container.
+
+    Raises:
+        ValueError: The frames have another shape or type.
     """
     if not isinstance(target, (str, os.PathLike)):
         target.write(encode_mp4(frames_THWC, fps, crf, gop, metadata))
@@ -98,7 +108,7 @@ def encode_mp4(
     gop: int = 12,
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The bytes that `write_mp4` writes."""
+    """Encode frames like `write_mp4`, and return the file's bytes."""
     # FFmpeg moves the index to the front by reading its own output again, which takes a file with a name.
     with tempfile.TemporaryDirectory(prefix="sora_train_") as folder:
         path = Path(folder) / "clip.mp4"
@@ -107,9 +117,13 @@ def encode_mp4(
 
 
 def read_mp4(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray, float]:
-    """All frames `(T, H, W, 3)` uint8 of a small video (a path, or its bytes), and its frames a second.
+    """Decode a small video, given as a path or as bytes.
 
-    Raises ValueError if there is no video in it.
+    Returns:
+        All frames, `(T, H, W, 3)` uint8, and the frames per second.
+
+    Raises:
+        ValueError: No video can be read from it.
     """
     opened = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
     try:
@@ -125,7 +139,7 @@ def read_mp4(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray, float]
 
 
 def contact_sheet(frames_THWC: np.ndarray, columns: int = 8, scale: float = 1.0) -> Image.Image:
-    """Evenly spaced frames side by side in one row, first and last included; fewer if the clip has fewer."""
+    """Picture of up to `columns` evenly spaced frames side by side, the first and the last included."""
     _check(frames_THWC)
     count = min(columns, len(frames_THWC))
     chosen = np.linspace(0, len(frames_THWC) - 1, count).round().astype(int)

@@ -1,4 +1,4 @@
-"""Captions to text rows: word ids for the encoder that is trained along, or embeddings of a released one."""
+"""Captions to text rows: word ids for the text encoder that is trained with the model, or a frozen one's embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _UNLIMITED = 1 << 40
 
 
 def tokenizer(config: Config, device: torch.device = torch.device("cpu")) -> Tokenize:  # noqa: B008 (immutable)
-    """What the network of this configuration reads of captions: ids, or embeddings of a released encoder."""
+    """Function from captions to the text rows that the network of this configuration takes.
+
+    The rows are word ids `(L, 2)` for our own text encoder, or embeddings `(L, E)` of a released one on `device`.
+    """
     t = config.text_encoder
     if t.path is not None:
         from sora_train.models.text.released import ReleasedText  # transformers takes seconds to import

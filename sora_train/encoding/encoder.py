@@ -1,6 +1,6 @@
-"""Packs to latents and text rows: encoded now, remembered from an earlier visit, or read from the shard.
+"""Latents and text rows of packs: encoded now, taken from a cache, or precomputed in the shard.
 
-The objective sees what comes out of here and nothing of where it came from.
+The objective gets latents in every case, and doesn't know where they came from.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ Encode = Callable[[Tensor], Tensor]  # video_BCTHW uint8 to normalised latents_B
 
 
 class Encoder:
-    """Encodes the clips and captions of packs with the frozen parts of a run.
+    """Encodes the clips and captions of packs with the frozen VAE and text encoder of a run.
 
-    `encode` and `tokenize` are those parts. With `cache_bytes` above 0, latents of that many bytes are remembered by
-    the pixels that they were made from.
+    Args:
+        encode: Maps uint8 videos to normalised latents.
+        tokenize: Maps captions to text rows.
+        device: Device of the results.
+        cache_bytes: Size of a cache of latents, keyed by a hash of the pixels; 0 is no cache.
     """
 
     def __init__(self, encode: Encode, tokenize: Tokenize, device: torch.device, cache_bytes: int = 0) -> None:
@@ -32,10 +35,10 @@ class Encoder:
 
     @torch.no_grad()
     def latents(self, pack: Pack) -> list[Tensor]:
-        """Normalised latents `(C, T, H, W)` of each clip; neighbours of one size are encoded together.
+        """Normalised latents `(C, T, H, W)` of each clip. Consecutive clips of one size are encoded as a batch.
 
-        With a cache each clip is encoded alone: what it is encoded beside would show in its last bits, and a resumed
-        run, whose cache is empty, must see the same latents.
+        With a cache each clip is encoded alone: batching changes the last bits of the result, and a resumed run, whose
+        cache is empty, must get the same latents.
         """
         if self._cache_room or self._cache:
             return [self._remembered(clip) for clip in pack.clips]
@@ -50,9 +53,10 @@ class Encoder:
 
     @torch.no_grad()
     def text(self, clips: Sequence[Clip], dropped: Sequence[bool]) -> tuple[Tensor, tuple[int, ...]]:
-        """Text rows of all captions end to end on the device, and the length of each; those `dropped` are empty.
+        """Text rows of all captions end to end on the device, and the length of each.
 
-        A pack without clips has one empty caption, so that its single blank token attends to something.
+        Captions of `dropped` clips are replaced by the empty caption. A pack without clips gets one empty caption,
+        because its single blank token needs text to attend to.
         """
         if not clips:
             rows, lengths = self.tokenize([""])
@@ -74,7 +78,7 @@ class Encoder:
     def _remembered(self, clip: Clip) -> Tensor:
         if clip.latents_CTHW is not None:
             return self._read(clip)
-        # by content: sample N of the validation shards is another than sample N of the training shards
+        # keyed by content, because sample numbers of training and validation shards overlap
         pixels = clip.video_TCHW.cpu().contiguous().numpy()
         key = (hashlib.blake2b(pixels.data, digest_size=16).digest(), pixels.shape)
         if key not in self._cache:

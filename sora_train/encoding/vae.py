@@ -1,4 +1,4 @@
-"""The frozen VAE of a run: uint8 pixels to normalised latents, and latents to frames."""
+"""The frozen VAE of a run: encodes uint8 pixels to normalised latents, and decodes latents to frames."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sora_train.models.video_vae.tiling import in_time, tiled
 
 
 def _trained_vae(config: VaeConfig) -> Any:
-    """Our own trained VAE, or a released one with the same calls."""
+    """Load our own trained VAE, or a released one behind the same interface."""
     if config.class_name is not None:
         from sora_train.models.video_vae.released import ReleasedVae  # diffusers takes seconds to import
 
@@ -32,7 +32,7 @@ def _trained_vae(config: VaeConfig) -> Any:
 
 
 class FrozenVae:
-    """A VAE on `device`, frozen, between pixels and normalised latents."""
+    """A frozen VAE on a device, with the tiling of `vae.tile` for large videos."""
 
     def __init__(self, config: VaeConfig, vae: Any, device: torch.device) -> None:
         self.config, self.vae, self.device = config, vae, device
@@ -40,12 +40,15 @@ class FrozenVae:
 
     @classmethod
     def load(cls, config: VaeConfig, device: torch.device) -> FrozenVae:
-        """The trained VAE at `vae.path`. Raises InputError where there is none."""
+        """Load the trained VAE at `vae.path`. Raises InputError if there is none."""
         return cls(config, _trained_vae(config).to(device), device)
 
     @torch.no_grad()
     def encode(self, video_BCTHW: Tensor) -> Tensor:
-        """uint8 pixels to normalised latents (the posterior's mean). Large videos go in pieces and tiles (vae.tile)."""
+        """Encode uint8 pixels to normalised latents `(B, C, T, H, W)`: the mean of the posterior.
+
+        Videos larger than `vae.tile` are encoded in temporal pieces and spatial tiles.
+        """
         c, t = self.config, self.config.tile
         if not self._large(*video_BCTHW.shape[2:]):
             return self.vae.normalise(self.vae.encode(to_unit(video_BCTHW.to(self.device)))[0])
@@ -60,7 +63,10 @@ class FrozenVae:
 
     @torch.no_grad()
     def decode(self, latents_CTHW: Tensor) -> np.ndarray:
-        """Normalised latents of one clip to frames_THWC uint8. Large videos go in pieces and tiles (vae.tile)."""
+        """Decode normalised latents of one clip to frames `(T, H, W, 3)` uint8.
+
+        Videos larger than `vae.tile` are decoded in temporal pieces and spatial tiles.
+        """
         c, t = self.config, self.config.tile
         latents = self.vae.denormalise(latents_CTHW.to(self.device).unsqueeze(0))
         frames, height, width = latents.shape[2:]

@@ -1,8 +1,9 @@
-"""Rectified flow over packs: x_t = (1 - t) x_0 + t noise, the network predicts the velocity noise - x_0.
+"""Rectified flow over packs: x_t = (1 - t) x_0 + t noise, and the network predicts the velocity noise - x_0.
 
 Liu et al. 2022 (arXiv 2209.03003); logit-normal timesteps and their shift from Esser et al. 2024 (arXiv 2403.03206,
-section 3.1 and 5.3.2). The timestep is set per latent frame: given frames stand at t = 0 and bear no loss; in a share
-of the clips every other frame has a timestep of its own (diffusion forcing, Chen et al. 2024, arXiv 2407.01392).
+sections 3.1 and 5.3.2). Every latent frame has a timestep: given (conditioning) frames have t = 0 and no loss. The
+other frames of a clip share one timestep, or, in a share `per_frame_noise` of the clips, have one each (diffusion
+forcing, Chen et al. 2024, arXiv 2407.01392).
 """
 
 from __future__ import annotations
@@ -28,30 +29,35 @@ TextRows = tuple[Tensor, tuple[int, ...]]  # rows of all captions end to end, an
 
 
 class FlowObjective:
-    """Noises the latents of a pack with each visit's own numbers, and compares the network's output with the target."""
+    """The training objective: noises the latents of a pack, and computes the loss of the network's output.
+
+    Everything random (timesteps, noise, caption dropout) is drawn from the seed of each visit.
+    """
 
     def __init__(self, config: FlowConfig, geometry: Geometry, channels: int) -> None:
         self.config, self.geometry, self.channels = config, geometry, channels
 
     def weight(self, pack: Pack) -> float:
-        """Loss-bearing tokens (or clips) of a pack, known before anything is encoded."""
+        """Number of loss-bearing tokens (or clips, see `flow.weighting`) of a pack, known before it is encoded."""
         if self.config.weighting is Weighting.clip:
             return float(len(pack.clips))
         return float(sum(_generated(clip, self.geometry) for clip in pack.clips))
 
     def is_dropped(self, clip: Clip) -> bool:
-        """Whether this visit trains the unconditional prediction: it gets the empty caption."""
+        """True if this visit gets the empty caption, to train the unconditional prediction of guidance."""
         return float(uniform(clip.visit.seed, DROP_CAPTION)) < self.config.caption_dropout
 
     def noised(
         self, clips: Sequence[Clip], latents: Sequence[Tensor], text: TextRows, device: torch.device
     ) -> LatentPack:
-        """Noised tokens, targets and timesteps of a pack.
+        """Noise the latents of a pack, and compute targets and loss weights.
 
         Args:
-            clips: The clips of the pack; one without clips gets a single token that bears no loss.
+            clips: The clips of the pack. Without clips the result is a single token of zeros that bears no loss, so
+                that the rank takes part in all collectives of the step.
             latents: Normalised latents `(C, T, H, W)` of each clip.
             text: Text rows of all captions end to end, and the length of each.
+            device: Device of the result.
         """
         if not clips:
             return self._blank(text, device)
@@ -103,9 +109,14 @@ class FlowObjective:
         return LatentPack({"video": video}, text[0])
 
     def loss(self, output_NP: Tensor, pack: Pack, latents: LatentPack) -> Loss:
-        """Squared error of the predicted velocity, averaged over each patch, summed over loss-bearing tokens.
+        """Squared error of the predicted velocity: mean over the values of a patch, sum over loss-bearing tokens.
 
-        Weighted by clip: the clips' means, summed over clips.
+        With `flow.weighting=clip`: mean over each clip's tokens, sum over clips.
+
+        Args:
+            output_NP: Output of the network for the video stream.
+            pack: The clips, whose tasks the loss is also reported by.
+            latents: Result of `noised` for the pack.
         """
         video = latents.video
         velocity_NP = velocity(self.config.prediction, output_NP, video)
@@ -122,14 +133,14 @@ class FlowObjective:
 
 
 def shifted(t: float, shift: float) -> float:
-    """A timestep moved towards noise: shift t / (1 + (shift - 1) t)."""
+    """Shift a timestep towards noise: shift t / (1 + (shift - 1) t)."""
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
 def shift_of(config: FlowConfig, grid: Grid) -> float:
-    """The shift of a clip: more tokens hide less under the same noise, by the root of their number.
+    """Timestep shift of a clip. With `shift_tokens`, it grows with the square root of the number of tokens.
 
-    Esser et al. 2024, equation 23, with the tokens of all frames in place of an image's.
+    The same noise hides less of a larger clip (Esser et al. 2024, equation 23, applied to the tokens of all frames).
     """
     if config.shift_tokens == 0:
         return config.shift
@@ -137,7 +148,7 @@ def shift_of(config: FlowConfig, grid: Grid) -> float:
 
 
 def draw_timesteps(config: FlowConfig, seed: int, grid: Grid) -> list[float]:
-    """The timestep of each latent frame of a visit, in (0, 1): one for all, or one for each."""
+    """Draw the timestep of each latent frame of a visit, in (0, 1): the same for all frames, or one for each."""
     shift, frames = shift_of(config, grid), grid[0]
     if float(uniform(seed, PER_FRAME)) < config.per_frame_noise:
         return [_timestep(config, float(u), shift) for u in uniform(seed, TIMESTEP, np.arange(1, frames + 1))]
@@ -145,14 +156,14 @@ def draw_timesteps(config: FlowConfig, seed: int, grid: Grid) -> list[float]:
 
 
 def _timestep(config: FlowConfig, u: float, shift: float) -> float:
-    u += 2.0**-54  # never 0
+    u += 2.0**-54  # u may be 0, where the inverse CDF is infinite
     if config.timesteps is Timesteps.logit_normal:
         u = 1.0 / (1.0 + math.exp(-NormalDist(config.mean, config.std).inv_cdf(u)))
     return shifted(u, shift)
 
 
 def _by_task(pack: Pack, video: Stream, error_N: Tensor) -> Tensor:
-    """`(2, tasks)`: summed loss and weight of each task."""
+    """Summed loss and summed weight by task, `(2, tasks)`."""
     device = error_N.device
     if not pack.clips:
         return torch.zeros(2, len(TASKS), device=device)

@@ -1,4 +1,4 @@
-"""What the network's output means: velocity itself, or a residual, the data or the noise, from which it follows."""
+"""Parametrisations of the network's output: the velocity, or a value from which the velocity is computed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 from sora_train.config.schema import Prediction
 from sora_train.core.batch import Stream
 
-_LEAST = 0.05  # what a difference to data or noise is divided by at least, as in Li and He 2025 (arXiv 2511.13720)
+_LEAST = 0.05  # smallest divisor (t, or 1 - t) of a difference, as in Li and He 2025 (arXiv 2511.13720)
 
 
 def velocity(prediction: Prediction, output_NP: Tensor, stream: Stream) -> Tensor:
-    """The velocity noise - x_0 of every token, `(N, P)` fp32, from the network's output for the stream.
+    """Compute the velocity noise - x_0 of every token, `(N, P)` fp32, from the network's output for a stream.
 
-    Preconditioned: with x_0 of unit variance the best linear guess of the velocity from x_t is (2t - 1) x_t / s^2,
-    s^2 = (1 - t)^2 + t^2, and what it leaves has variance 1 / s^2; the network predicts that rest, scaled to unit
-    variance (Karras et al. 2022, arXiv 2206.00364, section 5, carried over to the straight path).
+    x0 and noise: x_t = (1 - t) x_0 + t noise gives velocity = (x_t - x_0) / t = (noise - x_t) / (1 - t).
 
-    From x_t = (1 - t) x_0 + t noise follow velocity = (x_t - x_0) / t and velocity = (noise - x_t) / (1 - t).
+    Preconditioned (Karras et al. 2022, arXiv 2206.00364, section 5, for the straight path): if x_0 has unit variance,
+    the best linear estimate of the velocity from x_t is (2t - 1) x_t / s^2 with s^2 = (1 - t)^2 + t^2, and its residual
+    has variance 1 / s^2. The network predicts the negative residual, scaled to unit variance.
     """
     output_NP = output_NP.float()
     if prediction is Prediction.velocity:

@@ -1,8 +1,8 @@
 """The contract of a training method: the networks that a run trains, and one optimizer step of all of them.
 
-A method comes in two parts. A `Method` answers from the configuration alone (geometry, cost, rules) and imports no
-torch, so that mistakes are answered at once. Its `learner` holds the networks and does the steps. Methods are found by
-name in `config/registry.py`; a plugin calls `METHODS.register(NAME, method)`.
+A method has two parts. A `Method` answers questions about a configuration (geometry, cost, rules) and imports no torch,
+so that mistakes are reported at once. The `Learner` that it builds holds the networks and performs the steps. Methods
+are registered by name in `config/registry.py`; a plugin calls `METHODS.register(NAME, method)`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 class Network:
     """A network of a method.
 
-    `rates` are the parts that the optimizer moves, each with a factor on the learning rate; None freezes the network.
-    An average of the weights is kept where `ema` is set. `passes` backward passes go through it for each pack.
+    Attributes:
+        module: The network.
+        rates: The submodules that are optimised, each with a factor on the learning rate. None: the network is frozen.
+        ema: Keep an exponential moving average of the weights.
+        passes: Backward passes through the network per pack.
     """
 
     module: nn.Module
@@ -40,100 +43,100 @@ class Network:
 
     @property
     def trained(self) -> bool:
-        """Whether an engine moves its weights."""
+        """True unless the network is frozen."""
         return self.rates is not None
 
 
 @dataclass
 class StepResult:
-    """One optimizer step: whether every engine applied it, and the loss of each pack."""
+    """Result of an optimizer step: `applied` is True if every engine updated its weights; the loss of each pack."""
 
     applied: bool = False
     losses: list[tuple[Pack, Loss]] = field(default_factory=list)
 
 
 class Engine(Protocol):
-    """A trained network under ZeRO, as a method sees it."""
+    """Interface of a trained network under ZeRO."""
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the network forward."""
 
     def backward(self, loss_sum: Tensor) -> None:
-        """Back-propagate a pack's summed loss; it is divided by the step's weight over all ranks."""
+        """Back-propagate a pack's summed loss, divided by the loss weight of the whole step over all ranks."""
 
     def step(self) -> bool:
-        """Update the weights after the last backward pass; False if nothing was changed since a value wasn't finite."""
+        """Update the weights after the last backward pass. False if it was skipped because of a non-finite value."""
 
 
 class Engines(Protocol):
     """The engines of a method's trained networks, by name."""
 
     def __getitem__(self, name: str) -> Engine:
-        """The engine of a network."""
+        """The engine of the network of this name."""
 
     def averaged(self, *names: str) -> AbstractContextManager[None]:
-        """Run these networks with their averaged (EMA) weights inside; all ranks together, at any ZeRO stage."""
+        """Context in which these networks run with their averaged (EMA) weights. Collective; any ZeRO stage."""
 
 
 class Learner(Protocol):
-    """The networks of a run and how they learn."""
+    """The networks of a run, and its training, validation and preview steps."""
 
-    networks: dict[str, Network]  # the first trained one's loss is the run's loss
+    networks: dict[str, Network]  # by name, frozen ones too; the first trained one is the run's main network
 
     def weight(self, pack: Pack) -> float:
-        """The pack's share of what the step's loss is divided by, e.g. its loss-bearing tokens."""
+        """Loss weight of a pack, e.g. its loss-bearing tokens. A step's loss is divided by the sum over its packs."""
 
     def step(self, engines: Engines, packs: Sequence[Pack]) -> StepResult:
-        """One optimizer step: every backward pass and every `step` of every engine."""
+        """Perform one optimizer step: all backward passes, and `step` of every engine."""
 
     def validate(self, engines: Engines, pack: Pack) -> Tensor:
-        """Summed loss of a held-out pack, at noise that depends on its clips alone."""
+        """Summed loss of a held-out pack. Its noise depends on its clips alone, so that validations are comparable."""
 
     def preview(self, engines: Engines, clip: Clip) -> np.ndarray:
-        """Frames `(T, H, W, 3)` uint8 that show what the networks make of a clip."""
+        """Frames `(T, H, W, 3)` uint8 that show the networks' output for a clip, for the logs."""
 
 
 class Method(Protocol):
-    """A method before anything is built."""
+    """A method's answers about a configuration, before any network is built."""
 
-    fixed: tuple[str, ...]  # sections and keys that shape the weights: they may not change in a run
-    highest_stage: int  # of ZeRO
-    splits_sequence: bool  # whether ranks can share a pack's tokens (parallel.sequence)
-    recomputes: bool  # whether model.activation_checkpointing is heeded
-    reads_latents: bool  # whether shards may hold latents in place of pixels
-    reads_captions: bool  # whether samples need a caption
-    makes_videos: bool  # whether `sample` and `evaluate` can use the result
+    fixed: tuple[str, ...]  # configuration sections and keys that may not change when a run resumes
+    highest_stage: int  # highest ZeRO stage that it supports
+    splits_sequence: bool  # supports sequence parallelism (parallel.sequence)
+    recomputes: bool  # supports model.activation_checkpointing
+    reads_latents: bool  # accepts shards with precomputed latents in place of pixels
+    reads_captions: bool  # needs a caption for every sample
+    makes_videos: bool  # its result can be used by `sample` and `evaluate`
 
     def rules(self, config: Config) -> None:
-        """Check what the method asks of the configuration. Raises InputError."""
+        """Check the method's requirements on the configuration. Raises InputError."""
 
     def geometry(self, config: Config) -> Geometry:
-        """The token grid of a run."""
+        """Strides and patch side, from which token grids follow."""
 
     def cost(self, config: Config) -> Cost:
-        """Forward FLOPs of a clip, by which packs are planned."""
+        """Forward FLOPs of a clip, by which packs are balanced."""
 
     def training_cost(self, config: Config) -> Cost | AdapterCost:
-        """FLOPs of training, for MFU and forecasts."""
+        """FLOPs of the forward and backward pass, for MFU and forecasts."""
 
     def learner(self, config: Config, device: torch.device) -> Learner:
-        """The networks as a run begins with them, their files read."""
+        """Build the learner of a run, with initial weights read from the files that the configuration names."""
 
     def planned(self, config: Config) -> Learner:
-        """The networks for a forecast: in the run's precision, no file read; tensors may have no memory."""
+        """Build the learner for a forecast: in the run's precision, without reading files; may run on fake tensors."""
 
 
 class OneNetwork:
-    """A learner with one trained network. Subclasses give `name`, `weight`, `loss` and `preview`."""
+    """Base of learners with one trained network. Subclasses define `name`, `weight`, `loss` and `preview`."""
 
     name: str
 
     def loss(self, network: Any, pack: Pack) -> Loss:
-        """Loss of a pack; `network` runs the network."""
+        """Loss of a pack. `network` is the engine, or the network itself."""
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def step(self, engines: Engines, packs: Sequence[Pack]) -> StepResult:
-        """Backward pass of every pack, then the update."""
+        """Run the backward pass of every pack, then update the weights."""
         engine, result = engines[self.name], StepResult()
         for pack in packs:
             loss = self.loss(engine, pack)
@@ -149,7 +152,7 @@ class OneNetwork:
 
 @contextmanager
 def precision_of(config: Config) -> Iterator[None]:
-    """Make tensors in the run's precision inside: those without memory can't be cast in place later."""
+    """Context in which new tensors have the run's precision. Fake tensors can't be cast in place afterwards."""
     import torch
 
     before = torch.get_default_dtype()
@@ -161,5 +164,5 @@ def precision_of(config: Config) -> Iterator[None]:
 
 
 def trained(networks: Mapping[str, Network]) -> Iterator[tuple[str, Network]]:
-    """The networks that are trained, in order."""
+    """Yield the trained networks with their names, in order."""
     return ((name, network) for name, network in networks.items() if network.trained)

@@ -113,11 +113,11 @@ def multiply_loss(factor: Callable[[int], float], at: Callable[[Any], bool] = la
     _know_the_factor(factor, at)
     backward = Engine.backward
 
-    def going_back(self: Engine, loss_sum: torch.Tensor, weight: float) -> None:
+    def going_back(self: Engine, loss_sum: torch.Tensor) -> None:
         if _here["factor"] != 1.0:
             loss_sum.data.mul_(_here["factor"])
             loss_sum = loss_sum * _here["factor"]
-        backward(self, loss_sum, weight)
+        backward(self, loss_sum)
 
     Engine.backward = going_back  # type: ignore[method-assign]
 
@@ -127,10 +127,10 @@ def multiply_gradient(factor: Callable[[int], float]) -> None:
     _know_the_factor(factor, lambda position: True)
     backward = Engine.backward
 
-    def going_back(self: Engine, loss_sum: torch.Tensor, weight: float) -> None:
+    def going_back(self: Engine, loss_sum: torch.Tensor) -> None:
         if _here["factor"] != 1.0 and loss_sum.requires_grad:
             loss_sum.register_hook(lambda gradient: gradient * _here["factor"])
-        backward(self, loss_sum, weight)
+        backward(self, loss_sum)
 
     Engine.backward = going_back  # type: ignore[method-assign]
 

@@ -195,9 +195,10 @@ def test_guidance_leads_away_from_the_negative_prompt() -> None:
 
     class Told(nn.Module):
         def forward(self, pack: LatentPack) -> Tensor:
-            lengths.append(pack.layout.texts)
-            per_clip = torch.tensor(pack.layout.texts, dtype=torch.float32)
-            return 0 * pack.x_NP + per_clip.repeat_interleave(torch.tensor(pack.layout.lengths)).unsqueeze(1)
+            layout = pack.video.layout
+            lengths.append(layout.texts)
+            per_clip = torch.tensor(layout.texts, dtype=torch.float32)
+            return 0 * pack.video.x_NP + per_clip.repeat_interleave(torch.tensor(layout.lengths)).unsqueeze(1)
 
     flow = replace(FLOW, guidance=3.0, sampling_steps=1, shift=1.0)
     request = Request("one two", (1, 1, 1), 5, negative="one two three four")

@@ -42,6 +42,8 @@ def server(own_corpus: list[str]) -> Iterator[WebServer]:
 
 
 def _rank(rank: int, local: tuple[int, ...], folder: str, shards: list[str], slow_s: float, answers: Any) -> None:
+    if dist.is_initialized():  # forked from a process that other tests gave a group of one
+        dist.destroy_process_group()
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", None, len(local), rank)
     dist.distributed_c10d._set_pg_timeout(SHORT)
     node = sum(number == 0 for number in local[: rank + 1])

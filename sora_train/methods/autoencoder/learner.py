@@ -1,4 +1,4 @@
-"""The video VAE learns to reconstruct (a `Learner`)."""
+"""Learner of the video VAE: trains reconstruction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sora_train.models.video_vae.perceptual import Perceptual
 
 
 class AutoencoderLearner(OneNetwork):
-    """The video VAE; a preview shows the clip beside its reconstruction."""
+    """Trains the video VAE. A preview shows the clip beside its reconstruction."""
 
     name = "vae"
 
@@ -31,7 +31,7 @@ class AutoencoderLearner(OneNetwork):
         self.objective = Reconstruction(config.vae, geometry(config), perceptual)
 
     def weight(self, pack: Pack) -> float:
-        """Pixels of a pack."""
+        """Number of pixels of a pack."""
         return self.objective.weight(pack)
 
     def loss(self, network: Any, pack: Pack) -> Loss:
@@ -39,7 +39,7 @@ class AutoencoderLearner(OneNetwork):
         return self.objective.loss(network, pack, self.device)
 
     def preview(self, engines: Engines, clip: Clip) -> np.ndarray:
-        """Left the clip, right what comes out of the autoencoder."""
+        """Frames with the clip on the left and its reconstruction on the right."""
         video = to_unit(clip.video_TCHW.transpose(0, 1).to(self.device))
         output = engines[self.name]([video.unsqueeze(0)], [torch.zeros((), device=self.device)])
         (decoded, _, _), *_ = output
@@ -47,14 +47,14 @@ class AutoencoderLearner(OneNetwork):
 
 
 def start(config: Config, device: torch.device) -> AutoencoderLearner:
-    """The learner of a run."""
+    """Build the learner of a run."""
     network, wanted = build_vae(config.vae), config.vae.perceptual
     perceptual = Perceptual().load(wanted.files).to(device) if wanted.weight else None
     return AutoencoderLearner(config, network, perceptual, device)
 
 
 def planned(config: Config) -> AutoencoderLearner:
-    """The learner of a forecast."""
+    """Build the learner for a forecast; see `Method.planned`."""
     with precision_of(config):
         network = build_vae(config.vae)
     perceptual = Perceptual() if config.vae.perceptual.weight else None

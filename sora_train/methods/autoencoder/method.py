@@ -1,4 +1,4 @@
-"""The video VAE, from the configuration's side."""
+"""The method `autoencoder`: training of a video VAE."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class Autoencoder:
-    """Reconstruction of clips through the latents of `vae`."""
+    """Trains the VAE of the section `vae` to reconstruct clips. See `methods.base.Method`."""
 
     fixed = ("method", "vae")
-    highest_stage = 2  # each size runs by itself, in an order that ZeRO-3's gathering can't follow
+    highest_stage = 2  # clips of each size run separately, so the order of layers varies, which ZeRO-3 can't prefetch
     splits_sequence = recomputes = reads_latents = reads_captions = makes_videos = False
 
     def rules(self, config: Config) -> None:
-        """Check what an autoencoder can't do."""
+        """Reject options that an autoencoder doesn't support."""
         stage = config.deepspeed.get("zero_optimization", {}).get("stage")
         require(stage != 3, "an autoencoder runs each size by itself, which ZeRO-3 can't follow; use stage 0, 1 or 2")
         require(config.parallel.sequence == 1, "an autoencoder has no sequence; parallel.sequence=1")
@@ -32,7 +32,7 @@ class Autoencoder:
         )
 
     def geometry(self, config: Config) -> Geometry:
-        """Tokens are latent positions."""
+        """Geometry in which a token is a latent position."""
         return Geometry(config.vae.temporal_stride, config.vae.spatial_stride, 1)
 
     def cost(self, config: Config) -> Cost:
@@ -40,17 +40,17 @@ class Autoencoder:
         return cost(config.vae)
 
     def training_cost(self, config: Config) -> Cost:
-        """The same: all of it is trained."""
+        """Same as `cost`, since all weights are trained."""
         return cost(config.vae)
 
     def learner(self, config: Config, device: torch.device) -> Learner:
-        """The networks of a run."""
+        """Build the learner of a run."""
         from sora_train.methods.autoencoder.learner import start
 
         return start(config, device)
 
     def planned(self, config: Config) -> Learner:
-        """The networks for a forecast."""
+        """Build the learner for a forecast."""
         from sora_train.methods.autoencoder.learner import planned
 
         return planned(config)

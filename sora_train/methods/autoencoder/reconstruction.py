@@ -1,7 +1,7 @@
-"""What a step of autoencoder training does: reconstruct clips through the latents, keep the latents near a Gaussian.
+"""Loss of autoencoder training: reconstruction error, and KL divergence of the latents from a unit Gaussian.
 
-L1 and squared error (L1 alone forgets small objects), a perceptual distance where its weights are at hand, and a KL
-term (Kingma and Welling 2013), no adversary.
+The reconstruction error is L1 plus squared error (L1 alone neglects small objects), plus a perceptual distance if
+`vae.perceptual` is configured. The KL term is that of Kingma and Welling 2013. There is no adversarial loss.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from sora_train.models.video_vae.perceptual import Perceptual
 
 
 class Reconstruction:
-    """Reconstruction loss of the clips of a pack, per pixel. `perceptual` counts as the configuration says."""
+    """Reconstruction loss of the clips of a pack, per pixel; `perceptual` is weighted by `vae.perceptual.weight`."""
 
     def __init__(self, config: VaeConfig, geometry: Geometry, perceptual: Perceptual | None = None) -> None:
         self.config, self.geometry, self.perceptual = config, geometry, perceptual
 
     def weight(self, pack: Pack) -> float:
-        """Pixels of a pack."""
+        """Number of pixels of a pack."""
         return float(sum(frames * height * width for frames, height, width in (c.visit.size for c in pack.clips)))
 
     def loss(self, network: nn.Module, pack: Pack, device: torch.device) -> Loss:
-        """Loss summed over pixels. A pack without clips still runs one empty frame, so that all ranks take part."""
+        """Loss summed over pixels. Of a pack without clips a blank frame is run, so that all ranks join collectives."""
         side = self.geometry.spatial_stride
         if not pack.clips:
             blank = torch.zeros(1, 3, 1, side, side, device=device)

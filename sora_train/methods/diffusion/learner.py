@@ -1,4 +1,4 @@
-"""Rectified flow on latents: encode a pack, noise it, predict, compare (a `Learner`)."""
+"""Learner of the diffusion model: encodes a pack, noises it, and trains the network to predict the velocity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sora_train.models.video_vae.model import build_vae
 
 
 class DiffusionLearner(OneNetwork):
-    """The video model, with the frozen parts around it."""
+    """Trains the video model; VAE and a released text encoder are frozen. `sample` generates a clip's caption anew."""
 
     name = "video"
 
@@ -38,12 +38,12 @@ class DiffusionLearner(OneNetwork):
         self.objective, self.encoder, self.networks, self.sample = objective, encoder, networks, sample
 
     def weight(self, pack: Pack) -> float:
-        """Loss-bearing tokens (or clips) of a pack."""
+        """Number of loss-bearing tokens (or clips) of a pack."""
         return self.objective.weight(pack)
 
     @torch.no_grad()
     def prepare(self, pack: Pack) -> LatentPack:
-        """Encode the clips and captions of a pack, and noise each clip with its visit's own numbers."""
+        """Encode the clips and captions of a pack, and noise each clip with its visit's seed."""
         text = self.encoder.text(pack.clips, [self.objective.is_dropped(clip) for clip in pack.clips])
         return self.objective.noised(pack.clips, self.encoder.latents(pack), text, self.encoder.device)
 
@@ -53,22 +53,23 @@ class DiffusionLearner(OneNetwork):
         return self.objective.loss(network(latents), pack, latents)
 
     def preview(self, engines: Engines, clip: Clip) -> np.ndarray:
-        """A sample of the clip's caption in the clip's size."""
+        """Generate a clip with this clip's caption and size."""
         return self.sample(engines[self.name], clip)
 
 
 def start(config: Config, device: torch.device) -> DiffusionLearner:
-    """The learner of a run."""
-    vae = FrozenVae.load(config.vae, device)  # first: it draws from the generator that the network begins with
+    """Build the learner of a run."""
+    # the VAE first: building it draws from the global generator, and so the order determines the network's weights
+    vae = FrozenVae.load(config.vae, device)
     return _learner(config, starting_model(config), vae, config.vae.cache_mib << 20)
 
 
 def planned(config: Config) -> DiffusionLearner:
-    """The learner of a forecast."""
+    """Build the learner for a forecast; see `Method.planned`."""
     with precision_of(config):
         network = planned_model(config)
     vae = FrozenVae(config.vae, build_vae(config.vae), next(network.parameters()).device)
-    return _learner(config, network, vae, cache_bytes=0)  # every clip is encoded
+    return _learner(config, network, vae, cache_bytes=0)  # the forecast assumes that every clip is encoded
 
 
 def _learner(config: Config, network: VideoModel, vae: FrozenVae, cache_bytes: int) -> DiffusionLearner:

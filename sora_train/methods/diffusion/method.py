@@ -1,4 +1,4 @@
-"""Rectified flow on the latents of a frozen VAE, from the configuration's side."""
+"""The method `diffusion`: rectified flow on the latents of a frozen VAE."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 
 class Diffusion:
-    """Text to video: the transformer of `model`, and our own text encoder where none is frozen."""
+    """Trains the transformer of the section `model`, and our own text encoder unless a released one is configured.
+
+    See `methods.base.Method`.
+    """
 
     fixed = ("method", "model", "vae", "text_encoder")
     highest_stage = 3
     splits_sequence = recomputes = reads_latents = reads_captions = makes_videos = True
 
     def rules(self, config: Config) -> None:
-        """Check model, objective and adapters."""
+        """Check the sections `model` and `flow`, and the adapters."""
         model, sequence = config.model, config.parallel.sequence
         require(model.heads > 0, f"model.heads={model.heads} must be above 0")
         require(model.patch > 0, f"model.patch={model.patch} must be above 0")
@@ -56,27 +59,27 @@ class Diffusion:
         _check_adapters(config)
 
     def geometry(self, config: Config) -> Geometry:
-        """Tokens are patches of latents."""
+        """Geometry in which a token is a patch of latents."""
         return Geometry(config.vae.temporal_stride, config.vae.spatial_stride, config.model.patch)
 
     def cost(self, config: Config) -> Cost:
-        """Forward cost of the transformer, without adapters."""
+        """Forward FLOPs of the transformer, adapters excluded."""
         return FAMILIES.get(config.model.family).cost(config.model, shapes(config))
 
     def training_cost(self, config: Config) -> Cost | AdapterCost:
-        """Cost of training all of it, or adapters alone."""
+        """FLOPs of training all weights, or adapters alone with `model.lora`."""
         if config.model.lora.rank:
             return FAMILIES.get(config.model.family).adapter_cost(config.model, shapes(config))
         return self.cost(config)
 
     def learner(self, config: Config, device: torch.device) -> Learner:
-        """The networks of a run."""
+        """Build the learner of a run."""
         from sora_train.methods.diffusion.learner import start
 
         return start(config, device)
 
     def planned(self, config: Config) -> Learner:
-        """The networks for a forecast."""
+        """Build the learner for a forecast."""
         from sora_train.methods.diffusion.learner import planned
 
         return planned(config)

@@ -1,4 +1,4 @@
-"""The keys of the Wan family, beside those of every family."""
+"""Configuration keys of the Wan family, in addition to those of all families."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class WanConfig(ModelConfig):
     """A diffusion transformer of the Wan family."""
 
     family: str = "wan"
-    frequencies: int = 256  # of the timestep embedding
-    rope_theta: float = 10000.0
-    gate_init: float = 0.0  # start of the blocks' gates; 0 is adaLN-zero
-    pooled_text: bool = False  # add the caption's mean to the timestep; without it a short run is hardly conditioned
-    absolute_positions: bool = False  # tell each token its place in the clip, beside RoPE; helps small models
+    frequencies: int = 256  # values of the sinusoidal timestep embedding
+    rope_theta: float = 10000.0  # base of RoPE's frequencies
+    gate_init: float = 0.0  # initial value of the blocks' gates; 0 is adaLN-zero
+    pooled_text: bool = False  # add the caption's mean embedding to the timestep's; short runs need it to use captions
+    absolute_positions: bool = False  # give each token its absolute position too, beside RoPE; helps small models
     rope_scaling: str = "none"  # for clips longer or larger than trained: none, interpolation, ntk
     rope_factors: tuple[float, float, float] = (1.0, 1.0, 1.0)  # new / trained length of time, height, width

@@ -76,8 +76,8 @@ class Engines:
         """Gradient norm and learning rate of the first engine; of others, beside the loss, under their names."""
         found = {"grad_norm": self.first.grad_norm, "lr": self.first.lr}
         for name, engine in list(self._engines.items())[1:]:
-            found |= {f"grad_norm/{name}": engine.grad_norm, f"lr/{name}": engine.lr}
-            found[f"loss/{name}"] = engine.loss.read()
+            more = {"grad_norm": engine.grad_norm, "lr": engine.lr, "loss": engine.loss.read()}
+            found |= {"/".join((key, name)): value for key, value in more.items()}
         return found
 
     def update_averages(self) -> None:

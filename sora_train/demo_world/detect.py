@@ -1,4 +1,4 @@
-"""The demo world's vocabulary, and how to see it in pixels without any learned part.
+"""Finds the demo world's objects in pixels, without any learned part.
 
 Objects are saturated, backgrounds are grey: an object is a connected region of saturated pixels, its colour the
 nearest hue, its shape the outline it overlaps best, its direction the way its centre goes. All thresholds are
@@ -15,16 +15,8 @@ from PIL import Image
 from scipy import ndimage
 from scipy.signal import fftconvolve
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (215, 45, 45),
-    "yellow": (220, 205, 45),
-    "green": (50, 180, 65),
-    "cyan": (50, 195, 210),
-    "blue": (55, 75, 220),
-    "purple": (195, 55, 205),
-}
-SHAPES = ("ring", "square", "triangle", "cross")  # a disc is too near to a square for small models
-DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+from sora_train.demo_world.render import coverage
+from sora_train.demo_world.scenes import COLOURS, DIRECTIONS, SHAPES
 
 _SATURATED = 60  # of 255: lowest difference between an object pixel's strongest and weakest channel
 _SMALLEST = 0.008  # of the frame's area: smaller regions are noise; the smallest whole object covers 0.018
@@ -37,25 +29,6 @@ _FAINT = 0.1  # of an object's strength: less is background
 _PART_SIDE = 48  # cut or covered outlines are fitted on a frame reduced to about this many pixels a side
 _RADII = tuple(0.01 * i for i in range(9, 25))  # of the shorter side: sizes tried in that fit
 _LIKELY = (0.9, 2.2)  # times the region's pixels: what an outline of which it may be the visible part covers
-
-
-def coverage(shape: str, dy: np.ndarray, dx: np.ndarray, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers, 0 to 1, at offsets (dy, dx) from its centre; all in pixels.
-
-    Raises ValueError for an unknown shape.
-    """
-    ay, ax = np.abs(dy), np.abs(dx)
-    if shape == "ring":
-        distance = np.abs(np.hypot(dy, dx) - 0.72 * radius) - 0.28 * radius
-    elif shape == "square":
-        distance = np.maximum(ay, ax) - 0.9 * radius
-    elif shape == "triangle":  # tip up
-        distance = np.maximum(dy - 0.85 * radius, (2.0 * ax - dy - 0.95 * radius) / np.sqrt(5.0))
-    elif shape == "cross":
-        distance = np.minimum(np.maximum(ay - 0.34 * radius, ax - radius), np.maximum(ax - 0.34 * radius, ay - radius))
-    else:
-        raise ValueError(f"no shape {shape!r}; there are {SHAPES}")
-    return np.clip(0.5 - distance, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
