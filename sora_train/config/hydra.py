@@ -145,8 +145,16 @@ def write_exit(run_dir: str | Path, code: int, reason: str) -> None:
         print(f"warning: {path} can't be written ({error}): code {code}, {reason}", file=sys.stderr, flush=True)
 
 
+def _value_of(argument: str) -> str:
+    """The value of an override, without quotes around it; as it stands where Hydra can't read it."""
+    try:
+        return str(OverridesParser.create().parse_override(as_typed(argument)).value())
+    except HydraException:
+        return argument.partition("=")[2]
+
+
 def _leave_note(message: str) -> None:
-    run_dir = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("run_dir=")), "")
+    run_dir = next((_value_of(a) for a in sys.argv[1:] if a.startswith("run_dir=")), "")
     if run_dir and from_environment().is_main:
         write_exit(run_dir, BAD_INPUT, message)
 
