@@ -31,15 +31,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.report import command, write
-from sora_train.config.cost import cost, patch_features
+from sora_train.config.cost import cost, shapes
 from sora_train.config.hydra import CONF
 from sora_train.config.load import build
 from sora_train.config.schema import VAE_USE, Config
 from sora_train.core.batch import Grid, Layout
 from sora_train.core.cli import InputError, options, run
 from sora_train.forecast.out_of_memory import is_out_of_memory
-from sora_train.generation.sampler import build_vae, build_video_model
 from sora_train.models.layers.attention import BACKENDS, choose, packed_attention
+from sora_train.models.video_model import build_video_model
+from sora_train.models.video_vae.model import build_vae
 from sora_train.training.report.meter import peak_flops
 
 _GRIDS: dict[str, Grid] = {"8k": (8, 32, 32), "32k": (21, 30, 52), "74k": (21, 45, 80)}  # the others: Wan's 480p, 720p
@@ -139,7 +140,7 @@ def _step(case: str, keys: list[str], grid: Grid, device: torch.device) -> Row:
     torch.manual_seed(0)
     with torch.device(device):
         dit = build_video_model(config).dit.bfloat16()
-        x, target = torch.randn(2, layout.tokens, patch_features(config)).bfloat16()
+        x, target = torch.randn(2, layout.tokens, shapes(config).patch_features).bfloat16()
         text = torch.randn(_TEXT, config.text_encoder.width).bfloat16()
         t, t_of = torch.tensor([0.4]), torch.zeros(layout.tokens, dtype=torch.long)
         clip_of = torch.zeros(1, dtype=torch.long)

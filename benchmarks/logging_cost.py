@@ -37,13 +37,15 @@ from benchmarks.report import write
 from sora_train.config.hydra import CONF
 from sora_train.config.load import build
 from sora_train.config.schema import Config
-from sora_train.core.batch import Pack
+from sora_train.core.batch import LatentPack, Pack
+from sora_train.core.loss import Loss
 from sora_train.core.world import World
 from sora_train.data.read.pool import Pool
-from sora_train.flow.objective import FlowTask, Loss
+from sora_train.data.shards import Shards
+from sora_train.flow.objective import FlowObjective
 from sora_train.flow.prediction import velocity
-from sora_train.generation.sampler import build_vae
-from sora_train.methods.build import Shards, build_trainer
+from sora_train.models.video_vae.model import build_vae
+from sora_train.operations.build import build_trainer
 from sora_train.training.engine.zero import connect
 from sora_train.training.report.meter import Meter
 from sora_train.training.trainer import Trainer
@@ -53,21 +55,19 @@ _WARM_UP = 60  # pairs that aren't counted: what is encoded once is encoded ther
 _LONG_S = 300.0  # a step never takes so long
 
 
-class _Bare(FlowTask):
+class _Bare(FlowObjective):
     """The loss and nothing beside it."""
 
-    def loss(self, network: Any, pack: Pack, device: torch.device) -> Loss:
-        latents = self.prepare(pack, device)
-        velocity_NP = velocity(self.config.prediction, network(latents), latents)
-        error_N = (velocity_NP - latents.target_NP).square().mean(1) * latents.weight_N
-        nothing: Tensor = error_N.new_empty(0)
-        return Loss(error_N.sum(), nothing, nothing)
+    def loss(self, output_NP: Tensor, pack: Pack, latents: LatentPack) -> Loss:
+        video = latents.video
+        velocity_NP = velocity(self.config.prediction, output_NP, video)
+        return Loss(((velocity_NP - video.target_NP).square().mean(1) * video.weight_N).sum())
 
 
 class _Silent(Meter):
     """Counts nothing."""
 
-    def add(self, pack: Pack, loss: Any, weight: float) -> None:
+    def add(self, losses: Any, weight: float) -> None:
         return
 
     def step_done(self, samples: int, tokens: int, refused: int, applied: bool) -> None:
@@ -88,7 +88,7 @@ class Run:
         if logs:
             self._time_reports(trainer)
         else:
-            trainer.parts.task.__class__ = _Bare
+            trainer.learner.objective.__class__ = _Bare  # type: ignore[attr-defined]
             trainer.meter.__class__ = _Silent
             trainer.report = lambda: None  # type: ignore[method-assign]
         self._go, self._ready, self._last = threading.Semaphore(0), threading.Semaphore(0), 0.0

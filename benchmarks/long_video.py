@@ -24,11 +24,13 @@ import torch
 from benchmarks.report import write
 from sora_train.config.load import load
 from sora_train.config.schema import Config
-from sora_train.demo_world.sighting import Sighting, direction_of, sight
+from sora_train.demo_world.detect import Sighting, direction_of, sight
 from sora_train.evaluation.motion import changes, seam_jumps, worst_place
 from sora_train.generation.long_video import in_pieces
+from sora_train.generation.output import save_sample
 from sora_train.generation.requests import Prompt, Shot, clip_size
-from sora_train.generation.sampler import Sampler, load_sampler, save_sample
+from sora_train.generation.sampler import Sampler
+from sora_train.operations.trained import load_sampler
 
 _SHOT_S = 2.0
 _CAPTION = "a large red square drifts to the {way} over a dark field"

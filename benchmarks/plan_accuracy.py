@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.report import write
 from sora_train.config.hydra import CONF
 from sora_train.config.load import build
+from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config
 from sora_train.core.batch import Pack
 from sora_train.core.world import World, from_environment
@@ -39,11 +40,10 @@ from sora_train.forecast.footprint import memory
 from sora_train.forecast.this_machine import measure_cpu
 from sora_train.forecast.timing import step_time
 from sora_train.forecast.trace import Size, clip_of, trace
-from sora_train.generation.sampler import build_vae
-from sora_train.methods.base import METHODS, untrained
-from sora_train.training.engine.ema import Ema
-from sora_train.training.engine.optim import adamw
-from sora_train.training.engine.zero import Engine, connect, disconnect
+from sora_train.methods.base import trained
+from sora_train.models.video_vae.model import build_vae
+from sora_train.training.engine.engines import Engines
+from sora_train.training.engine.zero import connect, disconnect
 
 _COPIED = "++deepspeed.zero_optimization.contiguous_gradients=true"  # DeepSpeed's default; experiment=demo turns it off
 _CASES: dict[str, tuple[list[str], list[Size]]] = {
@@ -75,22 +75,19 @@ class _Run:
 
     def __init__(self, config: Config, world: World, device: torch.device, sizes: list[Size]) -> None:
         torch.manual_seed(0)
-        self.method = METHODS[config.method](config, device)
-        self.parameters = sum(p.numel() for p in self.method.network.parameters())
-        optimizer = adamw(self.method.groups, config.optim)
-        network, clip = self.method.network, config.optim.clip
-        self.engine = Engine(network, optimizer, config.precision, 1, clip, config.deepspeed)
-        self.ema = Ema(self.engine.fragments, config.optim.ema_decay)
-        self.world, self.device, self.sizes = world, device, sizes
+        self.learner = METHODS.get(config.method).learner(config, device)
+        learning = [network.module for _, network in trained(self.learner.networks)]
+        self.parameters = sum(p.numel() for module in learning for p in module.parameters())
+        self.engines = Engines(self.learner.networks, 1, config)
+        self.world, self.sizes = world, sizes
 
     def step(self) -> float:
         """Its CPU seconds."""
-        task = self.method.task
         pack = Pack([clip_of(number, size) for number, size in enumerate(self.sizes)])
         start = time.process_time()
-        self.engine.backward(task.loss(self.engine, pack, self.device).sum, task.weight(pack) * self.world.size)
-        self.engine.step(1.0)
-        self.ema.update()
+        self.engines.set_pace(self.learner.weight(pack) * self.world.size, 1.0, lambda: None)
+        self.learner.step(self.engines, [pack])
+        self.engines.update_averages()
         return time.process_time() - start
 
 
@@ -146,7 +143,7 @@ def _worker(out: Path) -> None:
             del prof
             run = _Run(config, world, device, sizes)
             run.step()
-            traced = trace(config, sizes, untrained)
+            traced = trace(config, sizes)
             planned = memory(config, run.parameters, traced, world.size, 1, stage, gloo=True).peak
             rounds = []
             for _ in range(_ROUNDS):

@@ -25,13 +25,14 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from benchmarks.report import write
-from sora_train.config.schema import Precision
+from sora_train.config.schema import Config
 from sora_train.core.cli import options
 from sora_train.core.cli import run as run_command
 from sora_train.core.world import World
 from sora_train.training.engine.zero import Engine, connect, disconnect
-from sora_train.training.state.checkpoint import KINDS, Checkpoints, Pieces
+from sora_train.training.state.checkpoint import Checkpoints, Pieces
 
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 _TENSORS = 16  # of each kind
 _PRODUCTS = 12  # of 1024 x 1024, in place of a step: a few tenths of a second
 Finish = Callable[[], object]  # waits for what follows in the background
@@ -138,7 +139,8 @@ def _engine(numel: int) -> Engine:
         network.register_parameter(f"p{n}", nn.Parameter(torch.randn(numel)))
     optimizer = torch.optim.AdamW(network.parameters())
     optimizer.param_groups[0]["base_lr"] = 1e-3
-    return Engine(network, optimizer, Precision.fp32, 1, 1.0, {"zero_optimization": {"stage": 1}})
+    config = Config("x", steps=1, deepspeed={"zero_optimization": {"stage": 1}})
+    return Engine("net", network, optimizer, 1, config)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from benchmarks.report import write
+from sora_train.config.cost import geometry
 from sora_train.config.hydra import CONF
 from sora_train.config.load import build
 from sora_train.config.schema import Config
@@ -37,8 +38,9 @@ from sora_train.core.world import World
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Position
 from sora_train.data.read.pool import Pool
-from sora_train.methods.base import Diffusion
-from sora_train.methods.build import Shards, build_trainer
+from sora_train.data.shards import Shards
+from sora_train.methods.diffusion.learner import start
+from sora_train.operations.build import build_trainer
 from sora_train.training.engine.zero import connect
 from sora_train.training.trainer import Trainer
 
@@ -77,24 +79,24 @@ def _running(run_dir: str, stage: int, tokens: int, pool: Pool, device: torch.de
 def _bare(config: Config, device: torch.device, packs: list[Pack], encode: bool) -> Callable[[], list[float]]:
     """A bare loop over packs in memory, with the VAE in the step or before it."""
     torch.manual_seed(config.seed)
-    method = Diffusion(config, device)
-    method.network.to(device)
-    optimizer = torch.optim.AdamW(method.network.parameters(), lr=config.optim.lr, fused=True)
-    task = method.task
-    ready = [task.prepare(pack, device) for pack in packs] if not encode else []  # type: ignore[attr-defined]
+    learner = start(config, device)
+    network = learner.networks[learner.name].module.to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.optim.lr, fused=True)
+    ready = [learner.prepare(pack) for pack in packs] if not encode else []
     turn = iter(range(10**9))
-    tokens = [sum(task.geometry.tokens(*clip.visit.size) for clip in pack.clips) for pack in packs]  # type: ignore[attr-defined]
+    tokens = [sum(geometry(config).tokens(*clip.visit.size) for clip in pack.clips) for pack in packs]
 
     def step() -> int:
         number = next(turn) % len(packs)
         if encode:
-            loss = task.loss(method.network, packs[number], device).sum / task.weight(packs[number])
+            loss = learner.loss(network, packs[number]).sum / learner.weight(packs[number])
         else:
             latents = ready[number]
-            error = (method.network(latents) - latents.target_NP).square().mean(1)
-            loss = (error * latents.weight_N).sum() / latents.weight_N.sum()
+            video = latents.video
+            error = (network(latents) - video.target_NP).square().mean(1)
+            loss = (error * video.weight_N).sum() / video.weight_N.sum()
         loss.backward()
-        nn.utils.clip_grad_norm_(method.network.parameters(), config.optim.clip)
+        nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip)
         optimizer.step()
         optimizer.zero_grad()
         return tokens[number]

@@ -1,37 +1,52 @@
 """Turn a folder of captioned videos and images into WebDataset shards.
 
-    python -m data_tools.build_shards videos=DIR out=DIR [captions=FILE] [shard_size=256] [workers=null]
+    python -m data_tools.build_shards videos=DIR out=DIR [captions=FILE|FOLDER|none] [columns=file:NAME,caption:NAME]
+        [root=FOLDER] [encoding=utf-8] [validation=0] [source=file] [update=false] [shard_size=256] [workers=null]
         [probe=frame]
 
-Captions come from a table (`captions=`: .csv, .tsv or .jsonl with a file and a caption column; other columns are kept)
-or from `NAME.txt` beside `NAME.mp4`. Media bytes are copied as they are. Of every file the first
-frame is decoded before it is accepted (`probe=packets`: its headers are read only); what is refused stands in
-`refused.jsonl` with its reason. `shard_size` is in MiB. Names that begin with a dot
-are left out. Give the same command again to go on after an interruption, or to append files added since;
-`build.jsonl` records what is in which shard.
+Captions come from a table (`captions=`: CSV, TSV, JSON, JSON lines, Parquet; other columns are kept as fields), from a
+folder of texts, or from what lies beside `NAME.mp4`: `NAME.txt`, `NAME.mp4.txt`, `NAME.json`. Columns are known by
+their usual names, or told: `columns=file:clip,caption:short+long,start:from,end:to`. `root` is what stood for `videos=`
+where the table was written, `encoding` that of texts which aren't UTF-8. Several rows of a file are several captions,
+one of which is drawn for each visit; rows with a start and an end (seconds) are clips of their own. With
+`captions=none` samples have none: an autoencoder can be trained on them.
+
+`validation=0.05` keeps a twentieth of the sources in OUT/validation: all clips of a file (`source=folder`: of a folder;
+`source=NAME`: of a value of that column) go to one side, and stay there.
+
+Media bytes are copied as they are. Of every file the first frame is decoded before it is accepted (`probe=packets`: its
+headers are read only); what is refused stands in `refused.jsonl` with its reason. `shard_size` is in MiB. Names that
+begin with a dot are left out. Give the same command again to go on after an interruption, or to append files added
+since; `build.jsonl` records what is in which shard. Captions and videos that were changed are noticed; `update=true`
+writes their shards anew.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from data_tools.captions import Refused, Row, match, read_sidecar, read_table, row_json
+from data_tools.candidates import NONE, Candidate, CaptionOptions, Refusals, file_of, find_candidates, say
+from data_tools.captions import Refused
+from data_tools.changes import find_changes, rewrite
+from data_tools.columns import Columns
+from data_tools.media_files import Media, digest, extension_of, find_media, hash_of, key_of, media_extension
 from data_tools.progress import progress
-from data_tools.shard_writer import Journal, ShardWriter
+from data_tools.shard_writer import Journal, Mark, Members, ShardWriter
+from data_tools.tables import check_encoding
 from sora_train.config.schema import Probe
 from sora_train.core.cli import InputError, options, run
 from sora_train.data.read.decode import IMAGES, VIDEOS, DecodeError
 from sora_train.data.read.pool import Pool
+
+VALIDATION = "validation"  # folder of shards that are held out
 
 
 @dataclass
@@ -41,86 +56,57 @@ class Options:
     videos: str = ""
     out: str = ""
     captions: str | None = None
+    columns: str | None = None
+    root: str | None = None
+    encoding: str | None = None
+    validation: float = 0.0  # share of the sources
+    source: str = "file"
+    update: bool = False
     shard_size: float = 256.0  # MiB
     workers: int | None = None
     probe: Probe = Probe.frame  # here what is refused can still be seen to
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A media file with a caption, not decoded yet: its path relative to the folder, and its text member."""
-
-    file: str
-    text_extension: str  # txt or json
-    text: bytes
-
-
-class Refusals:
-    """Everything that was left out and why; each is printed as it comes."""
-
-    def __init__(self) -> None:
-        self.entries: list[dict[str, str]] = []
-
-    def add(self, file: str, reason: Refused) -> None:
-        """Take down one refusal."""
-        self.entries.append({"file": file, "reason": reason.kind, "detail": reason.detail})
-        print(f"refused: {file}: {reason}".encode("utf-8", "backslashreplace").decode(), flush=True)
-
-    def write(self, path: Path) -> None:
-        """Write one JSON object per refusal, replacing an earlier list."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
-        temporary.replace(path)
-
-    def __str__(self) -> str:
-        counts = Counter(entry["reason"] for entry in self.entries)
-        return f"{len(self.entries)} refused" + "".join(f", {n} {kind}" for kind, n in counts.most_common())
 
 
 def main() -> int:
     """Build the shards that the command line describes."""
     asked = options(Options, __doc__)
     folder, out = _checked(asked)
-    files = find_media(folder)
-    if not files:
-        raise InputError(f"no video or image in {folder}; looked for {', '.join(VIDEOS + IMAGES)}")
+    media = find_media(folder)
+    if not media.files:
+        raise InputError("; ".join([f"no video or image in {folder}; looked for {', '.join(VIDEOS + IMAGES)}",
+                                    *media.passed_over()]))  # fmt: skip
+    captions = CaptionOptions(asked.captions, Columns.parse(asked.columns), asked.encoding, asked.root)
     refusals = Refusals()
-    rows = _rows(asked.captions, files, folder, refusals)
+    candidates = find_candidates(folder, media, captions, refusals)
     limit = int(asked.shard_size * 2**20)
-    journal = Journal(out, {"videos": str(folder.resolve()), "shard_size": limit})
-    pending = _candidates(folder, files, rows, journal.files, refusals)
-    workers = asked.workers or os.cpu_count() or 1
-    verdicts = _probe_all([folder / candidate.file for candidate in pending], workers, asked.probe)
-    added = _build(folder, pending, verdicts, ShardWriter(journal, limit), refusals)
+    made_with = {"videos": str(folder.resolve()), "shard_size": limit, "validation": asked.validation}
+    journal = Journal(out, made_with | ({"source": asked.source} if asked.validation else {}))
+    changed = find_changes(journal, folder, candidates)
+    if changed and not asked.update:
+        raise InputError(f"{changed}: give update=true to write their shards in {out} anew, or choose another out=")
+    done = journal.samples
+    held_out = _split(journal, candidates, asked)
+    pending = _without_copies(folder, media, [c for c in candidates if c.name not in done], done, refusals)
+    builder = Builder(folder, asked.workers or os.cpu_count() or 1, asked.probe, refusals)
+    rewrite(journal, changed, lambda again: builder.build(again, "reading what changed"))
+    added = _write(journal, limit, builder.build(pending, "building shards"), held_out)
     refusals.write(out / "refused.jsonl")
-    if not journal.files:
-        raise InputError(f"none of the {len(files)} files in {folder} can be used; {out / 'refused.jsonl'} says why")
-    total = f"{len(journal.files)} samples in {len(journal.shards)} shards; {refusals}"
-    print(f"{out}: {added} samples added, {total}" if added else f"{out}: nothing to add, {total}")
+    if not journal.samples:
+        raise InputError(
+            f"none of the {len(media.files)} files in {folder} can be used; {out / 'refused.jsonl'} says why"
+        )
+    _report(out, journal, added, changed.done(), refusals)
     return 0
 
 
-def find_media(folder: Path) -> list[str]:
-    """Relative paths of all videos and images below a folder, sorted; links are followed, once per directory."""
-    found: list[str] = []
-    seen: set[str] = set()
-    for root, directories, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        directories[:] = [] if real in seen else sorted(d for d in directories if not d.startswith("."))
-        if real not in seen:
-            found += [
-                (Path(root) / name).relative_to(folder).as_posix()
-                for name in names
-                if not name.startswith(".") and _extension(name) in VIDEOS + IMAGES
-            ]
-        seen.add(real)
-    return sorted(found)
-
-
-def key_of(file: str) -> str:
-    """The sample key of a relative path: readable, safe in any tar, the same in every run, one per path."""
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", str(PurePosixPath(file).with_suffix("")))[-60:].strip("_")
-    return f"{readable or 'sample'}-{hashlib.sha256(os.fsencode(file)).hexdigest()[:10]}"
+def _report(out: Path, journal: Journal, added: int, updated: str, refusals: Refusals) -> None:
+    total = f"{len(journal.samples)} samples in {len(journal.shards)} shards; {refusals}"
+    say(f"{out}: {f'{added} samples added' if added else 'nothing to add'}{updated}, {total}")
+    held = {name: samples for name, samples in journal.shards.items() if Path(name).parent.name == VALIDATION}
+    if "below" in journal.notes:
+        count = sum(map(len, held.values()))
+        say(f"{count} of {len(journal.samples)} samples are held out: data.sources.NAME.shards=[{out}/shard-*.tar] "
+            f"data.validation=[{out}/{VALIDATION}/shard-*.tar]")  # fmt: skip
 
 
 def _checked(asked: Options) -> tuple[Path, Path]:
@@ -129,126 +115,132 @@ def _checked(asked: Options) -> tuple[Path, Path]:
         raise InputError(f"missing: {', '.join(missing)}; --help shows what they mean")
     if asked.shard_size <= 0 or (asked.workers or 1) < 1:
         raise InputError("shard_size must be above 0 and workers at least 1")
+    if not 0 <= asked.validation < 1:
+        raise InputError(f"validation={asked.validation:g} must be a share of the sources: 0, or below 1")
+    check_encoding(asked.encoding)
     folder, out = Path(asked.videos), Path(asked.out)
     if not folder.is_dir():
         raise InputError(f"videos={folder} is {'not a folder' if folder.exists() else 'not there'}")
-    if asked.captions and not Path(asked.captions).is_file():
-        raise InputError(f"captions={asked.captions} is not a file")
+    if asked.captions and asked.captions != NONE and not Path(asked.captions).is_file() | Path(asked.captions).is_dir():
+        raise InputError(f"captions={asked.captions} is not a file, a folder of texts, or {NONE}")
     return folder, out
 
 
-def _rows(captions: str | None, files: list[str], folder: Path, refusals: Refusals) -> dict[str, Row]:
-    """The table's row for each file that has one; empty without a table."""
-    if not captions:
-        return {}
-    rows, bad = read_table(Path(captions))
-    matched, unmatched = match(rows, files, folder)
-    for name, reason in bad + unmatched:
-        refusals.add(name, reason)
-    return matched
+def _split(journal: Journal, candidates: Sequence[Candidate], asked: Options) -> Any:
+    """A function that tells whether a candidate is held out.
+
+    It is where the hash of its source is below a limit, which the first run sets to hold out the share asked for, and
+    later runs take from the journal: no source changes sides when files are added.
+    """
+    if not asked.validation:
+        return lambda candidate: False
+    if asked.source not in ("file", "folder") and not any(asked.source in c.fields for c in candidates):
+        known = sorted({name for c in candidates for name in c.fields} - {"caption", "captions"})
+        raise InputError(f"source={asked.source} is no column of the table; file, folder, or one of {known}")
+
+    def place(candidate: Candidate) -> str:
+        return hashlib.sha256(os.fsencode(candidate.group(asked.source))).hexdigest()
+
+    if "below" not in journal.notes:
+        places = sorted({place(candidate) for candidate in candidates})
+        count = min(max(1, round(asked.validation * len(places))), len(places) - 1)
+        if count < 1:
+            raise InputError(
+                f"validation={asked.validation:g} can't split {len(places)} source(s); set source= or leave it"
+            )
+        journal.note("below", places[count])
+    below = journal.notes["below"]
+    return lambda candidate: place(candidate) < below
 
 
-def _candidates(
-    folder: Path, files: list[str], rows: dict[str, Row], done: dict[str, str], refusals: Refusals
+def _without_copies(
+    folder: Path, media: Media, candidates: list[Candidate], done: dict[str, Mark], refusals: Refusals
 ) -> list[Candidate]:
-    """The files to decode, in order: readable, captioned, in no shard yet, and no copy of another."""
-    candidates = []
-    for file in files:
-        if file not in done:
-            try:
-                candidates.append(_candidate(folder, file, rows.get(file)))
-            except Refused as reason:
-                refusals.add(file, reason)
-    copies = _copies(folder, [f for f in files if f in done and (folder / f).is_file()] + [c.file for c in candidates])
-    for candidate in candidates:
-        if candidate.file in copies:
-            refusals.add(candidate.file, Refused("duplicate", f"the same bytes as {copies[candidate.file]}"))
+    """The candidates but those whose file has the bytes of an earlier one, or of one that is in a shard."""
+    in_shards = {file_of(name) for name in done} & set(media.files)
+    order = dict.fromkeys([*sorted(in_shards), *(candidate.file for candidate in candidates)])
+    copies = _copies(folder, list(order))
+    for file in dict.fromkeys(c.file for c in candidates if c.file in copies):
+        refusals.add(file, Refused("duplicate", f"the same bytes as {copies[file]}"))
     return [candidate for candidate in candidates if candidate.file not in copies]
-
-
-def _candidate(folder: Path, file: str, row: Row | None) -> Candidate:
-    path = folder / file
-    try:
-        with path.open("rb") as media:
-            if not media.read(1):
-                raise Refused("empty file")
-    except OSError as error:
-        raise Refused("unreadable", error.strerror or str(error)) from error
-    if row is not None:
-        fields = row_json(row)
-        if set(fields) != {"caption"}:
-            return Candidate(file, "json", json.dumps(fields).encode())
-        return Candidate(file, "txt", fields["caption"].encode())
-    text = read_sidecar(path)
-    if text is None:
-        raise Refused("no caption", f"no row in captions= and no {path.with_suffix('.txt').name}")
-    return Candidate(file, "txt", text.encode())
 
 
 def _copies(folder: Path, files: list[str]) -> dict[str, str]:
     """Files whose bytes are those of an earlier one in the list, with that one. Only equal sizes are compared."""
-    by_size: dict[tuple[str, int], list[str]] = {}
+    by_size: dict[tuple[str | None, int], list[str]] = {}
     for file in files:
-        by_size.setdefault((_extension(file), (folder / file).stat().st_size), []).append(file)
+        by_size.setdefault((media_extension(file), (folder / file).stat().st_size), []).append(file)
     copies: dict[str, str] = {}
     for group in by_size.values():
-        first: dict[bytes, str] = {}
+        first: dict[str, str] = {}
         for file in group if len(group) > 1 else []:
-            with (folder / file).open("rb") as media:
-                digest = hashlib.file_digest(media, "sha256").digest()
-            if first.setdefault(digest, file) != file:
-                copies[file] = first[digest]
+            hashed = hash_of(folder / file)
+            if first.setdefault(hashed, file) != file:
+                copies[file] = first[hashed]
     return copies
 
 
-def _build(
-    folder: Path,
-    pending: list[Candidate],
-    verdicts: Iterator[Refused | None],
-    writer: ShardWriter,
-    refusals: Refusals,
+class Builder:
+    """Makes the members of samples: probes their media, and reads those that can be used."""
+
+    def __init__(self, folder: Path, workers: int, probe: Probe, refusals: Refusals) -> None:
+        self.folder, self.workers, self.probe, self.refusals = folder, workers, probe, refusals
+
+    def build(self, candidates: list[Candidate], what: str) -> Iterator[tuple[Candidate, tuple[Mark, Members]]]:
+        """The candidates that can be used, in order, each with its mark and members; refuses the others."""
+        if not candidates:
+            return
+        verdicts = self._probe_all([self.folder / candidate.file for candidate in candidates])
+        with progress(len(candidates), what) as advance:
+            for candidate, refused in zip(candidates, verdicts, strict=True):
+                try:
+                    if refused:
+                        raise refused
+                    yield candidate, self._members(candidate)
+                except OSError as error:
+                    self.refusals.add(candidate.name, Refused("unreadable", error.strerror or str(error)))
+                except Refused as reason:
+                    self.refusals.add(candidate.name, reason)
+                advance(1)
+
+    def _members(self, candidate: Candidate) -> tuple[Mark, Members]:
+        if candidate.part is not None:
+            raise Refused("part", "start and end of a row: cut the file first")
+        path = self.folder / candidate.file
+        stat = path.stat()
+        data = path.read_bytes()
+        mark = Mark(len(data), stat.st_mtime_ns, digest(data), digest(candidate.text) if candidate.extension else "")
+        text = [(candidate.extension, candidate.text)] if candidate.extension else []
+        return mark, [(media_extension(candidate.file) or "", data), *text]
+
+    def _probe_all(self, paths: list[Path]) -> Iterator[Refused | None]:
+        """Probe files side by side; for each, in order, why it can't be used, or None. One that hangs is given up."""
+        kinds = {"not_a_video": "not a video", "empty": "empty file", "missing": "unreadable"}
+        with Pool(self.workers) as pool:
+            waiting: deque[Future[dict[str, Any]]] = deque()
+            rest = iter(paths)
+            for _ in paths:
+                for path in islice(rest, 8 * self.workers - len(waiting)):
+                    waiting.append(pool.probe(str(path), extension_of(path.name), pixels=self.probe is Probe.frame))
+                try:
+                    waiting.popleft().result()
+                    yield None
+                except DecodeError as error:
+                    yield Refused(kinds.get(error.cause, "undecodable"), str(error))
+
+
+def _write(
+    journal: Journal, limit: int, samples: Iterator[tuple[Candidate, tuple[Mark, Members]]], held_out: Any
 ) -> int:
-    """Write the candidates that can be used, and return their number."""
+    """Write samples into shards of their side, and return their number."""
+    writers = {False: ShardWriter(journal, limit), True: ShardWriter(journal, limit, VALIDATION)}
     added = 0
-    if not pending:
-        return added
-    with progress(len(pending), "building shards") as advance:
-        for candidate, refused in zip(pending, verdicts, strict=True):
-            try:
-                if refused:
-                    raise refused
-                data = (folder / candidate.file).read_bytes()
-                extension = _extension(candidate.file).replace("jpeg", "jpg")
-                members = ((extension, data), (candidate.text_extension, candidate.text))
-                writer.add(key_of(candidate.file), candidate.file, members)
-                added += 1
-            except OSError as error:
-                refusals.add(candidate.file, Refused("unreadable", error.strerror or str(error)))
-            except Refused as reason:
-                refusals.add(candidate.file, reason)
-            advance(1)
-    writer.close()
+    for candidate, (mark, members) in samples:
+        writers[held_out(candidate)].add(key_of(candidate.name), candidate.name, mark, members)
+        added += 1
+    for writer in writers.values():
+        writer.close()
     return added
-
-
-def _probe_all(paths: list[Path], workers: int, probe: Probe) -> Iterator[Refused | None]:
-    """Probe files side by side; for each, in order, why it can't be used, or None. A file that hangs is given up."""
-    kinds = {"not_a_video": "not a video", "empty": "empty file", "missing": "unreadable"}
-    with Pool(workers) as pool:
-        waiting: deque[Future[dict[str, Any]]] = deque()
-        rest = iter(paths)
-        for _ in paths:
-            for path in islice(rest, 8 * workers - len(waiting)):
-                waiting.append(pool.probe(str(path), _extension(path.name), pixels=probe is Probe.frame))
-            try:
-                waiting.popleft().result()
-                yield None
-            except DecodeError as error:
-                yield Refused(kinds.get(error.cause, "undecodable"), str(error))
-
-
-def _extension(name: str) -> str:
-    return PurePosixPath(name).suffix[1:].lower()
 
 
 if __name__ == "__main__":

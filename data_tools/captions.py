@@ -1,22 +1,25 @@
-"""Captions for a folder of media: from `NAME.txt` beside a file, or from a table (CSV, TSV, JSONL) with a row each."""
+"""Captions for a folder of media: from a table with a row for each, a folder of texts, or sidecars beside the files."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import posixpath
-import unicodedata
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from data_tools.columns import Columns
+from data_tools.tables import Record, decoded, read_records
 from sora_train.core.cli import InputError
+from sora_train.data.index.captions import caption_text, has_captions, is_missing, named_captions, with_captions
+from sora_train.data.read.decode import DecodeError
 
-FILE_COLUMNS = ("file", "path", "video", "filename")
-TEXT_COLUMNS = ("caption", "text", "captions")
-MAX_FIELD = 1 << 20  # characters of one table cell
+SIDECARS = ("txt", "caption", "json")  # extensions of the texts beside a file, in order of preference
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder as Hugging Face has them
+_KINDS = {"no_caption": "empty caption", "caption_not_utf8": "caption not UTF-8", "caption_type": "caption not text"}
+_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 
 
 class Refused(Exception):
@@ -26,170 +29,205 @@ class Refused(Exception):
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind, self.detail = kind, detail
 
+    @staticmethod
+    def of(error: DecodeError, where: str = "") -> Refused:
+        """The refusal of a caption by the rules that hold in shards."""
+        kind = _KINDS.get(error.cause, error.cause.replace("_", " "))
+        return Refused(kind, where + ("" if error.detail == "the caption is empty" else error.detail))
+
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a caption table: its number (the first line is 1), its file as written, and its fields."""
+    """One row of a caption table: its number (the first line is 1), its file as written, and what it says of it."""
 
     number: int
     file: str
-    caption: Any  # text as found, or a map of name to text
+    captions: dict[str, str] | Refused  # by name, or what is wrong with them
     fields: dict[str, Any]  # whatever else the row holds
+    part: tuple[float, float] | None = None  # seconds of the file that it is about
 
 
-def read_sidecar(path: Path) -> str | None:
-    """The caption in `NAME.txt` beside a media file, None if there is none. Raises Refused if it can't be used."""
-    try:
-        data = path.with_suffix(".txt").read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise Refused("unreadable", f"caption: {error.strerror}") from error
-    return caption_text(data)
+Bad = list[tuple[str, Refused]]  # what can't be used, each with a name for it
 
 
-def caption_text(data: bytes) -> str:
-    """Decode and trim one caption. Raises Refused if it isn't UTF-8 (with the position of the byte) or is empty."""
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff").strip()
-    except UnicodeDecodeError as error:
-        raise Refused("caption not UTF-8", f"byte 0x{data[error.start]:02x} at position {error.start}") from error
-    if not text:
-        raise Refused("empty caption")
-    return text
+@dataclass(frozen=True)
+class CaptionTable:
+    """The rows of a table, what is wrong with the others, and a line on which column was taken for what."""
+
+    rows: list[Row]
+    bad: Bad
+    said: str
 
 
-def row_json(row: Row) -> dict[str, Any]:
-    """What stands in a sample's json for a table row: `caption` or `captions`, then the other fields.
-
-    Raises Refused if a caption is empty or not UTF-8.
-    """
-    if isinstance(row.caption, dict) and row.caption:
-        return {"captions": {str(k): _checked(v) for k, v in row.caption.items()}} | row.fields
-    return {"caption": _checked(row.caption)} | row.fields
-
-
-def read_table(path: Path) -> tuple[list[Row], list[tuple[str, Refused]]]:
-    """The rows of a caption table, and what is wrong with those that can't be used, each with a name for it.
+def read_table(path: Path, columns: Columns, encoding: str | None = None) -> CaptionTable:
+    """Read a caption table.
 
     Raises InputError if the file can't be read, is of another kind, or lacks the columns for file and caption.
     """
-    try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-    except OSError as error:
-        raise InputError(f"cannot read captions={path}: {error.strerror}") from error
-    kind = path.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        return _split(path, _csv_records(path, text))
-    if kind in (".jsonl", ".ndjson"):
-        return _split(path, _json_records(text))
-    raise InputError(f"captions={path} must be a .csv, .tsv or .jsonl file")
-
-
-def match(rows: Iterable[Row], files: list[str], folder: Path) -> tuple[dict[str, Row], list[tuple[str, Refused]]]:
-    """Which row belongs to which file (relative to `folder`), and the rows that belong to none.
-
-    A row names a file by its relative or absolute path, or by its bare name if only one file has that name.
-    """
-    by_path = {unicodedata.normalize("NFC", file): file for file in files}
-    by_name: dict[str, list[str]] = {}
-    for path, file in by_path.items():
-        by_name.setdefault(posixpath.basename(path), []).append(file)
-    found: dict[str, Row] = {}
-    refused: list[tuple[str, Refused]] = []
-    for row in rows:
-        name = _relative(row.file, folder)
-        candidates = [by_path[name]] if name in by_path else by_name.get(name, [])
-        if not candidates:
-            refused.append((row.file, Refused("caption without file", f"row {row.number}: there is no such file")))
-        elif len(candidates) > 1:
-            detail = f"row {row.number}: {len(candidates)} files have this name, such as {candidates[0]}"
-            refused.append((row.file, Refused("caption without file", detail)))
-        elif candidates[0] in found:
-            detail = f"row {row.number}: row {found[candidates[0]].number} is for the same file and is used"
-            refused.append((row.file, Refused("duplicate", detail)))
-        else:
-            found[candidates[0]] = row
-    return found, refused
-
-
-def _checked(caption: Any) -> str:
-    if caption is None:
-        raise Refused("empty caption")
-    if not isinstance(caption, str):
-        raise Refused("bad caption row", f"the caption is a {type(caption).__name__}, not text")
-    try:
-        return caption_text(caption.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError as error:
-        raise Refused("caption not UTF-8", f"half a surrogate pair at character {error.start}") from error
-
-
-def _relative(file: str, folder: Path) -> str:
-    """A row's file name as a normalised path relative to the folder."""
-    name = posixpath.normpath(file.strip().replace("\\", "/"))
-    for root in (folder, folder.resolve()):
-        name = name.removeprefix(f"{root}/") if posixpath.isabs(name) else name
-    return unicodedata.normalize("NFC", name)
-
-
-Records = list[tuple[int, dict[str, Any] | str]]  # row number, and the row, or what is wrong with it
-
-
-def _csv_records(path: Path, text: str) -> Records:
-    csv.field_size_limit(MAX_FIELD)
-    first_line = text.partition("\n")[0].strip()
-    for delimiter in (",", "\t", ";"):
-        header = next(csv.reader([first_line], delimiter=delimiter), [])
-        if _column(header, FILE_COLUMNS) and _column(header, TEXT_COLUMNS):
-            break
-    else:
-        shown = first_line[:80].encode("ascii", "backslashreplace").decode()
-        raise InputError(
-            f"captions={path}: the first line must name a column for the file ({'/'.join(FILE_COLUMNS)}) and one for"
-            f" the caption ({'/'.join(TEXT_COLUMNS[:2])}); it is {shown!r}"
-        )
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="")
-        return [(number, {k: v for k, v in row.items() if k}) for number, row in enumerate(reader, 2)]
-    except csv.Error as error:
-        raise InputError(f"captions={path}: line {reader.line_num}: {error}") from error
-
-
-def _json_records(text: str) -> Records:
-    records: Records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            records.append((number, f"row {number} is not JSON: {error}"))
-            continue
-        records.append((number, value if isinstance(value, dict) else f"row {number} is not a JSON object"))
-    return records
-
-
-def _split(path: Path, records: Records) -> tuple[list[Row], list[tuple[str, Refused]]]:
+    table = read_records(path, columns, encoding)
     rows: list[Row] = []
-    refused: list[tuple[str, Refused]] = []
-    for number, record in records:
-        if isinstance(record, str):
-            refused.append((path.name, Refused("bad caption row", record)))
-            continue
-        file, text = _column(record, FILE_COLUMNS), _column(record, TEXT_COLUMNS)
-        name = record.get(file or "")
-        if not isinstance(name, str) or not name.strip():
-            refused.append((path.name, Refused("bad caption row", f"row {number} names no file")))
-            continue
-        taken = {file, text, "caption", "captions"}  # a second caption column would hide the one that was chosen
-        fields = {key: value for key, value in record.items() if key not in taken}
-        rows.append(Row(number, name, record.get(text or ""), fields))
+    bad: Bad = []
+    for record in table.records:
+        try:
+            rows.append(_row(path, record, columns))
+        except Refused as reason:
+            bad.append((path.name, reason))
     if not rows:
-        raise InputError(f"captions={path} has no row with {'/'.join(FILE_COLUMNS)} and {'/'.join(TEXT_COLUMNS[:2])}")
-    return rows, refused
+        first = f"; the first: {bad[0][1].detail}" if bad else ""
+        raise InputError(
+            f"captions={path} has no row with a file and a caption; its columns are {table.columns}{first}"
+        )
+    chosen = columns.chosen(table.columns)
+    taken = {name for names in chosen.values() for name in names}
+    rest = [name for name in table.columns if name not in columns.special(table.columns)]
+    dropped = [name for name in table.columns if name not in taken and name not in rest]
+    said = ", ".join(f"{what} from {' and '.join(map(repr, names))}" for what, names in chosen.items())
+    kept = f"; kept as fields: {', '.join(rest)}" if rest else ""
+    kept += f"; left out: {', '.join(dropped)}" if dropped else ""
+    kept += f"; {table.unnamed} without a name left out" if table.unnamed else ""
+    return CaptionTable(rows, bad, f"captions={path}: {len(rows)} rows, {said}{kept}")
 
 
-def _column(names: Iterable[str], wanted: tuple[str, ...]) -> str | None:
-    """The first of the wanted columns that there is, whatever its case."""
-    found = {name.strip().lower(): name for name in reversed(list(names))}
-    return next((found[name] for name in wanted if name in found), None)
+class Names:
+    """Names of the files of one folder, found whatever their case."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._exact = set(names)
+        self._lower = {name.lower(): name for name in sorted(self._exact, reverse=True)}
+
+    def find(self, name: str) -> str | None:
+        """The file of that name, or else one that differs in case alone."""
+        return name if name in self._exact else self._lower.get(name.lower())
+
+
+def sidecar(path: Path, names: Names, encoding: str | None = None) -> dict[str, Any] | None:
+    """What stands beside a media file: its captions and fields as a sample's json has them, None if nothing does.
+
+    Texts are `NAME.mp4.txt` or `NAME.txt` (or `.caption`); a `NAME.json` may hold `caption`, `captions`, or fields
+    alone. Raises Refused for what can't be used.
+    """
+    texts: list[tuple[str, bytes]] = []
+    fields: dict[str, Any] = {}
+    for found in sidecars_of(path.name, names):
+        data = _bytes(path.with_name(found))
+        if found.lower().endswith(".json"):
+            fields = fields or _fields(data, found)
+        else:
+            texts.append((found, data))
+    try:
+        if has_captions(fields):
+            value = fields.get("captions") if has_captions({"captions": fields.get("captions")}) else fields["caption"]
+            captions = named_captions(value)
+        elif texts:
+            captions = {"": caption_text(_decoded(texts[0][1], encoding))}
+        else:
+            return None
+    except DecodeError as error:
+        raise Refused.of(error) from error
+    return with_captions(captions, {k: v for k, v in fields.items() if k not in ("caption", "captions")})
+
+
+def sidecars_of(name: str, names: Names) -> list[str]:
+    """Names of a file's sidecars, in order of preference: those of its full name first."""
+    stem = PurePath(name).stem
+    wanted = (f"{base}.{extension}" for base in (name, stem) for extension in SIDECARS)
+    return [found for one in wanted if (found := names.find(one)) is not None]
+
+
+def _row(path: Path, record: Record, columns: Columns) -> Row:
+    number, values = record
+    if isinstance(values, str):
+        raise Refused("bad caption row", values)
+    found = columns.of(values)
+    name = values.get(found["file"][0]) if "file" in found else None
+    if not isinstance(name, str) or not name.strip():
+        raise Refused("bad caption row", f"row {number} names no file")
+    special = columns.special(values)
+    fields = {key: None if is_missing(value) else value for key, value in values.items() if key not in special}
+    captions: dict[str, str] | Refused
+    try:
+        texts = {column: values.get(column) for column in found.get("caption", ())}
+        value = next(iter(texts.values()), None) if len(texts) == 1 else texts
+        _check_utf8(values, found.get("caption", ()))
+        captions = named_captions(value)
+    except DecodeError as error:
+        captions = Refused.of(error)
+    except Refused as reason:
+        captions = reason
+    try:
+        part = _part(values, found)
+    except ValueError as error:
+        captions, part = Refused("bad caption row", f"row {number}: {error}"), None
+    return Row(number, name, captions, fields, part)
+
+
+def _check_utf8(values: Mapping[str, Any], captions: tuple[str, ...]) -> None:
+    """Raise Refused for bytes that aren't text of the table's encoding, and stand for it as lone surrogates."""
+    for column in (*captions, *values):
+        value = values.get(column)
+        text = value if isinstance(value, str) else ""
+        at = next((place for place, character in enumerate(text) if "\udc80" <= character <= "\udcff"), None)
+        if at is not None:
+            where = f"byte 0x{ord(text[at]) - 0xDC00:02x} at position {at}"
+            if column in captions:
+                raise Refused("caption not UTF-8", f"{where}; encoding=... says what the table is")
+            raise Refused("row not UTF-8", f"{where} of column {column!r}; encoding=... says what the table is")
+
+
+def _part(values: Mapping[str, Any], found: Mapping[str, tuple[str, ...]]) -> tuple[float, float] | None:
+    """Seconds from and to which a row is about its file; raises ValueError for what is no time."""
+    if "start" not in found and "end" not in found:
+        return None
+    ends = [_seconds(values.get(found[what][0])) if what in found else None for what in ("start", "end")]
+    if ends == [None, None]:
+        return None
+    start, end = 0.0 if ends[0] is None else ends[0], math.inf if ends[1] is None else ends[1]
+    if not 0 <= start < end:
+        raise ValueError(f"it goes from {start:g} s to {end:g} s")
+    return start, end
+
+
+def _seconds(value: Any) -> float | None:
+    """A time as a number of seconds, or as [hours:]minutes:seconds."""
+    if is_missing(value) or (isinstance(value, str) and value.strip().lower() in ("", "nan", "null", "none")):
+        return None
+    clock = _CLOCK.fullmatch(value.strip()) if isinstance(value, str) else None
+    try:
+        seconds = (
+            sum(float(p or 0) * f for p, f in zip(clock.groups(), (3600, 60, 1), strict=True))
+            if clock
+            else float(value)
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(value)[:40]!r} is no time in seconds") from error
+    if not math.isfinite(seconds):
+        raise ValueError(f"{str(value)[:40]!r} is no time in seconds")
+    return seconds
+
+
+def _bytes(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise Refused("unreadable", f"caption: {path.name} is not a file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Refused("unreadable", f"caption: {error.strerror}") from error
+
+
+def _decoded(data: bytes, encoding: str | None) -> str:
+    try:
+        text = decoded(data, encoding)
+    except UnicodeDecodeError as error:
+        raise Refused("caption not UTF-8", f"byte 0x{data[error.start]:02x} at position {error.start}") from error
+    _check_utf8({"caption": text}, ("caption",))
+    return text
+
+
+def _fields(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(decoded(data))
+    except (ValueError, RecursionError) as error:
+        raise Refused("bad caption", f"{name} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise Refused("bad caption", f"{name} is not a JSON object")
+    return {key: None if is_missing(value) else value for key, value in fields.items()}

@@ -5,16 +5,19 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from sora_train.config.schema import Config
 from sora_train.data.index.index import Index
+from sora_train.data.left_out import left_out as warnings
 from sora_train.data.order.balance import packed
 from sora_train.data.order.curriculum import build_stages
 from sora_train.data.order.plan import Plan, Slots
 from sora_train.data.order.selection import Selection
-from sora_train.methods.build import plan_inputs
+from sora_train.data.shards import plan_inputs
+from sora_train.encoding.captions import count_tokens
 
 _SHOWN = 16  # slots of the step that is drawn
 _NAMED = 6  # keys that stand for all that a filter leaves out
@@ -25,6 +28,8 @@ def report(config: Config, index: Index, source_of: list[str], filters: list[str
     inputs = plan_inputs(config, filters, config.flow.tasks)
     parts = ["<h2>What this configuration leaves out</h2>", left_out(index, source_of, filters)]
     stages = build_stages(index, source_of, config.data, inputs)
+    cut = warnings(config, stages, partial(count_tokens, config))
+    parts += [f"<p class=bad>{html.escape(line)}</p>" for line in cut]
     for number, plan in enumerate(stages.plans):
         until = f", until step {stages.ends[number]:,}" if number < len(stages.ends) else ""
         of = f" in stage {number + 1} of {len(stages.plans)}{until}" if len(stages.plans) > 1 else ""

@@ -17,10 +17,9 @@ that a stopped command goes on where it was. What couldn't be decoded stands in 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,49 +28,50 @@ import torch
 import webdataset as wds
 
 from sora_train.config.hydra import run_hydra
-from sora_train.config.schema import Config, Method
+from sora_train.config.registry import METHODS
+from sora_train.config.schema import Config
 from sora_train.core.batch import Refusal, Visit
-from sora_train.core.cli import InputError, nearest, run
+from sora_train.core.cli import InputError, choice, options_and_overrides, run
 from sora_train.core.pixels import to_video
 from sora_train.core.world import from_environment
 from sora_train.data.index.index import Index, index_shards, load_index
+from sora_train.data.index.side_tables import SideTables
 from sora_train.data.index.tar import Member, walk
 from sora_train.data.latents import texts_to_bytes, to_bytes
 from sora_train.data.loader import refusal
+from sora_train.data.order.filters import Filter
 from sora_train.data.order.plan import PlanInputs
 from sora_train.data.order.selection import Selection
 from sora_train.data.order.times import source_frames
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.encoded import DTYPES, LATENT, TEXT, header, made_with
 from sora_train.data.read.pool import Pool
-from sora_train.generation.sampler import FrozenVae, tokenizer
-from sora_train.methods.build import Shards, plan_inputs
+from sora_train.data.shards import Shards, plan_inputs
+from sora_train.encoding.captions import tokenizer
+from sora_train.encoding.vae import FrozenVae
 
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _AHEAD = 64  # clips that are decoded while others are encoded
 _HEAD = 1 << 20  # bytes that a header is looked for in
 
 
+@dataclass
+class Options:
+    """What the command takes beside the configuration."""
+
+    out: str
+    dtype: str = choice(tuple(_STORED), "fp32")
+
+
 def main() -> int:
     """Encode what the command line says."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    own = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in ("out", "dtype"))
-    sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in ("out", "dtype")]
-    dtype = own.get("dtype", "fp32")
-    if not own.get("out"):
-        raise InputError("give out=FOLDER; --help shows the rest")
-    if dtype not in _STORED:
-        raise InputError(f"dtype={dtype}; {nearest(dtype, list(_STORED))}")
-    if not any(argument.startswith("run_dir=") for argument in sys.argv[1:]):
-        sys.argv.append("run_dir=runs/encoded")  # nothing is written there
-    return run_hydra(lambda config: encode(config, Path(own["out"]), dtype))
+    o = options_and_overrides(Options, __doc__, "runs/encoded")
+    return run_hydra(lambda config: encode(config, Path(o.out), o.dtype))
 
 
 def encode(config: Config, out: Path, dtype: str) -> int:
     """Encode this process's share of a configuration's shards: under torchrun each rank takes every so-many-th."""
-    if config.method is Method.autoencoder:
+    if not METHODS.get(config.method).reads_latents:
         raise InputError("an autoencoder learns from pixels; give the experiment of the video model")
     if config.data.stages:
         raise InputError("data.stages ask for several sizes; encode each by itself, with data.stages=[] and its sizes")
@@ -105,15 +105,17 @@ class Encoder:
 
     def __init__(self, config: Config, device: torch.device, dtype: str, pool: Pool, shards: Shards) -> None:
         self.config, self.dtype, self.pool, self.shards = config, dtype, pool, shards
-        self.vae = FrozenVae(config.vae, device)
+        self.vae = FrozenVae.load(config.vae, device)
         frozen = config.text_encoder.path is not None
         self.embed: Callable[[Sequence[str]], Any] | None = tokenizer(config, device) if frozen else None
+        self.tables = SideTables(config.data.side_tables, shards.store)
         self.made_with = json.dumps(made_with(config), sort_keys=True)
 
     def shard(self, shard: str, text_filter: str, path: Path) -> str:
         """Encode one shard, unless it is there; returns a line on it. InputError if another's latents are there."""
-        index_shards([shard], self.config.data.workers, self.shards.store, self.shards.limits)
+        index_shards([shard], self.config.data.workers, self.shards.store, self.shards.wanted.limits)
         index = load_index([shard], self.shards.store, allow_empty=True)
+        index = self.tables.join(index, asked=Filter(text_filter).columns)
         if index.encoded() - {""}:
             raise InputError(f"{shard} holds latents already")
         about = {"made_with": self.made_with, "source": f"{index.fingerprint[:16]} {text_filter}"}
@@ -155,14 +157,15 @@ class Encoder:
         self, index: Index, visit: Visit, frames_THWC: np.ndarray, about: dict[str, str]
     ) -> list[tuple[str, bytes]]:
         """The members of one clip, encoded by itself: what it is encoded beside must not show."""
-        captions, fields = index.captions(visit.sample)
+        captions, named = index.captions(visit.sample)
+        fields = index.fields(visit.sample) | (named or {"caption": captions[0]})
         size = "x".join(map(str, visit.size))
         latents = self.vae.encode(to_video(frames_THWC).transpose(0, 1).unsqueeze(0))[0].to(_STORED[self.dtype])
         members = [(LATENT, to_bytes(latents, about | {"size": size, "fps": repr(visit.fps)}))]
         if self.embed is not None:
             rows = [self.embed([text])[0] for text in (*captions, "")]
             members.append((TEXT, texts_to_bytes(rows, self.config.text_encoder.pad_to)))
-        return [*members, ("json", json.dumps(fields or {"caption": captions[0]}, ensure_ascii=False).encode())]
+        return [*members, ("json", json.dumps(fields).encode())]
 
     def _is_there(self, path: Path, about: dict[str, str]) -> bool:
         """Whether a shard stands there with a sample that was made the same; raises InputError for another one."""

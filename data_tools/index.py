@@ -1,63 +1,79 @@
 """Index shards: Parquet beside each, with every sample's place in the tar, size, frames and checksum.
 
-    python -m data_tools.index SHARD [SHARD ...] [probe=packets] [workers=null]
+    python -m data_tools.index SHARD [SHARD ...] [probe=packets] [workers=null] [upload=true]
 
-    python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER
+    python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER [side_table=FILES ...]
 
 Shards are paths, globs ('data/*.tar'), brace ranges ('{000..012}.tar') or URLs (https, s3, gs, hf). Those whose index
 is current are left as they are, so that an interrupted command goes on where it was. Of every video and image the
 frames are counted, the headers read and the checksum taken; `probe=frame` also decodes each video's first frame and
 each image: it takes several times longer, and finds some of the damage that training would leave out and count.
 
-The index of a remote shard stands in the node's cache; upload it beside the shard, and other nodes take it from there.
+The index of a remote shard stands in the node's cache. With `upload=true` it is written beside the shard too (s3, gs,
+hf), and every other node takes it from there.
 With `consolidate` the columns that plans and filters need are also written to one memory-mapped index (19 bytes a
-sample) for data.index=FOLDER; name the shards in the order in which data.sources does.
+sample) for data.index=FOLDER; name the shards in the order in which data.sources does. Each entry of data.side_tables
+is given as a side_table= of its own; its numbers are written too (8 bytes a sample each), its text is not.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
+from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
 from data_tools.progress import progress
 from sora_train.config.schema import DataConfig, Probe
-from sora_train.core.cli import InputError, run
+from sora_train.core.cli import InputError, number, options_and_paths, run
 from sora_train.data.index.consolidated import consolidate
-from sora_train.data.index.index import expand, index_path, index_shards
-from sora_train.data.read.store import Store
+from sora_train.data.index.index import expand, ignored_fields, index_path, index_shards, upload_index
+from sora_train.data.read.store import Store, scheme
+
+
+@dataclass
+class Options:
+    """What the command takes beside shards."""
+
+    consolidate: str | None = None
+    side_table: list[str] = number([])
+    probe: Probe = Probe.packets
+    workers: int | None = number(None, least=1)
+    upload: bool = False
 
 
 def main() -> int:
     """Index the shards named on the command line and print one line for each."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    names = ("consolidate", "probe", "workers")
-    given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in names)
-    patterns = [a for a in sys.argv[1:] if a.partition("=")[0] not in names]
+    o, patterns = options_and_paths(Options, __doc__)
     if not patterns:
         raise InputError("no shard given; --help shows how to name them")
-    probe, workers = given.get("probe", Probe.packets.value), given.get("workers", "null")
-    if probe not in {p.value for p in Probe} or (workers != "null" and not workers.isdecimal()) or workers == "0":
-        raise InputError(f"probe={probe} must be packets or frame, workers={workers} a number above 0 or null")
+    if o.side_table and o.consolidate is None:
+        raise InputError(
+            "side_table= is for consolidate=FOLDER; without data.index a run reads data.side_tables itself"
+        )
     store = Store.of(DataConfig())
     shards = expand(patterns, store)
-    index_shards(shards, None if workers == "null" else int(workers), store, probe=Probe(probe))
+    index_shards(shards, o.workers, store, probe=o.probe)
     for shard in shards:
         print(_summary(shard, store))
-    if "consolidate" in given:
+        if o.upload and scheme(shard) is not None:
+            upload_index(shard, store)
+    if o.consolidate is not None:
         with progress(len(shards), "consolidating shards") as advance:
-            count = consolidate(shards, given["consolidate"], advance, store)
-        print(f"{given['consolidate']}: {count} samples of {len(shards)} shard(s)")
+            count = consolidate(shards, o.consolidate, advance, store, o.side_table)
+        print(f"{o.consolidate}: {count} samples of {len(shards)} shard(s)")
     return 0
 
 
 def _summary(shard: str, store: Store) -> str:
-    causes = Counter(pq.read_table(index_path(shard, store), columns=["refused"])["refused"].to_pylist())
+    rows = pq.read_table(index_path(shard, store), columns=["refused", "frames"])
+    causes = Counter(rows["refused"].to_pylist())
     usable = causes.pop("", 0)
     refused = f"{causes.total()} refused" + "".join(f", {n} {cause}" for cause, n in causes.most_common())
+    uncaptioned = sum(frames > 0 for frames in rows["frames"].to_pylist()) - usable
+    refused += f" ({uncaptioned} of them of use to an autoencoder)" if uncaptioned else ""
+    ignored = ", ".join(f"{name} ({why})" for name, why in ignored_fields(shard, store).items())
+    refused += f"; fields that are no columns: {ignored}" if ignored else ""
     return f"{shard}: {usable} samples, {store.size(shard):,} bytes, {refused}"
 
 

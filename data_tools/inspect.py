@@ -30,14 +30,15 @@ from sora_train.config.cost import geometry
 from sora_train.config.hydra import run_hydra
 from sora_train.config.load import load
 from sora_train.config.schema import Config, DataConfig, SourceConfig, StageConfig, clip_rate
-from sora_train.core.cli import InputError, run
+from sora_train.core.cli import InputError, choice, number, options_and_overrides, options_and_paths, run
 from sora_train.data.index.index import Index, expand, index_shards, load_index
+from sora_train.data.index.side_tables import SideTables
 from sora_train.data.order.visits import cuts
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.encoded import LATENT
 from sora_train.data.read.pool import Pool
 from sora_train.data.read.store import Store
-from sora_train.methods.build import Shards
+from sora_train.data.shards import Shards
 
 _SIDE = 192  # pixels of a thumbnail's longer side
 _STYLE = """
@@ -63,39 +64,46 @@ table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1.
 class View:
     """What a configuration makes of a sample."""
 
-    fps: float = 16.0
-    max_frames: int = 81
-    max_pixels: int = 102400
-    multiple: int = 16
-    temporal_stride: int = 4
-    fit: str = "crop"
-    max_tokens: int = 1 << 40
+    fps: float = number(16.0, above=0)
+    max_frames: int = number(81, least=1)
+    max_pixels: int = number(102400, least=1)
+    multiple: int = number(16, least=1)
+    temporal_stride: int = number(4, least=1)
+    fit: str = choice(("crop", "stretch"), "crop")
+    max_tokens: int = number(1 << 40, least=1)
+
+
+@dataclass(kw_only=True)
+class Page:
+    """The page to write."""
+
+    out: str
+    samples: int = number(48, least=0)
+
+
+@dataclass(kw_only=True)
+class Options(Page, View):
+    """What the command takes beside shards, where no configuration is composed."""
+
+    run_dir: str | None = None
 
 
 def main() -> int:
     """Write the page that the command line asks for."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    composed = any(a.startswith("experiment=") for a in sys.argv[1:])
-    names = {"out", "samples"} if composed else {"out", "run_dir", "samples", *(f.name for f in fields(View))}
-    given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in names)
-    rest = [a for a in sys.argv[1:] if a.partition("=")[0] not in names]
-    if not given.get("samples", "48").isdigit() or "out" not in given or not (rest or composed):
-        raise InputError("give shards or experiment=NAME, and out=page.html; --help shows the rest")
-    out, samples = Path(given["out"]), int(given.get("samples", "48"))
-    if composed:
-        patterns = [a for a in rest if "=" not in a]
-        sys.argv[1:] = [a for a in rest if "=" in a]
-        if not any(a.startswith("run_dir=") for a in sys.argv[1:]):
-            sys.argv.append("run_dir=runs/inspected")  # nothing is written there
-        return run_hydra(lambda config: _inspect(config, patterns, out, samples), need_vae=False)
+    if any(argument.startswith("experiment=") for argument in sys.argv[1:]):
+        page = options_and_overrides(Page, __doc__, "runs/inspected")
+        named = [argument for argument in sys.argv[1:] if "=" not in argument]
+        sys.argv[1:] = [argument for argument in sys.argv[1:] if "=" in argument]
+        return run_hydra(lambda config: _inspect(config, named, Path(page.out), page.samples), need_vae=False)
+    o, patterns = options_and_paths(Options, __doc__)
+    if not patterns:
+        raise InputError("give shards or experiment=NAME; --help shows the rest")
     store = Store.of(DataConfig())
-    shards = expand(rest, store)
+    shards = expand(patterns, store)
     index_shards(shards, None, store)
     index = load_index(shards, store)
     with Pool(store=store) as pool:
-        _write(out, render(index, _view(given), pool, samples), index)
+        _write(Path(o.out), render(index, _view(o), pool, o.samples), index)
     return 0
 
 
@@ -108,7 +116,7 @@ def _inspect(config: Config, patterns: list[str], out: Path, samples: int) -> in
             stage.weights = {}
     shards = Shards(config)
     shards.index()
-    index = load_index(shards.training, shards.store)
+    index = SideTables(config.data.side_tables, shards.store).join(load_index(shards.training, shards.store))
     part = report(config, index, shards.source_of, shards.filters)
     with Pool.of(config.data, shards.store) as pool:
         _write(out, render(index, view_of(config), pool, samples, part), index)
@@ -133,20 +141,10 @@ def view_of(config: Config) -> View:
     )  # fmt: skip
 
 
-def _view(given: dict[str, str]) -> View:
-    if "run_dir" in given:
-        return view_of(load(given["run_dir"]))
-    view = View()
-    for name, value in given.items():
-        if hasattr(view, name):
-            kind = type(getattr(view, name))
-            try:
-                setattr(view, name, kind(value))
-            except ValueError as error:
-                raise InputError(f"{name}={value} is not a {kind.__name__}") from error
-    if view.fps < 0 or min(view.max_frames, view.max_pixels, view.multiple, view.temporal_stride) <= 0:
-        raise InputError("fps, max_frames, max_pixels, multiple and temporal_stride must be above 0")
-    return view
+def _view(o: Options) -> View:
+    if o.run_dir is not None:
+        return view_of(load(o.run_dir))
+    return View(**{field.name: getattr(o, field.name) for field in fields(View)})
 
 
 def seen(index: Index, view: View) -> dict[str, np.ndarray]:

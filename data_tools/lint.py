@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +22,10 @@ from rich.table import Table
 
 from data_tools.progress import progress
 from sora_train.config.schema import DataConfig
-from sora_train.core.cli import InputError, run
+from sora_train.core.cli import InputError, choice, number, options_and_paths, run
+from sora_train.data.index.captions import CAPTIONS
 from sora_train.data.index.index import expand, index_path, is_current, load_rows
-from sora_train.data.index.scan import CAPTIONS, scan_shard
+from sora_train.data.index.scan import scan_shard
 from sora_train.data.index.tar import Fault, Member, walk
 from sora_train.data.read.decode import IMAGES, VIDEOS
 from sora_train.data.read.pool import Pool
@@ -58,10 +58,17 @@ MEANING = {  # cause -> what it means and what to do; those in WARNINGS lose not
     "interlaced": "interlaced, trained on as stored: moving edges are combs; data.deinterlace=true takes them away",
     "pixel_aspect": "its pixels are no squares; it is stretched as players show it",
     "still": "a video of one frame",
+    "ignored_field": "a field of the jsons that is no column of the index, so that no filter can use it",
+    "no_caption": "no caption; an autoencoder can be trained on it all the same",
+    "caption_type": "the caption is a number or nested, not text",
+    "caption_not_utf8": "the caption is no text: write it as UTF-8",
+    "caption_json": "the json can't be read, or is no object",
+    "caption_binary": "zero bytes in the caption",
+    "caption_too_long": "more than a megabyte of caption",
 }
 WARNINGS = {
     "hostile_name", "link", "executable", "no_index", "stale_index", "key_twice", "same_media", "variable_rate",
-    "careful", "sequential", "hdr", "interlaced", "pixel_aspect", "still",
+    "careful", "sequential", "hdr", "interlaced", "pixel_aspect", "still", "ignored_field",
 }  # fmt: skip
 _EXECUTABLE = ("pkl", "pickle", "pyd", "pth", "pt", "ckpt", "dill", "joblib", "gz", "zip", "exe", "so", "py", "sh")
 
@@ -101,22 +108,25 @@ class Findings:
         return {"samples": self.samples, "usable": self.usable, "errors": self.errors, "faults": faults}
 
 
+@dataclass
+class Options:
+    """What the command takes beside shards."""
+
+    format: str = choice(("table", "json"), "table")
+    examples: int = number(3, least=0)
+
+
 def main() -> int:
     """Check the shards named on the command line."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    given = dict(a.split("=", 1) for a in sys.argv[1:] if a.partition("=")[0] in ("format", "examples"))
-    patterns = [a for a in sys.argv[1:] if a.partition("=")[0] not in ("format", "examples")]
-    form, examples = given.get("format", "table"), given.get("examples", "3")
-    if not patterns or form not in ("table", "json") or not examples.isdigit():
-        raise InputError("give shards, and format=table or json, examples=N; --help shows how")
+    o, patterns = options_and_paths(Options, __doc__)
+    if not patterns:
+        raise InputError("no shard given; --help shows how to name them")
     store = Store.of(DataConfig())
     found = lint(expand(patterns, store), store)
-    if form == "json":
-        print(json.dumps(found.as_json(int(examples)), indent=1))
+    if o.format == "json":
+        print(json.dumps(found.as_json(o.examples), indent=1))
     else:
-        _print(found, int(examples))
+        _print(found, o.examples)
     return 1 if found.errors else 0
 
 
@@ -129,7 +139,10 @@ def lint(shards: list[str], store: Store) -> Findings:
         for shard in shards:
             with store.local(shard) as path:
                 _members(shard, path, found)
-                rows = scan_shard(str(path), pool, pixels=True)[0].to_pylist()
+                scan = scan_shard(str(path), pool, pixels=True)
+            rows = scan.table.to_pylist()
+            for name, why in scan.ignored.items():
+                found.add(shard, "ignored_field", f"{name}: {why}")
             _rows(shard, rows, found)
             _index(shard, store, rows, found)
             for row in rows:

@@ -23,10 +23,11 @@ import webdataset as wds
 from PIL import Image
 
 from data_tools.progress import progress
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import MAX_SEED, InputError, number, options, run
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.index import index_shards
 from sora_train.demo_world import scenes as shapes_world
+from sora_train.demo_world.render import render
 
 VERSION = 3  # of the world and the way it is written; a change here changes the bytes
 _SPLITS = ("train", "val")
@@ -36,12 +37,12 @@ _SPLITS = ("train", "val")
 class Options:
     """The command's options; see the head of this file."""
 
-    out: str = ""
-    clips: int = 3000
-    held_out: int = 384
-    seed: int = 0
-    shard_clips: int = 250
-    workers: int | None = None
+    out: str
+    clips: int = number(3000, least=1)
+    held_out: int = number(384, least=0)
+    seed: int = number(0, least=0, most=MAX_SEED)
+    shard_clips: int = number(250, least=1)
+    workers: int | None = number(None, least=1)
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,6 @@ class Shard:
 def main() -> int:
     """Make the data set that the command line describes; nothing to do if it is there already."""
     asked = options(Options, __doc__)
-    if not asked.out:
-        raise InputError("missing: out=...; --help shows what it means")
-    if asked.clips < 1 or asked.held_out < 0 or asked.shard_clips < 1 or (asked.workers or 1) < 1:
-        raise InputError("clips, shard_clips and workers must be at least 1, held_out at least 0")
     out = Path(asked.out)
     recipe = {"version": VERSION} | {key: getattr(asked, key) for key in ("clips", "held_out", "seed", "shard_clips")}
     if _finished(out, recipe):
@@ -140,7 +137,7 @@ def make_sample(split: str, number: int, seed: int) -> tuple[str, str, bytes, di
     rng = np.random.default_rng([seed, _SPLITS.index(split), number])
     scene = shapes_world.make_scene(rng, held_out=split == "val")
     fields = shapes_world.describe(scene, shapes_world.captions(scene, rng))
-    frames = shapes_world.render(scene)
+    frames = render(scene)
     key = f"{split}_{number:06d}"
     if scene.kind != "image":
         return key, "mp4", encode_mp4(frames, scene.fps), fields

@@ -6,26 +6,37 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import webdataset as wds
 
 from sora_train.core.cli import InputError
 
-VERSION = 1
+VERSION = 2
+Members = list[tuple[str, bytes]]  # of one sample: extension and bytes
+
+
+class Mark(NamedTuple):
+    """What tells whether a sample's file and caption are still those that are in a shard."""
+
+    size: int
+    mtime_ns: int
+    media: str  # hash of the file
+    text: str  # hash of the member with captions; empty without one
 
 
 class Journal:
     """`build.jsonl` of an output folder: a line on how it is built, then a line for each finished shard.
 
-    A shard counts once its line is there; one that was renamed but not yet noted is written again, the same.
+    A shard counts once its line is there; one that was renamed but not yet noted is written again, the same. A second
+    line of a shard replaces the first.
     """
 
     def __init__(self, out: Path, made_with: dict[str, Any]) -> None:
         """Open or begin the journal of `out`; InputError if the folder can't be used or was built in another way."""
         self.out, self.path = out, out / "build.jsonl"
-        self.shards: list[str] = []
-        self.files: dict[str, str] = {}  # relative path -> shard
+        self.shards: dict[str, dict[str, Mark]] = {}  # samples of each, in order
+        self.notes: dict[str, Any] = {}
         head = {"version": VERSION} | made_with
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -33,27 +44,36 @@ class Journal:
         except OSError as error:
             raise InputError(f"cannot use out={out}: {error.strerror}") from error
         if not lines:
-            if any(out.glob("*.tar")):
+            if any(out.rglob("*.tar")):
                 raise InputError(f"{out} holds shards but no build.jsonl; choose another out=")
             self._append(head)
-        for line in lines[1:]:
-            self._take(line["shard"], line["files"])
         if lines and lines[0] != head:
             raise InputError(f"{out} was built with {lines[0]}, this is {head}; choose another out=")
+        for line in lines[1:]:
+            if "shard" in line:
+                self.shards[line["shard"]] = {name: Mark(*mark) for name, mark in line["samples"].items()}
+            else:
+                self.notes |= line
         gone = [name for name in self.shards if not (out / name).is_file()]
         if gone:
             raise InputError(f"{out / gone[0]} is in build.jsonl but not there; put it back, or choose another out=")
-        for unfinished in out.glob("*.tar.tmp"):
+        for unfinished in out.rglob("*.tar.tmp"):
             unfinished.unlink()
 
-    def add(self, shard: str, files: list[str]) -> None:
-        """Note a finished shard and the files in it."""
-        self._append({"shard": shard, "files": files})
-        self._take(shard, files)
+    @property
+    def samples(self) -> dict[str, Mark]:
+        """Every sample that is in a shard."""
+        return {name: mark for samples in self.shards.values() for name, mark in samples.items()}
 
-    def _take(self, shard: str, files: list[str]) -> None:
-        self.shards.append(shard)
-        self.files |= dict.fromkeys(files, shard)
+    def add(self, shard: str, samples: dict[str, Mark]) -> None:
+        """Note a finished shard and the samples in it."""
+        self._append({"shard": shard, "samples": samples})
+        self.shards[shard] = dict(samples)
+
+    def note(self, name: str, value: Any) -> None:
+        """Remember a choice that later runs of the command must make alike."""
+        self._append({name: value})
+        self.notes[name] = value
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self.path.open("ab") as file:
@@ -76,27 +96,32 @@ class Journal:
 
 
 class ShardWriter:
-    """Writes samples into `shard-NNNNNN.tar`, a new one when the next sample would exceed `limit` bytes."""
+    """Writes samples into `shard-NNNNNN.tar`, a new one when the next sample would exceed `limit` bytes.
 
-    def __init__(self, journal: Journal, limit: int) -> None:
-        self.journal, self.limit = journal, limit
-        self._files: list[str] = []
+    `folder` is a folder below that of the journal, such as `validation`. With `name`, all go into the shard of that
+    name, which is replaced.
+    """
+
+    def __init__(self, journal: Journal, limit: float, folder: str = "", name: str | None = None) -> None:
+        self.journal, self.limit, self.folder, self.name = journal, limit, folder, name
+        self._samples: dict[str, Mark] = {}
         self._bytes = 0
         self._file: BinaryIO | None = None
         self._tar: wds.TarWriter | None = None
+        self._shard = ""
 
-    def add(self, key: str, file: str, members: Iterable[tuple[str, bytes]]) -> None:
-        """Write one sample's members (extension, bytes) in the order given; `file` is noted in the journal."""
+    def add(self, key: str, sample: str, mark: Mark, members: Iterable[tuple[str, bytes]]) -> None:
+        """Write one sample's members in the order given; `sample` and its mark are noted in the journal."""
         parts = list(members)
         size = sum(len(data) for _, data in parts)
-        if self._files and self._bytes + size > self.limit:
+        if self._samples and self._bytes + size > self.limit:
             self.close()
         if self._tar is None:
-            self._file = self._path(".tar.tmp").open("wb")
-            self._tar = wds.TarWriter(self._file, encoder=False, mtime=0)
+            self.open()
+        assert self._tar is not None
         for extension, data in parts:  # one call each: TarWriter sorts the members of a call
             self._tar.write({"__key__": key, extension: data})
-        self._files.append(file)
+        self._samples[sample] = mark
         self._bytes += size
 
     def close(self) -> None:
@@ -107,10 +132,16 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        final = self._path(".tar")
-        self._path(".tar.tmp").replace(final)
-        self.journal.add(final.name, self._files)
-        self._files, self._bytes, self._file, self._tar = [], 0, None, None
+        final = self.journal.out / self._shard
+        final.with_suffix(".tar.tmp").replace(final)
+        self.journal.add(self._shard, self._samples)
+        self._samples, self._bytes, self._file, self._tar = {}, 0, None, None
 
-    def _path(self, suffix: str) -> Path:
-        return self.journal.out / f"shard-{len(self.journal.shards):06d}{suffix}"
+    def open(self) -> None:
+        """Begin a shard, which will be there even if it stays empty."""
+        count = sum(str(Path(shard).parent) == (self.folder or ".") for shard in self.journal.shards)
+        self._shard = self.name or str(Path(self.folder) / f"shard-{count:06d}.tar")
+        path = (self.journal.out / self._shard).with_suffix(".tar.tmp")
+        path.parent.mkdir(exist_ok=True)
+        self._file = path.open("wb")
+        self._tar = wds.TarWriter(self._file, encoder=False, mtime=0)

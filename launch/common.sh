@@ -133,7 +133,7 @@ run_and_forward() {
 
 # After torchrun's traceback, say in one line what a stop means.
 explain() {
-    if [[ $1 == 75 ]]; then say "stopped, and nothing is lost: give the same command again to go on"; fi
+    if [[ $1 == 75 ]]; then say "stopped: give the same command again to go on"; fi
 }
 
 forward() {

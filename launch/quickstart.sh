@@ -36,7 +36,7 @@ step python -m sora_train.export run_dir=runs/demo_vae out=runs/demo_vae/export 
 step torchrun --standalone --nproc-per-node "$(processes_here)" -m data_tools.encode_latents experiment=demo 'data.validation=[]' out=runs/demo_latents
 step ./launch/torchrun.sh experiment=demo 'data.sources.demo.shards=[runs/demo_latents/demo/*.tar]' run_dir=runs/demo
 step python -m sora_train.sample run_dir=runs/demo
-step python -m sora_train.evaluate run_dir=runs/demo prompts=128
+step python -m sora_train.evaluate run_dir=runs/demo count=128
 
 cat <<END
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up, then lint, check the types, and run the tests. Arguments go to pytest:
 #
-#   ./launch/test.sh [-k NAME] [-n 2] [--campaign] ...
+#   ./launch/test.sh [-k NAME] [-n 4] [--campaign] ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
@@ -19,4 +19,4 @@ run() {
 }
 run ruff check .
 run mypy
-run pytest -q "$@"
+run pytest -q -n 2 "$@" # two processes; a later -n counts

@@ -3,6 +3,9 @@
 python -m sora_train.compare RUN RUN ... [figures=[loss,mfu]] [html=compare.html] [png=compare.png]
 python -m sora_train.compare RUN                     writes RUN/report.html
 
+python -m sora_train.compare RUN RUN metrics=[shape,psnr_db]      two evaluations clip by clip, or metrics=all
+python -m sora_train.compare a.json b.json metrics=all            the same for files that `evaluate` wrote
+
 figures    for the table and the PNG (loss, validation_loss, tokens_per_s, mfu, step_time)
 html       one page with everything: curves, samples, differences, events
 png        the curves, drawn by matplotlib
@@ -10,11 +13,11 @@ png        the curves, drawn by matplotlib
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, options_and_paths, run
+from sora_train.evaluation.paired import print_differences
 from sora_train.operations.records import Record, read
 from sora_train.operations.report import page, write_report
 from sora_train.operations.side_by_side import plot, table
@@ -29,15 +32,16 @@ class Options:
     )
     html: str = ""
     png: str = ""
+    metrics: list[str] = field(default_factory=list)
 
 
 def main() -> int:
     """Compare the runs that the command line names."""
-    folders = [a for a in sys.argv[1:] if "=" not in a and not a.startswith("-")]
-    sys.argv[1:] = [a for a in sys.argv[1:] if a not in folders]
-    wanted = options(Options, __doc__)
+    wanted, folders = options_and_paths(Options, __doc__)
     if not folders:
         raise InputError("name at least one run folder; --help shows how")
+    if wanted.metrics:
+        return print_differences(folders, wanted.metrics)
     records = _told_apart([read(folder) for folder in folders])
     table(records, wanted.figures)
     if len(records) == 1:

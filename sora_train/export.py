@@ -25,22 +25,21 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING
 from safetensors.torch import save_file
 
 from sora_train.config.load import load, to_yaml
+from sora_train.config.registry import FAMILIES, METHODS
 from sora_train.config.released import folder_of
-from sora_train.config.schema import VAE_USE, Config, LoraConfig, Method, Prediction
-from sora_train.core.cli import InputError, options, run
+from sora_train.config.schema import VAE_USE, Config, LoraConfig, Prediction
+from sora_train.core.cli import InputError, choice, number, options, run
 from sora_train.core.pixels import to_unit
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Position
 from sora_train.data.read.pool import Pool
-from sora_train.generation.sampler import build_vae, trained_weights, whole_weights
-from sora_train.methods.build import Shards
-from sora_train.models.video_vae.model import VideoVAE
-from sora_train.models.wan.convert import save_wan
-from sora_train.models.wan.lora import save_adapters
+from sora_train.data.shards import Shards
+from sora_train.models.video_model import transformer_weights, whole_weights
+from sora_train.models.video_vae.model import VideoVAE, build_vae
+from sora_train.operations.trained import EXPORTED, trained_weights
 from sora_train.training.engine.power_ema import combined
 
 _CLIPS_MEASURED = 512
@@ -50,23 +49,21 @@ _CLIPS_MEASURED = 512
 class Options:
     """Command-line options."""
 
-    run_dir: str = MISSING
-    out: str = MISSING
-    format: str = "safetensors"
-    ema_length: float | None = None
+    run_dir: str
+    out: str
+    format: str = choice(("safetensors", "diffusers", "adapter"), "safetensors")
+    ema_length: float | None = number(None, above=0, below=1)
 
 
 def main() -> int:
     """Export the newest checkpoint of a run."""
     o = options(Options, __doc__)
-    if o.format not in ("safetensors", "diffusers", "adapter"):
-        raise InputError(f"format={o.format!r}; known: safetensors, diffusers, adapter")
     config, out = load(o.run_dir), Path(o.out)
     if o.format != "safetensors":
         _check_for_diffusers(config, o)
     out.mkdir(parents=True, exist_ok=True)
     weights = trained_weights(o.run_dir) if o.ema_length is None else _of_length(Path(o.run_dir), o.ema_length)
-    if config.method is Method.autoencoder:
+    if not METHODS.get(config.method).makes_videos:
         vae = build_vae(config.vae)
         vae.load_state_dict(weights, strict=False)  # the statistics are not parameters
         _measure(vae, config)
@@ -74,11 +71,11 @@ def main() -> int:
         shape = {key: value for key, value in asdict(config.vae).items() if key not in VAE_USE}
         (out / "config.json").write_text(json.dumps(shape, indent=1) + "\n")
     elif o.format == "adapter":
-        save_adapters(_of_dit(weights), config.model, out)
+        FAMILIES.get(config.model.family).save_adapters(transformer_weights(weights), config.model, out)
     elif o.format == "diffusers":
         _pipeline(whole_weights(config, weights), config, out)
     else:
-        save_file(whole_weights(config, weights), out / "model.safetensors")
+        save_file(whole_weights(config, weights), out / EXPORTED)
         merged = replace(config, model=replace(config.model, lora=LoraConfig()))
         (out / "config.yaml").write_text(to_yaml(merged))
         assert config.vae.path is not None
@@ -97,7 +94,7 @@ def _of_length(run_dir: Path, length: float) -> dict[str, torch.Tensor]:
 
 def _check_for_diffusers(config: Config, o: Options) -> None:
     """Raise InputError for a run that diffusers has no form for."""
-    if config.method is Method.autoencoder:
+    if not METHODS.get(config.method).makes_videos:
         raise InputError(f"format={o.format} writes video models; diffusers knows no VAE of ours")
     if config.flow.prediction is not Prediction.velocity:
         raise InputError(f"diffusers reads velocities, and this run has flow.prediction={config.flow.prediction.value}")
@@ -110,14 +107,10 @@ def _check_for_diffusers(config: Config, o: Options) -> None:
         )
 
 
-def _of_dit(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What belongs to the transformer, without the prefix."""
-    return {name.removeprefix("dit."): w for name, w in weights.items() if name.startswith("dit.")}
-
-
 def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path) -> None:
     """The transformer in the form of diffusers; around it a `WanPipeline` where its other parts are released ones."""
-    save_wan(_of_dit(weights), config.model, config.text_encoder.width, out / "transformer")
+    family = FAMILIES.get(config.model.family)
+    family.save(transformer_weights(weights), config.model, config.text_encoder.width, out / "transformer")
     if config.vae.class_name is None or config.text_encoder.path is None:
         print("a WanPipeline also needs a released VAE and text encoder; this run has its own, so only transformer/")
         return

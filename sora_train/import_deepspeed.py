@@ -1,11 +1,13 @@
 """Begin a run from a checkpoint that DeepSpeed's own `engine.save_checkpoint` wrote.
 
     python -m sora_train.import_deepspeed checkpoint=old/checkpoints run_dir=runs/x [tag=global_step1000] [prefix=...]
+        [network=video]
 
 ZeRO 1, 2 and 3 at any number of ranks, and universal checkpoints: fp32 weights, Adam's moments and the step count
-become a checkpoint of `run_dir`, by parameter name (`prefix` is taken off the names). `sora_train.train` goes on from
-it at any number of ranks and any stage; it refuses names or sizes that aren't its network's. The averages begin as the
-weights, and the data at its beginning: DeepSpeed's files hold neither. Nothing in them is executed.
+become a checkpoint of `run_dir`, by parameter name (`prefix` is taken off the names) of `network`, which is vae for an
+autoencoder. `sora_train.train` goes on from it at any number of ranks and any stage; it refuses names or sizes that
+aren't its network's. The averages begin as the weights, and the data at its beginning: DeepSpeed's files hold neither.
+Nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from sora_train.core.cli import InputError, options, run
 from sora_train.operations.lock import RunLock
 
@@ -25,10 +25,11 @@ from sora_train.operations.lock import RunLock
 class Options:
     """Command-line options."""
 
-    checkpoint: str = MISSING
-    run_dir: str = MISSING
+    checkpoint: str
+    run_dir: str
     tag: str | None = None
     prefix: str = ""
+    network: str = "video"
 
 
 def main() -> int:
@@ -46,7 +47,10 @@ def main() -> int:
     from sora_train.training.state.deepspeed_files import read
 
     saved = read(folder, o.tag)
-    named = {kind: _without(o.prefix, tensors) for kind, tensors in saved.tensors.items()}
+    named = {
+        kind: {f"{o.network}/{name}": values for name, values in _without(o.prefix, tensors).items()}
+        for kind, tensors in saved.tensors.items()
+    }
     named["ema"] = named["master"]
     shapes = {name: tuple(values.shape) for name, values in named["master"].items()}
     pieces: Pieces = {

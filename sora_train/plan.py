@@ -17,51 +17,40 @@ How far off it is: docs/planning.md.
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from sora_train.config.hydra import run_hydra
-from sora_train.config.schema import Config, Method
-from sora_train.core.cli import InputError, run
+from sora_train.config.schema import Config
+from sora_train.core.cli import InputError, number, options_and_overrides, run
 from sora_train.data.order.plan import Plan
-from sora_train.forecast.estimate import degrees, estimate, heaviest_pass, meta_network
+from sora_train.data.shards import Shards
+from sora_train.forecast.estimate import degrees, estimate, heaviest_pass
 from sora_train.forecast.footprint import stage_of
 from sora_train.forecast.forecast import Forecast, forecast, show
 from sora_train.forecast.hardware import hardware
 from sora_train.forecast.rehearsal import rehearse
 from sora_train.forecast.this_machine import measure_cpu
 from sora_train.forecast.timing import DEVICE_HOURS_PER_FAILURE
-from sora_train.generation.sampler import build_vae, untrained_model
-from sora_train.methods.base import untrained
-from sora_train.methods.build import Shards
 
 
 @dataclass
 class Options:
     """What the command takes beside the configuration."""
 
-    world_size: int = 1
+    world_size: int = number(1, least=1)
     hardware: str = "h100"
-    per_node: int = 8
-    price: float | None = None
-    disk_gb_s: float = 2.0
-    device_hours: float = DEVICE_HOURS_PER_FAILURE
+    per_node: int = number(8, least=1)
+    price: float | None = number(None, least=0)
+    disk_gb_s: float = number(2.0, above=0)
+    device_hours: float = number(DEVICE_HOURS_PER_FAILURE, above=0)
     rehearse: bool = False
 
 
 def main() -> int:
     """Plan the run that the command line describes."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0
-    options = take(sys.argv)
-    if not any(argument.startswith("run_dir=") for argument in sys.argv[1:]):
-        sys.argv.append("run_dir=runs/planned")  # nothing is written
+    options = options_and_overrides(Options, __doc__, "runs/planned")
     return run_hydra(lambda config: plan(config, options), need_vae=False)
 
 
@@ -73,7 +62,7 @@ def plan(config: Config, options: Options) -> int:
     show(terminal, config, result, note)
     if options.rehearse:
         sizes, _ = heaviest_pass(config, data, options.world_size)
-        took = rehearse(config, options.world_size, result.figures.passes, sizes, untrained)
+        took = rehearse(config, options.world_size, result.figures.passes, sizes)
         expected = result.stages[stage_of(config)].memory.peak
         terminal.print(
             f"rehearsed one step as one of {options.world_size} ranks at ZeRO stage {stage_of(config)}: "
@@ -85,18 +74,14 @@ def plan(config: Config, options: Options) -> int:
 
 def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
     """The forecast of a configuration, with its plan where there are shards."""
-    if config.method is Method.diffusion:
-        network = meta_network(untrained_model, config)
-    else:
-        network = meta_network(build_vae, config.vae)
     device = measure_cpu() if options.hardware == "cpu" else hardware(options.hardware)
     if options.price is not None:
         device = replace(device, dollars_per_hour=options.price)
-    figures = estimate(config, network, data, options.world_size)
+    figures = estimate(config, data, options.world_size)
     sizes, share = heaviest_pass(config, data, options.world_size)
     return forecast(
         config, figures, sizes, share, device, options.per_node, options.disk_gb_s * 1e9, options.device_hours,
-        untrained, degrees(config, data, options.world_size),
+        degrees(config, data, options.world_size),
     )  # fmt: skip
 
 
@@ -106,23 +91,6 @@ def _data(config: Config) -> tuple[Plan | None, str]:
         return Shards(config).plan(config).plans[0], ""
     except InputError as error:
         return None, str(error)
-
-
-def take(arguments: list[str]) -> Options:
-    """Take our own options out of a command line, before Hydra sees it. Raises InputError for a wrong value."""
-    known = asdict(Options())
-    mine = [a for a in arguments[1:] if a.partition("=")[0] in known]
-    arguments[1:] = [a for a in arguments[1:] if a not in mine]
-    try:
-        merged: Any = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(mine))
-        options = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise InputError(f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from error
-    assert isinstance(options, Options)
-    for name in ("world_size", "per_node", "disk_gb_s", "device_hours"):
-        if getattr(options, name) <= 0:
-            raise InputError(f"{name}={getattr(options, name)} must be above 0")
-    return options
 
 
 if __name__ == "__main__":

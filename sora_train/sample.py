@@ -1,212 +1,71 @@
 """Sample videos from a trained model.
 
     python -m sora_train.sample run_dir=runs/demo prompt="a small red ring drifts left over a dark field"
-        [out=clip.mp4] [image=first.png | video=before.mp4] [end_image=last.png | end_video=after.mp4]
+        [out=clip.mp4] [negative="..."] [image=first.png | video=before.mp4] [end_image=last.png | end_video=after.mp4]
         [strength=0.6] [seconds=2] [whole=true] [loop=true] [overlap=2] [height=32] [width=32] [seed=0] [count=1]
-        [rope_scaling=ntk rope_factors=[2,1,1]]
-    python -m sora_train.sample run_dir=runs/demo prompt="[{seconds: 1, caption: a red ring}, {...}]"
-    python -m sora_train.sample run_dir=runs/demo [count=8]
+        [guidance=3] [steps=20] [solver=euler] [shift=1] [guidance_interval=[0,1]] [guidance_rescale=0]
+        [format=mp4|webm|gif|frames|png] [fps=8] [crf=18] [lora=[a.safetensors:0.8,b.safetensors]]
+        [checkpoint=1000] [weights=ema|raw] [dtype=fp32|bf16] [vae=FOLDER] [rope_scaling=ntk rope_factors=[2,1,1]]
+    python -m sora_train.sample run_dir=runs/demo shots='[{"seconds": 1, "caption": "a red ring"}, ...]'
+    python -m sora_train.sample run_dir=runs/demo prompts=prompts.txt|.csv|.jsonl [out=FOLDER]
+    python -m sora_train.sample run_dir=runs/demo [count=8] [out=FOLDER]
+    python -m sora_train.sample from=clip.json [key=value ...]
 
-Without a prompt, held-out captions are sampled into run_dir/samples/held_out. `image` or `video` is the beginning,
-`end_image` or `end_video` the end, and both together are joined; with `strength` below 1, `video` is made anew instead.
-More `seconds` than the model was trained on are made piece by piece, or at once with `whole=true`. Beside each video
-stand a contact sheet (PNG) and what it was made from (JSON). Under torchrun all ranks share the tokens of each clip,
-for clips too long for one. See docs/sampling.md.
+`run_dir` is a run, an export, or the folder of a released Wan pipeline. A prompt is taken as it is typed. Without one,
+held-out captions are sampled into run_dir/samples/held_out. `image` or `video` is the beginning, `end_image` or
+`end_video` the end, and both together are joined; with `strength` below 1, `video` is made anew instead. More `seconds`
+than the model was trained on are made piece by piece, or at once with `whole=true`. Beside each video stand a contact
+sheet (PNG) and what it was made from (JSON), which makes it again with `from`. Of several samples, those that are there
+are left. Under torchrun all ranks share the tokens of each clip, for clips too long for one. See docs/sampling.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from omegaconf import MISSING
-
-from sora_train.config.load import load
-from sora_train.config.rules import check
 from sora_train.config.schema import Config
-from sora_train.core.cli import InputError, options, run
-from sora_train.core.world import World, from_environment
+from sora_train.core.cli import InputError, run
 from sora_train.data.order.plan import Position
-from sora_train.generation.long_video import in_pieces
-from sora_train.generation.requests import (
-    Prompt,
-    Shot,
-    Size,
-    around,
-    check_strength,
-    clip_size,
-    fits,
-    read_frames,
-    read_shots,
-    resized,
-)
-from sora_train.generation.sampler import Sampler, load_sampler, request_for, save_sample
-from sora_train.methods.build import Shards
-from sora_train.models.layers import ulysses
+from sora_train.data.shards import Shards
+from sora_train.generation.options import Job, Options, jobs_of, parse
+from sora_train.generation.samples import make_all
+from sora_train.operations.source import Source
 
-Video = np.ndarray | Iterable[np.ndarray]  # whole, or in pieces
-_FILES = ("image", "video", "end_image", "end_video")
 _HELD_OUT = 8  # captions sampled when none is given
-
-
-@dataclass
-class Options:
-    """Command-line options."""
-
-    run_dir: str = MISSING
-    prompt: Any = None  # a caption, or a list of {seconds, caption}
-    out: str | None = None
-    image: str | None = None
-    video: str | None = None
-    end_image: str | None = None
-    end_video: str | None = None
-    strength: float = 1.0  # below 1: share of noise that `video` starts from
-    loop: bool = False  # the end leads back to the beginning
-    whole: bool = False  # attend over the whole length at once, however long
-    overlap: int = 2  # latent frames that a piece shares with the one before
-    seconds: float | None = None  # of the whole clip; default: the longest trained clip
-    height: int | None = None  # default: a square of the trained area
-    width: int | None = None
-    seed: int = 0
-    count: int | None = None  # videos; default: one of a prompt, eight of held-out captions
-    guidance: float | None = None
-    steps: int | None = None
-    solver: str | None = None
-    rope_scaling: str | None = None
-    rope_factors: list[float] | None = None  # of time, height, width
 
 
 def main() -> int:
     """Sample what the options ask for, and say where it is."""
-    o = options(Options, __doc__)
-    config = load(o.run_dir)
-    for key, value in (("guidance", o.guidance), ("sampling_steps", o.steps), ("solver", o.solver)):
-        if value is not None:
-            setattr(config.flow, key, value)
-    _stretch(config, o)
-    check(config)
-    shots, given = _read(config, o)
-    world = _sharing(config)
-    sampler = _sampler(config, o.run_dir, world)
-    if not shots:
-        return _held_out(config, sampler, o, world)
-    ends = [frames for frames in given.values() if frames is not None]
-    told = sum(shot.seconds for shot in shots)
-    asked = o.seconds or (told if told < float("inf") else None)
-    size = clip_size(config, ends[0] if ends else None, o.height, o.width, asked)
-    given = {name: None if frames is None else resized(frames, size) for name, frames in given.items()}
-    start = None if given["start"] is None else fits(given["start"], size)
-    prompt = Prompt(shots, given["before"], given["after"], start, o.strength)
-    out = Path(o.out or Path(o.run_dir) / "samples" / "prompt" / f"{o.seed}.mp4")
-    about = {"prompt": o.prompt, "run": o.run_dir, "strength": o.strength, "loop": o.loop} | {
-        key: getattr(o, key) for key in _FILES
-    }
-    longer = o.loop or (size[0] > config.data.max_frames and not o.whole)
-    if longer and (prompt.after is not None or prompt.start is not None):
-        raise InputError("a loop, or a video made piece by piece, can't end in what is given; try whole=true")
-    if size[0] == 1 and (prompt.before is not None or prompt.after is not None):
-        raise InputError("one frame has no room beside what is given; give more seconds")
-    videos = (_long if longer else _short)(config, sampler, prompt, size, o)
-    for n, video in enumerate(videos):
-        name = out.stem if o.count in (None, 1) else f"{out.stem}-{n}"
-        _keep(world, out.parent, name, video, config.data.made_fps, about | {"seed": o.seed + n})
+    o, recorded = parse(__doc__)
+    model = Source(o)
+    make_all(model, jobs_of(o) or _held_out(model.config, o), recorded)
     return 0
 
 
-def _sharing(config: Config) -> World:
-    """This process's place among the ranks, which share every clip's tokens. Raises InputError for too many."""
-    world = from_environment()
-    if config.model.heads % world.size:
-        raise InputError(f"{world.size} ranks can't share {config.model.heads} heads (model.heads); start fewer")
-    return world.with_sequence(world.size)
-
-
-def _sampler(config: Config, run_dir: str, world: World) -> Sampler:
-    if world.size == 1:
-        return load_sampler(config, run_dir, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    from sora_train.training.engine.zero import connect  # deepspeed takes seconds to import
-
-    sampler = load_sampler(config, run_dir, connect(world))
-    others = ulysses.Neighbours(ulysses.sequence_group(world))
-    blocks: Any = sampler.network.get_submodule("dit.blocks")
-    ulysses.apply(sampler.network, [block.self_attention for block in blocks], others)
-    return sampler
-
-
-def _keep(
-    world: World, folder: Path, name: str, video: Video, fps: float, about: dict[str, object], note: str = ""
-) -> None:
-    """Write a video and say where. Every rank has it; the others only go through its pieces, to make them together."""
-    if world.is_main:
-        print(f"{save_sample(folder, name, video, fps, about)}  {note}".rstrip())
-    elif not isinstance(video, np.ndarray):
-        for _ in video:
-            pass
-
-
-def _stretch(config: Config, o: Options) -> None:
-    """Take over how far places are stretched for this sample."""
-    if o.rope_scaling is not None:
-        config.model.rope_scaling = o.rope_scaling
-    if o.rope_factors is not None:
-        config.model.rope_factors = tuple(o.rope_factors)  # type: ignore[assignment]  # `check` counts them
-
-
-def _read(config: Config, o: Options) -> tuple[list[Shot], dict[str, np.ndarray | None]]:
-    """Captions and frames of the options, before the model is loaded."""
-    for one, other in (("image", "video"), ("end_image", "end_video")):
-        if getattr(o, one) and getattr(o, other):
-            raise InputError(f"give {one}=... or {other}=..., not both")
-    check_strength(o.strength)
-    if o.strength < 1.0 and not o.video:
-        raise InputError("strength below 1 makes a video anew; give video=...")
-    if o.overlap < 1:
-        raise InputError(f"overlap={o.overlap} latent frames; must be above 0")
-    before = read_frames(o.image or o.video, config.data.made_fps)
-    after = read_frames(o.end_image or o.end_video, config.data.made_fps)
-    anew = o.strength < 1.0
-    frames = {"before": None if anew else before, "after": after, "start": before if anew else None}
-    if o.prompt is None and any(value is not None for value in frames.values()):
-        raise InputError('what is given needs a prompt="..." too')
-    return ([] if o.prompt is None else read_shots(o.prompt)), frames
-
-
-def _short(config: Config, sampler: Sampler, prompt: Prompt, size: Size, o: Options) -> Iterator[Video]:
-    """Videos of one clip each; what is given before its beginning and after its end goes along."""
-    requests = [prompt.request(config, sampler.vae, size, o.seed + n) for n in range(o.count or 1)]
-    for request, video in zip(requests, sampler.in_batches(requests), strict=True):
-        yield around(config, prompt, request, video)
-
-
-def _long(config: Config, sampler: Sampler, prompt: Prompt, size: Size, o: Options) -> Iterator[Video]:
-    """Videos made piece by piece, each written while it is made."""
-    piece = (min(size[0], config.data.max_frames), *size[1:])
-    for n in range(o.count or 1):
-        made = in_pieces(config, sampler, prompt, piece, size[0], o.seed + n, o.overlap, o.loop)
-        yield made if prompt.before is None else chain([prompt.before], made)
-
-
-def _held_out(config: Config, sampler: Sampler, o: Options, world: World) -> int:
+def _held_out(config: Config, o: Options) -> list[Job]:
+    """A sample of each of the first held-out captions, in its clip's size."""
     plan = Shards(config).held_out(config)
     if plan is None:
         raise InputError('the run has no held-out shards; give prompt="..."')
     every = (visit for _, slots in plan.from_position(Position()) for slot in slots for visit in slot)
-    visits = list(islice((visit for visit in every if visit.frames > 1), o.count or _HELD_OUT))
-    captions = [plan.index.captions(visit.sample)[0][0] for visit in visits]
-    requests = [
-        request_for(config, caption, visit.size, o.seed + n)
-        for n, (caption, visit) in enumerate(zip(captions, visits, strict=True))
-    ]
-    folder = Path(o.run_dir) / "samples" / "held_out"
-    for n, (request, frames) in enumerate(zip(requests, sampler.in_batches(requests), strict=True)):
-        about: dict[str, object] = {"prompt": request.caption, "seed": request.seed}
-        _keep(world, folder, f"{n:02d}", frames, config.data.made_fps, about, request.caption)
-    return 0
+    folder = Path(o.out) if o.out is not None else Path(o.run_dir) / "samples" / "held_out"
+    jobs = []
+    for n, visit in enumerate(islice((visit for visit in every if visit.frames > 1), o.count or _HELD_OUT)):
+        caption = plan.index.captions(visit.sample)[0][0]
+        frames, height, width = visit.size
+        its = replace(
+            o,
+            prompt=caption,
+            seed=o.seed + n,
+            seconds=frames / config.data.made_fps,
+            height=height,
+            width=width,
+            count=None,
+        )
+        jobs.append(Job(its, folder / f"{n:02d}", caption))
+    return jobs
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from sora_train.data.index.index import expand
 from sora_train.data.read.commands import is_command, words
 from sora_train.data.read.store import scheme
 from sora_train.operations.lock import RunLock
-from sora_train.operations.preflight import changes, count_restart
+from sora_train.operations.preflight import changes, count_restart, usable
 from sora_train.training.state.mirror import Mirror
 
 
@@ -32,8 +32,7 @@ def train(config: Config) -> int:
     world = from_environment().with_sequence(config.parallel.sequence)
     code, reason = 1, "failed; see the logs"
     try:
-        code = _start(config, world)
-        reason = {0: "done", 75: "stopped by a signal after saving"}.get(code, reason)
+        code, reason = _start(config, world)
     except InputError as error:
         code, reason = BAD_INPUT, str(error)
         raise
@@ -59,54 +58,62 @@ def _report(run_dir: Path) -> None:
         logging.getLogger(__name__).warning("report.html is not written: %s: %s", type(error).__name__, error)
 
 
-def _start(config: Config, world: World) -> int:
-    """What costs no import: shards, the lock, what changed."""
+def _start(config: Config, world: World) -> tuple[int, str]:
+    """Do what costs no import: shards, the lock, what changed; then train. Returns the exit code and its reason."""
     for patterns in (*(source.shards for source in config.data.sources.values()), config.data.validation):
         expand([p for p in patterns if scheme(p) is None])  # a missing shard is answered now, before slow imports
         for command in filter(is_command, patterns):
             words(command, config.data.commands)  # and so is a command that isn't allowed
+    for table in (t for t in config.data.side_tables if scheme(t) is None):
+        expand([table], None, "side table", "data.side_tables")
     if not world.is_main:
         return _train(config, world, [])
     run_dir = Path(config.run_dir)
-    lock = RunLock(run_dir)
+    with usable(run_dir):
+        lock = RunLock(run_dir)
     try:
-        (run_dir / "exit.json").unlink(missing_ok=True)
-        if mirror := Mirror.of(config):
-            mirror.restore()
-        changed = changes(config)
-        count_restart(config, world)
+        with usable(run_dir):
+            (run_dir / "exit.json").unlink(missing_ok=True)
+            if mirror := Mirror.of(config):
+                mirror.restore()
+            changed = changes(config)
+            count_restart(config, world)
         return _train(config, world, changed)
     finally:
         lock.release()
 
 
-def _train(config: Config, world: World, changed: list[str]) -> int:
+def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
     import torch
-    import torch.distributed as dist
 
     from sora_train.data.read.pool import Pool
-    from sora_train.methods.build import Shards, build_trainer, out_of_memory
+    from sora_train.data.shards import Shards
+    from sora_train.operations.build import build_trainer
+    from sora_train.operations.indexing import index_everywhere
+    from sora_train.operations.memory import out_of_memory
     from sora_train.training.engine.zero import connect, disconnect
     from sora_train.training.report.console import setup_logging
 
     shards = Shards(config)
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    setup_logging(run_dir, world.rank)
+    with usable(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        setup_logging(run_dir, world.rank)
     for line in changed:
         logging.getLogger(__name__).warning("changed since the last start: %s", line)
-    if world.is_main:
-        shards.index()
-        (run_dir / "config.yaml").write_text(to_yaml(config))
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     device = connect(world)
     try:
+        with usable(run_dir):
+            index_everywhere(shards.wanted, world)
+            if world.is_main:
+                (run_dir / "config.yaml").write_text(to_yaml(config))
         with Pool.of(config.data, shards.store) as pool, out_of_memory(config, world) as known:
-            dist.barrier()  # the main rank has indexed the shards
-            trainer = build_trainer(config, world, device, shards, pool)
+            with usable(run_dir):
+                trainer = build_trainer(config, world, device, shards, pool)
             known.where = trainer.where
             try:
-                return trainer.train()
+                return trainer.train(), trainer.reason
             finally:
                 trainer.close()
     finally:

@@ -40,7 +40,7 @@ WHOLE = {
 # What makes a command end sooner, given behind it.
 SMALLER = {
     r"data_tools\.make_demo": "clips=60 held_out=12 shard_clips=30",
-    r"sora_train\.evaluate": "prompts=8",
+    r"sora_train\.evaluate": "count=8",
     r" steps=\d+": "steps=2",
     r"n_trials=": "hydra.sweeper.n_trials=2",
     r"pip install -e": "--dry-run --no-deps --no-build-isolation",

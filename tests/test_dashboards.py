@@ -23,6 +23,7 @@ def logged() -> set[str]:
     for path, functions in {
         "sora_train/training/report/meter.py": {"read"},
         "sora_train/training/trainer.py": {"report", "validate"},
+        "sora_train/training/engine/engines.py": {"figures"},
         "sora_train/training/report/prometheus.py": {"scalars", "_checkpoint_age"},
         "sora_train/training/health/watch.py": {"stragglers"},
     }.items():

@@ -1,15 +1,15 @@
-"""What conf/ offers, read from the heads of its files: experiments with purpose, command, hardware, time and result.
+"""Catalogue of conf/, read from the comment at the head of each file; for `--help` and the generated reference.
 
 An experiment file begins with
 
     # @package _global_
     # PURPOSE, a sentence.
-    #   command:  what starts it
-    #   hardware: what the time was measured on, or what it is meant for
-    #   time:     how long it takes there
-    #   result:   what it ends with, measured
+    #   command:  the command that starts it
+    #   hardware: the machine that the time was measured on, or that it is meant for
+    #   time:     the time it takes there
+    #   result:   the measured result
 
-and other files under conf/ with a sentence, if anything is to be said.
+Other files of conf/ may begin with a sentence.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ FIELDS = ("command", "hardware", "time", "result")
 
 @dataclass(frozen=True)
 class Head:
-    """The comment that a file begins with."""
+    """The comment at the head of a file: its purpose, and its facts by field name."""
 
     name: str
     purpose: str
-    facts: dict[str, str] = field(default_factory=dict)  # of FIELDS, those that are there
+    facts: dict[str, str] = field(default_factory=dict)  # by name, the FIELDS that are present
 
 
 def read_head(path: Path) -> Head:
-    """The head of a file; a fact may go on over lines that are indented further."""
+    """Parse the head of a file. Lines that follow a fact without a field name continue it."""
     purpose: list[str] = []
     facts: dict[str, str] = {}
     last = ""
@@ -51,12 +51,12 @@ def read_head(path: Path) -> Head:
 
 
 def group(conf: Path, name: str) -> list[Head]:
-    """The heads of one group of conf/."""
+    """Heads of all files of one config group, sorted by file name."""
     return [read_head(path) for path in sorted((conf / name).glob("*.yaml"))]
 
 
 def help_text(usage: str, conf: Path) -> str:
-    """What `--help` prints: the command, experiments, and what else can be chosen."""
+    """Text of `--help`: the command's usage, the experiments, and the other config groups."""
     lines = [usage.strip(), "", "Experiments (their files in conf/experiment say command, hardware, time and result):"]
     lines += [f"  experiment={head.name:<12} {first_sentence(head.purpose)}" for head in group(conf, "experiment")]
     lines += ["", "To look for a mistake, beside an experiment:"]
@@ -75,6 +75,6 @@ def help_text(usage: str, conf: Path) -> str:
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first full stop or colon that ends a word."""
+    """Text up to the first full stop or colon that is followed by a space."""
     ends = [text.index(mark) for mark in (". ", ": ") if mark in text]
     return (text[: min(ends)] if ends else text).rstrip(".:")

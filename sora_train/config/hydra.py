@@ -1,4 +1,4 @@
-"""Hydra for the entry points: compose conf/, build the typed configuration, answer mistakes with one line."""
+"""Hydra for the entry points: compose conf/, build the typed configuration, report mistakes in one line."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sora_train.config.catalogue import help_text
 from sora_train.config.load import build, known_keys
-from sora_train.config.schema import Config
+from sora_train.config.registry import FAMILIES, load_plugins
+from sora_train.config.schema import Config, VaeConfig
 from sora_train.core.cli import BAD_INPUT, InputError, nearest
 from sora_train.core.world import from_environment
 
@@ -27,16 +33,46 @@ _HERE = Path(__file__).parents[1]
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # installed from a wheel, or a checkout
 
 
-def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = "") -> int:
-    """Compose from the command line and run `job` (several times for a `-m` sweep); returns the highest exit code.
+def store_schema() -> None:
+    """Register the schema with Hydra: all keys with their defaults, and each model family as a choice of `model`.
 
-    Raises InputError for anything wrong with the configuration, and leaves it in run_dir/exit.json too, because
-    torchrun turns every code into 1. `--help` prints `usage` and what conf/ offers.
+    Only values are registered, not types: `load.build` checks types, and reports a mistake in one line.
+    """
+    store = ConfigStore.instance()
+    store.store(name="schema", node=_values(Config))
+    for name in FAMILIES.names():
+        store.store(group="model", name=name, node=_values(FAMILIES.get(name).settings))
+    store.store(group="vae", name="base", node=_values(VaeConfig))
+
+
+def _values(schema: Any) -> Any:
+    return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True))
+
+
+store_schema()
+
+
+def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = "") -> int:
+    """Compose the configuration from the command line and run `job` with it (once per job of a `-m` sweep).
+
+    Args:
+        job: Function of the configuration that returns an exit code.
+        need_vae: Raise if `vae.path` names a VAE that doesn't exist.
+        usage: Text that `--help` prints before the catalogue of conf/.
+
+    Returns:
+        The highest exit code of the jobs.
+
+    Raises:
+        InputError: The configuration is wrong. The message is written to run_dir/exit.json too, because torchrun
+            turns every exit code into 1.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(usage, CONF))
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    load_plugins(_plugins())
+    store_schema()
     codes: list[int] = []
     mistakes: list[InputError] = []
 
@@ -46,12 +82,14 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
                 tree.run_dir = f"{tree.run_dir}/{job_name()}"
         try:
             codes.append(job(build(tree, need_vae)))
-        except InputError as error:  # Hydra would print a line of its own over ours
+        except InputError as error:  # raised again below: Hydra would print its own message above it
             mistakes.append(error)
 
-    main.codes = codes  # type: ignore[attr-defined]  # where a launcher that runs jobs as processes leaves theirs
+    main.codes = codes  # type: ignore[attr-defined]  # hydra_plugins' launcher, whose jobs are processes, appends here
     try:
         _refuse_sweep_under_torchrun()
+        if not {"-m", "--multirun"} & set(sys.argv[1:]):
+            sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
         hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")(main)()
         if mistakes:
             raise mistakes[0]
@@ -65,20 +103,58 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
     return max(codes, default=0)
 
 
+def as_typed(argument: str) -> str:
+    """An override whose key holds text, quoted where Hydra's grammar would read another value than was typed.
+
+    So `run_dir=2024_11` is that folder and not a number. What is quoted already, null and interpolations stay Hydra's.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or not value or value == "null" or "${" in value or value[0] in "'\"" or not _is_text(key):
+        return argument
+    try:
+        read = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        read = None
+    return argument if read == value else f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def _is_text(key: str) -> bool:
+    """Whether a dotted key of the configuration holds text."""
+    kind: Any = Config
+    for part in key.split("."):
+        hints = get_type_hints(kind) if is_dataclass(kind) else {}
+        kind = hints.get(part)
+    return kind in (str, str | None)
+
+
+def _plugins() -> list[str]:
+    """Modules of the `plugins` key on the command line; they register config choices, so they load before Hydra."""
+    given = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("plugins=")]
+    return [name.strip() for value in given for name in value.strip("[]").split(",") if name.strip()]
+
+
 def write_exit(run_dir: str | Path, code: int, reason: str) -> None:
-    """Leave the exit code where a launch script finds it."""
+    """Write run_dir/exit.json, from which the launch scripts take the exit code."""
     path = Path(run_dir) / "exit.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps({"code": code, "reason": reason, "time": time.time()}) + "\n")
         temporary.replace(path)
-    except OSError as error:  # a full disk must not hide how the run ended
+    except OSError as error:  # e.g. a full disk; it must not replace the error that ended the run
         print(f"warning: {path} can't be written ({error}): code {code}, {reason}", file=sys.stderr, flush=True)
 
 
+def _value_of(argument: str) -> str:
+    """The value of an override, without quotes around it; as it stands where Hydra can't read it."""
+    try:
+        return str(OverridesParser.create().parse_override(as_typed(argument)).value())
+    except HydraException:
+        return argument.partition("=")[2]
+
+
 def _leave_note(message: str) -> None:
-    run_dir = next((a.partition("=")[2] for a in sys.argv[1:] if a.startswith("run_dir=")), "")
+    run_dir = next((_value_of(a) for a in sys.argv[1:] if a.startswith("run_dir=")), "")
     if run_dir and from_environment().is_main:
         write_exit(run_dir, BAD_INPUT, message)
 
@@ -92,14 +168,14 @@ def _refuse_sweep_under_torchrun() -> None:
 
 
 def job_name() -> str:
-    """Number of one job of a sweep and what sets it apart, as a folder name that Hydra also takes as a value."""
+    """Folder name of a sweep's job: its number and its swept overrides, in characters that need no quoting in Hydra."""
     hydra_config = HydraConfig.get()
     swept = [override for override in hydra_config.overrides.task if override not in sys.argv]
     return f"{hydra_config.job.num}-" + re.sub(r"[^\w.-]+", "_", ",".join(swept).replace("=", "-"))[:80].strip("_")
 
 
 def _one_line(error: Exception) -> str:
-    """The line of a Hydra error that says something, with the nearest key where one is unknown."""
+    """Reduce a Hydra error to one line; for an unknown key or choice, name the nearest."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unknown = re.search(r"Could not override '([\w.@/]+)'|Key '([\w.]+)' is not in struct", str(error))
     if unknown:

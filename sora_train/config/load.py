@@ -1,7 +1,4 @@
-"""Read and write configurations: from a composed tree, and from and to a run folder.
-
-Secrets are masked in whatever is written.
-"""
+"""Build the typed configuration from a composed tree or a run folder, and write it with secrets masked."""
 
 from __future__ import annotations
 
@@ -13,7 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from sora_train.config.released import text_width, transformer_shape, vae_shape
+from sora_train.config.registry import FAMILIES, load_plugins
+from sora_train.config.released import text_width, vae_shape
 from sora_train.config.rules import check, require
 from sora_train.config.schema import VAE_USE, Config, VaeConfig
 from sora_train.core.cli import InputError, nearest
@@ -22,12 +20,19 @@ _SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential|^k
 
 
 def build(tree: DictConfig, need_vae: bool = True) -> Config:
-    """The typed, checked configuration of a composed tree. Raises InputError with one line for the first mistake.
+    """Build and check the typed configuration of a composed tree.
 
-    The shape of a VAE at `vae.path` replaces what the tree says of it; `need_vae` False goes on where it isn't there.
+    If `vae.path` names a VAE, its shape replaces the tree's values of the `vae` section.
+
+    Args:
+        tree: Values of all keys; keys that are missing get the schema's defaults.
+        need_vae: Raise if there is no VAE at `vae.path`. False keeps the tree's shape instead.
+
+    Raises:
+        InputError: One line about the first mistake.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
+        merged = OmegaConf.merge(schema_of(tree), OmegaConf.create(OmegaConf.to_container(tree)))
         assert isinstance(merged, DictConfig)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -53,8 +58,17 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
     return config
 
 
+def schema_of(tree: DictConfig) -> DictConfig:
+    """Schema with defaults for a tree; `model` has the keys of the tree's model family. Loads the tree's plugins."""
+    load_plugins(tree.get("plugins") or [])
+    schema = OmegaConf.structured(Config)
+    model = tree.get("model") or {}
+    schema.model = OmegaConf.structured(FAMILIES.get(model.get("family") or "wan").settings)
+    return schema
+
+
 def _take_released_shapes(config: Config) -> None:
-    """The shapes of released models replace what the tree says of them; they must fit each other."""
+    """Replace shapes in the configuration by those of the released models it names, and check that they match."""
     if config.vae.path is not None:
         for key, value in (vae_shape(config.vae.path) or {}).items():
             setattr(config.vae, key, value)
@@ -63,7 +77,7 @@ def _take_released_shapes(config: Config) -> None:
         text.width = text_width(text.path)
     if config.model.init_from is None:
         return
-    shape = transformer_shape(config.model.init_from)
+    shape = FAMILIES.get(config.model.family).released_shape(config.model.init_from)
     channels, width = shape.pop("channels"), shape.pop("text_width")
     for key, value in shape.items():
         setattr(config.model, key, value)
@@ -77,14 +91,33 @@ def _take_released_shapes(config: Config) -> None:
     )
 
 
-def load(run_dir: str | Path) -> Config:
-    """The configuration that a run was started with. Raises InputError if the folder holds no run."""
+def load(run_dir: str | Path, vae: str | None = None) -> Config:
+    """Read the configuration of a run or of an export from its folder.
+
+    `vae` is where its VAE is, if it has been moved. Raises InputError if the folder holds no run.
+    """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run_dir} holds no run (there is no {path}); check run_dir")
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
+    for key in ("vae.path", "text_encoder.path", "model.init_from"):
+        if (value := OmegaConf.select(tree, key)) is not None:
+            OmegaConf.update(tree, key, _where(str(value), Path(run_dir)))
+    if (path.parent / "vae").is_dir():  # an export, whole by itself
+        OmegaConf.update(tree, "vae.path", str(path.parent / "vae"))
+        OmegaConf.update(tree, "model.init_from", None)
+    if vae is not None:
+        OmegaConf.update(tree, "vae.path", vae)
     return build(tree)
+
+
+def _where(path: str, run_dir: Path) -> str:
+    """A path of a run's configuration; if it isn't there, beneath the folder above the run where it is."""
+    if Path(path).is_absolute() or Path(path).exists():
+        return path
+    above = (folder / path for folder in run_dir.resolve().parents)
+    return str(next((place for place in above if place.exists()), path))
 
 
 def to_yaml(config: Config) -> str:
@@ -93,7 +126,7 @@ def to_yaml(config: Config) -> str:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain values; anything whose key speaks of a secret is masked."""
+    """The resolved configuration as plain values; values of keys that look like secrets are masked."""
     tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     return _masked(tree)
 
@@ -106,7 +139,7 @@ def _masked(value: Any) -> Any:
 
 def known_keys(tree: Any = None, prefix: str = "") -> list[str]:
     """Every dotted key of the configuration."""
-    tree = OmegaConf.structured(Config) if tree is None else tree
+    tree = schema_of(OmegaConf.create()) if tree is None else tree
     keys: list[str] = []
     for key in tree:
         keys.append(prefix + str(key))
@@ -116,7 +149,7 @@ def known_keys(tree: Any = None, prefix: str = "") -> list[str]:
 
 
 def _explain(error: Exception) -> str:
-    """One line for an OmegaConf error: the full key, what is wrong, and the nearest key where one is unknown."""
+    """Reduce an OmegaConf error to one line: the full key and the mistake, or the nearest key if it is unknown."""
     key = str(getattr(error, "full_key", "") or "")
     if isinstance(error, ConfigKeyError):
         return f"there is no key {key!r}; {nearest(key, known_keys())}"

@@ -1,4 +1,4 @@
-"""The reference of every key, generated from config.py and conf/.
+"""Generate docs/config_reference.md, the reference of all keys, from the schema's comments and conf/.
 
 python -m sora_train.config.reference conf > docs/config_reference.md
 """
@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from sora_train.config import schema as configuration
 from sora_train.config.catalogue import group
+from sora_train.config.registry import FAMILIES
 from sora_train.config.schema import Config
 
 _HEAD = """# Configuration reference
@@ -28,7 +29,7 @@ and `conf/`. Any key can be set on the command line (`optim.lr=1e-3`); "default"
 
 
 def reference(conf: Path) -> str:
-    """The whole page."""
+    """Generate the page as Markdown; `conf` is the folder of the YAML files."""
     comments = _comments(Path(inspect.getfile(configuration)))
     sections = {f.name: f.type for f in dataclasses.fields(Config) if str(f.type).endswith("Config")}
     parts = [_HEAD, _table("Top level", Config, comments, leave_out=set(sections))]
@@ -45,6 +46,11 @@ def reference(conf: Path) -> str:
         (configuration.LoraConfig, "`model.lora`"),
     ):  # fmt: skip
         parts.append(_table(where[0].upper() + where[1:], schema, comments))
+    common = {f.name for f in dataclasses.fields(configuration.ModelConfig)}
+    for name in FAMILIES.names():
+        settings = FAMILIES.get(name).settings
+        own = _comments(Path(inspect.getfile(settings)))
+        parts.append(_table(f"`model` of the family `{name}`", settings, own, leave_out=common))
     return "\n".join(parts)
 
 
@@ -77,7 +83,7 @@ def _default(defaults: Any, name: str) -> str:
 
 
 def _comments(source: Path) -> dict[tuple[str, str], str]:
-    """By class and field: the values of its enum, and what stands behind a `#` on its line."""
+    """Meanings by (class, field): the names of an enum's values, and the `#` comment at the end of the field's line."""
     text = source.read_text(encoding="utf-8")
     lines = text.splitlines()
     classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]

@@ -1,7 +1,7 @@
-"""What released models say of themselves: the shapes in the config.json files of diffusers and transformers folders.
+"""Shapes of released models, from the config.json files of diffusers and transformers folders.
 
-Read without torch, so that a folder that doesn't fit is answered before anything heavy is imported. The weights are
-read by `models/wan.py`, `models/released_vae.py` and `models/released_text.py`.
+Imports no torch, so that a folder that doesn't match is reported at once. The weights themselves are read by
+`models/wan/convert.py`, `models/video_vae/released.py` and `models/text/released.py`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,28 @@ from typing import Any
 
 from sora_train.core.cli import InputError
 
-ROPE_THETA = 10000.0  # Wan's, fixed in diffusers
 VAES = ("AutoencoderKLWan",)
 TEXT_ENCODERS = ("umt5", "t5")
-_FIXED = {  # what our DiT takes for granted of a Wan transformer
-    "qk_norm": "rms_norm_across_heads", "cross_attn_norm": True, "eps": 1e-6, "image_dim": None,
-    "added_kv_proj_dim": None, "pos_embed_seq_len": None,
-}  # fmt: skip
+ADAPTERS = "pytorch_lora_weights.safetensors"  # where diffusers and peft look for low-rank adapters
+
+
+def is_released(path: str | Path) -> bool:
+    """Whether a folder is a whole diffusers pipeline."""
+    return (Path(path) / "model_index.json").is_file()
 
 
 def folder_of(path: str | Path, part: str) -> Path:
     """The folder of one part: `path` itself, or its subfolder `part` where `path` is a whole diffusers pipeline."""
-    return Path(path) / part if (Path(path) / "model_index.json").is_file() else Path(path)
+    return Path(path) / part if is_released(path) else Path(path)
+
+
+def adapter_file(path: str | Path) -> Path:
+    """The file of adapters that a path names: itself, or the one in a folder."""
+    return Path(path) / ADAPTERS if Path(path).is_dir() else Path(path)
 
 
 def read_config(folder: Path, what: str, key: str) -> dict[str, Any]:
-    """The config.json of a folder. Raises InputError, which speaks of the configuration key that named the folder."""
+    """Read the config.json of a folder. `what` and `key` (the key that named the folder) are for the InputError."""
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"no {what} at {key}={folder} (there is no {file}); give the folder of its config.json")
@@ -37,35 +43,8 @@ def read_config(folder: Path, what: str, key: str) -> dict[str, Any]:
         raise InputError(f"{file} is not readable as JSON: {error}") from error
 
 
-def transformer_shape(path: str | Path) -> dict[str, Any]:
-    """The shape of a `WanTransformer3DModel`: the keys of `ModelConfig`, beside `channels` and `text_width`.
-
-    Raises InputError for another class, and for a Wan model with parts that our DiT doesn't have (image to video of
-    Wan 2.1: an image encoder and its own keys and values).
-    """
-    folder = folder_of(path, "transformer")
-    c = read_config(folder, "transformer", "model.init_from")
-    if c.get("_class_name") != "WanTransformer3DModel":
-        raise InputError(f"{folder} holds a {c.get('_class_name')}; model.init_from reads WanTransformer3DModel")
-    wrong = {key: c[key] for key, value in _FIXED.items() if c.get(key, value) != value}
-    time, height, width = c["patch_size"]
-    if time != 1 or height != width:
-        wrong["patch_size"] = c["patch_size"]
-    if c["in_channels"] != c["out_channels"]:
-        wrong["in_channels"] = c["in_channels"]
-    if wrong:
-        raise InputError(f"{folder} has {wrong}, which our transformer doesn't know; use a text-to-video or TI2V model")
-    return {
-        "width": c["num_attention_heads"] * c["attention_head_dim"], "depth": c["num_layers"],
-        "heads": c["num_attention_heads"], "ffn": c["ffn_dim"], "patch": height, "frequencies": c["freq_dim"],
-        "rope_theta": ROPE_THETA, "absolute_positions": False, "pooled_text": False,
-        "channels": c["in_channels"],
-        "text_width": c["text_dim"],
-    }  # fmt: skip
-
-
 def vae_shape(path: str | Path) -> dict[str, Any] | None:
-    """The keys of `VaeConfig` that follow from a diffusers VAE folder; None for a folder of our own."""
+    """Values for `VaeConfig` from a diffusers VAE folder; None if the folder isn't one (a VAE of our own)."""
     folder = folder_of(path, "vae")
     if not (folder / "config.json").is_file():
         return None
@@ -79,7 +58,7 @@ def vae_shape(path: str | Path) -> dict[str, Any] | None:
 
 
 def text_width(path: str | Path) -> int:
-    """Width of the embeddings of a T5 or umT5 encoder folder."""
+    """Embedding width of the T5 or umT5 encoder in a folder."""
     folder = folder_of(path, "text_encoder")
     c = read_config(folder, "text encoder", "text_encoder.path")
     if c.get("model_type") not in TEXT_ENCODERS:

@@ -1,6 +1,6 @@
-"""Checks that span keys: which values are allowed, and which go together.
+"""Checks of the configuration's values: allowed ranges, and keys that constrain each other.
 
-Imports neither torch nor deepspeed, so that a mistake is answered within a moment and before any process group.
+Imports neither torch nor deepspeed, so that a mistake is reported within a second and before any process group.
 """
 
 from __future__ import annotations
@@ -8,19 +8,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sora_train.config.registry import METHODS
 from sora_train.config.schema import (
     DECODERS,
     DERIVED,
-    LORA_TARGETS,
     NATIVE,
-    ROPE_SCALINGS,
-    SOLVERS,
-    TASKS,
     WRITERS,
     Config,
     DataConfig,
-    FlowConfig,
-    Method,
     TextEncoderConfig,
     VaeConfig,
 )
@@ -28,8 +23,8 @@ from sora_train.core.cli import InputError, nearest
 
 
 def check(config: Config) -> None:
-    """Every rule that spans keys; raises InputError for the first that is broken."""
-    model, vae, data, flow = config.model, config.vae, config.data, config.flow
+    """Check all rules, those of the method last. Raises InputError for the first that is broken."""
+    vae, data, flow = config.vae, config.data, config.flow
     positive = {
         "logging.wandb_finish_s": config.logging.wandb_finish_s,
         "steps": config.steps, "data.slots": data.slots, "data.max_frames": data.max_frames,
@@ -39,7 +34,7 @@ def check(config: Config) -> None:
         "checkpoint.snapshots": config.checkpoint.snapshots,
         "checkpoint.every_steps": config.checkpoint.every_steps, "checkpoint.keep": config.checkpoint.keep,
         "logging.every_steps": config.logging.every_steps, "flow.shift": flow.shift,
-        "flow.sampling_steps": flow.sampling_steps, "model.heads": model.heads, "model.patch": model.patch,
+        "flow.sampling_steps": flow.sampling_steps,
         "text_encoder.buckets": config.text_encoder.buckets - 1, "data.max_bad_fraction": data.max_bad_fraction,
         "guard.max_bad_steps": config.guard.max_bad_steps, "guard.spike_steps": config.guard.spike_steps,
         "guard.spike_window": config.guard.spike_window, "guard.timeout_s": config.guard.timeout_s,
@@ -58,16 +53,10 @@ def check(config: Config) -> None:
         require(count >= 0, f"{key}={count} must not be below 0")
     require(bool(data.sources), "data.sources is empty; name shards, e.g. +data.sources.mine.shards=[my/*.tar]")
     require(0.0 < data.fill <= 1.0, f"data.fill={data.fill} must be in (0, 1]")
-    require(config.method is not Method.autoencoder or config.deepspeed.get("zero_optimization", {}).get("stage") != 3,
-             "an autoencoder runs each size by itself, which ZeRO-3 can't follow; use stage 0, 1 or 2")  # fmt: skip
     require(config.parallel.accumulation is None or config.parallel.accumulation > 0,
              f"parallel.accumulation={config.parallel.accumulation} must be above 0, or null")  # fmt: skip
     sequence = config.parallel.sequence
     require(sequence > 0, f"parallel.sequence={sequence} must be above 0")
-    require(sequence == 1 or config.method is Method.diffusion, "an autoencoder has no sequence; parallel.sequence=1")
-    if config.method is Method.diffusion:
-        _check_diffusion(config)
-    _check_lora(config)
     _check_text(config.text_encoder)
     _check_mirror(config.checkpoint.mirror)
     lengths = config.optim.ema_lengths
@@ -82,32 +71,7 @@ def check(config: Config) -> None:
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)
-
-
-def _check_diffusion(config: Config) -> None:
-    model, sequence = config.model, config.parallel.sequence
-    require(model.heads % sequence == 0,
-             f"model.heads={model.heads} must be a multiple of parallel.sequence={sequence}")  # fmt: skip
-    require(model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
-             f"model.width={model.width} must be an even multiple of model.heads={model.heads}")  # fmt: skip
-    require(config.vae.path is not None, "vae.path is not set; train a VAE (experiment=demo_vae) and export it first")
-    for name, chosen, known in (
-        ("activation_checkpointing", model.activation_checkpointing, ("none", "block", "selective")),
-        ("attention", model.attention, ("auto", "sdpa", "varlen", "flex")),
-        ("rope_scaling", model.rope_scaling, ROPE_SCALINGS),
-    ):
-        require(chosen in known, f"model.{name}={chosen}; {nearest(chosen, list(known))}")
-    require(model.mlp_chunk >= 0, f"model.mlp_chunk={model.mlp_chunk} tokens; must be 0 (all at once) or more")
-    require(not (model.mlp_chunk and model.compile),
-             "model.mlp_chunk and model.compile: a block would be compiled anew for each number of chunks; "
-             "set one of them to 0 or false")  # fmt: skip
-    factors = list(model.rope_factors)
-    require(len(factors) == 3 and min(factors) >= 1.0,
-             f"model.rope_factors={factors} must be three, none below 1: time, height, width")  # fmt: skip
-    require(model.rope_scaling != "none" or max(factors) == 1.0,
-             f"model.rope_factors={factors} say nothing with model.rope_scaling=none; "
-             "choose interpolation or ntk, or leave them at 1")  # fmt: skip
-    _check_flow(config.flow, config.data)
+    METHODS.get(config.method).rules(config)
 
 
 def _check_vae(vae: VaeConfig) -> None:
@@ -144,38 +108,6 @@ def _check_text(text: TextEncoderConfig) -> None:
         text.pad_to == 0 or text.pad_to >= text.max_tokens,
         f"text_encoder.pad_to={text.pad_to} must be 0 or at least text_encoder.max_tokens={text.max_tokens}",
     )
-
-
-def _check_lora(config: Config) -> None:
-    lora = config.model.lora
-    require(lora.rank >= 0, f"model.lora.rank={lora.rank} must not be below 0")
-    if lora.rank == 0:
-        return
-    require(config.method is Method.diffusion, "model.lora is for the video model; method=diffusion, or lora.rank=0")
-    require(lora.alpha > 0, f"model.lora.alpha={lora.alpha} must be above 0")
-    require(bool(lora.targets), f"model.lora.targets is empty; known: {', '.join(LORA_TARGETS)}")
-    unknown = [name for name in lora.targets if name not in LORA_TARGETS]
-    require(not unknown, f"model.lora.targets has no layer {unknown[:1]}; "
-                          + (nearest(unknown[0], list(LORA_TARGETS)) if unknown else ""))  # fmt: skip
-    require(
-        config.model.init_from is None or config.text_encoder.path is not None,
-        "model.lora trains adapters of the transformer alone, and our own text encoder would stay at random beside "
-        "model.init_from; set text_encoder.path to the encoder that those weights were trained with",
-    )
-
-
-def _check_flow(flow: FlowConfig, data: DataConfig) -> None:
-    staged = {f"data.stages[{n}].tasks": stage.tasks for n, stage in enumerate(data.stages) if stage.tasks}
-    for key, tasks in {"flow.tasks": flow.tasks, **staged}.items():
-        unknown = [task for task in tasks if task not in TASKS]
-        require(not unknown, f"{key} has no {unknown[:1]}; {nearest(unknown[0], list(TASKS)) if unknown else ''}")
-        require(min(tasks.values(), default=0) >= 0 and sum(tasks.values()) > 0,
-                 f"{key}: no weight may be below 0, and one must be above")  # fmt: skip
-    require(flow.solver in SOLVERS, f"flow.solver={flow.solver!r}; {nearest(flow.solver, list(SOLVERS))}")
-    for key, value in {"per_frame_noise": flow.per_frame_noise, "guidance_rescale": flow.guidance_rescale}.items():
-        require(0.0 <= value <= 1.0, f"flow.{key}={value} must be in [0, 1]")
-    low, high = flow.guidance_interval
-    require(0.0 <= low <= high <= 1.0, f"flow.guidance_interval={[low, high]} must be timesteps, the lower one first")
 
 
 def _check_rate(key: str, rate: float | str) -> None:
@@ -245,5 +177,6 @@ def _check_mixing(data: DataConfig) -> None:
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise InputError with `message` unless the condition holds."""
     if not condition:
         raise InputError(message)

@@ -1,6 +1,7 @@
 """The configuration: one dataclass tree with every key, its default and its meaning.
 
-Imports neither torch nor deepspeed, so that a mistake is answered within a moment and before any process group.
+The comment at the end of a field's line is its meaning in docs/config_reference.md. Imports neither torch nor
+deepspeed, so that a mistake is reported within a second and before any process group.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ DECODERS = ("decord", "pyav", "torchcodec")
 TASKS = (
     "text_to_video", "image_to_video", "extension", "extension_backwards", "interpolation", "frames", "image",
 )  # fmt: skip
-LORA_TARGETS = (  # linear layers of the transformer by the ends of their names
-    "q", "k", "v", "out", "self_attention.q", "self_attention.k", "self_attention.v", "self_attention.out",
-    "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.out", "mlp.0", "mlp.2",
-    "text_in.0", "text_in.2", "time_in.0", "time_in.2", "time_modulation.1", "out.project",
-)  # fmt: skip
 NATIVE = "native"  # as data.fps
-ROPE_SCALINGS = ("none", "interpolation", "ntk")
+_TASK_WEIGHTS = {
+    "text_to_video": 0.8, "image_to_video": 0.1, "extension": 0.1, "extension_backwards": 0.0, "interpolation": 0.0,
+    "frames": 0.0,
+}  # fmt: skip
 SOLVERS = ("euler", "heun", "adams_bashforth")
-VAE_USE = ("path", "cache_mib", "tile", "perceptual")  # how a run uses its VAE; the rest of VaeConfig is its shape
+VAE_USE = ("path", "cache_mib", "tile", "perceptual")  # settings of a run; the other keys of VaeConfig are its shape
 WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
-DERIVED = {  # DeepSpeed keys that follow from ours
+DERIVED = {  # DeepSpeed keys that we set from ours
     "train_batch_size": "data.slots",
     "train_micro_batch_size_per_gpu": "data.slots",
     "gradient_accumulation_steps": "parallel.accumulation",
@@ -46,54 +45,47 @@ def clip_rate(fps: float | str) -> float:
     return 0.0 if fps == NATIVE else float(fps)
 
 
-class Method(Enum):
-    """What a run trains."""
-
-    diffusion = "diffusion"
-    autoencoder = "autoencoder"
-
-
 class Precision(Enum):
-    """Type of weights and activations; fp32 master weights are kept either way."""
+    """Data type of weights and activations; fp32 master weights are kept with both."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Fit(Enum):
-    """How a video comes to a size that the patch grid divides."""
+    """Ways to bring a video to a size that is a whole number of patches."""
 
-    crop = "crop"  # resize to cover, cut the middle out
-    stretch = "stretch"  # resize each side by itself, by less than one patch
+    crop = "crop"  # resize to cover that size, then crop the centre
+    stretch = "stretch"  # resize height and width independently, each by less than one patch
 
 
 class Probe(Enum):
-    """What indexing decodes of a video or image; its frames are counted and its checksum taken either way."""
+    """Part of each video or image that indexing decodes; frames are counted and checksums taken with both."""
 
-    packets = "packets"  # headers only; a picture that is damaged inside is found when training decodes it
-    frame = "frame"  # the first picture too
+    packets = "packets"  # packet headers only; damaged pictures are found when training decodes them
+    frame = "frame"  # the first frame too
 
 
 class Previews(Enum):
     """The clips whose captions are sampled while a run trains."""
 
     held_out = "held_out"
-    training = "training"  # those of the first steps: whether a run learns its samples by heart
+    training = "training"  # clips of the first steps; shows whether a run can overfit them
 
 
 class Prediction(Enum):
-    """What the network's output means."""
+    """Parametrisation of the network's output. The loss is that of the velocity in every case."""
 
     velocity = "velocity"
-    preconditioned = "preconditioned"  # velocity through skip and scale, so that input and output keep unit variance
-    x0 = "x0"  # the data; the loss is the velocity's all the same
-    noise = "noise"  # the noise; likewise
+    preconditioned = "preconditioned"  # velocity with the skip connection and output scaling of Karras et al. 2022
+    x0 = "x0"  # the data
+    noise = "noise"
 
 
 class Weighting(Enum):
-    """What counts alike in the loss."""
+    """Unit that has equal weight in the loss."""
 
-    token = "token"  # every generated token: long and large clips count more
+    token = "token"  # every generated token: long and large clips have more weight
     clip = "clip"  # every clip
 
 
@@ -106,52 +98,46 @@ class Timesteps(Enum):
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters: with a rank, they alone are trained, and all other weights stay as they are."""
+    """Low-rank adapters (LoRA). With a rank above 0 they alone are trained; all other weights are frozen."""
 
-    rank: int = 0  # of each adapter; 0: none, all weights are trained
-    alpha: float = 16.0  # an adapter counts alpha / rank
-    targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])  # layers by the ends of their names
+    rank: int = 0  # rank of each adapter; 0: no adapters, all weights are trained
+    alpha: float = 16.0  # an adapter's output is scaled by alpha / rank
+    targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])  # suffixes of names of adapted layers
 
 
 @dataclass
 class ModelConfig:
-    """The diffusion transformer."""
+    """The diffusion transformer: keys that all families have. `model=NAME` chooses a size, and with it a family."""
 
+    family: str = MISSING  # registered name of the model family, e.g. wan
     width: int = MISSING
-    depth: int = MISSING
+    depth: int = MISSING  # blocks
     heads: int = MISSING
     ffn: int = MISSING  # width of the MLP
-    patch: int = 2  # latent pixels a side
-    frequencies: int = 256  # of the timestep embedding
-    rope_theta: float = 10000.0
-    gate_init: float = 0.0  # start of the blocks' gates; 0 is adaLN-zero
-    pooled_text: bool = False  # the caption's mean joins the timestep; without it a short run hardly hears the caption
-    absolute_positions: bool = False  # tell each token its place in the clip, beside RoPE; helps small models
+    patch: int = 2  # side of a patch in latent pixels
     activation_checkpointing: str = "none"  # recompute in backward: none, block (all of it), selective (not attention)
-    mlp_chunk: int = 0  # tokens that go through an MLP at a time, and again in backward, to save memory; 0 for all
+    mlp_chunk: int = 0  # tokens per chunk of an MLP, recomputed in backward to save memory; 0: all tokens at once
     attention: str = "auto"  # back end: auto, sdpa, varlen (FlashAttention), flex
-    compile: bool = False  # torch.compile of the block
-    init_from: str | None = None  # a diffusers Wan transformer or pipeline folder to start from; its shape rules
+    compile: bool = False  # torch.compile each block
+    init_from: str | None = None  # diffusers folder of released weights to start from; its shape overrides model.*
     lora: LoraConfig = field(default_factory=LoraConfig)
-    rope_scaling: str = "none"  # for clips longer or larger than trained: none, interpolation, ntk
-    rope_factors: tuple[float, float, float] = (1.0, 1.0, 1.0)  # new / trained length of time, height, width
 
 
 @dataclass
 class TileConfig:
-    """Videos above this size go through a frozen VAE in pieces and tiles."""
+    """Sizes above which a frozen VAE processes a video in temporal pieces and spatial tiles, to bound memory."""
 
-    frames: int = 64  # of a piece; the result is that of the whole
-    pixels: int = 1024  # side of a tile
-    overlap: int = 64  # pixels around a tile that are computed along with it
+    frames: int = 64  # frames of a piece; the result equals that of the whole video
+    pixels: int = 1024  # side of a tile in pixels
+    overlap: int = 64  # pixels of context computed around each tile and cut off
 
 
 @dataclass
 class PerceptualConfig:
     """Perceptual loss of a VAE that is trained, from VGG16 weights in local files."""
 
-    weight: float = 0.0  # beside L1; 0: none
-    files: list[str] = field(default_factory=list)  # torchvision's vgg16; LPIPS's heads from another, where wanted
+    weight: float = 0.0  # relative to L1; 0: no perceptual loss
+    files: list[str] = field(default_factory=list)  # torchvision's vgg16 weights, and optionally LPIPS's linear heads
 
 
 @dataclass
@@ -159,107 +145,110 @@ class VaeConfig:
     """The video autoencoder: a trained one at `path`, or the shape of one to train."""
 
     path: str | None = None  # folder written by sora_train.export, or of a diffusers VAE
-    class_name: str | None = None  # of a diffusers VAE, read from its folder; null: our own
-    cache_mib: int = 0  # latents that each rank remembers, for small data sets seen many times
+    class_name: str | None = None  # class of a diffusers VAE, read from its folder; null: our own
+    cache_mib: int = 0  # size of each rank's cache of latents, for small data sets; 0: no cache
     tile: TileConfig = field(default_factory=TileConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    channels: int = 6
-    patch: int = 4
-    widths: list[int] = field(default_factory=lambda: [32, 64])
-    blocks: list[int] = field(default_factory=lambda: [0, 2])
-    strides: list[list[int]] = field(default_factory=lambda: [[4, 1]])  # (time, space) between levels
-    mse_weight: float = 4.0  # beside L1
-    kl_weight: float = 1e-4
+    channels: int = 16  # latent channels
+    patch: int = 2  # pixels per side that are folded into channels before the first convolution
+    widths: list[int] = field(default_factory=lambda: [96, 192, 384])  # channels of each level
+    blocks: list[int] = field(default_factory=lambda: [1, 2, 2])  # residual blocks of each level
+    strides: list[list[int]] = field(default_factory=lambda: [[2, 2], [2, 2]])  # (time, space) between levels
+    mse_weight: float = 4.0  # squared error, relative to L1
+    kl_weight: float = 1e-4  # KL divergence of the latents from a unit Gaussian, relative to L1
 
     @property
     def temporal_stride(self) -> int:
-        """Frames to a latent frame."""
+        """Frames per latent frame."""
         return math.prod(time for time, _ in self.strides)
 
     @property
     def spatial_stride(self) -> int:
-        """Pixels to a latent pixel, per side."""
+        """Pixels per latent pixel, along each side."""
         return self.patch * math.prod(space for _, space in self.strides)
 
 
 @dataclass
 class TextEncoderConfig:
-    """Our own text encoder, trained along with the model; or a released one at `path`, frozen."""
+    """A small text encoder that is trained with the model, or a released one at `path`, frozen."""
 
-    path: str | None = None  # a T5 or umT5 folder of transformers (or a pipeline folder); its width rules
-    pad_to: int = 0  # zeros after a released encoder's embeddings up to this many tokens; Wan's weights want 512
+    path: str | None = None  # transformers folder of a T5 or umT5 (or a pipeline folder); its width overrides `width`
+    pad_to: int = 0  # tokens to which a released encoder's embeddings are padded with zeros; Wan's weights need 512
     width: int = 128
-    depth: int = 1
+    depth: int = 1  # layers
     heads: int = 4
-    buckets: int = 2048  # rows of the table of words; each word is the sum of two
-    max_tokens: int = 128
+    buckets: int = 2048  # rows of the word embedding table; each word is the sum of two
+    max_tokens: int = 128  # longer captions are cut off
 
 
 @dataclass
 class SourceConfig:
-    """Shards that are drawn from at one rate."""
+    """Shards that are sampled at one rate."""
 
     shards: list[str] = MISSING  # paths, globs, brace ranges
-    repeat: float = 1.0  # visits of each sample per epoch; the fraction is drawn by hash
-    weight: float | None = None  # instead: share of an epoch's visits, relative to the other sources' weights
-    filter: str = ""  # beside data.filter
+    repeat: float = 1.0  # visits of each sample per epoch; 1.5: one, and for half of the samples (by hash) two
+    weight: float | None = None  # instead of repeat: share of an epoch's visits, relative to the other sources' weights
+    filter: str = ""  # applied in addition to data.filter
 
 
 @dataclass
 class StageConfig:
-    """A part of training with a plan of its own; what is null stays as data has it."""
+    """A stage of a curriculum, with data settings of its own. Keys that are null keep the value of `data`."""
 
-    until_step: int | None = None  # null: to the end
+    until_step: int | None = None  # last step of the stage; null: to the end
     fps: int | float | str | None = None
     max_frames: int | None = None
     max_pixels: int | None = None
-    weights: dict[str, float] = field(default_factory=dict)  # of sources, those not named 0; empty: theirs
-    tasks: dict[str, float] = field(default_factory=dict)  # weights of tasks, those not named 0; empty: flow.tasks
+    weights: dict[str, float] = field(default_factory=dict)  # of sources; 0 where not named; empty: the sources' own
+    tasks: dict[str, float] = field(default_factory=dict)  # weights of tasks; 0 where not named; empty: flow.tasks
 
 
 @dataclass
 class LimitsConfig:
-    """What a video or image may be at most; more is refused before anything of it is decoded."""
+    """Largest videos and images that are accepted; others are refused before anything of them is decoded."""
 
-    pixels: int = 33554432  # of a frame; 8K UHD fits
+    pixels: int = 33554432  # of a frame; the default is about 8K UHD
     frames: int = 1048576
-    bytes: int = 2147483648
+    bytes: int = 2147483648  # of the file
 
 
 @dataclass
 class CacheConfig:
-    """Where remote shards are kept on a node, for all of its ranks."""
+    """Cache of remote shards on the disk of each node, shared by its ranks."""
 
     folder: str | None = None  # null: sora_train-UID in the system's temporary folder
-    gib: float = 32.0  # never more than this
+    gib: float = 32.0  # upper limit of its size
 
 
 @dataclass
 class DataConfig:
-    """What a step is made of."""
+    """Training data: sources, selection of samples, clips and packs, and decoding."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    validation: list[str] = field(default_factory=list)
-    filter: str = ""  # which samples may be used, e.g. duration >= 2 and height >= 240; validation too
-    stages: list[StageConfig] = field(default_factory=list)  # one after the other; empty: one
-    captions: dict[str, float] = field(default_factory=dict)  # weights of named captions; empty: all alike
+    validation: list[str] = field(default_factory=list)  # shards held out: paths, globs, brace ranges
+    test: list[str] = field(default_factory=list)  # for `evaluate split=test`; training never looks at it
+    filter: str = ""  # condition on the index, validation included, e.g. duration >= 2 and height >= 240
+    side_tables: list[str] = field(default_factory=list)  # Parquet files with a column key: further columns of samples
+    weight: str = ""  # visits of each sample per epoch, times its source's: an expression, e.g. score / 5; empty: 1
+    stages: list[StageConfig] = field(default_factory=list)  # curriculum, in order; empty: one stage
+    captions: dict[str, float] = field(default_factory=dict)  # weights of named captions; empty: equal weights
     index: str | None = None  # consolidated index of the training shards, for large sets
-    probe: Probe = Probe.packets  # what is decoded of shards that have no index yet; frame takes some times longer
-    drop_refused: bool = False  # leave samples that were refused out of later epochs
-    fps: int | float | str = 8.0  # frames a second to train at, or native: each video's own
-    max_frames: int = 17
-    max_pixels: int = 1024  # height x width; larger videos are scaled down
+    probe: Probe = Probe.packets  # part decoded when shards without an index are indexed; frame is several times slower
+    drop_refused: bool = False  # leave out of later epochs the samples that were refused
+    fps: int | float | str = 16.0  # frames per second to train at, or native: each video's own
+    max_frames: int = 81  # of a clip
+    max_pixels: int = 102400  # height x width of a clip; larger videos are scaled down
     fit: Fit = Fit.crop
-    slots: int = 2  # packs of an optimizer step, shared out over the ranks
-    max_tokens: int = 1024  # of a slot
-    fill: float = 0.9  # share of the token budget that a window's steps aim at
-    window: int = 4096  # samples planned together
+    slots: int = 8  # packs per optimizer step, divided over the ranks
+    max_tokens: int = 8192  # of a pack
+    fill: float = 0.9  # target share of the token budget that the packs of a window fill
+    window: int = 4096  # samples that are shuffled and packed together
     workers: int = 2  # decode processes per rank
-    prefetch_steps: int = 3
-    decode_timeout_s: float = 60.0
-    decode_memory_gib: float = 8.0
-    max_bad_fraction: float = 0.2  # of the last 1000 samples; more is a stop
-    decoders: list[str] = field(default_factory=lambda: ["decord", "pyav"])  # in turn; a failure goes to the next
+    prefetch_steps: int = 3  # steps decoded ahead
+    decode_timeout_s: float = 60.0  # of one clip, before its decoder is killed
+    decode_memory_gib: float = 8.0  # of one decode process
+    max_bad_fraction: float = 0.2  # of the last 1000 samples that may fail; more stops the run
+    decoders: list[str] = field(default_factory=lambda: ["decord", "pyav"])  # tried in this order
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     storage: dict[str, Any] = field(default_factory=dict)  # fsspec options by scheme, e.g. s3: {anon: true}
@@ -275,116 +264,118 @@ class DataConfig:
 
 @dataclass
 class FlowConfig:
-    """The objective and the sampler."""
+    """The training objective (rectified flow) and the sampler."""
 
-    tasks: dict[str, float] = field(default_factory=lambda: {"text_to_video": 1.0})  # weights
+    tasks: dict[str, float] = field(default_factory=lambda: dict(_TASK_WEIGHTS))  # relative shares of the clips
     prediction: Prediction = Prediction.velocity
     timesteps: Timesteps = Timesteps.logit_normal
     mean: float = 0.0  # of the logit-normal
-    std: float = 1.0
-    shift: float = 1.0  # t -> shift t / (1 + (shift - 1) t), towards noise
-    shift_tokens: int = 0  # tokens of a clip that `shift` is meant for; others: shift sqrt(tokens / this). 0: all alike
-    caption_dropout: float = 0.1
+    std: float = 1.0  # of the logit-normal
+    shift: float = 2.0  # t -> shift t / (1 + (shift - 1) t), towards noise
+    shift_tokens: int = 0  # reference size: a clip's shift is shift sqrt(tokens / shift_tokens). 0: shift for all
+    caption_dropout: float = 0.1  # share of clips trained with the empty caption, for classifier-free guidance
     per_frame_noise: float = 0.0  # share of clips whose latent frames each have a timestep of their own
     weighting: Weighting = Weighting.token
-    guidance: float = 3.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # timesteps with guidance; elsewhere the caption alone
-    guidance_rescale: float = 0.0  # 1: the guided velocity gets the deviation of the one without guidance; 0: it stays
+    guidance: float = 3.0  # scale of classifier-free guidance; 1: none
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # timesteps with guidance; none outside
+    guidance_rescale: float = 0.0  # 0 to 1: how far the guided velocity's standard deviation is reset to the unguided's
     sampling_steps: int = 20
     solver: str = "euler"  # heun (two evaluations a step), adams_bashforth (one)
 
 
 @dataclass
 class OptimConfig:
-    """AdamW, its schedule, and the moving average of the weights."""
+    """AdamW, the learning rate schedule, and averages (EMA) of the weights."""
 
     lr: float = 1e-3
     text_lr_scale: float = 1.0  # learning rate of the text encoder relative to the rest
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    clip: float = 1.0  # global gradient norm
+    clip: float = 1.0  # largest global gradient norm
     warmup_steps: int = 20
-    decay_fraction: float = 0.5  # last part of the run over which the rate falls linearly to 0
+    decay_fraction: float = 0.5  # last fraction of the run, over which the learning rate falls linearly to 0
     ema_decay: float = 0.99
-    ema_lengths: list[float] = field(default_factory=list)  # further averages, e.g. [0.05, 0.1]: deviation / run so far
+    ema_lengths: list[float] = field(default_factory=list)  # further averages: width / steps so far, e.g. [0.05, 0.1]
 
 
 @dataclass
 class ParallelConfig:
-    """How a step is shared out."""
+    """Division of a step over ranks and forward passes."""
 
     accumulation: int | None = None  # forward passes per step and rank; null: one per slot
-    sequence: int = 1  # ranks that share the tokens of a pack (Ulysses); slots go to groups of so many ranks
+    sequence: int = 1  # ranks that share the tokens of a pack (Ulysses) and act as one data-parallel rank
 
 
 @dataclass
 class CheckpointConfig:
-    """When to save, and what to keep."""
+    """Checkpoint interval, retention, and copies in remote storage."""
 
     every_steps: int = 200
-    keep: int = 3  # the newest
-    keep_every: int = 0  # and for ever every one whose step this divides; 0 is none
-    snapshot_every: int = 1000  # steps between copies of optim.ema_lengths' averages in run_dir/snapshots
-    snapshots: int = 64  # of them kept, evenly over the run
-    mirror: str | None = None  # folder of this run alone to copy them to, e.g. s3://bucket/runs/x; null: none
+    keep: int = 3  # number of newest checkpoints that are kept
+    keep_every: int = 0  # checkpoints at multiples of this step are never deleted; 0: none
+    snapshot_every: int = 1000  # steps between snapshots of optim.ema_lengths' averages in run_dir/snapshots
+    snapshots: int = 64  # largest number of snapshots, spread evenly over the run
+    mirror: str | None = None  # remote folder for copies of this run's checkpoints, e.g. s3://bucket/runs/x; null: none
 
 
 @dataclass
 class GuardConfig:
-    """What protects a run from bad steps, hanging ranks and itself."""
+    """Protection from non-finite steps, loss spikes, diverging ranks, hangs and useless restarts."""
 
-    max_bad_steps: int = 10  # steps in a row that aren't finite, and were skipped, before a rollback
+    max_bad_steps: int = 10  # consecutive steps with non-finite values (they are skipped) before a rollback
     spike: float = 12.0  # robust deviations (1.4826 MAD) above the median loss that count as a spike; 0 is off
-    spike_steps: int = 3  # in a row, before a rollback
-    spike_window: int = 100  # losses that median and MAD are taken over
-    leave_out_before: int = 2  # steps before the first bad one that a rollback leaves out along with the bad ones
+    spike_steps: int = 3  # consecutive spikes before a rollback
+    spike_window: int = 100  # number of losses from which median and MAD are computed
+    leave_out_before: int = 2  # steps before the first bad one whose data a rollback leaves out, with the bad ones'
     max_rollbacks: int = 3  # of a run
-    hash_every: int = 500  # steps between comparisons of the ranks' weights; 0 is only before a save
+    hash_every: int = 500  # steps between comparisons of the ranks' weights; 0: only before a save
     timeout_s: float = 600.0  # without progress before a rank counts as hanging
-    slow_timeout_s: float = 3600.0  # the same in the first step, validation, sampling and while a save is waited for
-    max_futile_restarts: int = 3  # automatic restarts without a new checkpoint between them
-    accept_changes: bool = False  # go on from a checkpoint although the model or what it is trained on changed
+    slow_timeout_s: float = 3600.0  # the same in the first step, validation, sampling and when waiting for a save
+    max_futile_restarts: int = 3  # consecutive automatic restarts without a new checkpoint
+    accept_changes: bool = False  # resume although the model or its training data changed since the checkpoint
 
 
 @dataclass
 class LoggingConfig:
-    """What a run says, and where."""
+    """Metrics, validation, samples and profiles of a run, and the services they are written to."""
 
-    every_steps: int = 10
-    validate_every: int = 200
+    every_steps: int = 10  # steps between logged metrics
+    validate_every: int = 200  # steps between validations
     validation_clips: int = 64
-    sample_every: int = 500
+    sample_every: int = 500  # steps between samples
     sample_clips: int = 4
     previews: Previews = Previews.held_out
-    writers: list[str] = field(default_factory=lambda: ["tensorboard", "wandb"])  # beside metrics.jsonl
-    project: str = "sora_train"
-    group: str = ""  # of the wandb run; empty: the folder that the run folder lies in
+    writers: list[str] = field(default_factory=lambda: ["tensorboard", "wandb"])  # in addition to metrics.jsonl
+    project: str = "sora_train"  # of the wandb run
+    group: str = ""  # of the wandb run; empty: name of the folder that holds the run folder
     tags: list[str] = field(default_factory=list)  # of the wandb run
-    prometheus_port: int = 0  # where Prometheus reads; 0: run_dir/metrics.prom, for its textfile collector
+    prometheus_port: int = 0  # HTTP port for Prometheus; 0: run_dir/metrics.prom, for its textfile collector
     profile_steps: list[int] = field(default_factory=list)  # first and last step to trace into run_dir/profile/
     wandb_finish_s: float = 60.0  # seconds that wandb's uploads may take at the end of a run
-    memory_history: bool = False  # have the memory snapshot of a GPU that ran out name the line of each allocation
-    peak_tflops: float | None = None  # of one device, for MFU; null: known for the GPU, measured on a CPU
+    memory_history: bool = False  # record stack traces of GPU allocations, for the snapshot when memory runs out
+    peak_tflops: float | None = None  # of one device, for MFU; null: published for the GPU, measured on a CPU
 
 
 @dataclass
 class Config:
-    """Everything a run needs to know; the resolved tree is written to run_dir/config.yaml."""
+    """The configuration of a run; the resolved tree is written to run_dir/config.yaml."""
 
-    run_dir: str = MISSING  # folder for everything that a run writes
-    method: Method = Method.diffusion
-    seed: int = 0  # of weights, order, noise
+    run_dir: str = MISSING  # folder for everything that the run writes
+    method: str = "diffusion"  # training method: diffusion, autoencoder, or a plugin's
+    plugins: list[str] = field(default_factory=list)  # modules that register methods or model families
+    init_from: str | None = None  # run folder or export whose averaged weights a new run starts from
+    seed: int = 0  # of initial weights, data order and noise
     steps: int = MISSING  # optimizer updates of the run
     precision: Precision = Precision.fp32
-    threads: int | None = None  # CPU threads per rank; null: the cores of the machine shared out
-    model: ModelConfig = field(default_factory=ModelConfig)
+    threads: int | None = None  # CPU threads per rank; null: the machine's cores divided by its ranks
+    model: ModelConfig = MISSING
     vae: VaeConfig = field(default_factory=VaeConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # handed on to DeepSpeed
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # passed to DeepSpeed
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

@@ -23,7 +23,7 @@ Grid = tuple[int, int, int]  # tokens in time, height, width
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on `device`, without waiting for what the device is doing: on the host that takes page-locked memory."""
+    """Copy a tensor to `device` asynchronously; from the host to CUDA it goes through page-locked memory."""
     on_host = x.device.type == "cpu"
     locked = x.pin_memory() if on_host and device.type == "cuda" and not x.is_pinned() else x
     return locked.to(device, non_blocking=True)
@@ -31,16 +31,16 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One planned use of a sample: what to cut out of it, and the seed of everything random about it."""
+    """One planned use of a sample: the part to cut out of it, and the seed of everything random about it."""
 
     sample: int  # row in the index
-    first: int  # first frame, a number of the source's
+    first: int  # number of the clip's first frame in the source
     frames: int
-    fps: float  # real frames a second of the clip, which may not be the source's; 0 for an image
-    resize: tuple[int, int]  # height, width the decoder delivers
-    crop: tuple[int, int, int, int]  # top, left, height, width taken from that
+    fps: float  # of the clip, which may not be the source's; 0 for an image
+    resize: tuple[int, int]  # height, width in pixels that the decoder delivers
+    crop: tuple[int, int, int, int]  # top, left, height, width in pixels, cut out after the resize
     task: str
-    seed: int  # 64 bits; noise, timestep, caption choice all derive from it
+    seed: int  # 64 bits; noise, timestep and the choice of a caption all derive from it
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -61,10 +61,10 @@ class Refusal:
 
 @dataclass
 class Clip:
-    """What a visit brought back: pixels `video_TCHW` (uint8) and the caption drawn for this visit.
+    """The decoded result of a visit: pixels `video_TCHW` (uint8) and the caption drawn for this visit.
 
-    A sample that was encoded before brings `latents_CTHW` instead, with pixels of no frame, and where the text encoder
-    is frozen, `text_LE` of its caption and of none.
+    A clip whose latents were computed before training has `latents_CTHW`, and zero frames in `video_TCHW`. If its
+    text embeddings were computed too, `text_LE` holds that of its caption, then that of the empty caption.
     """
 
     visit: Visit
@@ -75,7 +75,7 @@ class Clip:
     text_LE: tuple[Tensor, Tensor] | None = None
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Clip:
-        """The same clip with its tensors moved."""
+        """Copy of the clip with `move` applied to each tensor."""
         latents = None if self.latents_CTHW is None else move(self.latents_CTHW)
         text = None if self.text_LE is None else (move(self.text_LE[0]), move(self.text_LE[1]))
         return Clip(self.visit, self.key, self.caption, move(self.video_TCHW), latents, text)
@@ -83,14 +83,10 @@ class Clip:
 
 @dataclass
 class Pack:
-    """The clips of one slot (or of several, run together), on their way to one forward pass. May hold no clip."""
+    """The clips of one forward pass: those of one slot, or of several slots run together. It may hold no clip."""
 
     clips: list[Clip]
     refused: list[Refusal] = field(default_factory=list)
-
-    def to(self, device: torch.device) -> Pack:
-        """Copy the pixels to `device`, asynchronously where they are pinned."""
-        return Pack([clip.moved(lambda x: x.to(device, non_blocking=True)) for clip in self.clips], self.refused)
 
     def pin(self) -> Pack:
         """Move the pixels to page-locked memory, so that the copy to the device can overlap with work."""
@@ -99,12 +95,17 @@ class Pack:
 
 @dataclass(frozen=True)
 class Layout:
-    """Who stands where in a pack, and who sees whom: tokens attend within their own clip, and to its own caption.
+    """Token counts of a packed sequence, from which attention derives its groups.
 
-    `grids` holds the token grid of each clip and `texts` the number of its text tokens, both in pack order. Kept as
-    plain integers on the host, so that no layer has to ask the device how long a clip is. Under sequence parallelism
-    the tensors of a rank hold one of several equal parts of the tokens: `part` says which, and of how many. A clip of
-    several shots has a caption for each: `shots` holds the latent frames of each shot of each clip; empty is one shot.
+    Self-attention stays within a clip; cross-attention goes from a clip to its own captions. The counts are plain
+    integers on the host, so that no layer has to wait for the device to learn them.
+
+    Attributes:
+        grids: Token grid (time, height, width) of each clip, in pack order.
+        texts: Text tokens of each caption, in pack order.
+        part: `(i, n)` under sequence parallelism: this rank's tensors hold the i-th of n equal parts of the tokens.
+        shots: For clips with several captions, the latent frames that each caption of each clip covers. Empty where
+            every clip has one caption.
     """
 
     grids: tuple[Grid, ...]
@@ -119,7 +120,7 @@ class Layout:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each clip begins, and the total as the last entry (`cu_seqlens` on the host)."""
+        """Cumulative token counts: the offset of each clip, then the total (`cu_seqlens` on the host)."""
         return tuple(accumulate(self.lengths, initial=0))
 
     @property
@@ -129,14 +130,14 @@ class Layout:
 
     @property
     def mine(self) -> slice:
-        """The tokens of this rank's part."""
+        """Slice of the pack's tokens that this rank holds."""
         place, parts = self.part
         size = self.tokens // parts
         return slice(place * size, (place + 1) * size)
 
     @cached_property
     def spans(self) -> tuple[int, ...]:
-        """Tokens that look at each caption, in the whole pack without what pads it."""
+        """Tokens of the whole pack that attend to each caption, padding excluded."""
         if not self.shots:
             return self.lengths[: len(self.texts)]
         sizes = [height * width for _, height, width in self.grids]
@@ -144,22 +145,38 @@ class Layout:
 
     @cached_property
     def queries(self) -> tuple[int, ...]:
-        """How many tokens of this part look at each caption; what pads the pack, a clip without one, at the last."""
+        """Tokens of this rank's part that attend to each caption; padding counts towards the last caption."""
         first, last = self.mine.start, self.mine.stop
         ends = (*accumulate(self.spans[:-1]), self.tokens)
         return tuple(max(0, min(last, end) - max(first, start)) for start, end in zip((0, *ends), ends, strict=False))
 
 
 @dataclass
-class LatentPack:
-    """A pack as the diffusion model sees it: noised tokens, timesteps and captions, with the target and its weights."""
+class Stream:
+    """The tokens of one modality in a pack. There is one, video; audio would be a second stream of the same clips.
+
+    `first` is the row of the pack's token sequence at which the stream begins.
+    """
 
     layout: Layout
     x_NP: Tensor  # noised latent patches
     target_NP: Tensor
     weight_N: Tensor  # loss weight of each token, 0 for given frames
-    t_M: Tensor  # distinct timesteps
-    t_of_N: Tensor  # index of each token's timestep in t_M
-    level_N: Tensor  # timestep of the clip's generated frames, for the loss by noise level
-    text: Any  # ids_L2 for a text encoder trained along, or text_LE of a frozen one
-    clip_of_M: Tensor | None = None  # the caption that each timestep goes with (one a clip); pooled text asks for it
+    t_M: Tensor  # distinct timesteps of each clip, 0 of given frames among them
+    t_of_N: Tensor  # index into t_M of each token's timestep
+    level_N: Tensor  # timestep drawn for each token's frame, for given frames too: the bin of the loss by noise level
+    clip_of_M: Tensor | None = None  # index of the caption that belongs to each timestep; used by model.pooled_text
+    first: int = 0
+
+
+@dataclass
+class LatentPack:
+    """Input of the diffusion model: noised tokens by stream, and the encoded captions."""
+
+    streams: dict[str, Stream]
+    text: Any  # ids_L2 for the text encoder that is trained with the model, or embeddings text_LE of a frozen one
+
+    @property
+    def video(self) -> Stream:
+        """The video stream, which every pack has."""
+        return self.streams["video"]

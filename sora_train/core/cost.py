@@ -1,20 +1,20 @@
-"""Tokens and floating-point operations of a clip, a pack and a step: shared by packing, MFU and planning.
+"""Tokens and FLOPs of a clip and a pack, used by packing, MFU and forecasts.
 
-A multiply-add counts as two operations; the backward pass costs twice the forward where all weights are trained.
-Recomputation under activation checkpointing is not counted (model FLOPs, as in MFU of Chowdhery et al. 2022, PaLM,
-appendix B).
+A multiply-add counts as two FLOPs; the backward pass costs twice the forward pass where all weights are trained.
+Recomputation under activation checkpointing is not counted: these are model FLOPs, as in the MFU of Chowdhery et al.
+2022 (PaLM, appendix B).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-TEXT_TOKENS = 32  # of a typical caption, where the real one isn't known yet
+TEXT_TOKENS = 32  # of a typical caption; stands for captions that aren't known yet
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How pixels become tokens: strides of the VAE and the patch of the transformer on top."""
+    """Pixels per token: strides of the VAE, and the patch side of the transformer in latent pixels."""
 
     temporal_stride: int
     spatial_stride: int
@@ -22,11 +22,11 @@ class Geometry:
 
     @property
     def multiple(self) -> int:
-        """Height and width of a clip are multiples of this many pixels."""
+        """Side of a token in pixels; height and width of every clip are multiples of it."""
         return self.spatial_stride * self.patch
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Tokens in time, height and width of a clip of 1 + k * temporal_stride frames."""
+        """Tokens in time, height and width of a clip of 1 + k * temporal_stride frames; height, width in pixels."""
         return 1 + (frames - 1) // self.temporal_stride, height // self.multiple, width // self.multiple
 
     def tokens(self, frames: int, height: int, width: int) -> int:
@@ -36,21 +36,30 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Forward FLOPs of a clip of N tokens with a caption of L, integers.
+class Shapes:
+    """Input and output sizes of a transformer: values in one patch, width and number of text tokens."""
 
-    `per_token * N + per_pair * N^2 + per_text * L + per_text_pair * N * L`: all matrix products of the network but
-    those of the timestep embedding, which runs once per distinct timestep.
+    patch_features: int
+    text_width: int
+    text_tokens: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Coefficients of the forward FLOPs of a clip of N tokens with a caption of L tokens.
+
+    FLOPs = `per_token * N + per_pair * N^2 + per_text * L + per_text_pair * N * L`. Counts every matrix product of
+    the network except the timestep embedding's, which runs once per distinct timestep and is negligible.
     """
 
     per_token: int
     per_pair: int
     per_text: int = 0
     per_text_pair: int = 0
-    text_tokens: int = 0  # L of a caption that isn't known yet
+    text_tokens: int = 0  # L that is assumed where the caption isn't known
 
     def forward(self, tokens: int, text: int | None = None) -> int:
-        """FLOPs of one forward pass over one clip."""
+        """FLOPs of one forward pass over a clip of `tokens` tokens; `text` None assumes `text_tokens`."""
         length = self.text_tokens if text is None else text
         with_text = length * (self.per_text + self.per_text_pair * tokens)
         return tokens * (self.per_token + self.per_pair * tokens) + with_text
@@ -62,9 +71,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class AdapterCost:
-    """FLOPs of training where all but adapters is frozen: most of the backward pass's other half isn't there."""
+    """FLOPs of training adapters (LoRA) alone: most gradients of the frozen weights need not be computed."""
 
-    both: Cost  # forward and backward together
+    both: Cost  # forward and backward pass together
 
     def training(self, lengths: list[int] | tuple[int, ...], texts: tuple[int, ...] | None = None) -> int:
         """FLOPs of forward and backward over a pack: lengths of its clips, and of their captions where known."""

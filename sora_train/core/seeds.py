@@ -1,7 +1,7 @@
-"""Hashes and counter-based random numbers behind order and noise: plain integer arithmetic, the same everywhere.
+"""Counter-based random numbers for data order, timesteps and noise seeds: a hash of integers, the same on any machine.
 
-All of it is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014): its finaliser
-is a bijection on 64 bits that passes the usual statistical tests, needs no state, and vectorises over uint64 arrays.
+The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014),
+a bijection on 64 bits that passes the usual statistical tests, needs no state, and vectorises over uint64 arrays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Part = int | np.integer | np.ndarray
 
 
 def hash64(*parts: Part) -> np.ndarray:
-    """Hash integers (or broadcastable arrays of them) to uint64, order of the parts included."""
+    """Hash integers, or broadcastable arrays of them, to uint64. The order of the parts matters."""
     state = np.zeros((), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for part in parts:
@@ -30,25 +30,25 @@ def hash64(*parts: Part) -> np.ndarray:
 
 
 def uniform(*parts: Part) -> np.ndarray:
-    """A float64 in [0, 1) for each hash of the parts (53 bits)."""
+    """Uniform float64 in [0, 1), one for each hash of the parts (53 random bits)."""
     return (hash64(*parts) >> np.uint64(11)).astype(np.float64) * (1.0 / (1 << 53))
 
 
 def below(limit: int | np.ndarray, *parts: Part) -> np.ndarray:
-    """An int64 in [0, limit) for each hash of the parts; the bias is below limit / 2**32."""
+    """Uniform int64 in [0, limit), one for each hash of the parts; the bias is below limit / 2**32."""
     high = (hash64(*parts) >> np.uint64(32)).astype(np.uint64)
     return ((high * np.asarray(limit).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
 def order(*parts: Part) -> np.ndarray:
-    """The permutation that sorts the hashes of the parts (ties, all but impossible, keep their order)."""
+    """Random permutation: the one that sorts the hashes of the parts."""
     return np.argsort(hash64(*parts), kind="stable")
 
 
-# The streams of one visit: each use of its seed hashes in one of these, so that no two uses share numbers.
+# Purposes of a visit's seed: every use hashes one of these in, so that no two uses draw the same numbers.
 TASK, FIRST_FRAME, CAPTION, DROP_CAPTION, TIMESTEP, NOISE, GIVEN_FRAMES, POSTERIOR, PER_FRAME = range(9)
 
 
 def stream(seed: int, purpose: int) -> int:
-    """The seed of one purpose of a visit, as a non-negative integer a torch.Generator takes."""
+    """Seed of a visit for one purpose, as a non-negative integer that torch.Generator accepts."""
     return int(hash64(np.uint64(seed), purpose)) >> 1

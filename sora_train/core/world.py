@@ -1,4 +1,4 @@
-"""Who am I: the one reader of the environment that torchrun sets."""
+"""Rank and world size of this process, from torchrun's environment variables (read here and nowhere else)."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from sora_train.core.cli import InputError
 
 @dataclass(frozen=True)
 class World:
-    """Places of this process in the job; a lone process is rank 0 of 1."""
+    """Rank of this process in the job and on its node; a single process is rank 0 of 1."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    restarts: int = 0  # how often torchrun or the launch script has started this again by itself
-    sequence: int = 1  # ranks that share the tokens of a pack; neighbours
+    restarts: int = 0  # automatic restarts so far, by torchrun or the launch script
+    sequence: int = 1  # degree of sequence parallelism: so many consecutive ranks share the tokens of a pack
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that speaks for all."""
+        """True on rank 0, which logs and writes for the whole job."""
         return self.rank == 0
 
     @property
     def sequence_rank(self) -> int:
-        """Which part of its packs' tokens this rank holds."""
+        """Rank within the sequence-parallel group: the number of the token part that this rank holds."""
         return self.rank % self.sequence
 
     @property
     def data_rank(self) -> int:
-        """Which data-parallel group this rank belongs to: the ranks of a group see the same packs."""
+        """Number of this rank's sequence-parallel group; the ranks of a group get the same packs."""
         return self.rank // self.sequence
 
     @property
     def data_size(self) -> int:
-        """Data-parallel groups of the job."""
+        """Number of sequence-parallel groups: the data-parallel degree."""
         return self.size // self.sequence
 
     def with_sequence(self, degree: int) -> World:
-        """The same places in groups of `degree` ranks. Raises InputError where the ranks don't divide."""
+        """Copy with sequence-parallel groups of `degree` ranks. Raises InputError if they don't divide the ranks."""
         if self.size % degree:
             raise InputError(f"parallel.sequence={degree} doesn't divide the {self.size} rank(s)")
         return replace(self, sequence=degree)
 
     @property
     def launched(self) -> bool:
-        """Whether a launcher (torchrun) started this process."""
+        """True if torchrun started this process."""
         return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def from_environment() -> World:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; a plain `python -m` start has none of them."""
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them (plain `python -m`) it is rank 0 of 1."""
     env = os.environ
     return World(
         rank=int(env.get("RANK", 0)),

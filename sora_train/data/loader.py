@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +100,7 @@ class Loader:
         if (position, visit.sample) in self.known:
             return self.known[position, visit.sample]
         path, extension, member = self.index.member(visit.sample)
-        captions = self.pool.submit(self.index.captions, visit.sample)
+        captions = self.pool.submit(self.index.captions, visit.sample) if self.index.captioned else None
         if extension == LATENT:
             return _Request(self.pool.submit(read, self.index, visit.sample), captions)
         track = self.index.track(visit.sample)
@@ -124,7 +124,7 @@ class Loader:
         return Step(flying.position, packs)
 
     def _clip(self, visit: Visit, request: _Request) -> Clip:
-        captions, fields = request.captions.result()
+        captions, fields = request.captions.result() if request.captions else ([""], {})
         drawn = draw_caption(list(fields.get("captions", ())), self.plan.inputs.captions, visit.seed)
         key, found = str(self.index.key[visit.sample]), request.content.result()
         if not isinstance(found, Encoded):
@@ -134,6 +134,20 @@ class Loader:
         latents, texts = check_size(found, (frames, height * grid.patch, width * grid.patch))
         none = to_video(np.empty((0, *visit.size[1:], 3), np.uint8))
         return Clip(visit, key, captions[drawn], none, latents, (texts[drawn], texts[-1]) if texts else None)
+
+
+def first_clips(
+    plan: Plan | Stages, pool: Pool, agreed: Callable[[Iterator[Step]], Iterator[Step]] = iter, prefetch_steps: int = 2
+) -> Iterator[Clip]:
+    """The clips of a plan's first epoch in its order, all slots of a step decoded here.
+
+    `agreed` may take clips out of the steps, so that several ranks see the same ones.
+    """
+    everything = [list(range(plan.inputs.slots))]
+    for step in agreed(iter(Loader(plan, pool, everything, Position(), prefetch_steps))):
+        if step.position.epoch > 0:
+            return
+        yield from step.packs[0].clips
 
 
 def draw_caption(names: list[str], weights: Sequence[tuple[str, float]], seed: int) -> int:
@@ -155,7 +169,7 @@ class _Request:
     """What is on its way for one visit."""
 
     content: Future[np.ndarray] | Future[Encoded]  # pixels, or what they were encoded to before
-    captions: Future[tuple[list[str], dict[str, Any]]]
+    captions: Future[tuple[list[str], dict[str, Any]]] | None  # none are read where none are wanted
 
 
 def refusals(index: Index) -> list[Refusal]:

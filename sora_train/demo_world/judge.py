@@ -1,23 +1,16 @@
-"""Does a video show what its scene says? Measures on the demo world, with no learned part, and their table.
-
-The same judge marks generated samples, the held-out videos themselves and those videos through the VAE: the last two
-say how far the measure and the VAE can be trusted, so that what is left is the model's.
-"""
+"""Judges whether a video shows what its scene of the demo world says, with no learned part."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import comb, sqrt
+from math import comb
 
 import numpy as np
-from rich.table import Table
 
-from sora_train.demo_world.sighting import COLOURS, DIRECTIONS, SHAPES, Sighting, direction_of, shape_of, sight
+from sora_train.demo_world.detect import Sighting, direction_of, shape_of, sight
+from sora_train.demo_world.scenes import COLOURS, DIRECTIONS, SHAPES
 
 Thing = Mapping[str, str]
-Counts = dict[str, tuple[int, int]]  # measure -> (successes, videos)
-
-COLUMNS = ("samples", "held-out videos", "held-out through the VAE")
 
 # How often a model that never reads the caption, but makes a good video of the right kind, is judged right: it draws
 # every attribute evenly. An identity is drawn once and kept, which is the most generous reading.
@@ -27,6 +20,10 @@ CHANCE: dict[str, float] = {
     "direction": 1 / len(DIRECTIONS),
     "two_objects": 1 / (comb(len(COLOURS), 2) * len(SHAPES) ** 2),  # two different colours, a shape for each
     "identity": 1 / (len(COLOURS) * len(SHAPES)),
+    "three_objects": 1 / (comb(len(COLOURS), 3) * len(SHAPES) ** 3),
+    "relation": 1 / (2 * comb(len(COLOURS), 2) * len(SHAPES) ** 2),  # and which of them comes first
+    "count": 1 / (2 * len(COLOURS) * len(SHAPES)),  # two or three
+    "order": 1 / (len(COLOURS) * (len(COLOURS) - 1) * len(SHAPES) ** 2),
 }
 
 _AGREE = 0.75  # of the frames that count must be right: with half, an object could turn into another
@@ -34,7 +31,6 @@ _SEEN = 0.5  # of all frames must count
 _ALONE = 4.0  # the one object outweighs everything else in its frame this many times
 _CLEAR = 0.85  # of the most pixels seen on that side of the gap: an object less visible than that is not judged
 _STAGE = 0.1  # of all frames: the shortest appearance before or after a gap
-_Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 
 
 def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, bool]:
@@ -43,6 +39,8 @@ def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, boo
     Kind "one": colour, shape, direction. "image": colour, shape. "two": two_objects (colour and shape of both).
     "return": identity (right colour and shape before the object leaves and after it returns, absent in between).
     "behind": identity (the same before and after it passes behind the large object, which stays).
+    "three": three_objects. "count": count (so many of that colour and shape, nothing else). "relation": relation (both
+    objects, the first of them left of or above the other). "order": order (the first object alone, then the second).
     Raises ValueError for another kind, or frames that are not a uint8 RGB video.
     """
     if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or frames_THWC.dtype != np.uint8 or not len(frames_THWC):
@@ -58,6 +56,12 @@ def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, boo
         return _looks(seen, things[0])
     if kind == "two":
         return {"two_objects": _both(seen, things)}
+    if kind in ("three", "count"):
+        return {"three_objects" if kind == "three" else "count": _both(seen, things)}
+    if kind == "relation":
+        return {"relation": _both(seen, things) and _in_place(seen, things)}
+    if kind == "order":
+        return {"order": _in_turn(seen, things)}
     if kind == "return":
         return {"identity": _survives(seen, things[0]) is not None}
     if kind == "behind":
@@ -85,6 +89,27 @@ def _both(seen: list[list[Sighting]], things: list[Thing]) -> bool:
     wanted = sorted((t["colour"], t["shape"]) for t in things)
     right = [f for f in seen if sorted((s.colour, s.shape) for s in f) == wanted]
     return len(right) >= _AGREE * len(seen)
+
+
+def _in_place(seen: list[list[Sighting]], things: list[Thing]) -> bool:
+    """Whether the first of two things is left of the other, or above it where they move sideways, in most frames."""
+    across = int(DIRECTIONS[things[0]["direction"]][1] == 0)  # the axis that they don't move along
+    pairs = [[_largest(frame, thing["colour"]) for thing in things] for frame in seen]
+    known = [(one, other) for one, other in pairs if one is not None and other is not None]
+    right = [one for one, other in known if (one.y, one.x)[across] < (other.y, other.x)[across]]
+    return len(right) >= _AGREE * len(seen)
+
+
+def _in_turn(seen: list[list[Sighting]], things: list[Thing]) -> bool:
+    """Whether the first thing is seen alone, then the second alone, each for a while and the first never again."""
+    colours = [{s.colour for s in frame} for frame in seen]
+    first, second = ([i for i, found in enumerate(colours) if found == {thing["colour"]}] for thing in things)
+    shortest = max(1.0, _STAGE * len(seen))
+    if min(len(first), len(second)) < shortest or len(first) + len(second) < _SEEN * len(seen):
+        return False
+    return first[-1] < second[0] and all(
+        _is_thing([seen[i] for i in stage], thing) for stage, thing in zip((first, second), things, strict=True)
+    )
 
 
 def _survives(seen: list[list[Sighting]], thing: Thing) -> tuple[range, range] | None:
@@ -145,63 +170,3 @@ def _largest(frame: list[Sighting], colour: str) -> Sighting | None:
 
 def _share(sightings: list[Sighting], right: Callable[[Sighting], bool]) -> float:
     return sum(map(right, sightings)) / max(len(sightings), 1)
-
-
-def interval(successes: int, n: int) -> tuple[float, float]:
-    """95% interval of a success rate from `successes` of `n`: Wilson's score interval.
-
-    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927). Holds its
-    level for small `n` and at 0 and 1, where the usual normal interval has no width. (0, 1) for n = 0.
-    Raises ValueError unless 0 <= successes <= n.
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}")
-    if n == 0:
-        return 0.0, 1.0
-    rate, z2 = successes / n, _Z95**2
-    middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def table(rows: Mapping[str, Counts]) -> Table:
-    """A rich table: a line per measure, a column per entry of `rows` (see COLUMNS) with rate, interval and count.
-
-    `rows` is {column: {measure: (successes, videos)}}; the last column is chance.
-    """
-    out = Table(title="right, with 95% intervals")
-    out.add_column("measure")
-    for column in [*rows, "chance"]:
-        out.add_column(column, justify="right")
-    for measure in _measures(rows):
-        cells = [_cell(*counts[measure]) if measure in counts else "-" for counts in rows.values()]
-        out.add_row(measure.replace("_", " "), *cells, f"{CHANCE[measure]:.1%}" if measure in CHANCE else "-")
-    return out
-
-
-def as_json(rows: Mapping[str, Counts]) -> dict[str, dict[str, object]]:
-    """The same figures for a JSON file: {measure: {column: {rate, low, high, right, videos}, "chance": rate}}."""
-    out: dict[str, dict[str, object]] = {}
-    for measure in _measures(rows):
-        out[measure] = {column: _figures(*counts[measure]) for column, counts in rows.items() if measure in counts}
-        if measure in CHANCE:
-            out[measure]["chance"] = CHANCE[measure]
-    return out
-
-
-def _measures(rows: Mapping[str, Counts]) -> list[str]:
-    """Every measure that occurs, the known ones first in their usual order."""
-    found = dict.fromkeys(measure for counts in rows.values() for measure in counts)
-    return [m for m in CHANCE if m in found] + [m for m in found if m not in CHANCE]
-
-
-def _figures(right: int, videos: int) -> dict[str, float | int | None]:
-    low, high = interval(right, videos)
-    return {"rate": right / videos if videos else None, "low": low, "high": high, "right": right, "videos": videos}
-
-
-def _cell(right: int, videos: int) -> str:
-    if not videos:
-        return "-"
-    low, high = interval(right, videos)
-    return f"{right / videos:.1%} ({low:.0%} to {high:.0%}, n={videos})"

@@ -1,10 +1,8 @@
-"""The demo world: scenes of moving shapes, their pixels and their captions.
+"""The demo world: scenes of moving shapes, and their captions.
 
 Lengths are in shorter sides of the frame, so a scene looks the same at any resolution. What a scene shows of
 (colour, shape, direction) is split by colour, shape and *axis* of movement, because an object that leaves and comes
 back moves both ways along its axis.
-
-A line longer than most files: scenes, pixels and words share one set of tables.
 """
 
 from __future__ import annotations
@@ -15,8 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from sora_train.demo_world.sighting import COLOURS, DIRECTIONS, SHAPES, coverage
-
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 45, 45),
+    "yellow": (220, 205, 45),
+    "green": (50, 180, 65),
+    "cyan": (50, 195, 210),
+    "blue": (55, 75, 220),
+    "purple": (195, 55, 205),
+}
+SHAPES = ("ring", "square", "triangle", "cross")  # a disc is too near to a square for small models
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 KINDS = {"one": 0.7, "two": 0.08, "behind": 0.06, "return": 0.08, "image": 0.08}  # share of the scenes
 SIZES = {"small": 0.22, "large": 0.32}  # radius
 SPEEDS = {"slow": 0.14, "quick": 0.24}  # shorter sides a second
@@ -117,19 +123,6 @@ def make_scene(rng: np.random.Generator, held_out: bool, kind: str | None = None
     return Scene(kind, scene.background, height, width, frames, fps, things)
 
 
-def render(scene: Scene) -> np.ndarray:
-    """The frames of a scene, `(T, H, W, 3)` uint8."""
-    side = min(scene.height, scene.width)
-    shade = BACKGROUNDS[scene.background] + 10.0 * ((np.arange(scene.height) + 0.5) / scene.height - 0.5)
-    video = np.empty((scene.frames, scene.height, scene.width, 3), np.uint8)
-    video[:] = shade.round().astype(np.uint8)[:, None, None]
-    times = np.linspace(0.0, 1.0, scene.frames)
-    for thing in scene.things:
-        at, ys, xs = np.array(thing.path).T
-        _draw(video, thing, np.interp(times, at, ys) * side, np.interp(times, at, xs) * side, SIZES[thing.size] * side)
-    return video
-
-
 def captions(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
     """Four wordings of a scene by name: plain, scene_first, described, note.
 
@@ -177,26 +170,6 @@ def _pick(rng: np.random.Generator, options: Any) -> Any:
 def _axis(direction: str) -> int:
     """0 for up and down, 1 for left and right: the index of the coordinate that changes."""
     return int(DIRECTIONS[direction][1] != 0)
-
-
-def _draw(video_THWC: np.ndarray, thing: Thing, ys: np.ndarray, xs: np.ndarray, radius: float) -> None:
-    """Blend one object into all frames; only the box around it is touched."""
-    reach = int(np.ceil(radius)) + 2
-    tops, lefts = np.floor(ys).astype(int) - reach, np.floor(xs).astype(int) - reach
-    box = np.arange(2 * reach + 1, dtype=np.float32) + 0.5
-    dy = (box + (tops - ys).astype(np.float32)[:, None])[:, :, None]
-    dx = (box + (lefts - xs).astype(np.float32)[:, None])[:, None, :]
-    alphas = coverage(thing.shape, dy, dx, radius).astype(np.float32)[..., None]
-    colour = np.array(COLOURS[thing.colour], np.float32)
-    height, width = video_THWC.shape[1:3]
-    for frame, top, left, alpha in zip(video_THWC, tops, lefts, alphas, strict=True):
-        y0, y1 = max(top, 0), min(top + len(box), height)
-        x0, x1 = max(left, 0), min(left + len(box), width)
-        if y0 >= y1 or x0 >= x1:
-            continue  # out of the frame
-        below = frame[y0:y1, x0:x1].astype(np.float32)
-        cover = alpha[y0 - top : y1 - top, x0 - left : x1 - left]
-        frame[y0:y1, x0:x1] = (below + cover * (colour - below) + 0.5).astype(np.uint8)
 
 
 def _straight(what: Combination, size: str, speed: str, start: np.ndarray, end: np.ndarray) -> Thing:

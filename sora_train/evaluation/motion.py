@@ -1,4 +1,4 @@
-"""How a made part of a video goes on from what surrounds it: where its object is, and whether it jumps at the seam."""
+"""Measures of motion: how much, how smooth, how steady in brightness, and whether a video jumps at a seam."""
 
 from __future__ import annotations
 
@@ -6,31 +6,80 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+from PIL import Image
 
-from sora_train.demo_world.judge import only_objects
-from sora_train.demo_world.sighting import sight
+from sora_train.evaluation.metric import Sample, metric
+from sora_train.evaluation.pixels import luma
 
-_LOST = 1.0  # a frame without the object counts as if it were a whole side away
-_RESAMPLES = 2000
+_STATIC = 0.002  # shorter sides a second: less is a still camera before nothing that moves
+_SMALL = 32  # pixels a side of the frames that are compared for consistency
+_NONE = float("nan")
 
 
-def path_error(made_THWC: np.ndarray, real_THWC: np.ndarray) -> float:
-    """Mean distance between the one object's centres in two videos of one shape, in shorter sides of the frame.
+@metric("flicker", groups=("quick", "full"), better="down")
+def flicker(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
+    """Mean absolute second difference of brightness in time, in steps of 255: steady motion adds little to it."""
+    if len(made_THWC) < 3:
+        return {"flicker": _NONE}
+    return {"flicker": float(np.abs(np.diff(luma(made_THWC), n=2, axis=0)).mean())}
 
-    Over the frames in which the real video shows one object; where the made one doesn't, the distance counts as a whole
-    side. NaN if the real video never shows one. Raises ValueError for different shapes.
+
+@metric("jerk", groups=("quick", "full"), better="down")
+def jerk(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
+    """Second differences in time against first ones: 0 for even motion, 2 for a picture that swings to and fro.
+
+    0 for a video that stands still.
     """
-    if made_THWC.shape != real_THWC.shape:
-        raise ValueError(f"need two videos of one shape, got {made_THWC.shape} and {real_THWC.shape}")
-    side = min(real_THWC.shape[1:3])
-    distances = []
-    for made, real in zip(made_THWC, real_THWC, strict=True):
-        wanted, got = (only_objects([sight(frame)]) for frame in (real, made))
-        if wanted and got:
-            distances.append(np.hypot(wanted[0].y - got[0].y, wanted[0].x - got[0].x) / side)
-        elif wanted:
-            distances.append(_LOST)
-    return float(np.mean(distances)) if distances else float("nan")
+    if len(made_THWC) < 3:
+        return {"jerk": _NONE}
+    first = np.diff(luma(made_THWC), axis=0)
+    amount = np.abs(first).mean()
+    return {"jerk": float(np.abs(np.diff(first, axis=0)).mean() / amount) if amount else 0.0}
+
+
+@metric("motion", groups=("quick", "full"), better=None, needs=["fps"])
+def motion(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
+    """Speed of the picture's edges in shorter sides of the frame a second."""
+    return {"motion": speed(made_THWC, sample.fps) if len(made_THWC) > 1 else _NONE}
+
+
+@metric("dynamic", groups=("quick", "full"), better=None, needs=["fps"], summary="rate")
+def dynamic(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
+    """1.0 for a video in which anything moves at all, else 0.0."""
+    moves = speed(made_THWC, sample.fps) >= _STATIC if len(made_THWC) > 1 else _NONE
+    return {"dynamic": float(moves)}
+
+
+def speed(frames_THWC: np.ndarray, fps: float) -> float:
+    """Change in time over change in space, summed over all pixels: normal flow, in shorter sides a second.
+
+    From the constraint of B. Horn and B. Schunck, "Determining optical flow", Artificial Intelligence 17 (1981): at
+    one edge it is the edge's speed along its normal, whatever its contrast. 0 for flat frames.
+    """
+    grey_THW = luma(frames_THWC)
+    dy, dx = np.gradient(grey_THW, axis=(1, 2))
+    edges = np.hypot(dy, dx).mean()
+    return float(np.abs(np.diff(grey_THW, axis=0)).mean() / edges / min(grey_THW.shape[1:]) * fps) if edges else 0.0
+
+
+@metric("consistency", groups=("quick", "full"), better="up")
+def consistency(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
+    """Likeness of small frames to the first and to the one before: mean cosine of their pixels about their mean."""
+    if len(made_THWC) < 2:
+        return {"consistency": _NONE}
+    small = [np.asarray(Image.fromarray(f).resize((_SMALL, _SMALL), Image.Resampling.BOX)) for f in made_THWC]
+    flat_TD = np.stack(small).reshape(len(small), -1).astype(np.float64)
+    return {"consistency": likeness(flat_TD - flat_TD.mean(axis=1, keepdims=True))}
+
+
+def likeness(features_TD: np.ndarray) -> float:
+    """Mean cosine of each row with the first and with the one before: subject consistency as VBench defines it.
+
+    Z. Huang et al., "VBench: comprehensive benchmark suite for video generative models", CVPR 2024, section 3.2.
+    """
+    unit_TD = features_TD / np.maximum(np.linalg.norm(features_TD, axis=1, keepdims=True), 1e-12)
+    before, first = (unit_TD[1:] * unit_TD[:-1]).sum(1), unit_TD[1:] @ unit_TD[0]
+    return float((before + first).mean() / 2)
 
 
 def changes(frames_THWC: np.ndarray) -> np.ndarray:
@@ -71,16 +120,3 @@ def worst_place(every: np.ndarray, seams: Sequence[int]) -> float:
 
 def _ratio(a: float, b: float) -> float:
     return float(a / b) if b > 0 else float("inf")
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median of independent values and its 95% bootstrap interval (percentiles of 2,000 resamples, seeded).
-
-    B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979). NaN for no values.
-    """
-    known = np.array([v for v in values if not np.isnan(v)])
-    if not len(known):
-        return float("nan"), float("nan"), float("nan")
-    drawn = np.random.default_rng(0).choice(known, (_RESAMPLES, len(known)))
-    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5], method="nearest")
-    return float(np.median(known)), float(low), float(high)

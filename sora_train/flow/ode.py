@@ -1,14 +1,16 @@
-"""From noise to latents: the flow's ODE from t = 1 to t = 0, with classifier-free guidance (Ho and Salimans 2022).
+"""Sampling: integrate the flow's ODE from t = 1 (noise) to t = 0 with classifier-free guidance (Ho and Salimans 2022).
 
-Any latent frames may be given, and stay as they are; a clip may begin from a partly noised one instead of from noise
-(Meng et al. 2022, SDEdit, arXiv 2108.01073); each shot of a clip may have its own caption. A clip that goes on from
-another may be held to it over the frames that both have, until they are let go one after the other.
+Any latent frames may be given as conditions. A clip may start from a partly noised clip instead of noise (SDEdit, Meng
+et al. 2022, arXiv 2108.01073). Each shot of a clip may have a caption of its own. For videos longer than a clip, the
+first (or last) frames may be held to the clip beside it: they follow its latents during the first part of the
+denoising, and are released one after the other. Guidance extrapolates away from the empty caption, or from a negative
+prompt in its place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,30 +18,42 @@ import torch
 from torch import Tensor, nn
 
 from sora_train.config.schema import FlowConfig
-from sora_train.core.batch import Grid, LatentPack, Layout
-from sora_train.flow.objective import Tokenize, shift_of, shifted
+from sora_train.core.batch import Grid, LatentPack, Layout, Stream
+from sora_train.flow.objective import shift_of, shifted
 from sora_train.flow.patches import patchify, unpatchify
 from sora_train.flow.prediction import velocity
 from sora_train.flow.solvers import SOLVE
 
+Tokenize = Callable[[Sequence[str]], tuple[Tensor, tuple[int, ...]]]  # captions to rows end to end, and their lengths
+
 
 @dataclass(frozen=True)
 class Held:
-    """Latents `(C, T, H, W)` that a clip begins with and goes away from, and the noise that they were made from."""
+    """Overlap of a clip with the one beside it: latents `(C, T, H, W)`, and the noise they were generated from."""
 
     latents_CTHW: Tensor
     noise_CTHW: Tensor
+    release: bool = True  # False: all of them are held to the end
 
 
 @dataclass(frozen=True)
 class Request:
     """One clip to generate.
 
-    `given`: latents `(C, T, H, W)` that are kept as they are, each with the latent frame it begins at. `start_CTHW`:
-    latents of a whole clip that is noised up to t = `strength` and generated anew from there. `shots`: latent frames
-    and caption of each shot, in the caption's place. `lead_CTHW`: the latent frame that a given end was encoded after,
-    for whoever decodes it. `held`: what the clip is held to at its beginning, the first frame to the end, each later
-    one for less of the way; unlike given frames these are noised like all others, so no model has to learn them.
+    Attributes:
+        caption: Caption of the whole clip.
+        grid: Token grid (time, height, width).
+        seed: Seed of the noise.
+        given: Conditioning latents `(C, T, H, W)`, kept unchanged, each with the latent frame at which it begins.
+        start_CTHW: Latents of a whole clip to vary: it is noised to t = `strength` and denoised from there.
+        strength: Timestep at which the denoising starts; 1 is noise alone.
+        shots: `(latent frames, caption)` of each shot, which replaces `caption`. The frames must add up to the clip.
+        lead_CTHW: Latent frame before a given end, which the causal VAE needs to decode that end. Not sampled.
+        held: Overlap that the first frames follow during denoising: the first frame until the last step, each later
+            one for a shorter part. Unlike given frames they have the noise level of all others, so the model needs
+            no training for them.
+        held_end: The same at the end, mirrored: the last frame is held until the last step.
+        negative: Prompt that guidance extrapolates away from; empty: the empty caption.
     """
 
     caption: str
@@ -51,6 +65,8 @@ class Request:
     shots: tuple[tuple[int, str], ...] = ()
     lead_CTHW: Tensor | None = None
     held: Held | None = None
+    held_end: Held | None = None
+    negative: str = ""
 
 
 @torch.no_grad()
@@ -63,7 +79,23 @@ def generate(
     tokenize: Tokenize,
     device: torch.device,
 ) -> list[Tensor]:
-    """Normalised latents `(C, T, H, W)` of each request. A request's result doesn't depend on its neighbours."""
+    """Generate a batch of clips. The result of a request doesn't depend on the others of the batch.
+
+    Args:
+        network: Maps a `LatentPack` to an output `(N, P)`, see `flow/prediction.py`.
+        requests: The clips to generate.
+        config: Solver, steps, shift and guidance.
+        channels: Latent channels.
+        patch: Side of a patch in latent pixels.
+        tokenize: Maps captions to text rows.
+        device: Device of the network.
+
+    Returns:
+        Normalised latents `(C, T, H, W)` of each request.
+
+    Raises:
+        ValueError: Latents of a request don't match its grid, or its shots don't add up to its frames.
+    """
     for request in requests:
         _check(request, channels, patch)
     sizes = [math.prod(request.grid) for request in requests]
@@ -76,7 +108,7 @@ def generate(
     times = [torch.tensor(row, device=device)[clip_of_N].unsqueeze(1) for row in _times(requests, config)]
 
     def field(x_NP: Tensor, t_N1: Tensor) -> Tensor:
-        back_NP = (x_NP - known_NP) / t_N1  # the velocity that ends in what is known
+        back_NP = (x_NP - known_NP) / t_N1  # velocity that leads straight to the held latents at t = 0
         free_NP = guided.velocity(x_NP, t_N1.squeeze(1))
         return torch.where(t_N1 > release_N1, back_NP, free_NP).masked_fill(given_N1, 0.0)
 
@@ -86,7 +118,7 @@ def generate(
 
 
 def _times(requests: Sequence[Request], config: FlowConfig) -> list[list[float]]:
-    """The time of every request at every step: the shift's, from its strength to 0."""
+    """Timesteps by step and request: from the request's strength to 0, evenly spaced before the shift."""
     shifts, steps = [shift_of(config, request.grid) for request in requests], config.sampling_steps
     firsts = [shifted(r.strength, 1.0 / shift) for r, shift in zip(requests, shifts, strict=True)]  # before the shift
     return [
@@ -96,7 +128,7 @@ def _times(requests: Sequence[Request], config: FlowConfig) -> list[list[float]]
 
 
 class _Guided:
-    """The guided velocity field of a batch of requests: conditional and unconditional clips in one pack."""
+    """Guided velocity field of a batch of requests; conditional and unconditional clips run in one pack."""
 
     def __init__(
         self,
@@ -112,7 +144,7 @@ class _Guided:
         self.packs = []
         for copies in (1, 2):
             shots = [request.shots or ((request.grid[0], request.caption),) for request in requests]
-            shots += [((request.grid[0], ""),) for request in requests] * (copies - 1)
+            shots += [((request.grid[0], request.negative),) for request in requests] * (copies - 1)
             text, texts = tokenize([caption for clip in shots for _, caption in clip])
             grids = tuple(request.grid for request in requests) * copies
             frames = tuple(tuple(length for length, _ in clip) for clip in shots)
@@ -121,7 +153,7 @@ class _Guided:
             self.packs.append((layout, text.to(device), caption_of_N))
 
     def velocity(self, x_NP: Tensor, t_N: Tensor) -> Tensor:
-        """Velocity of every token at its clip's time, `(N, P)` fp32."""
+        """Guided velocity of every token at its clip's timestep, `(N, P)` fp32."""
         low, high = self.config.guidance_interval
         now = [float(part[0]) for part in t_N.split(self.sizes)]
         scales = [self.config.guidance if low <= t <= high else 1.0 for t in now]
@@ -139,8 +171,10 @@ class _Guided:
         )  # fmt: skip
 
     def _guide(self, conditional: Tensor, unconditional: Tensor, scale: float, given_n: Tensor) -> Tensor:
-        """One clip's guided velocity, its deviation drawn back to the conditional one's (Lin et al. 2023,
-        arXiv 2305.08891, section 3.4): guidance alone makes pictures glare."""
+        """Guided velocity of one clip, rescaled towards the standard deviation of the conditional one.
+
+        Lin et al. 2023 (arXiv 2305.08891, section 3.4): guidance alone makes pictures overexposed.
+        """
         guided = unconditional + scale * (conditional - unconditional)
         rescale = self.config.guidance_rescale
         if rescale == 0.0 or scale == 1.0:
@@ -153,19 +187,19 @@ class _Guided:
         x, unused = x_NP.repeat(copies, 1), x_NP.new_zeros(0)
         captions = len(layout.texts)
         t_S = t_N.new_zeros(captions).scatter(0, caption_of_N, t_N.repeat(copies))
-        t_M = torch.stack((torch.zeros_like(t_S), t_S), dim=1).flatten()  # for each caption: 0 if given, or its time
+        t_M = torch.stack((torch.zeros_like(t_S), t_S), dim=1).flatten()  # two per caption: of given frames, of others
         place_N = 2 * caption_of_N + (~self.given_N).long().repeat(copies)
         caption_of_M = torch.arange(captions, device=x.device).repeat_interleave(2)
-        pack = LatentPack(layout, x, unused, unused, t_M, place_N, unused, text, caption_of_M)
-        return velocity(self.config.prediction, self.network(pack), pack)
+        video = Stream(layout, x, unused, unused, t_M, place_N, unused, caption_of_M)
+        return velocity(self.config.prediction, self.network(LatentPack({"video": video}, text)), video)
 
 
 def _check(request: Request, channels: int, patch: int) -> None:
-    """Raises ValueError for latents that don't fit the grid, and for shots that don't fill it."""
+    """Raise ValueError if latents don't match the grid, or shots don't add up to its frames."""
     frames, height, width = request.grid
     shape = (channels, height * patch, width * patch)
     start = [] if request.start_CTHW is None else [(0, request.start_CTHW)]
-    for first, latents in (*request.given, *_beginning(request), *start):
+    for first, latents in (*request.given, *_ends(request), *start):
         if (*latents.shape[:1], *latents.shape[2:]) != shape or not 0 <= first <= frames - latents.shape[1]:
             raise ValueError(f"latents {tuple(latents.shape)} at frame {first} don't fit {request.grid} of {shape}")
     if request.shots and sum(length for length, _ in request.shots) != frames:
@@ -173,17 +207,19 @@ def _check(request: Request, channels: int, patch: int) -> None:
 
 
 def noise_of(request: Request, channels: int, patch: int) -> Tensor:
-    """The noise `(C, T, H, W)` that a request's clip is made from."""
+    """Initial noise `(C, T, H, W)` of a request, with the noise of its held frames where it has any."""
     frames, height, width = request.grid
     generator = torch.Generator().manual_seed(request.seed)
     noise_CTHW = torch.randn(channels, frames, height * patch, width * patch, generator=generator)
     if request.held is not None:
         noise_CTHW[:, : request.held.noise_CTHW.shape[1]] = request.held.noise_CTHW
+    if request.held_end is not None:
+        noise_CTHW[:, frames - request.held_end.noise_CTHW.shape[1] :] = request.held_end.noise_CTHW
     return noise_CTHW
 
 
 def _start(request: Request, channels: int, patch: int) -> Tensor:
-    """What the clip begins from: noise, or latents with as much noise as the strength says."""
+    """Initial tokens `(N, P)`: noise, or `start_CTHW` noised to t = `strength`."""
     noise = patchify(noise_of(request, channels, patch), patch)
     if request.start_CTHW is None:
         return noise
@@ -197,21 +233,32 @@ def _given_mask(request: Request) -> Tensor:
 
 
 def _release(request: Request, config: FlowConfig) -> Tensor:
-    """The time until which each token is held, `(N,)`: frame k of K until k / K of the way is left, others never."""
+    """Timestep above which each token is held, `(N,)`: k / K (shifted) for frame k of K held ones, else infinity.
+
+    At a clip's end frames are counted from the last one backwards.
+    """
     frames, height, width = request.grid
-    count = 0 if request.held is None else request.held.latents_CTHW.shape[1]
     shift = shift_of(config, request.grid)
-    release = [shifted(k / count, shift) if k < count else math.inf for k in range(frames)]
+    release = [math.inf] * frames
+    for held, places in ((request.held, range(frames)), (request.held_end, range(frames - 1, -1, -1))):
+        count = 0 if held is None else held.latents_CTHW.shape[1]
+        for k, place in enumerate(places[:count]):
+            release[place] = shifted(k / count if held is not None and held.release else 0.0, shift)
     return torch.tensor(release).repeat_interleave(height * width)
 
 
-def _beginning(request: Request) -> list[tuple[int, Tensor]]:
-    return [] if request.held is None else [(0, request.held.latents_CTHW)]
+def _ends(request: Request) -> list[tuple[int, Tensor]]:
+    """Latents that a clip is held to at either end, each with the latent frame it begins at."""
+    ends = [] if request.held is None else [(0, request.held.latents_CTHW)]
+    if request.held_end is not None:
+        latents = request.held_end.latents_CTHW
+        ends.append((request.grid[0] - latents.shape[1], latents))
+    return ends
 
 
 def _known(request: Request, channels: int, patch: int) -> Tensor:
     frames, height, width = request.grid
     known = torch.zeros(channels, frames, height * patch, width * patch)
-    for first, latents in (*request.given, *_beginning(request)):
+    for first, latents in (*request.given, *_ends(request)):
         known[:, first : first + latents.shape[1]] = latents.cpu()
     return patchify(known, patch)

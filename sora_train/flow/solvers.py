@@ -1,7 +1,7 @@
-"""Solvers of the flow's ODE dx/dt = v(x, t), from noise at a later time to data at an earlier one.
+"""Solvers of the flow's ODE dx/dt = v(x, t), backwards in time from noise (t = 1) to data (t = 0).
 
-A step may be of another length for every token: times are `(N, 1)`. To add a solver: a function here, its name in
-`config.SOLVERS`.
+Times are `(N, 1)`: each token may have its own, since the shift depends on the clip. To add a solver, write a function
+here and add its name to `config.schema.SOLVERS`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ Solver = Callable[[Velocity, Tensor, Sequence[Tensor]], Tensor]
 
 
 def _euler(velocity: Velocity, x: Tensor, times: Sequence[Tensor]) -> Tensor:
-    """First order, one evaluation a step."""
+    """Euler's method: first order, one evaluation per step."""
     for now, then in zip(times, times[1:], strict=False):
         x = x + (then - now) * velocity(x, now)
     return x
 
 
 def _heun(velocity: Velocity, x: Tensor, times: Sequence[Tensor]) -> Tensor:
-    """Second order, two evaluations a step but for the last: at t = 0 a velocity is not defined for all data."""
+    """Heun's method: second order, two evaluations per step. The last is an Euler step, to not evaluate at t = 0."""
     for place, (now, then) in enumerate(zip(times, times[1:], strict=False)):
         slope = velocity(x, now)
         if place < len(times) - 2:
@@ -32,7 +32,7 @@ def _heun(velocity: Velocity, x: Tensor, times: Sequence[Tensor]) -> Tensor:
 
 
 def _adams_bashforth(velocity: Velocity, x: Tensor, times: Sequence[Tensor]) -> Tensor:
-    """Second order, one evaluation a step: the slope is carried on from the step before, of another length."""
+    """Two-step Adams-Bashforth for unequal steps: second order, one evaluation per step."""
     before: tuple[Tensor, Tensor] | None = None  # slope and length of the last step
     for now, then in zip(times, times[1:], strict=False):
         slope, step = velocity(x, now), then - now

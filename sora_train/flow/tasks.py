@@ -1,6 +1,6 @@
-"""Tasks as frame masks: which latent frames of a clip are given (t = 0) and which are to be generated.
+"""Tasks as masks over latent frames: given frames (conditions, t = 0) and frames to generate.
 
-To add a task: a function here, its name in `config.TASKS`, a weight under `flow.tasks`.
+To add a task, write a mask function here, add its name to `config.schema.TASKS`, and give it a weight in `flow.tasks`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from sora_train.core.seeds import GIVEN_FRAMES, below, order
 
 
 def given_frames(task: str, frames: int, seed: int) -> list[bool]:
-    """Which of `frames` latent frames are given; at least one never is. Raises KeyError for an unknown task."""
+    """Mask of the given latent frames of a clip; at least one frame is not given.
+
+    Args:
+        task: Name of the task.
+        frames: Latent frames of the clip.
+        seed: Seed of the visit, for tasks with a random mask.
+
+    Raises:
+        KeyError: The task is unknown.
+    """
     return [False] if frames == 1 else _MASKS[task](frames, seed)
 
 
@@ -35,7 +44,7 @@ def _end(frames: int, seed: int) -> list[bool]:
 
 
 def _both_ends(frames: int, seed: int) -> list[bool]:
-    """A gap of at least one frame, with at least one given before and after it; of two frames the first is given."""
+    """Frames before and after a random gap, at least one each; of two frames, the first."""
     if frames == 2:
         return [True, False]
     gap = 1 + int(below(frames - 2, seed, GIVEN_FRAMES))
@@ -44,7 +53,7 @@ def _both_ends(frames: int, seed: int) -> list[bool]:
 
 
 def _single_frames(frames: int, seed: int) -> list[bool]:
-    """One to half of the frames, anywhere."""
+    """Random frames, from one to half of all."""
     count = 1 + int(below(max(1, frames // 2), seed, GIVEN_FRAMES))
     chosen = set(order(seed, GIVEN_FRAMES, np.arange(frames))[:count].tolist())
     return [place in chosen for place in range(frames)]

@@ -9,12 +9,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from sora_train.config.schema import Config, Method
+from sora_train.config.registry import METHODS
+from sora_train.config.schema import Config
 from sora_train.forecast.estimate import Degree, Estimate
 from sora_train.forecast.footprint import Memory, memory, stage_of
 from sora_train.forecast.hardware import Hardware
 from sora_train.forecast.timing import SaveAdvice, StepTime, save_advice, step_time
-from sora_train.forecast.trace import Size, Untrained, trace
+from sora_train.forecast.trace import Size, trace
 from sora_train.training.report.console import duration
 
 # What recomputes more than each value of model.activation_checkpointing.
@@ -45,33 +46,32 @@ class Forecast:
 
 def forecast(
     config: Config, figures: Estimate, sizes: list[Size], share: float, device: Hardware, per_node: int, disk: float,
-    hours_per_failure: float, untrained: Untrained, degrees: Mapping[int, Degree] | None = None,
+    hours_per_failure: float, degrees: Mapping[int, Degree] | None = None,
 ) -> Forecast:  # fmt: skip
     """Trace the heaviest pass and lay it out over the stages, and the configured stage over `degrees` of sharing it."""
-    stages = _stages(config, figures, sizes, share, device, per_node, untrained)
+    stages = _stages(config, figures, sizes, share, device, per_node)
     recomputing = {}
-    for choice in _MORE[config.model.activation_checkpointing] if config.method is Method.diffusion else ():
+    for choice in _MORE[config.model.activation_checkpointing] if METHODS.get(config.method).recomputes else ():
         other = replace(config, model=replace(config.model, activation_checkpointing=choice))
         name = f"model.activation_checkpointing={choice}"
-        recomputing[name] = _stages(other, figures, sizes, share, device, per_node, untrained)
+        recomputing[name] = _stages(other, figures, sizes, share, device, per_node)
     averages = 1 + len(config.optim.ema_lengths)
     save = save_advice(figures.parameters - figures.frozen, figures.ranks, disk, hours_per_failure, averages)
     sharing = {}
     for degree, one in (degrees or {}).items():
         same = replace(figures, passes=one.passes)
-        each = _stages(one.config, same, one.sizes, one.share, device, per_node, untrained)
+        each = _stages(one.config, same, one.sizes, one.share, device, per_node)
         sharing[degree] = each[stage_of(config)]
     return Forecast(figures, device, stages, recomputing, save, sharing)
 
 
 def _stages(
-    config: Config, figures: Estimate, sizes: list[Size], share: float, device: Hardware, per_node: int,
-    untrained: Untrained,
+    config: Config, figures: Estimate, sizes: list[Size], share: float, device: Hardware, per_node: int
 ) -> dict[int, StageForecast]:  # fmt: skip
-    traced = trace(config, sizes, untrained)
+    traced = trace(config, sizes)
     count, ranks, passes = figures.parameters - figures.frozen, figures.ranks, figures.passes
     found = {}
-    for stage in range(3 if config.method is Method.autoencoder else 4):
+    for stage in range(METHODS.get(config.method).highest_stage + 1):
         needs = memory(config, count, traced, ranks, passes, stage, figures.frozen, bool(device.gloo))
         time = step_time(config, count, traced, ranks, passes, stage, device, per_node, share, figures.frozen)
         found[stage] = StageForecast(needs, time, needs.peak <= _USABLE * device.memory_gib * 2**30)
@@ -110,7 +110,7 @@ def show(terminal: Console, config: Config, result: Forecast, note: str) -> None
 
 def _facts(config: Config, result: Forecast, note: str) -> Table:
     e, data, save = result.figures, config.data, result.save
-    title = f"{config.method.value} on {e.ranks} rank(s) of {result.device.name}, {config.precision.value}"
+    title = f"{config.method} on {e.ranks} rank(s) of {result.device.name}, {config.precision.value}"
     table = Table(title=title, show_header=False)
     rows = [
         ("parameters", f"{e.parameters / 1e6:.1f}M" + (f", {e.frozen / 1e6:.1f}M of them frozen" if e.frozen else "")),
@@ -142,7 +142,7 @@ def _facts(config: Config, result: Forecast, note: str) -> Table:
 
 def _rows(config: Config, result: Forecast) -> list[tuple[str, str, StageForecast]]:
     """ZeRO stage, what is recomputed, and the figures."""
-    now = config.model.activation_checkpointing if config.method is Method.diffusion else "none"
+    now = config.model.activation_checkpointing if METHODS.get(config.method).recomputes else "none"
     rows = [(f"ZeRO {stage}", now, s) for stage, s in result.stages.items()]
     for override, stages in result.recomputing.items():
         rows += [(f"ZeRO {stage}", override.partition("=")[2], s) for stage, s in stages.items()]

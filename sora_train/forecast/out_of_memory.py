@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from torch import nn
-
-from sora_train.config.schema import Config, Method
-from sora_train.forecast.estimate import Estimate, estimate
+from sora_train.config.registry import METHODS
+from sora_train.config.schema import Config
+from sora_train.forecast.estimate import count_parameters, heaviest_pass, passes_per_rank
+from sora_train.forecast.footprint import memory, stage_of
+from sora_train.forecast.trace import trace
 from sora_train.training.parts import Place
 
 _SAFETY = 0.7  # of what was there, because the estimate that said it would fit was wrong
@@ -31,19 +32,19 @@ def line(place: Place, change: str, snapshot: str = "") -> str:
     return f"out of memory {place}: {change}" + (f"; memory snapshot: {snapshot}" if snapshot else "")
 
 
-def advice(phase: str, config: Config, network: Callable[[], nn.Module], ranks: int, available_bytes: int) -> str:
-    """What to change where memory ran out in a phase. `network` makes the network, on meta."""
-    return _BY_PHASE.get(phase) or suggestion(config, network(), ranks, available_bytes)
+def advice(phase: str, config: Config, ranks: int, available_bytes: int) -> str:
+    """What to change where memory ran out in a phase."""
+    return _BY_PHASE.get(phase) or suggestion(config, ranks, available_bytes)
 
 
-def suggestion(config: Config, network: nn.Module, ranks: int, available_bytes: int) -> str:
-    """What a step needs, what there is, and the overrides that should fit. `network` may be on meta."""
-    now = _bytes(estimate(config, network, None, ranks))
+def suggestion(config: Config, ranks: int, available_bytes: int) -> str:
+    """What a step needs, what there is, and the overrides that should fit."""
+    now = peak_bytes(config, ranks)
     target = _SAFETY * min(available_bytes, now)
     tried, overrides = copy.deepcopy(config), []
     for override in _smaller(tried, ranks):
         overrides.append(override)
-        need = _bytes(estimate(tried, network, None, ranks))
+        need = peak_bytes(tried, ranks)
         if need <= target:
             return (
                 f"about {now / _GIB:.2f} GiB per rank of {available_bytes / _GIB:.2f} GiB; "
@@ -55,8 +56,12 @@ def suggestion(config: Config, network: nn.Module, ranks: int, available_bytes: 
     )
 
 
-def _bytes(figures: Estimate) -> int:
-    return figures.state_bytes + figures.activation_bytes
+def peak_bytes(config: Config, ranks: int) -> int:
+    """Most bytes of one rank in a step whose slots are full of the longest clips, by the trace that `plan` prints."""
+    parameters, frozen = count_parameters(config)
+    sizes, _ = heaviest_pass(config, None, ranks)
+    traced, passes = trace(config, sizes), passes_per_rank(config, ranks)
+    return memory(config, parameters - frozen, traced, ranks, passes, stage_of(config), frozen).peak
 
 
 def _smaller(config: Config, ranks: int) -> Iterator[str]:
@@ -65,12 +70,12 @@ def _smaller(config: Config, ranks: int) -> Iterator[str]:
     if (config.parallel.accumulation or per_rank) < per_rank:
         config.parallel.accumulation = per_rank
         yield f"parallel.accumulation={per_rank}"
-    if config.method is Method.diffusion and config.model.activation_checkpointing == "none":
+    method = METHODS.get(config.method)
+    if method.recomputes and config.model.activation_checkpointing == "none":
         config.model.activation_checkpointing = "block"
         yield "model.activation_checkpointing=block"
     zero = config.deepspeed.setdefault("zero_optimization", {})
-    highest = 2 if config.method is Method.autoencoder else 3
-    for stage in range(zero.get("stage", 0) + 1, highest + 1 if ranks > 1 else 0):
+    for stage in range(zero.get("stage", 0) + 1, method.highest_stage + 1 if ranks > 1 else 0):
         zero["stage"] = stage
         yield f"deepspeed=zero{stage}"
     while config.data.max_tokens >= 512:

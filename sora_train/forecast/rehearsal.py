@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config
 from sora_train.core.batch import Pack
 from sora_train.core.world import World
-from sora_train.forecast.trace import Recorder, Size, Untrained, clip_of
-from sora_train.training.engine.ema import Ema
-from sora_train.training.engine.optim import adamw
-from sora_train.training.engine.power_ema import PowerEmas
-from sora_train.training.engine.zero import Engine, connect, disconnect
+from sora_train.forecast.trace import Recorder, Size, clip_of
+from sora_train.methods.base import trained
+from sora_train.training.engine.engines import Engines
+from sora_train.training.engine.zero import connect, disconnect
 
 
 @dataclass(frozen=True)
@@ -30,34 +30,27 @@ class Rehearsal:
     parameters: int
 
 
-class _Alone(Engine):
-    """The engine without the check that all ranks' fragments together cover the parameters: the others are missing."""
-
-    def _check_fragments(self) -> None:
-        return
-
-
-def rehearse(config: Config, ranks: int, passes: int, sizes: list[Size], untrained: Untrained) -> Rehearsal:
+def rehearse(config: Config, ranks: int, passes: int, sizes: list[Size]) -> Rehearsal:
     """Take one step as rank 0 of `ranks`, with passes of clips of these sizes (frames, height, width)."""
     device = connect(World(size=ranks), rehearsal=True)
     try:
         with Recorder() as recorder:
-            network, task, _frozen = untrained(config)
-            network.to(device)
-            parameters = sum(p.numel() for p in network.parameters())
-            optimizer = adamw([(network, 1.0)], config.optim)
-            engine = _Alone(network, optimizer, config.precision, passes, config.optim.clip, config.deepspeed)
+            learner = METHODS.get(config.method).planned(config)
+            for network in learner.networks.values():
+                network.module.to(device)
+            parameters = sum(p.numel() for _, network in trained(learner.networks) for p in network.module.parameters())
+            engines = Engines(learner.networks, passes, config, whole=False)
             before, recorder.peak = recorder.peak, recorder.live
-            ema = Ema(engine.fragments, config.optim.ema_decay)
-            powers = PowerEmas(engine.fragments, config.optim.ema_lengths)
             start = time.monotonic()
-            for number in range(passes):
-                pack = Pack([clip_of(number * len(sizes) + n, size) for n, size in enumerate(sizes)])
-                engine.backward(task.loss(engine, pack, device).sum, task.weight(pack) * passes)
-            if engine.step(1.0):
-                ema.update()
-                powers.update()
+            packs = [
+                Pack([clip_of(number * len(sizes) + n, size) for n, size in enumerate(sizes)])
+                for number in range(passes)
+            ]
+            engines.set_pace(sum(map(learner.weight, packs)), 1.0, lambda: None)
+            if learner.step(engines, packs).applied:
+                engines.update_averages()
             seconds = time.monotonic() - start
-        return Rehearsal(before, recorder.peak, seconds, sum(f.master.numel() for f in engine.fragments), parameters)
+        owned = sum(f.master.numel() for f in engines.fragments)
+        return Rehearsal(before, recorder.peak, seconds, owned, parameters)
     finally:
         disconnect()

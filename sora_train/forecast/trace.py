@@ -1,8 +1,8 @@
 """One pass of a configuration on tensors without memory: how many bytes live at once, what every operation does.
 
-The real network, task and autograd run under torch's FakeTensorMode, so shapes, saved activations, recomputation and
-the frozen VAE are those of a run, whatever the model does inside; only the numbers are missing. Kernels' own scratch
-memory isn't seen.
+The real networks, learner and autograd run under torch's FakeTensorMode, so shapes, saved activations, recomputation
+and the frozen VAE are those of a run, whatever the model does inside; only the numbers are missing. The scratch memory
+of kernels isn't seen.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config
 from sora_train.core.batch import Clip, Pack, Visit
-from sora_train.flow.objective import FlowTask
+from sora_train.methods.base import trained
 from sora_train.models.layers import ulysses
 
-# Network, task and frozen encoder of a configuration, untrained (methods.untrained).
-Untrained = Callable[[Config], tuple[nn.Module, Any, nn.Module]]
 Size = tuple[int, int, int]  # frames, height, width of a clip
 _CAPTION = " ".join(["word"] * 31)  # 32 tokens with the start token, as in cost.TEXT_TOKENS
 _SEPARATE = {"convolution": "convolution", "attention": "attention", "mm": "matmul", "bmm": "matmul"}
@@ -162,37 +161,66 @@ def _call(func: Any, args: Any, kwargs: Any) -> Call:
         return Call(func, tuple(map(plain, leaves)), spec)
 
 
-def trace(config: Config, sizes: Sequence[Size], untrained: Untrained) -> Trace:
+class _Network:
+    """A trained network of a trace: an engine that computes gradients, and lets go of them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._module(*arguments)
+
+    def backward(self, loss_sum: Tensor) -> None:
+        """Back-propagate."""
+        loss_sum.backward()
+
+    def step(self) -> bool:
+        """Nothing is updated: the optimizer's share of memory and time is known without a trace."""
+        return True
+
+
+class _Networks(dict[str, _Network]):
+    """The engines of a trace; averages have the shapes of the weights, which is all that counts here."""
+
+    @contextmanager
+    def averaged(self, *names: str) -> Iterator[None]:
+        """Run with averaged weights."""
+        yield
+
+
+def trace(config: Config, sizes: Sequence[Size]) -> Trace:
     """Trace one forward and backward pass of a rank over a pack of clips of these sizes."""
-    device = torch.device("cpu")
     # lengths of attention's groups are real, so that its operations can be counted
     with _fresh_caches(), FakeTensorMode(allow_non_fake_inputs=True):
-        network, task, frozen = untrained(config)
+        learner = METHODS.get(config.method).planned(config)
+        networks = learner.networks
         others = ulysses.Imagined(config.parallel.sequence)
+        learning: list[Any] = [network.module for _, network in trained(networks)]
+        frozen = [network.module for network in networks.values() if not network.trained]
         if others.parts > 1:
-            blocks: Any = network.get_submodule("dit.blocks")
-            ulysses.apply(network, [block.self_attention for block in blocks], others)
+            for module in learning:
+                module.split_sequence(others)
         pack = Pack([clip_of(number, size) for number, size in enumerate(sizes)])
-        encoder = 0
-        recorder = Recorder([*network.parameters(), *network.buffers(), *frozen.parameters(), *frozen.buffers()])
-        for parameter in (p for p in network.parameters() if p.requires_grad):
+        recorder, encoder = Recorder([t for module in (*learning, *frozen) for t in _tensors(module)]), [0]
+
+        def encoded(_: nn.Module, arguments: Any) -> None:
+            """What came before the first trained network ran was the encoder's."""
+            if not encoder[0]:
+                encoder[0], recorder.peak = recorder.peak, recorder.live
+
+        learning[0].register_forward_pre_hook(encoded)
+        for parameter in (p for module in learning for p in module.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(_let_go(recorder))
+        engines = _Networks({name: _Network(network.module) for name, network in trained(networks)})
         with recorder:
-            if isinstance(task, FlowTask):
-                prepare = task.prepare
+            learner.step(engines, [pack])
+    weights = sum(p.numel() * p.element_size() for module in frozen for p in module.parameters())
+    r, modules = recorder, sum(1 for module in learning for _ in module.modules())
+    return Trace(r.peak, tuple(r.made), encoder[0], weights, tuple(r.operations), modules, others.sent)
 
-                def prepared(pack: Pack, device: torch.device) -> Any:
-                    nonlocal encoder
-                    latents = prepare(pack, device)
-                    encoder, recorder.peak = recorder.peak, recorder.live
-                    return latents
 
-                task.prepare = prepared  # type: ignore[method-assign]
-            task.loss(network, pack, device).sum.backward()
-    weights = sum(p.numel() * p.element_size() for p in frozen.parameters())
-    r = recorder
-    modules = sum(1 for _ in network.modules())
-    return Trace(r.peak, tuple(r.made), encoder, weights, tuple(r.operations), modules, others.sent)
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 @contextmanager
@@ -201,7 +229,7 @@ def _fresh_caches() -> Iterator[None]:
 
     def clear() -> None:
         for name, module in sys.modules.copy().items():  # a finalizer that runs meanwhile may import
-            if name.startswith(("sora_train.models.", "sora_train.flow.")):
+            if name.startswith(("sora_train.models.", "sora_train.flow.", "sora_train.encoding.")):
                 for value in vars(module).copy().values():
                     if hasattr(value, "cache_clear"):
                         value.cache_clear()

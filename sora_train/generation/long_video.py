@@ -6,6 +6,7 @@ details are then made together with what follows, and shown as the later piece m
 one piece ends and another begins. The first of them is encoded anew from the last frame shown, because the first latent
 frame of a clip holds one frame alone. A piece is decoded after the latents before it. Only a piece's length of them is
 kept, so memory doesn't grow with the length. What has left the picture for longer than the overlap is forgotten.
+The end of a loop's last piece is held to the loop's beginning in the same way, mirrored.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from torch import Tensor
 from sora_train.config.cost import geometry
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
+from sora_train.core.cost import Geometry
 from sora_train.core.seeds import hash64
+from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Held, Request, noise_of
-from sora_train.generation.requests import Prompt, Size, encode, tail
-from sora_train.generation.sampler import FrozenVae, Sampler
+from sora_train.generation.requests import Prompt, Size, encode, encode_end, tail
+from sora_train.generation.sampler import Sampler
 
 
 def in_pieces(
@@ -37,11 +40,8 @@ def in_pieces(
     """
     grid = geometry(config)
     latents, stride = grid.grid(*size)[0], grid.temporal_stride
-    if overlap > (latents - 1) // 2 and latents > 1:
-        raise InputError(f"overlap={overlap} of a piece's {latents} latent frames; at most {(latents - 1) // 2}")
-    if latents < 3:
-        raise InputError(f"a piece has {latents} latent frame(s), too few to go on from; a model of longer clips can")
-    past, made, piece, opening = _Past(), 0, 0, None
+    check_overlap(latents, overlap)
+    past, made, piece, back = _Past(), 0, 0, None
     if prompt.before is not None:
         past = _Past(encode(sampler.vae, tail(prompt.before, latents, grid)))
     closing = (latents - 1 - overlap) * stride - 1 if loop else 0
@@ -57,15 +57,53 @@ def in_pieces(
         noise_CTHW = noise_of(request, config.vae.channels, config.model.patch)
         past = past.then(sampler.vae, new_CTHW, video, whole_CTHW, noise_CTHW, overlap)
         video = video if loop else video[: frames - made]
-        opening = video[: 1 + overlap * stride] if opening is None else opening
+        if loop and back is None:
+            back = _back(sampler.vae, prompt, whole_CTHW, noise_CTHW, video, overlap, grid)
+            yield video[back.skipped :]
+        else:
+            yield video
         made, piece = made + len(video), piece + 1
-        yield video
-    if loop and opening is not None:
-        ends = replace(prompt, before=None, after=opening, most=overlap)
-        request = _request(config, sampler.vae, ends, size, seed, piece, made, past.held)
-        (whole_CTHW,) = sampler.latents([request])
-        ((end, _),) = request.given
-        yield past.decoded(sampler.vae, whole_CTHW[:, 1:end], stride)[:-1]
+    if back is not None:
+        request = _request(config, sampler.vae, replace(prompt, before=None), size, seed, piece, made, past.held)
+        (whole_CTHW,) = sampler.latents([replace(request, held_end=back.held)])
+        yield past.decoded(sampler.vae, whole_CTHW[:, 1 : latents - back.repeated], stride)[: back.last]
+
+
+def check_overlap(latents: int, overlap: int) -> None:
+    """Raise InputError for an overlap that leaves no room in pieces of so many latent frames."""
+    if overlap > (latents - 1) // 2 and latents > 1:
+        raise InputError(f"overlap={overlap} of a piece's {latents} latent frames; at most {(latents - 1) // 2}")
+    if latents < 3:
+        raise InputError(f"a piece has {latents} latent frame(s), too few to go on from; a model of longer clips can")
+
+
+@dataclass(frozen=True)
+class _Back:
+    """How the last piece of a loop comes back to the beginning."""
+
+    held: Held  # what its end is held to
+    skipped: int  # frames at the beginning that the last piece makes anew
+    repeated: int  # latent frames at the last piece's end that the beginning shows
+    last: int | None  # where what remains is cut: its last frame may be the first one again
+
+
+def _back(
+    vae: FrozenVae, prompt: Prompt, whole_CTHW: Tensor, noise_CTHW: Tensor, video_THWC: np.ndarray, overlap: int,
+    grid: Geometry,
+) -> _Back:  # fmt: skip
+    """The way back to a loop's beginning, whose first piece is `whole_CTHW`.
+
+    A made beginning is treated as the overlap of two pieces: the loop begins within it, and the last piece makes what
+    stands before that anew. A given beginning is shown as it is, so the last piece is held to it altogether.
+    """
+    if prompt.opening is None:
+        joint = slice(1, 1 + overlap)
+        skipped = 1 + (overlap - 1) * grid.temporal_stride
+        return _Back(Held(whole_CTHW[:, joint], noise_CTHW[:, joint]), skipped, 1, None)
+    opening = np.concatenate((prompt.opening, video_THWC))[: 1 + overlap * grid.temporal_stride]
+    latents_CTHW = encode_end(vae, opening, overlap, grid)[:, 1:]
+    count = latents_CTHW.shape[1]
+    return _Back(Held(latents_CTHW, noise_CTHW[:, 1 : 1 + count], release=False), 0, count, -1)
 
 
 @dataclass(frozen=True)

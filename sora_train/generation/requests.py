@@ -1,13 +1,13 @@
-"""What a user gives to sample from: captions with times, images and videos at either end, a video to start from."""
+"""What a clip is made from: captions with times, frames at either end, a video to start from; and what size it gets."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from sora_train.config.cost import geometry
@@ -15,9 +15,8 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.cost import Geometry
 from sora_train.core.pixels import to_video
-from sora_train.data.read.whole_file import read_file
+from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Request
-from sora_train.generation.sampler import FrozenVae
 
 Size = tuple[int, int, int]  # frames, height, width
 
@@ -30,45 +29,51 @@ class Shot:
     caption: str
 
 
-def read_shots(prompt: Any) -> list[Shot]:
-    """A caption, or a list of {seconds, caption}. Raises InputError for anything else."""
-    if not isinstance(prompt, list):
-        return [Shot(float("inf"), str(prompt))]
+def read_shots(text: str) -> list[Shot]:
+    """Shots from a JSON list of {"seconds": 2, "caption": "..."}. Raises InputError for anything else."""
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f'shots is not JSON ({error}); give [{{"seconds": 2, "caption": "..."}}, ...]') from error
+    if not isinstance(entries, list) or not entries:
+        raise InputError('shots must be a list with one shot or more: [{"seconds": 2, "caption": "..."}, ...]')
     shots = []
-    for entry in prompt:
-        if not isinstance(entry, dict) or set(entry) != {"seconds", "caption"}:
-            raise InputError(f"prompt: {entry!r} is no shot; give [{{seconds: 2, caption: ...}}, ...]")
-        if not isinstance(entry["seconds"], (int, float)) or not entry["seconds"] > 0:
-            raise InputError(f"prompt: seconds={entry['seconds']!r} must be a number above 0")
-        shots.append(Shot(float(entry["seconds"]), str(entry["caption"])))
-    if not shots:
-        raise InputError("prompt: an empty list of shots")
+    for entry in entries:
+        if not isinstance(entry, dict) or set(entry) != {"seconds", "caption"} or not isinstance(entry["caption"], str):
+            raise InputError(f'shots: {json.dumps(entry)} is no shot; give {{"seconds": 2, "caption": "..."}}')
+        seconds = entry["seconds"]
+        is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and math.isfinite(seconds)
+        if not is_number or seconds <= 0:
+            raise InputError(f"shots: seconds={json.dumps(seconds)} must be a number above 0")
+        shots.append(Shot(float(seconds), entry["caption"]))
     return shots
 
 
-def read_frames(path: str | None, fps: float) -> np.ndarray | None:
-    """The frames of an image, or those that a video shows at each n / fps. Raises InputError for any other file."""
-    return None if path is None else read_file(path, fps)[0]
-
-
-def resized(frames_THWC: np.ndarray, size: Size) -> np.ndarray:
-    """Frames in the clip's height and width."""
-    shape = (size[2], size[1])
-    return np.stack([np.asarray(Image.fromarray(f).resize(shape, Image.Resampling.BICUBIC)) for f in frames_THWC])
-
-
 def clip_size(
-    config: Config, given: np.ndarray | None, height: int | None, width: int | None, seconds: float | None
+    config: Config, given: tuple[int, int] | None, height: int | None, width: int | None, seconds: float | None
 ) -> Size:
-    """Frames, height and width of a clip: as asked, else the given frames' shape, else a square of the trained area."""
+    """Frames, height and width of a clip on the grid of the VAE and the patches.
+
+    One side alone brings the other along in the shape of what is given (height, width), else of a square, which is
+    the shape that training's area is measured by; without either, the area is the trained one.
+    """
     grid = geometry(config)
-    if not (height and width):
-        shape = given.shape[1:3] if given is not None else (height or 1, width or 1)
+    shape = given or (1, 1)
+    if height is None and width is None:
         scale = (config.data.max_pixels / (shape[0] * shape[1])) ** 0.5
-        height, width = round(shape[0] * scale), round(shape[1] * scale)
-    height, width = (max(1, round(side / grid.multiple)) * grid.multiple for side in (height, width))
+        sides = (shape[0] * scale, shape[1] * scale)
+    else:
+        sides = (height or _first_side(shape, width), width or _first_side(shape[::-1], height))
+    rows, columns = (max(1, round(side / grid.multiple)) * grid.multiple for side in sides)
+    if rows * columns > config.data.limits.pixels:
+        raise InputError(f"a clip of {columns}x{rows} is above data.limits.pixels={config.data.limits.pixels}")
     frames = config.data.max_frames if seconds is None else max(1, round(seconds * config.data.made_fps))
-    return 1 + (frames - 1) // grid.temporal_stride * grid.temporal_stride, height, width
+    return 1 + (frames - 1) // grid.temporal_stride * grid.temporal_stride, rows, columns
+
+
+def _first_side(shape: tuple[int, int], side: int | None) -> float:
+    """The first side of a shape whose second side is `side`."""
+    return shape[0] / shape[1] * (side or 0)
 
 
 @dataclass
@@ -80,6 +85,8 @@ class Prompt:
     after: np.ndarray | None = None
     start: np.ndarray | None = None
     strength: float = 1.0
+    negative: str = ""  # what guidance leads away from
+    opening: np.ndarray | None = None  # the first frames of what is given before, which a loop leads back to
     most: int | None = None  # latent frames given at either end at most; null: half a clip, at both ends a third each
 
     def request(self, config: Config, vae: FrozenVae, size: Size, seed: int, first: int = 0) -> Request:
@@ -100,12 +107,13 @@ class Prompt:
         shots = spans(self.shots, frames, first, grid.temporal_stride, config.data.made_fps)
         caption = shots[0][1]
         return Request(
-            caption, grid.grid(*size), seed, tuple(given), start, self.strength, shots if len(shots) > 1 else (), lead
-        )
+            caption, grid.grid(*size), seed, tuple(given), start, self.strength, shots if len(shots) > 1 else (), lead,
+            negative=self.negative,
+        )  # fmt: skip
 
 
 def spans(shots: Sequence[Shot], frames: int, first: int, stride: int, fps: float) -> tuple[tuple[int, str], ...]:
-    """How many latent frames of a clip that begins at frame `first` hear which caption; the last one goes on."""
+    """How many latent frames of a clip that begins at frame `first` each caption conditions; the last one goes on."""
     ends = np.cumsum([shot.seconds for shot in shots])[:-1]
     at = [(first + max(0, 1 + (place - 1) * stride)) / fps for place in range(frames)]  # a latent's first frame
     which = np.searchsorted(ends, at, side="right")
@@ -137,26 +145,17 @@ def encode_end(vae: FrozenVae, frames_THWC: np.ndarray, latents: int, grid: Geom
     return encode(vae, np.concatenate((frames, still)))
 
 
-def around(config: Config, prompt: Prompt, request: Request, video: np.ndarray) -> np.ndarray:
-    """A clip with what is given but didn't fit into it: earlier frames before, later frames behind."""
-    stride, pieces = config.vae.temporal_stride, [video]
+def inside(config: Config, prompt: Prompt, request: Request) -> tuple[int, int]:
+    """How many frames of what is given before and after a clip are part of it."""
+    stride = config.vae.temporal_stride
     held = {first: latents.shape[1] for first, latents in request.given}
-    if prompt.before is not None:
-        inside = 1 + (held[0] - 1) * stride
-        pieces.insert(0, prompt.before[: len(prompt.before) - inside])
-    if prompt.after is not None:
-        inside = 1 + stride * next(count for first, count in held.items() if first + count == request.grid[0])
-        pieces.append(prompt.after[inside:])
-    return np.concatenate(pieces)
+    before = 0 if prompt.before is None else 1 + (held[0] - 1) * stride
+    if prompt.after is None:
+        return before, 0
+    return before, 1 + stride * next(count for first, count in held.items() if first + count == request.grid[0])
 
 
 def fits(start_THWC: np.ndarray, size: Size) -> np.ndarray:
     """The first frames of a video to start from, the last one repeated where it is shorter than the clip."""
     missing = max(0, size[0] - len(start_THWC))
     return np.concatenate((start_THWC, np.repeat(start_THWC[-1:], missing, axis=0)))[: size[0]]
-
-
-def check_strength(strength: float) -> None:
-    """Raises InputError for a strength outside (0, 1]."""
-    if not 0.0 < strength <= 1.0:
-        raise InputError(f"strength={strength} must be above 0 and at most 1")

@@ -1,150 +1,168 @@
-"""The methods a run can train by: each brings a network, what the optimizer moves, a task, and previews for people.
+"""The contract of a training method: the networks that a run trains, and one optimizer step of all of them.
 
-To add one: a class with these four, a name in `config.Method`, a line in `METHODS`.
+A method has two parts. A `Method` answers questions about a configuration (geometry, cost, rules) and imports no torch,
+so that mistakes are reported at once. The `Learner` that it builds holds the networks and performs the steps. Methods
+are registered by name in `config/registry.py`; a plugin calls `METHODS.register(NAME, method)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
-from torch import nn
+from sora_train.config.schema import Precision
 
-from sora_train.config.cost import geometry
-from sora_train.config.schema import Config, Method, Precision
-from sora_train.core.batch import Clip
-from sora_train.core.pixels import to_frames, to_unit
-from sora_train.core.world import World
-from sora_train.flow.objective import FlowTask
-from sora_train.generation.sampler import (
-    FrozenVae,
-    Sampler,
-    build_vae,
-    build_video_model,
-    request_for,
-    save_sample,
-    starting_model,
-    tokenizer,
-)
-from sora_train.methods.reconstruction import AutoencodingTask
-from sora_train.models.video_vae.perceptual import Perceptual
-from sora_train.models.wan.lora import add_outlines
-from sora_train.training.parts import Task
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from sora_train.config.schema import Config
+    from sora_train.core.batch import Clip, Pack
+    from sora_train.core.cost import AdapterCost, Cost, Geometry
+    from sora_train.core.loss import Loss
 
 
-class MethodParts(Protocol):
-    """What a run needs of its method."""
+@dataclass
+class Network:
+    """A network of a method.
 
-    network: nn.Module
-    groups: list[tuple[nn.Module, float]]  # what is trained, with a factor on the learning rate
-    task: Task
-
-    def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:
-        """Show what the network makes of a clip, frames_THWC uint8; `live` runs it (under ZeRO)."""
-
-
-class Diffusion:
-    """Rectified flow on the latents of a frozen VAE; a preview is a sample of the clip's caption."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.vae = FrozenVae(config.vae, device)
-        network = starting_model(config)
-        self.network: nn.Module = network
-        self.groups: list[tuple[nn.Module, float]] = [(network.dit, 1.0)]
-        if network.text is not None:
-            self.groups.append((network.text, config.optim.text_lr_scale))
-        cache_bytes = config.vae.cache_mib << 20
-        self.task: Task = FlowTask(
-            config.flow, geometry(config), config.vae.channels, self.vae.encode, tokenizer(config, device), cache_bytes
-        )
-
-    def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:
-        """A sample of the clip's caption in the clip's size."""
-        request = request_for(self.config, clip.caption, clip.visit.size, clip.visit.seed >> 1)
-        return Sampler(self.config, live, self.vae, self.device).videos([request])[0]
-
-
-class Autoencoding:
-    """The video VAE; a preview shows the clip beside its reconstruction."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.device = device
-        self.network: nn.Module = build_vae(config.vae)
-        self.groups: list[tuple[nn.Module, float]] = [(self.network, 1.0)]
-        wanted = config.vae.perceptual
-        perceptual = Perceptual().load(wanted.files).to(device) if wanted.weight else None
-        self.task: Task = AutoencodingTask(config.vae, geometry(config), perceptual)
-
-    def preview(self, live: nn.Module, clip: Clip) -> np.ndarray:
-        """Left the clip, right what comes out of the autoencoder."""
-        video = to_unit(clip.video_TCHW.transpose(0, 1).to(self.device))
-        (decoded, _, _), *_ = live([video.unsqueeze(0)], [torch.zeros((), device=self.device)])
-        return np.concatenate((to_frames(video), to_frames(decoded[0])), axis=2)
-
-
-METHODS: dict[Method, Callable[[Config, torch.device], MethodParts]] = {
-    Method.diffusion: Diffusion,
-    Method.autoencoder: Autoencoding,
-}
-
-
-def write_previews(
-    method: MethodParts,
-    live: nn.Module,
-    clips: Sequence[Clip],
-    folder: Path,
-    fps: float,
-    world: World,
-    break_off: Callable[[], bool],
-) -> dict[str, Path]:
-    """Write a preview of every clip, the work shared out over the data-parallel groups; returns the videos by caption.
-
-    Every rank runs the network equally often, because a partitioned network needs all of them. `break_off` is asked
-    before each preview, by all ranks together; then the rest is left, and no video returned.
+    Attributes:
+        module: The network.
+        rates: The submodules that are optimised, each with a factor on the learning rate. None: the network is frozen.
+        ema: Keep an exponential moving average of the weights.
+        passes: Backward passes through the network per pack.
     """
-    paths = {}
-    for number in range(-(-len(clips) // world.data_size)):
-        if break_off():
-            return {}
-        place = number * world.data_size + world.data_rank
-        clip = clips[min(place, len(clips) - 1)]
-        with torch.no_grad():
-            frames = method.preview(live, clip)
-        if place < len(clips) and world.sequence_rank == 0:
-            about = {"prompt": clip.caption, "seed": clip.visit.seed >> 1, "clip": clip.key}
-            save_sample(folder, f"{place:02d}", frames, clip.visit.fps or fps, about)
-    for place, clip in enumerate(clips):
-        if clip.visit.frames > 1:
-            paths[clip.caption] = folder / f"{place:02d}.mp4"
-    return paths
+
+    module: nn.Module
+    rates: list[tuple[nn.Module, float]] | None
+    ema: bool = True
+    passes: int = 1
+
+    @property
+    def trained(self) -> bool:
+        """True unless the network is frozen."""
+        return self.rates is not None
 
 
-def untrained(config: Config) -> tuple[nn.Module, Task, nn.Module]:
-    """Network in the run's precision, task, and frozen VAE of a run, with fresh weights and without a trained VAE.
+@dataclass
+class StepResult:
+    """Result of an optimizer step: `applied` is True if every engine updated its weights; the loss of each pack."""
 
-    For planning, also on tensors without memory, which can't be cast in place: so all is built in its precision, and
-    adapters, which peft can't make there, are outlines of peft's.
-    """
+    applied: bool = False
+    losses: list[tuple[Pack, Loss]] = field(default_factory=list)
+
+
+class Engine(Protocol):
+    """Interface of a trained network under ZeRO."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the network forward."""
+
+    def backward(self, loss_sum: Tensor) -> None:
+        """Back-propagate a pack's summed loss, divided by the loss weight of the whole step over all ranks."""
+
+    def step(self) -> bool:
+        """Update the weights after the last backward pass. False if it was skipped because of a non-finite value."""
+
+
+class Engines(Protocol):
+    """The engines of a method's trained networks, by name."""
+
+    def __getitem__(self, name: str) -> Engine:
+        """The engine of the network of this name."""
+
+    def averaged(self, *names: str) -> AbstractContextManager[None]:
+        """Context in which these networks run with their averaged (EMA) weights. Collective; any ZeRO stage."""
+
+
+class Learner(Protocol):
+    """The networks of a run, and its training, validation and preview steps."""
+
+    networks: dict[str, Network]  # by name, frozen ones too; the first trained one is the run's main network
+
+    def weight(self, pack: Pack) -> float:
+        """Loss weight of a pack, e.g. its loss-bearing tokens. A step's loss is divided by the sum over its packs."""
+
+    def step(self, engines: Engines, packs: Sequence[Pack]) -> StepResult:
+        """Perform one optimizer step: all backward passes, and `step` of every engine."""
+
+    def validate(self, engines: Engines, pack: Pack) -> Tensor:
+        """Summed loss of a held-out pack. Its noise depends on its clips alone, so that validations are comparable."""
+
+    def preview(self, engines: Engines, clip: Clip) -> np.ndarray:
+        """Frames `(T, H, W, 3)` uint8 that show the networks' output for a clip, for the logs."""
+
+
+class Method(Protocol):
+    """A method's answers about a configuration, before any network is built."""
+
+    fixed: tuple[str, ...]  # configuration sections and keys that may not change when a run resumes
+    highest_stage: int  # highest ZeRO stage that it supports
+    splits_sequence: bool  # supports sequence parallelism (parallel.sequence)
+    recomputes: bool  # supports model.activation_checkpointing
+    reads_latents: bool  # accepts shards with precomputed latents in place of pixels
+    reads_captions: bool  # needs a caption for every sample
+    makes_videos: bool  # its result can be used by `sample` and `evaluate`
+
+    def rules(self, config: Config) -> None:
+        """Check the method's requirements on the configuration. Raises InputError."""
+
+    def geometry(self, config: Config) -> Geometry:
+        """Strides and patch side, from which token grids follow."""
+
+    def cost(self, config: Config) -> Cost:
+        """Forward FLOPs of a clip, by which packs are balanced."""
+
+    def training_cost(self, config: Config) -> Cost | AdapterCost:
+        """FLOPs of the forward and backward pass, for MFU and forecasts."""
+
+    def learner(self, config: Config, device: torch.device) -> Learner:
+        """Build the learner of a run, with initial weights read from the files that the configuration names."""
+
+    def planned(self, config: Config) -> Learner:
+        """Build the learner for a forecast: in the run's precision, without reading files; may run on fake tensors."""
+
+
+class OneNetwork:
+    """Base of learners with one trained network. Subclasses define `name`, `weight`, `loss` and `preview`."""
+
+    name: str
+
+    def loss(self, network: Any, pack: Pack) -> Loss:
+        """Loss of a pack. `network` is the engine, or the network itself."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def step(self, engines: Engines, packs: Sequence[Pack]) -> StepResult:
+        """Run the backward pass of every pack, then update the weights."""
+        engine, result = engines[self.name], StepResult()
+        for pack in packs:
+            loss = self.loss(engine, pack)
+            engine.backward(loss.sum)
+            result.losses.append((pack, loss))
+        result.applied = engine.step()
+        return result
+
+    def validate(self, engines: Engines, pack: Pack) -> Tensor:
+        """Summed loss of a held-out pack."""
+        return self.loss(engines[self.name], pack).sum
+
+
+@contextmanager
+def precision_of(config: Config) -> Iterator[None]:
+    """Context in which new tensors have the run's precision. Fake tensors can't be cast in place afterwards."""
+    import torch
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if config.precision is Precision.bf16 else torch.float32)
     try:
-        network: nn.Module = build_video_model(config) if config.method is Method.diffusion else build_vae(config.vae)
-        if config.method is Method.diffusion and config.model.lora.rank:
-            add_outlines(network, network.get_submodule("dit"), config.model.lora)
+        yield
     finally:
         torch.set_default_dtype(before)
-    if config.method is Method.autoencoder:
-        seeing = Perceptual() if config.vae.perceptual.weight else None
-        return network, AutoencodingTask(config.vae, geometry(config), seeing), seeing or nn.Module()
-    vae = build_vae(config.vae).requires_grad_(False)
 
-    @torch.no_grad()
-    def encode(video_BCTHW: torch.Tensor) -> torch.Tensor:
-        return vae.normalise(vae.encode(to_unit(video_BCTHW))[0])
 
-    task = FlowTask(config.flow, geometry(config), config.vae.channels, encode, tokenizer(config))
-    return network, task, vae
+def trained(networks: Mapping[str, Network]) -> Iterator[tuple[str, Network]]:
+    """Yield the trained networks with their names, in order."""
+    return ((name, network) for name, network in networks.items() if network.trained)

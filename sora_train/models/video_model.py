@@ -1,23 +1,103 @@
-"""The network of a diffusion run: text encoder and transformer as one module, so that one engine holds both."""
+"""The network of a diffusion run: text encoder and transformer as one module, trained by one DeepSpeed engine."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor, nn
 
+from sora_train.config.cost import shapes
+from sora_train.config.registry import FAMILIES
+from sora_train.config.schema import Config
 from sora_train.core.batch import LatentPack
+from sora_train.models.base import Family
+from sora_train.models.layers import ulysses
 from sora_train.models.text.encoder import TextEncoder
-from sora_train.models.wan.model import DiT
+from sora_train.models.wan.lora import add_adapters, add_outlines, merge
 
 
 class VideoModel(nn.Module):
-    """Captions and noised patches to velocities. Without a text encoder the pack brings embeddings, not ids."""
+    """Transformer, and the text encoder that is trained with it.
 
-    def __init__(self, dit: DiT, text: TextEncoder | None) -> None:
+    With `text` None the encoder is a frozen one outside of this module, and packs hold embeddings instead of word ids.
+    """
+
+    def __init__(self, dit: nn.Module, text: TextEncoder | None, family: Family) -> None:
         super().__init__()
-        self.dit, self.text = dit, text
+        self.dit, self.text, self.family = dit, text, family
 
     def forward(self, pack: LatentPack) -> Tensor:
-        """Velocity `(N, P)` of every token of the pack."""
-        dtype = self.dit.patch_in.weight.dtype
-        text_LE = pack.text.to(dtype) if self.text is None else self.text(pack.text, pack.layout.texts)
-        return self.dit(pack.x_NP.to(dtype), text_LE, pack.t_M, pack.t_of_N, pack.layout, pack.clip_of_M)
+        """Output `(N, P)` for every token of the video stream: the velocity, or as `flow.prediction` says."""
+        dtype, video = next(self.dit.parameters()).dtype, pack.video
+        text_LE = pack.text.to(dtype) if self.text is None else self.text(pack.text, video.layout.texts)
+        return self.dit(video.x_NP.to(dtype), text_LE, video.t_M, video.t_of_N, video.layout, video.clip_of_M)
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """Blocks of the transformer; see `Family.blocks`."""
+        return self.family.blocks(self.dit)
+
+    def split_sequence(self, others: ulysses.Neighbours) -> None:
+        """Divide the tokens of every pack among the ranks of a sequence-parallel group."""
+        ulysses.apply(self, [block.self_attention for block in self.blocks()], others)
+
+
+def build_video_model(config: Config) -> VideoModel:
+    """Build the network of a configuration without adapters, randomly initialised."""
+    family, t = FAMILIES.get(config.model.family), config.text_encoder
+    dit = family.build(config.model, shapes(config))
+    if config.model.compile:
+        for block in family.blocks(dit):
+            block.compile()
+    own = TextEncoder(t.width, t.depth, t.heads, t.buckets, t.max_tokens) if t.path is None else None
+    return VideoModel(dit, own, family)
+
+
+def starting_model(config: Config) -> VideoModel:
+    """Build the network with its initial weights: random or released ones, and adapters with `model.lora`.
+
+    With adapters, all random initial values depend on the configured seed alone: checkpoints hold only the adapters,
+    and the frozen weights are built again from the seed (`whole_weights`).
+    """
+    if config.model.lora.rank == 0:
+        return _with_released_weights(config)
+    with _seeded(config.seed):
+        network = _with_released_weights(config)
+        add_adapters(network, network.dit, config.model.lora)
+    return network
+
+
+def planned_model(config: Config) -> VideoModel:
+    """Build the network for a forecast, where tensors may be fake: reads no weights, and doesn't need peft."""
+    network = build_video_model(config)
+    if config.model.lora.rank:
+        add_outlines(network, network.dit, config.model.lora)
+    return network
+
+
+def whole_weights(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn a run's trained weights into those of `build_video_model`; adapters are merged into the frozen weights."""
+    if config.model.lora.rank == 0:
+        return weights
+    with _seeded(config.seed):
+        return merge(_with_released_weights(config).state_dict(), weights, config.model.lora)
+
+
+def transformer_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Select the weights of the transformer, under the names that its family uses."""
+    return {name.removeprefix("dit."): values for name, values in weights.items() if name.startswith("dit.")}
+
+
+def _with_released_weights(config: Config) -> VideoModel:
+    network = build_video_model(config)
+    if config.model.init_from is not None:
+        network.family.load(network.dit, config.model.init_from)
+    return network
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -5,29 +5,31 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from sora_train.config.load import to_dict
-from sora_train.config.schema import Config, Method
+from sora_train.config.registry import METHODS
+from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
+from sora_train.operations.records import flat
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "decord", "av", "webdataset", "hydra-core", "omegaconf")
 _VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "WORLD_SIZE")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
 _OWN = ("run_dir", "guard.accept_changes")  # keys whose change is no change of the run
-_FIXED = {  # sections that shaped the weights or that they were trained on
-    Method.diffusion: ("method", "model", "vae", "text_encoder"),
-    Method.autoencoder: ("method", "vae"),
-}
 _FREE = ("model.activation_checkpointing", "vae.cache_mib")  # but these change nothing that is learnt
 
 
@@ -44,7 +46,8 @@ def changes(config: Config) -> list[str]:
     new = flat(to_dict(config))
     keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and key not in _OWN]
     differing = {key: f"{key}: {old[key]} -> {new[key]}" for key in keys}
-    dangerous = [key for key in keys if key.split(".")[0] in _FIXED[config.method] and key not in _FREE]
+    fixed = METHODS.get(config.method).fixed
+    dangerous = [key for key in keys if key.split(".")[0] in fixed and key not in _FREE]
     if dangerous and not config.guard.accept_changes:
         raise InputError(
             f"the checkpoints in {run_dir} were trained with another {'; '.join(differing[key] for key in dangerous)}; "
@@ -72,6 +75,20 @@ def count_restart(config: Config, world: World) -> None:
             f"{limit} restarts in a row brought no new checkpoint after {newest!r} (guard.max_futile_restarts); "
             f"see {run_dir}/logs, mend the cause, and start it by hand"
         )
+
+
+@contextmanager
+def usable(run_dir: Path) -> Iterator[None]:
+    """Turn a full disk, and files that may not be written or are in a folder's place, into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or run_dir} can't be used: {error.strerror}"
+        if error.errno in _FULL:
+            raise InputError(f"{what}; make room where run_dir={run_dir} lies, and give the command again") from error
+        if error.errno in _BARRED:
+            raise InputError(f"{what}; choose another run_dir than {run_dir}, or mend that") from error
+        raise
 
 
 def surroundings() -> dict[str, str]:
@@ -133,10 +150,3 @@ def code_hash() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested maps as one map of dotted keys."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.rstrip("."): tree}
-    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}{key}.").items()}

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from array import array
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from sora_train.core.cli import InputError
+from sora_train.core.lines import entries
 
 Curve = list[tuple[int, float]]
+_STRETCHES = 500  # of a curve: more than a figure has pixels
+_EVENTS = 100  # first ones, and last ones
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Record:
     name: str
     folder: Path
     config: Mapping[str, Any]  # by dotted key
-    curves: Mapping[str, Curve]  # by figure
+    curves: Mapping[str, Curve]  # by figure, long ones thinned
     end: Mapping[str, Any]  # exit.json, or empty while the run goes on
     quarantine: Mapping[str, int]  # refused samples by cause
 
@@ -41,7 +47,7 @@ def read(folder: str | Path) -> Record:
     assert isinstance(tree, DictConfig)
     end = path / "exit.json"
     causes: dict[str, int] = {}
-    for line in _lines(path / "quarantine.jsonl"):
+    for line in entries(path / "quarantine.jsonl"):
         causes[str(line.get("cause"))] = causes.get(str(line.get("cause")), 0) + 1
     return Record(
         path.name, path, flat(OmegaConf.to_container(tree)), _curves(path / "metrics.jsonl"),
@@ -79,33 +85,49 @@ def samples(folder: Path) -> dict[int, list[tuple[str, Path]]]:
 
 
 def events(folder: Path) -> list[tuple[str, str]]:
-    """When, and what was out of the ordinary: resumes, skipped steps, warnings and errors of the main rank's log."""
+    """When, and what was out of the ordinary: resumes, skipped steps, warnings and errors of the main rank's log.
+
+    Of very many the first and the last ones.
+    """
     log = folder / "logs" / "rank-0.log"
-    found = []
-    for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
-        date, _, rest = line.partition(",")
-        level = rest.split(" ")[1:2]
-        text = rest.partition(": ")[2]
-        told = ("resumed", "a gradient was not finite", "stopped by", "changed since the checkpoint", ": done")
-        if level in (["WARNING"], ["ERROR"]) or any(word in text for word in told):
-            found.append((date, text))
-    return found
+    if not log.is_file():
+        return []
+    first: list[tuple[str, str]] = []
+    last: deque[tuple[str, str]] = deque(maxlen=_EVENTS)
+    count = 0
+    with log.open(errors="replace") as lines:
+        for line in lines:
+            date, _, rest = line.rstrip("\n").partition(",")
+            level = rest.split(" ")[1:2]
+            text = rest.partition(": ")[2]
+            told = ("resumed", "a gradient was not finite", "stopped by", "changed since the checkpoint", ": done")
+            if level in (["WARNING"], ["ERROR"]) or any(word in text for word in told):
+                count += 1
+                (first if len(first) < _EVENTS else last).append((date, text))
+    left = count - len(first) - len(last)
+    return [*first, *([("", f"{left} more, in logs/rank-0.log")] if left else []), *last]
 
 
 def _curves(path: Path) -> dict[str, Curve]:
-    curves: dict[str, Curve] = {}
-    for line in _lines(path):
+    """The curves in metrics.jsonl, each thinned to what a picture can show."""
+    points: dict[str, tuple[array[int], array[float]]] = {}
+    for line in entries(path):
         for key, value in line.items():
             if key != "step" and isinstance(value, int | float | str):
-                curves.setdefault(key, []).append((int(line["step"]), float(value)))  # "nan" and "inf" are strings
-    return curves
+                steps, values = points.setdefault(key, (array("q"), array("d")))
+                steps.append(int(line["step"]))
+                values.append(float(value))  # "nan" and "inf" are strings
+    return {name: thinned(np.array(steps), np.array(values)) for name, (steps, values) in points.items()}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # torn by a kill; a resumed run cuts it off
-    return found
+def thinned(steps: np.ndarray, values: np.ndarray) -> Curve:
+    """At most about a thousand points of a curve: its ends, and the lowest and highest of each stretch between."""
+    if len(steps) > 2 * _STRETCHES:
+        stretch = np.arange(len(steps)) * _STRETCHES // len(steps)
+        starts = np.flatnonzero(np.diff(stretch, prepend=-1))
+        order = np.lexsort((np.where(np.isfinite(values), values, np.nan), stretch))  # NaN comes last in its stretch
+        finite = np.add.reduceat(np.isfinite(values).astype(np.int64), starts)
+        ends = (order[starts], order[starts + np.maximum(finite, 1) - 1])
+        kept = np.unique(np.concatenate(([0, len(steps) - 1], *ends)))
+        steps, values = steps[kept], values[kept]
+    return list(zip(steps.tolist(), values.tolist(), strict=True))

@@ -9,24 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sora_train.core.page import STYLE
 from sora_train.operations.records import Curve, Record, differences, events, samples
 
 _COLOURS = ("#4269d0", "#d9782d", "#3a9b63", "#c2415b", "#8b5cc7", "#2b9aa8", "#8a6d3b", "#666666")
 _SIZE = (420, 190)
 _MEDIA_BYTES = 24 << 20  # of samples in one page; later ones are named, not shown
 _FIRST = ("loss", "validation_loss", "tokens_per_s", "mfu", "data_wait", "step_time", "grad_norm", "lr")
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1320px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid var(--line) }
-.grid { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 }
-figcaption { font-size: .85rem; max-width: 420px }
-table { border-collapse: collapse; font-size: .88rem } td, th { padding: .15rem .7rem .15rem 0; text-align: left;
-vertical-align: top; border-bottom: 1px solid var(--line) }
-video, img.sample { width: 200px; image-rendering: pixelated }
-svg text { fill: currentColor; font-size: 11px }
-.key { display: inline-block; width: 1em; height: .7em; margin: 0 .3em }
-"""
 
 
 def page(title: str, records: Sequence[Record]) -> str:
@@ -48,7 +37,7 @@ def page(title: str, records: Sequence[Record]) -> str:
         parts.append(_table(["key", "value"], rows, "Configuration"))
     body = "\n".join(part for part in parts if part)
     head = f'<meta charset=utf-8><meta name=viewport content="width=device-width"><title>{html.escape(title)}</title>'
-    return f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>\n"
+    return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n"
 
 
 def write_report(record: Record) -> Path:

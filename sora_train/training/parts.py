@@ -1,4 +1,4 @@
-"""What the training loop is given, as it sees it: a task, steps of packs, an engine, and places to report to."""
+"""Interfaces and records that the training loop works with."""
 
 from __future__ import annotations
 
@@ -7,93 +7,101 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from sora_train.core.batch import Pack, Refusal
-from sora_train.training.engine.zero import Engine
+from sora_train.methods.base import Learner
+from sora_train.training.engine.engines import Engines
 from sora_train.training.health.guard import Guard
 from sora_train.training.health.watch import Watch
 from sora_train.training.report.console import Console
 from sora_train.training.report.meter import Meter
 from sora_train.training.report.writers import Writers
-
-
-class Task(Protocol):
-    """What a step does with a pack."""
-
-    def weight(self, pack: Pack) -> float:
-        """Loss-bearing units of a pack."""
-
-    def loss(self, network: Any, pack: Pack, device: torch.device) -> Any:
-        """An object with `sum`, and `level_sum`, `level_weight`, `texts`, `by_task` (or None)."""
+from sora_train.training.state.ledger import Ledger
+from sora_train.training.state.mirror import Mirror
 
 
 class Step(Protocol):
-    """What the loader yields."""
+    """A step of the loader: this rank's packs for one optimizer step."""
 
     position: Any
     packs: list[Pack]
 
     @property
     def samples(self) -> list[int]:
-        """Rows of the clips that arrived."""
+        """Index rows of the clips in the packs."""
 
     @property
     def refused(self) -> list[Refusal]:
-        """Samples that did not."""
+        """Samples that could not be used."""
 
 
 class Plan(Protocol):
-    """Which samples come when."""
+    """The order of the data, see `data.order.plan`."""
 
     hash: str
 
     @property
     def amendments(self) -> Sequence[Any]:
-        """What is left out, and from when on."""
+        """Samples left out, each list with the epoch from which on it applies."""
 
     def amend(self, at: Any, taken: int, ahead: int, samples: Sequence[int]) -> None:
-        """Leave samples out of later epochs."""
+        """Leave samples out of epochs that begin more than `ahead` steps (which may be prefetched) after `at`."""
 
     def restore(self, amendments: Sequence[Any]) -> None:
-        """Take over what a checkpoint kept."""
+        """Set the amendments from a checkpoint."""
+
+
+class Noted(Sequence[Pack]):
+    """A sequence of packs that calls `note` with each pack when it is accessed."""
+
+    def __init__(self, packs: Sequence[Pack], note: Callable[[Pack], None]) -> None:
+        self._packs, self._note = packs, note
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, place: Any) -> Any:
+        pack = self._packs[place]
+        self._note(pack)
+        return pack
 
 
 @dataclass
 class Parts:
-    """What the trainer is given."""
+    """Everything that the trainer works with; built by `operations.build`."""
 
-    task: Task
-    engine: Engine
+    learner: Learner
+    engines: Engines
     meter: Meter
-    open_writers: Callable[[int], Writers | None]  # by the step that the run goes on from; None off the main rank
+    open_writers: Callable[[int], Writers | None]  # takes the step to resume from; returns None except on the main rank
     console: Console
     plan: Plan
-    # steps taken of the plan, position, refusals known from before
+    # takes the number of planned steps so far, the position, and known refusals; yields `Step`s
     steps_from: Callable[[int, tuple[int, ...], dict[Any, Refusal]], Iterator[Any]]
     validation: Callable[[], Iterator[Pack]]  # this rank's share of the held-out packs
-    sample: Callable[[Any, int, Callable[[], bool]], dict[str, Path]]  # network, step, whether to break off: videos
-    guard: Guard  # listens from now on; before, a signal ends the process at once, as nothing is to be saved
+    sample: Callable[[int, Callable[[], bool]], dict[str, Path]]  # takes the step and a stop request; returns videos
+    ledger: Ledger
+    mirror: Mirror | None  # on the main rank, if configured
+    guard: Guard  # handles signals from its creation on; before, there is nothing to save and they end the process
     watch: Watch
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know of a step: loss-bearing weight, samples, refusals, tokens."""
+    """Sums of a step over all ranks."""
 
-    weight: float
-    arrived: int
-    refused: int
+    weight: float  # loss weight, at least 1
+    arrived: int  # samples
+    refused: int  # samples
     tokens: int
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a run something happened."""
+    """Step, phase and pack at which something happened in a run."""
 
-    step: int  # steps done
+    step: int  # number of steps done
     phase: str
-    pack: str = ""  # what was computed on, where the phase computes on a pack
+    pack: str = ""  # description of the pack, in phases that compute on one
 
     def __str__(self) -> str:
         return f"in phase {self.phase!r} after step {self.step}" + (f", on {self.pack}" if self.pack else "")

@@ -1,6 +1,7 @@
-"""The training loop: what happens in a step, in order. It knows a task, an iterator of packs and an engine, no more.
+"""The training loop, and the parts of a step in the order in which it calls them.
 
-A little longer than most files: everything that the loop names stands below it, in the order of a step.
+It depends on a learner, engines and an iterator of packs, and on no method, model or data format. Longer than most
+files, because the functions that `loop` calls are kept beside it.
 """
 
 from __future__ import annotations
@@ -14,50 +15,49 @@ import torch
 import torch.distributed as dist
 
 from sora_train.config.schema import Config
+from sora_train.core.batch import Pack
 from sora_train.core.cli import STOPPED, InputError
 from sora_train.core.world import World
-from sora_train.training.engine.ema import Ema
 from sora_train.training.engine.optim import lr_factor
-from sora_train.training.engine.power_ema import PowerEmas, Snapshots
+from sora_train.training.engine.power_ema import Snapshots
 from sora_train.training.health.guard import BadShare
-from sora_train.training.health.spikes import Health, OnItsWay, Verdict, differing_ranks
-from sora_train.training.parts import Agreement, Parts, Place, Step
+from sora_train.training.health.spikes import Health, Verdict, differing_ranks
+from sora_train.training.parts import Agreement, Noted, Parts, Place, Step
 from sora_train.training.report.profiling import StepProfile
-from sora_train.training.state.checkpoint import Checkpoints, load_into, pieces, read_state
-from sora_train.training.state.ledger import Ledger
-from sora_train.training.state.mirror import Mirror
+from sora_train.training.state.checkpoint import Checkpoints, Pieces, load_into, pieces, read_state
 
 
 class Trainer:
-    """One run: resumes where its newest checkpoint stands, trains to the last step or to a signal."""
+    """Trains a run: resumes from its newest checkpoint, and ends with the last step or on a signal."""
 
     def __init__(self, config: Config, world: World, device: torch.device, parts: Parts) -> None:
         self.config, self.world, self.device, self.parts = config, world, device, parts
-        self.engine, self.meter, self.console = parts.engine, parts.meter, parts.console
+        self.engines, self.learner = parts.engines, parts.learner
+        self.meter, self.console = parts.meter, parts.console
         self.run_dir = Path(config.run_dir)
-        self.ema = Ema(self.engine.fragments, config.optim.ema_decay)
-        self.powers = PowerEmas(self.engine.fragments, config.optim.ema_lengths)
-        keep = config.checkpoint
-        every, limit = keep.snapshot_every, keep.snapshots
-        mirror = Mirror.of(config) if world.is_main else None
-        self.snapshots = Snapshots(self.run_dir, self.powers, every, limit, mirror) if self.powers.lengths else None
-        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep.keep, keep.keep_every, mirror)
-        self.ledger = Ledger(self.run_dir, world.rank)
+        keep, self.mirror = config.checkpoint, parts.mirror
+        every, limit, powers = keep.snapshot_every, keep.snapshots, self.engines.powers
+        self.snapshots = Snapshots(self.run_dir, powers, every, limit, self.mirror) if powers.lengths else None
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", keep.keep, keep.keep_every, self.mirror)
+        self.ledger = parts.ledger
         self.guard, self.bad = parts.guard, BadShare(config.data.max_bad_fraction)
         self.watch, self.health = parts.watch, Health(config.guard)
         self.profile = StepProfile(self.run_dir, world.rank, config.logging.profile_steps)
         self.causes: dict[str, int] = {}
-        self.sizes: list[tuple[int, int, int]] = []  # of the clips in the pack under way, or in the last one
-        self.left_out: set[tuple[int, ...]] = set()  # steps of the plan that rollbacks pass over
+        self.sizes: list[tuple[int, int, int]] = []  # frames, height, width of the clips in the current or last pack
+        self.left_out: set[tuple[int, ...]] = set()  # positions of steps that rollbacks left out
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
+        self.reason = "failed; see the logs"  # why the run ended
         newest = self.checkpoints.newest()
         self.resume(newest)
-        if mirror and newest:
-            mirror.offer(newest)  # a run that was killed may not have come to it
+        if self.step < config.steps:
+            self.checkpoints.require_room(self.pieces())
+        if self.mirror and newest:
+            self.mirror.offer(newest)  # a run that was killed may not have uploaded it
         self.writers = parts.open_writers(self.step)
 
     def train(self) -> int:
-        """Run to the end; returns the exit code."""
+        """Train under the hang watch; returns the exit code."""
         self.watch.start()
         try:
             return self.loop()
@@ -65,7 +65,7 @@ class Trainer:
             self.watch.stop()
 
     def loop(self) -> int:
-        """Step after step."""
+        """Take steps until the last one, or until a signal; returns the exit code."""
         batches = self.batches()
         self.meter.start()
         while self.step < self.config.steps:
@@ -79,23 +79,15 @@ class Trainer:
             agreed = self.agree(batch)  # an all-reduce on the CPU
             self.leave_out(batch, agreed)
             self.enter("forward and backward")
-            own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-            for pack in batch.packs:
-                self.sizes = [clip.visit.size for clip in pack.clips]
-                loss = self.parts.task.loss(self.engine, pack, self.device)
-                self.engine.backward(loss.sum, agreed.weight)
-                self.meter.add(pack, loss, agreed.weight)
-                own_loss += loss.sum.detach() / agreed.weight
-            self.enter("optimizer step")
-            self.settle()
-            arriving = OnItsWay(own_loss)  # there before DeepSpeed's own wait for the gradient norm ends
-            applied = self.engine.step(lr_factor(self.step, self.config.steps, self.config.optim))
-            if applied:
-                self.ema.update()
-                self.powers.update()
-            verdict = self.advance(batch, arriving.read(), applied)
+            factor = lr_factor(self.step, self.config.steps, self.config.optim)
+            self.engines.set_pace(agreed.weight, factor, self.before_update)
+            result = self.learner.step(self.engines, Noted(batch.packs, self.note))
+            if result.applied:
+                self.engines.update_averages()
+            verdict = self.advance(batch, self.engines.loss.read(), result.applied)
             self.profile.after(self.step)
-            self.meter.step_done(agreed.arrived, agreed.tokens, agreed.refused, applied)
+            self.meter.add(result.losses, agreed.weight)
+            self.meter.step_done(agreed.arrived, agreed.tokens, agreed.refused, result.applied)
             self.bad.add(agreed.arrived, agreed.refused, self.causes)
             if verdict is not None and self.roll_back(verdict):
                 batches = self.batches()
@@ -109,7 +101,7 @@ class Trainer:
                 self.sample()
             if self.snapshots and self.due(self.snapshots.every):
                 with self.watch.slow("save"), self.meter.overhead():
-                    self.snapshots.save(self.step, self.engine.fragments, self.split, self.engine.shapes)
+                    self.snapshots.save(self.step, self.engines.fragments, self.split, self.engines.shapes)
             if self.saves():
                 self.save()
             if self.stop and self.step < self.config.steps:
@@ -119,41 +111,50 @@ class Trainer:
         return self.leave(0, "done")
 
     def batches(self) -> Iterator[Step]:
-        """The plan's steps from here on, without those that a rollback leaves out."""
+        """Yield the plan's steps from the current position on, except those that rollbacks left out."""
         for batch in self.parts.steps_from(self.planned, self.position, self.known):
             if tuple(batch.position) not in self.left_out:
                 yield batch
 
     @property
     def planned(self) -> int:
-        """Steps of the plan before this one: those taken, and those that were passed over."""
+        """Number of steps of the plan before the current position: those taken and those left out."""
         return self.step + sum(position < tuple(self.position) for position in self.left_out)
 
     def enter(self, phase: str) -> None:
-        """Tell the hang watch and a trace what begins; the first step of a process compiles, and may take long."""
+        """Announce a phase to the hang watch and the profiler. The first step compiles and has the long time-out."""
         self.profile.phase(phase)
         self.watch.phase(phase, slow=self.watch.step == 0)
 
     def where(self) -> Place:
-        """Where the run stands, for what is said when it fails."""
+        """Current step, phase and pack, for the message when the run fails."""
         phase = self.watch.doing
         pack = self.meter.about(self.sizes) if phase in ("forward and backward", "validation") else ""
         return Place(self.step, phase, pack)
 
+    def note(self, pack: Pack) -> None:
+        """Remember the sizes of the pack that is being computed, for the message when the run fails."""
+        self.sizes = [clip.visit.size for clip in pack.clips]
+
+    def before_update(self) -> None:
+        """Wait until a save under way has copied the weights, which the optimizer step is about to change."""
+        self.enter("optimizer step")
+        self.settle()
+
     def saves(self) -> bool:
-        """Whether this step ends with a checkpoint."""
+        """True if this step ends with a checkpoint."""
         return self.due(self.config.checkpoint.every_steps) or self.stop
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every N steps (and at the end) happens now; 0 is never."""
+        """True if something that is done every `every` steps and at the last one is due; never for 0."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
     def agree(self, batch: Step) -> Agreement:
-        """Sum over ranks what every rank must know before it goes on."""
+        """All-reduce a step's loss weight, samples, refusals, tokens and stop requests (on the CPU)."""
         for refusal in batch.refused:
             self.causes[refusal.cause] = self.causes.get(refusal.cause, 0) + 1
         mine = [
-            sum(self.parts.task.weight(pack) for pack in batch.packs),
+            sum(self.learner.weight(pack) for pack in batch.packs),
             float(len(batch.samples)),
             float(len(batch.refused)),
             float(sum(self.meter.tokens(pack) for pack in batch.packs)),
@@ -167,7 +168,7 @@ class Trainer:
         return Agreement(max(weight, 1.0), arrived, refused, tokens)
 
     def leave_out(self, batch: Step, agreed: Agreement) -> None:
-        """What any rank refused is left out of later epochs, if the run is told so."""
+        """With `data.drop_refused`, leave the samples that any rank refused out of later epochs. Collective."""
         if not self.config.data.drop_refused or not agreed.refused:
             return
         rows = torch.zeros(self.world.size, agreed.refused, dtype=torch.int64)
@@ -178,14 +179,23 @@ class Trainer:
         self.parts.plan.amend(batch.position, self.planned, self.config.data.prefetch_steps, samples)
 
     def told_to_stop(self) -> bool:
-        """Whether any rank was told to stop, asked inside a long phase; all ranks together."""
+        """True if any rank got a stop signal. For long phases such as validation. Collective."""
         told = torch.tensor([self.guard.wants_stop or self.stop], dtype=torch.int32)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         self.stop = bool(told.item())
         return self.stop
 
     def advance(self, batch: Step, own_loss: float, applied: bool) -> Verdict | None:
-        """Count the step, stand behind it in the plan, and judge it."""
+        """Count the step, move the position behind it, and check it for spikes and non-finite values.
+
+        Args:
+            batch: The step that was taken.
+            own_loss: This rank's share of its loss.
+            applied: False if the update was skipped because of a non-finite value.
+
+        Returns:
+            A verdict if the run should go back to a checkpoint.
+        """
         epoch, window, step = batch.position
         self.step, self.position = self.step + 1, (epoch, window, step + 1)
         self.watch.step = self.step
@@ -197,7 +207,14 @@ class Trainer:
         return verdict
 
     def roll_back(self, verdict: Verdict) -> bool:
-        """Go back to the newest checkpoint from before the bad steps, and leave those out; False if there is none."""
+        """Go back to the newest checkpoint before the bad steps, and leave these out of the plan.
+
+        Returns:
+            False if there is no such checkpoint and training may go on, after a loss spike.
+
+        Raises:
+            InputError: No such checkpoint after non-finite steps, or more than `guard.max_rollbacks` rollbacks.
+        """
         self.checkpoints.wait()
         older = self.checkpoints.newest(before=verdict.first)
         if older is None:
@@ -216,7 +233,7 @@ class Trainer:
             )
         back_to = read_state(older)["step"]
         places = [position for step, position in verdict.guilty if step > back_to]
-        dist.barrier()  # every rank has counted the rollbacks
+        dist.barrier()  # every rank must have read the number of rollbacks before the next one is written
         if self.world.is_main:
             self.ledger.write_left_out(self.step, back_to, verdict.reason, places)
         self.checkpoints.discard_after(back_to)
@@ -224,7 +241,7 @@ class Trainer:
             self.snapshots.discard_after(back_to)
         self.console.say(f"warning: {verdict.reason}; back to step {back_to}, {len(places)} step(s) are left out")
         self.resume(older)
-        self.left_out |= set(places)  # known here, whenever a shared folder shows what the main rank wrote
+        self.left_out |= set(places)  # not read from the file, which a network file system may show late
         self.meter.start()
         if self.writers:
             self.writers.close()
@@ -232,8 +249,8 @@ class Trainer:
         return True
 
     def compare_ranks(self) -> None:
-        """Stop where the ranks' weights are no longer the same; the checkpoint before is still good."""
-        differing = differing_ranks(self.engine.fingerprint())
+        """Raise RuntimeError if the weights differ between ranks, before they are saved."""
+        differing = differing_ranks(self.engines.fingerprint())
         if differing:
             raise RuntimeError(
                 f"step {self.step}: the weights of rank(s) {differing} differ from the others'; look for bad memory or "
@@ -241,30 +258,30 @@ class Trainer:
             )
 
     def report(self) -> None:
-        """Read the meter when a step is logged."""
+        """Log the figures since the last report, if the step is to be logged."""
         if not (self.due(self.config.logging.every_steps) or self.step == 1):
             return
-        figures = self.meter.read() | {"grad_norm": self.engine.grad_norm, "lr": self.engine.lr}
+        figures = self.meter.read() | self.engines.figures()
         figures |= {"epoch": self.position[0], "failed_saves": self.checkpoints.failed}
-        if self.checkpoints.mirror:
-            figures["failed_uploads"] = self.checkpoints.mirror.failed
+        if self.mirror:
+            figures["failed_uploads"] = self.mirror.failed
         figures |= self.watch.stragglers()
         self.console.step(self.step, figures)
         if self.writers:
             self.writers.scalars(self.step, figures)
 
     def validate(self) -> None:
-        """Loss on held-out clips at fixed noise, with the averaged weights; the ranks share the work."""
+        """Log the loss of held-out clips at fixed noise, with the averaged weights. The ranks share the clips."""
         slow = self.watch.slow("validation")
-        with slow, self.meter.overhead(), self.engine.weights(self.ema.values), torch.no_grad():
+        with slow, self.meter.overhead(), self.engines.averaged(), torch.no_grad():
             total = torch.zeros(2, dtype=torch.float64)
             for pack in self.parts.validation():
                 if self.told_to_stop():
                     self.console.say(f"step {self.step}: validation broken off by a signal")
                     return
-                self.sizes = [clip.visit.size for clip in pack.clips]
-                loss = self.parts.task.loss(self.engine, pack, self.device)
-                total += torch.tensor([float(loss.sum), self.parts.task.weight(pack)], dtype=torch.float64)
+                self.note(pack)
+                loss_sum = self.learner.validate(self.engines, pack)
+                total += torch.tensor([float(loss_sum), self.learner.weight(pack)], dtype=torch.float64)
             dist.all_reduce(total)
         if total[1] > 0:
             value = (total[0] / total[1]).item()
@@ -273,49 +290,55 @@ class Trainer:
                 self.writers.scalars(self.step, {"validation_loss": value})
 
     def sample(self) -> None:
-        """Sample videos with the averaged weights."""
-        with self.watch.slow("samples"), self.meter.overhead(), self.engine.weights(self.ema.values):
-            videos = self.parts.sample(self.engine, self.step, self.told_to_stop)
+        """Log videos sampled with the averaged weights. The ranks share the work."""
+        with self.watch.slow("samples"), self.meter.overhead(), self.engines.averaged():
+            videos = self.parts.sample(self.step, self.told_to_stop)
             dist.barrier()  # the ranks share the work
         if self.writers and videos:
             self.writers.videos(self.step, videos)
 
     @property
     def split(self) -> tuple[int, int] | None:
-        """How the ranks share out what every one of them holds whole."""
-        return (self.world.rank, self.world.size) if self.engine.stage == 0 else None
+        """Share `(rank, ranks)` of the tensors that this rank saves at stage 0, where every rank holds all of them."""
+        return (self.world.rank, self.world.size) if self.engines.stage == 0 else None
+
+    def pieces(self) -> Pieces:
+        """Tensors that this rank saves."""
+        engines = self.engines
+        return pieces(engines.fragments, engines.ema.values, self.split, engines.powers.values)
 
     def save(self) -> None:
-        """Hand a copy of everything to the background writer."""
+        """Start a checkpoint, which is copied and written in the background."""
         with self.watch.slow("save"), self.meter.overhead():
-            mine = pieces(self.engine.fragments, self.ema.values, self.split, self.powers.values)
+            engines, mine = self.engines, self.pieces()
             state = {
                 "step": self.step, "applied": self.applied,
                 "position": self.position, "plan_hash": self.parts.plan.hash,
                 "amendments": self.parts.plan.amendments,
-                "ema_updates": self.ema.updates, "totals": asdict(self.meter.totals), "shapes": self.engine.shapes,
+                "ema_updates": engines.ema.updates, "totals": asdict(self.meter.totals), "shapes": engines.shapes,
                 "health": self.health.state(), "left_out": sorted(self.left_out),
-                "ranks": self.world.size, "stage": self.engine.stage, "time": time.time(),
-                **self.powers.state(),
+                "ranks": self.world.size, "stage": engines.stage, "time": time.time(),
+                **engines.powers.state(),
             }  # fmt: skip
             self.checkpoints.save(self.step, mine, state)
 
     def settle(self) -> None:
-        """Wait until what is being saved is copied: the optimizer step changes it."""
+        """Wait until the tensors of saves under way are copied."""
         self.checkpoints.settle()
         if self.snapshots:
             self.snapshots.settle()
 
     def resume(self, checkpoint: Path | None) -> None:
-        """Load a checkpoint, if there is one, and forget what was written after it."""
+        """Load a checkpoint, if there is one, and remove the ledger's entries of later steps."""
         if checkpoint is not None:
             state = read_state(checkpoint)
-            self.powers.restore(state)
-            load_into(checkpoint, pieces(self.engine.fragments, self.ema.values, None, self.powers.values))
-            self.engine.write_weights({f.name: f.master for f in self.engine.fragments})
+            engines = self.engines
+            engines.powers.restore(state)
+            load_into(checkpoint, pieces(engines.fragments, engines.ema.values, None, engines.powers.values))
+            engines.write_weights()
             self.step, self.applied, self.position = state["step"], state["applied"], tuple(state["position"])
-            self.ema.updates = state["ema_updates"]
-            self.engine.set_optimizer_steps(self.applied)
+            engines.ema.updates = state["ema_updates"]
+            engines.set_optimizer_steps(self.applied)
             self.meter.restore(state["totals"])
             self.health.restore(state.get("health", {}))
             self.left_out = {tuple(position) for position in state.get("left_out", [])}
@@ -329,29 +352,33 @@ class Trainer:
                 f"resumed {checkpoint.name}, saved on {state['ranks']} rank(s) at ZeRO stage {state['stage']}"
             )
         self.left_out |= {position for positions in self.ledger.rollbacks() for position in positions}
-        self.known = self.ledger.replayed(self.step)
-        dist.barrier()
+        known = [self.ledger.replayed(self.step) if self.world.is_main else {}]  # read by one rank, for all
+        dist.broadcast_object_list(known)
+        self.known = known[0]
         if self.world.is_main:
             self.ledger.cut(self.step)
         dist.barrier()
 
     def leave(self, code: int, reason: str) -> int:
-        """Finish what is in the background."""
+        """Wait for background saves and uploads, and return the exit code; 1 if the last checkpoint wasn't written."""
         with self.watch.slow("save"):
             saved = self.checkpoints.wait()
             if self.snapshots:
                 saved = self.snapshots.wait() and saved
-            if self.checkpoints.mirror:
-                self.checkpoints.mirror.finish(self.config.guard.slow_timeout_s / 2)  # no hang yet
-        if not saved:
-            code, reason = 1, f"{reason.removesuffix(' after saving')}, but the last checkpoint could not be written"
+            if self.mirror:
+                self.mirror.finish(self.config.guard.slow_timeout_s / 2)  # no hang yet
+        if not saved and code == STOPPED:  # resumable: the next start repeats the steps since the last checkpoint
+            reason = f"{reason.removesuffix(' after saving')}, but its checkpoint could not be written"
+        elif not saved:
+            code, reason = 1, f"{reason}, but the last checkpoint could not be written"
+        self.reason = reason
         self.console.say(f"step {self.step}/{self.config.steps}: {reason}")
         return code
 
     def close(self) -> None:
-        """Finish the checkpoint under way and the dashboards, however the run ended.
+        """Finish the checkpoint under way and close the writers, however the run ended.
 
-        Where it failed, ranks may be gone, and a save may wait for one that never comes: no longer than for any hang.
+        After a failure other ranks may be gone, so a save is waited for no longer than `guard.timeout_s`.
         """
         self.profile.close()
         if self.snapshots:

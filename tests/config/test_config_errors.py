@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from sora_train.config.hydra import run_hydra
+from sora_train.config.hydra import as_typed, run_hydra
 from sora_train.config.load import load, to_dict
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, nearest, options
-from sora_train.methods.build import Shards
+from sora_train.data.shards import Shards
 
 ROOT = Path(__file__).parents[2]
 Answer = Callable[..., str]
@@ -174,6 +174,39 @@ def test_the_tools_options_are_answered_in_the_same_way(monkeypatch: pytest.Monk
         monkeypatch.setattr("sys.argv", ["tool", argument])
         with pytest.raises(InputError, match=message):
             options(Options, "usage")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["2024_11", "010", "yes", "1e3", "runs/lr=1e-3", "runs/测试", "a b", "s (1)", "x,y", "it's", "{a}",
+     "[b]", "a: b", "#1",
+     "a\\",
+     "runs/plain", "\\'", "-1"],
+)  # fmt: skip
+def test_text_reaches_the_configuration_as_it_was_typed(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr("sys.argv", ["train", "experiment=demo_vae", f"run_dir={value}", "hydra.run.dir=."])
+
+    def job(config: Config) -> int:
+        seen.append(config.run_dir)
+        return 0
+
+    assert run_hydra(job) == 0
+    assert seen == [value]
+
+
+def test_what_is_quoted_and_what_is_no_text_stays_hydras() -> None:
+    for same in (
+        "run_dir='a b'",
+        "vae.path=null",
+        "run_dir=${oc.env:HOME}",
+        "optim.lr=1e-3",
+        "data.validation=[a,b]",
+        "-m",
+    ):
+        assert as_typed(same) == same
+    assert as_typed("vae.path=2024_11") == "vae.path='2024_11'"
 
 
 VAE = "experiment=demo_vae"

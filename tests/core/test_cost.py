@@ -10,12 +10,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sora_train.config.cost import cost, geometry, patch_features, training_cost
+from sora_train.config.cost import cost, geometry, shapes, training_cost
 from sora_train.config.load import build
 from sora_train.config.schema import Config
-from sora_train.core.batch import LatentPack, Layout
+from sora_train.core.batch import LatentPack, Layout, Stream
 from sora_train.core.cost import TEXT_TOKENS, Cost, Geometry
-from sora_train.generation.sampler import build_vae, build_video_model, untrained_model
+from sora_train.models.video_model import build_video_model, starting_model
+from sora_train.models.video_vae.model import build_vae
 
 SHAPE = (  # whatever the demo's may be
     "vae.channels=6", "vae.patch=4", "vae.widths=[32,64]", "vae.blocks=[0,2]", "vae.strides=[[4,1]]",
@@ -51,7 +52,7 @@ def test_the_geometry_follows_the_method(compose_tree: Callable[..., DictConfig]
     assert geometry(demo) == Geometry(4, 4, 2)
     vae = build(compose_tree("experiment=demo_vae", *SHAPE))
     assert geometry(vae) == Geometry(4, 4, 1)
-    assert patch_features(demo) == 6 * 2 * 2
+    assert shapes(demo).patch_features == 6 * 2 * 2
     assert all(isinstance(n, int) for c in (cost(demo), cost(vae)) for n in (c.per_token, c.per_pair))
 
 
@@ -71,14 +72,14 @@ def test_flops_of_a_pack_are_exactly_those_that_torch_counts(demo: Config, plain
         block.self_attention.attend = block.cross_attention.attend = plainly
     layout = Layout(((5, 8, 8), (1, 4, 6), (2, 3, 3)), (TEXT_TOKENS, 7, 1))
     n = layout.tokens
-    x, t_of = torch.zeros(n, patch_features(demo)), torch.zeros(n, dtype=torch.long)
+    x, t_of = torch.zeros(n, shapes(demo).patch_features), torch.zeros(n, dtype=torch.long)
     text = torch.zeros(sum(layout.texts), demo.text_encoder.width)
     counter = FlopCounterMode(display=False)
     with counter:
         network.dit(x, text, torch.zeros(1), t_of, layout).sum().backward()
     ours = training_cost(demo).training(layout.lengths, layout.texts)
     counts = counter.get_flop_counts()
-    forward_only = 2 * n * patch_features(demo) * demo.model.width + 2 * text.numel() * demo.model.width  # of inputs
+    forward_only = 2 * (n * shapes(demo).patch_features + text.numel()) * demo.model.width  # of inputs
     width, timestep = demo.model.width, 256 * demo.model.width + 7 * demo.model.width**2
     sums = of_sums(layout, width, demo.model.depth, tables=True, head=True, norms=True)
     assert sum(counts["Global"].values()) == ours - forward_only + 2 * (3 * timestep - 256 * width) + sums
@@ -117,10 +118,10 @@ def test_flops_with_adapters_are_exactly_those_that_torch_counts(
     keys = ("model.patch=2", "model.pooled_text=false", "model.absolute_positions=false", "model.depth=3")
     lora = ("model.lora.rank=4", f"model.lora.targets=[{targets}]")
     config = build(compose_tree("experiment=demo", "vae.path=nowhere", *keys, *SHAPE, *lora), need_vae=False)
-    network = untrained_model(config)
+    network = starting_model(config)
     layout = Layout(((5, 8, 8), (1, 4, 6), (2, 3, 3)), (TEXT_TOKENS, 7, 1))
     n = layout.tokens
-    x, t_of = torch.zeros(n, patch_features(config)), torch.zeros(n, dtype=torch.long)
+    x, t_of = torch.zeros(n, shapes(config).patch_features), torch.zeros(n, dtype=torch.long)
     text = torch.zeros(sum(layout.texts), config.text_encoder.width)
     counter = FlopCounterMode(display=False)
     with counter:
@@ -154,10 +155,11 @@ def test_the_text_encoder_is_small_beside_the_transformer(demo: Config) -> None:
     network = build_video_model(demo)
     counter = FlopCounterMode(display=False)
     n = geometry(demo).tokens(17, 32, 32)
-    pack = LatentPack(
+    video = Stream(
         Layout(((5, 4, 4),), (TEXT_TOKENS,)), torch.zeros(n, 24), *([torch.zeros(n)] * 2), torch.zeros(1),
-        torch.zeros(n, dtype=torch.long), torch.zeros(n), torch.zeros(TEXT_TOKENS, 2, dtype=torch.long),
+        torch.zeros(n, dtype=torch.long), torch.zeros(n),
     )  # fmt: skip
+    pack = LatentPack({"video": video}, torch.zeros(TEXT_TOKENS, 2, dtype=torch.long))
     with counter, torch.no_grad():
         network(pack)
     counts = counter.get_flop_counts()

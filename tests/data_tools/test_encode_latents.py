@@ -22,7 +22,7 @@ from data_tools.encode_latents import fixed_visits
 from data_tools.inspect import View, render
 from sora_train.config.cost import geometry
 from sora_train.config.load import build
-from sora_train.config.schema import Config, Fit, Method, SourceConfig, StageConfig
+from sora_train.config.schema import Config, Fit, SourceConfig, StageConfig
 from sora_train.core.batch import LatentPack
 from sora_train.core.cli import InputError
 from sora_train.data.index.index import index_path, index_shards, load_index
@@ -32,9 +32,11 @@ from sora_train.data.order.plan import Position
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.encoded import header, probe, weights_hash
 from sora_train.data.read.pool import Pool
-from sora_train.flow.objective import FlowTask
-from sora_train.generation.sampler import FrozenVae, build_vae, tokenizer
-from sora_train.methods.build import Shards
+from sora_train.data.shards import Shards
+from sora_train.encoding.captions import tokenizer
+from sora_train.encoding.vae import FrozenVae
+from sora_train.models.video_vae.model import build_vae
+from tests.stubs import diffusion
 
 CPU = torch.device("cpu")
 Compose = Callable[..., DictConfig]
@@ -78,14 +80,14 @@ class Half(nn.Module):
     """Predicts half of what it sees."""
 
     def forward(self, pack: LatentPack) -> Tensor:
-        return pack.x_NP / 2
+        return pack.video.x_NP / 2
 
 
 def losses(config: Config, steps: list[Step], encode: Callable[[Tensor], Tensor]) -> list[float]:
-    task = FlowTask(
+    task = diffusion(
         config.flow, geometry(config), config.vae.channels, encode, tokenizer(config), config.vae.cache_mib << 20
     )
-    return [float(task.loss(Half(), pack, CPU).sum) for step in steps for pack in step.packs]
+    return [float(task.loss(Half(), pack).sum) for step in steps for pack in step.packs]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_losses_are_those_of_encoding_on_the_fly(config: Config, tmp_path: Path,
     def never(_: Tensor) -> Tensor:
         raise AssertionError("nothing is left to encode")
 
-    fly = losses(config, steps_of(config, pool), FrozenVae(config.vae, CPU).encode)
+    fly = losses(config, steps_of(config, pool), FrozenVae.load(config.vae, CPU).encode)
     ready = encoded(config, tmp_path / "fp32")
     steps = steps_of(ready, pool)
     assert losses(ready, steps, never) == fly and len(set(fly)) == 6
@@ -151,7 +153,7 @@ def test_a_stopped_command_goes_on_and_ranks_share_the_shards(
         (lambda c: setattr(c.data, "max_pixels", 1024), r"data\.max_pixels: 2304, this run has 1024"),
         (lambda c: setattr(c.data, "fit", Fit.crop), "data.fit: stretch, this run has crop"),
         (lambda c: setattr(c.data, "stages", [StageConfig(5, max_frames=9), StageConfig()]), r"stages\[0\].max_frames"),
-        (lambda c: setattr(c, "method", Method.autoencoder), "learns from pixels"),
+        (lambda c: setattr(c, "method", "autoencoder"), "learns from pixels"),
     ],
 )
 def test_what_was_made_otherwise_is_refused_in_one_line(
@@ -191,7 +193,7 @@ def test_a_long_video_is_covered_from_its_first_frame_to_its_last(config: Config
     assert found[0] == [("00000", 0)]
     assert found[1] == [("00001", 0), ("00001+1", 4)], "9 frames"
     assert [first for _, first in found[2]] == [0, 4, 8, 12], "17 frames"
-    assert [first for _, first in found[3]] == [0, 4, 8, 12], "33 frames at 16 a second are 17"
+    assert [first for _, first in found[3]] == [0, 8, 16, 24], "of 33 at 16 a second, every other"
 
 
 def test_damage_is_refused_and_named(config: Config, tmp_path: Path, pool: Pool) -> None:
@@ -252,13 +254,13 @@ def test_a_frozen_encoders_embeddings_stand_in_for_captions(config: Config, tmp_
     def never(_: Any) -> Any:
         raise AssertionError("nothing is left to embed")
 
-    task = FlowTask(replace(config.flow, caption_dropout=0.5), geometry(config), config.vae.channels, never, never)
+    task = diffusion(replace(config.flow, caption_dropout=0.5), geometry(config), config.vae.channels, never, never)
     packs = [pack for step in steps for pack in step.packs if pack.clips]
     assert packs
     drops = set()
     for pack in packs:
-        latent = task.prepare(pack, CPU)
-        assert latent.layout.texts == (12,) * len(pack.clips)
+        latent = task.prepare(pack)
+        assert latent.video.layout.texts == (12,) * len(pack.clips)
         for clip, text in zip(pack.clips, latent.text.split(12), strict=True):
             drops.add(dropped := bool(torch.equal(text, embed([""])[0])))
             assert dropped or torch.equal(text, embed([clip.caption])[0])
@@ -281,7 +283,7 @@ def test_weights_are_told_apart_and_missing_ones_named(tmp_path: Path) -> None:
     assert weights_hash(tmp_path) != before
 
 
-@pytest.mark.parametrize(("arguments", "message"), [([], "out=FOLDER"), (["out=x", "dtype=fp8"], "dtype=fp8")])
+@pytest.mark.parametrize(("arguments", "message"), [([], "missing: out="), (["out=x", "dtype=fp8"], "dtype=fp8")])
 def test_wrong_use_is_one_line(monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
     monkeypatch.setattr(sys, "argv", ["encode_latents", *arguments])
     with pytest.raises(InputError, match=message):

@@ -16,7 +16,9 @@ from data_tools import make_demo
 from sora_train.core.cli import InputError
 from sora_train.core.media import read_mp4
 from sora_train.demo_world import scenes as world
-from sora_train.demo_world.sighting import COLOURS, DIRECTIONS, SHAPES, sight
+from sora_train.demo_world.detect import sight
+from sora_train.demo_world.render import render
+from sora_train.demo_world.scenes import COLOURS, DIRECTIONS, SHAPES
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
@@ -63,7 +65,7 @@ def test_kinds_and_rates_have_the_shares_they_should() -> None:
 @pytest.mark.parametrize("held_out", [False, True])
 def test_one_object_stays_whole_and_goes_its_way_at_its_speed(held_out: bool) -> None:
     for scene in scenes("one", held_out, 60):
-        frames = world.render(scene)
+        frames = render(scene)
         (thing,) = scene.things
         seen = [sight(frame) for frame in (frames[0], frames[-1])]
         assert [(len(s), s[0].colour, s[0].shape, s[0].whole) for s in seen] == [
@@ -76,17 +78,17 @@ def test_one_object_stays_whole_and_goes_its_way_at_its_speed(held_out: bool) ->
 
 def test_two_objects_never_overlap() -> None:
     for scene in scenes("two", False, 40):
-        alone = [world.render(replace_things(scene, (thing,))) for thing in scene.things]
-        ground = world.render(replace_things(scene, ()))
+        alone = [render(replace_things(scene, (thing,))) for thing in scene.things]
+        ground = render(replace_things(scene, ()))
         touched = [(a != ground).any(-1) for a in alone]
         assert not (touched[0] & touched[1]).any()
-        assert all(len(sight(frame)) == 2 for frame in world.render(scene)[:: scene.frames - 1])
+        assert all(len(sight(frame)) == 2 for frame in render(scene)[:: scene.frames - 1])
 
 
 def test_mover_passes_below_the_cover() -> None:
     for scene in scenes("behind", False, 10):
         mover, cover = scene.things
-        frames = world.render(scene)
+        frames = render(scene)
         for frame in (frames[0], frames[-1]):
             assert {(s.colour, s.shape) for s in sight(frame)} == {(t.colour, t.shape) for t in scene.things}
         middle = sight(frames[scene.frames // 2])
@@ -99,8 +101,8 @@ def test_mover_passes_below_the_cover() -> None:
 
 def test_object_leaves_fully_and_comes_back_where_it_was() -> None:
     for scene in scenes("return", True, 20):
-        frames = world.render(scene)
-        ground = world.render(replace_things(scene, ()))
+        frames = render(scene)
+        ground = render(replace_things(scene, ()))
         assert (frames[scene.frames // 2] == ground[0]).all()
         assert (frames[0] == frames[-1]).all()
         assert len(sight(frames[0])) == 1 and sight(frames[0])[0].whole

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from sora_train.demo_world.judge import CHANCE, as_json, interval, judge, table
-from sora_train.demo_world.scenes import Scene, Thing, make_scene, render
-from sora_train.demo_world.sighting import COLOURS, SHAPES, sight
+from sora_train.demo_world.detect import sight
+from sora_train.demo_world.judge import judge
+from sora_train.demo_world.render import render
+from sora_train.demo_world.scenes import COLOURS, SHAPES, Scene, Thing, make_scene
 
 KINDS = ("one", "two", "behind", "return", "image")
 
@@ -143,25 +144,3 @@ def test_wrong_input_is_refused() -> None:
         judge(np.zeros((3, 32, 32, 3), np.float32), scene)
     with pytest.raises(ValueError, match="kind 'x'"):
         judge(np.zeros((3, 32, 32, 3), np.uint8), {**scene, "kind": "x"})
-
-
-def test_wilson_interval() -> None:
-    assert interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert interval(0, 0) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="11 successes of 10"):
-        interval(11, 10)
-
-
-def test_table_and_json_hold_every_figure() -> None:
-    rows = {"samples": {"shape": (5, 10), "colour": (10, 10)}, "held-out videos": {"colour": (3, 3)}}
-    shown = table(rows)
-    assert [c.header for c in shown.columns] == ["measure", "samples", "held-out videos", "chance"]
-    assert list(shown.columns[1].cells) == ["100.0% (72% to 100%, n=10)", "50.0% (24% to 76%, n=10)"]
-    assert list(shown.columns[2].cells)[1] == "-"
-    figures = as_json(rows)
-    assert list(figures) == ["colour", "shape"] and figures["colour"]["chance"] == CHANCE["colour"] == 1 / 6
-    assert figures["shape"]["samples"] == pytest.approx(
-        {"rate": 0.5, "low": 0.2366, "high": 0.7634, "right": 5, "videos": 10}, abs=1e-4
-    )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-
 import numpy as np
 import pytest
 
-from sora_train.core.cli import InputError
-from sora_train.demo_world.scenes import make_scene, render
-from sora_train.evaluation.completion import TASKS, Part, figures_table, marks, measure, part_of, summary
-from sora_train.evaluation.motion import changes, median_interval, path_error, seam_jumps, worst_place
+from sora_train.evaluation.demo import path_error
+from sora_train.evaluation.motion import changes, seam_jumps, worst_place
 
 
 def moving(step: int, frames: int = 9) -> np.ndarray:
@@ -64,46 +60,3 @@ def test_a_jump_that_is_moved_away_from_the_seam_is_found() -> None:
     assert worst_place(np.array([9.0, 9.0, 9.0, *3 * (4.0, 2.0, 2.0), 4.0]), seams) == 2.0
     assert worst_place(np.ones(15), seams) == 1.0
     assert np.isnan(worst_place(np.ones(15), [4, 5, 6])) and np.isnan(worst_place(np.ones(15), [4]))
-
-
-def test_the_interval_holds_the_median_and_narrows_with_more_values() -> None:
-    rng = np.random.default_rng(3)
-    few, many = (median_interval(rng.normal(5, 1, n).tolist()) for n in (20, 2000))
-    for median, low, high in (few, many):
-        assert low <= median <= high
-    assert many[2] - many[1] < 0.3 * (few[2] - few[1]) and many[1] < 5 < many[2]
-    assert median_interval([1.0, float("nan")])[0] == 1.0
-    assert all(np.isnan(median_interval([])))
-
-
-@pytest.mark.parametrize(
-    ("task", "given"),
-    [
-        ("image_to_video", [0]), ("extension", [0, 1, 2]), ("extension_backwards", [5, 6, 7, 8]),
-        ("interpolation", [0, 7, 8]),
-    ],
-)  # fmt: skip
-def test_parts_are_whole_latent_frames(task: str, given: list[int]) -> None:
-    part = part_of(task, 9, 2)
-    assert part.given(9) == given
-    assert sorted([*range(9)[part.made(9)], *given]) == list(range(9))
-
-
-def test_another_task_is_answered_with_the_nearest() -> None:
-    with pytest.raises(InputError, match="did you mean 'extension'"):
-        part_of("extention", 9, 2)
-
-
-def test_a_completion_is_marked_by_its_made_part_alone() -> None:
-    """The real clip is right; one whose made part goes back again is wrong, and off by twice the way."""
-    scene = replace(make_scene(np.random.default_rng(4), True, "one"), height=64, width=64, frames=9, fps=4)
-    real, part = render(scene), Part(5, 0)
-    back = np.concatenate((real[:5], real[3::-1]))
-    assert all(marks([real], [asdict(scene)], part)[name] == (1, 1) for name in ("colour", "shape", "direction"))
-    assert marks([back], [asdict(scene)], part)["direction"] == (0, 1)
-    right, wrong = (measure(video, real, real, part) for video in (real, back))
-    assert right["path"] == 0.0 and right["given_db"] == right["vae_db"] == wrong["given_db"] == float("inf")
-    assert wrong["path"] == pytest.approx(2 * right["still"], rel=0.1) and right["still"] > 0.05
-    assert right["seam"] == pytest.approx(1.0, rel=0.2)
-    summed = summary({task: [right, wrong] for task in TASKS})
-    assert figures_table(summed).row_count == len(TASKS) and summed["extension"]["path"][0] > 0

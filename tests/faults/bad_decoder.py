@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_train.data.read import decode
+from sora_train.data.read import back_ends
 from sora_train.data.read import decode_child as child
 
 SPIN, CRASH, EAT = b"!spin", b"!crash", b"!eat"
@@ -39,6 +39,6 @@ def _wrapped(name: str, real: Any) -> Any:
 
 
 if __name__ == "__main__":
-    for back_end, real in list(decode.BACK_ENDS.items()):
-        decode.BACK_ENDS[back_end] = _wrapped(back_end, real)
+    for back_end, real in list(back_ends.BACK_ENDS.items()):
+        back_ends.BACK_ENDS[back_end] = _wrapped(back_end, real)
     child.main()

@@ -102,9 +102,9 @@ def _png_bomb() -> bytes:
     return buffer.getvalue()
 
 
-def _gif() -> bytes:
+def _image(kind: str) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "GIF")
+    Image.new("RGB", (8, 8)).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -131,9 +131,10 @@ class Corpus:
             "random_mkv": lambda r: {"mkv": b"\x1aE\xdf\xa3" + r.randbytes(2000), **text},
             "random_avi": lambda r: {"avi": b"RIFF\0\0\0\0AVI " + r.randbytes(2000), **text},
             "html": lambda r: {"mp4": b"<html>503 Service Unavailable</html>", **text},
-            "image_as_video": lambda r: {"mp4": _gif(), **text},
+            "image_as_video": lambda r: {"mp4": _image("PNG"), **text},
+            "gif_as_mp4": lambda r: {"mp4": _image("GIF"), **text},
             "video_as_image": lambda r: {"jpg": v, **text},
-            "gif_as_png": lambda r: {"png": _gif(), **text},
+            "gif_as_png": lambda r: {"png": _image("GIF"), **text},
             "claims_pixels": lambda r: {"mp4": _huge_size(v, r), **text},
             "claims_frames": lambda r: {"mp4": _many_frames(v, r), **text},
             "png_bomb": lambda r: {"png": _png_bomb(), **text},
@@ -169,11 +170,11 @@ class Corpus:
         return {"mp4": self.video, "txt": b"a block", extension: gzip.compress(data) if "gz" in extension else data}
 
 
-# may decode: the damage may hit what no one reads, or is beside the sample and ignored
+# may decode: the damage may hit what no one reads, or is beside the sample and ignored; a GIF is a video
 HARMLESS = {
     "payload_flip", "payload_flips", "payload_zeros", "header_flip", "header_flips", "cut_short", "random_tail",
     "claims_pixels", "media_elsewhere", "media_in_a_file", "pickle", "pickle_pyd", "pickle_pth", "pickle_gz",
-    "gzip_bomb",
+    "gzip_bomb", "gif_as_mp4",
 }  # fmt: skip
 
 

@@ -36,17 +36,16 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from safetensors.torch import save_file
 
-import sora_train.methods.build  # noqa: F401 (warms up what every rank would import)
+import sora_train.operations.build  # noqa: F401 (warms up what every rank would import)
 from sora_train.config.hydra import CONF
 from sora_train.config.load import build
 from sora_train.config.schema import VAE_USE, Config
 from sora_train.core.cli import InputError
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.index import index_shards
-from sora_train.generation.sampler import build_vae
+from sora_train.models.video_vae.model import build_vae
 from sora_train.train import train
-from sora_train.training.engine.power_ema import kind_of
-from sora_train.training.state.checkpoint import KINDS, latest_intact, load_full, read_state
+from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of, read_state
 from sora_train.training.trainer import Trainer
 
 Sabotage = Callable[[Config, int], None]  # configuration, rank
@@ -298,8 +297,12 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     """What must be the same however often a run was disturbed: state, figures of each step, samples of each step."""
     newest = latest_intact(run_dir / "checkpoints")
     state = read_state(newest)
-    kinds = (*KINDS, *map(kind_of, state.get("ema_lengths", [])))
-    tensors = {f"{kind}/{n}": v.numpy().tobytes() for kind in kinds for n, v in load_full(newest, kind).items()}
+    tensors = {
+        f"{kind}/{network}/{name}": values.numpy().tobytes()
+        for network in networks_of(newest)
+        for kind in kinds_of(newest, network)
+        for name, values in load_full(newest, kind, network).items()
+    }
     counters = ("step", "applied", "position", "ema_updates", "ema_power_updates", "health", "left_out", "amendments")
     kept = {name: state.get(name) for name in counters}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -22,7 +22,7 @@ from typing import Any
 
 from sora_train.config.schema import DECODERS
 from sora_train.data.read import decode_child as child
-from sora_train.data.read.decode import load_error
+from sora_train.data.read.back_ends import load_error
 
 _address = ""
 

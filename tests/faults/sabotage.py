@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-import sora_train.methods.build as assembly
+import sora_train.operations.build as assembly
 from sora_train.config.schema import Config
 from sora_train.operations import preflight
 from sora_train.training.engine.zero import Engine
@@ -113,11 +113,11 @@ def multiply_loss(factor: Callable[[int], float], at: Callable[[Any], bool] = la
     _know_the_factor(factor, at)
     backward = Engine.backward
 
-    def going_back(self: Engine, loss_sum: torch.Tensor, weight: float) -> None:
+    def going_back(self: Engine, loss_sum: torch.Tensor) -> None:
         if _here["factor"] != 1.0:
             loss_sum.data.mul_(_here["factor"])
             loss_sum = loss_sum * _here["factor"]
-        backward(self, loss_sum, weight)
+        backward(self, loss_sum)
 
     Engine.backward = going_back  # type: ignore[method-assign]
 
@@ -127,10 +127,10 @@ def multiply_gradient(factor: Callable[[int], float]) -> None:
     _know_the_factor(factor, lambda position: True)
     backward = Engine.backward
 
-    def going_back(self: Engine, loss_sum: torch.Tensor, weight: float) -> None:
+    def going_back(self: Engine, loss_sum: torch.Tensor) -> None:
         if _here["factor"] != 1.0 and loss_sum.requires_grad:
             loss_sum.register_hook(lambda gradient: gradient * _here["factor"])
-        backward(self, loss_sum, weight)
+        backward(self, loss_sum)
 
     Engine.backward = going_back  # type: ignore[method-assign]
 
@@ -154,7 +154,7 @@ def note_changes(path: Path) -> None:
         now, before = _state(self), _here.get("tensors")
         _here["tensors"] = now
         changed = [name for name in now if before is None or not torch.equal(now[name], before[name])]
-        counters = [self.ema.updates, self.powers.updates, self.applied]
+        counters = [self.engines.ema.updates, self.engines.powers.updates, self.applied]
         with path.open("a") as file:
             line = {"step": self.step, "changed": changed, "applied": applied, "counters": counters}
             file.write(json.dumps(line) + "\n")
@@ -165,12 +165,13 @@ def note_changes(path: Path) -> None:
 
 def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Copies of everything of this rank that a step may change: what it owns, and what forward uses."""
-    kinds = {"ema": trainer.ema.values, **trainer.powers.values}
-    state = {f"{kind}/{f.name}": values[f.name] for kind, values in kinds.items() for f in trainer.engine.fragments}
-    for f in trainer.engine.fragments:
-        state |= {f"{kind}/{f.name}": getattr(f, kind) for kind in ("master", "exp_avg", "exp_avg_sq")}
-    for p, name in trainer.engine.names.items():  # under ZeRO-3 what a rank keeps; what it gathers comes from that
-        state[f"forward/{name}"] = p.ds_tensor.data if trainer.engine.stage == 3 else p.data
+    engines = trainer.engines
+    kinds = {"ema": engines.ema.values, **engines.powers.values}
+    state = {f"{kind}/{f.name}": values[f.name] for kind, values in kinds.items() for f in engines.fragments}
+    for f in engines.fragments:
+        state |= {f"{kind}/{f.name}": values for kind, values in {"master": f.master, **f.states}.items()}
+    for p, name in engines.first.names.items():  # under ZeRO-3 what a rank keeps; what it gathers comes from that
+        state[f"forward/{name}"] = p.ds_tensor.data if engines.stage == 3 else p.data
     return {name: values.clone() for name, values in state.items()}
 
 

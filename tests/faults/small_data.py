@@ -16,7 +16,7 @@ from PIL import Image
 from sora_train.config.schema import Config
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.index import Index
-from sora_train.methods.build import Shards
+from sora_train.data.shards import Shards
 
 Row = tuple[str, int, int, int, int]  # kind, inputs, refused by the index, refused in training, trained on
 Found = tuple[list[Row], list[str]]  # and what was wrong

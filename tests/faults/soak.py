@@ -34,7 +34,7 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import STOPPED, InputError, options
 from sora_train.core.cli import run as run_command
 from sora_train.data.order.plan import Position
-from sora_train.methods.build import Shards
+from sora_train.data.shards import Shards
 from tests.faults.bed import Bed, Job, samples_by_step
 from tests.faults.sabotage import multiply_loss
 

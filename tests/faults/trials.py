@@ -22,7 +22,7 @@ import psutil
 from sora_train.config.schema import Config
 from sora_train.core.cli import BAD_INPUT, STOPPED, InputError
 from sora_train.data.order.plan import Position
-from sora_train.methods.build import Shards
+from sora_train.data.shards import Shards
 from sora_train.training.state import checkpoint
 from tests.faults.bed import Bed, Job, Launch, differences, lines_of, losses, outcome, run, samples_by_step
 from tests.faults.sabotage import (

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from sora_train.config.schema import TASKS, FlowConfig, Prediction, Timesteps, Weighting
-from sora_train.core.batch import Clip, LatentPack, Pack
+from sora_train.core.batch import Clip, LatentPack, Pack, Stream
 from sora_train.core.cost import Geometry
-from sora_train.flow.objective import LEVELS, FlowTask, draw_timesteps, shift_of, shifted
+from sora_train.core.loss import LEVELS
+from sora_train.flow.objective import draw_timesteps, shift_of, shifted
 from sora_train.flow.patches import patchify
 from sora_train.flow.prediction import velocity
 from sora_train.flow.tasks import given_frames
+from sora_train.methods.diffusion.learner import DiffusionLearner
 from sora_train.models.text.encoder import tokenize_captions
+from tests.stubs import diffusion
 
-CPU = torch.device("cpu")
 GEOMETRY = Geometry(4, 4, 2)
 MakeClip = Callable[..., Clip]
 
@@ -31,9 +33,9 @@ def encode(video_BCTHW: Tensor) -> Tensor:
     return torch.nn.functional.avg_pool3d(frames, (1, 4, 4))
 
 
-def make_task(**changes: object) -> FlowTask:
+def make_task(**changes: object) -> DiffusionLearner:
     config = FlowConfig(shift=2.0, caption_dropout=0.0)
-    return FlowTask(replace(config, **changes), GEOMETRY, 3, encode, lambda texts: tokenize_captions(texts, 64, 32))
+    return diffusion(replace(config, **changes), GEOMETRY, 3, encode, lambda texts: tokenize_captions(texts, 64, 32))
 
 
 @pytest.fixture
@@ -50,15 +52,15 @@ class Zero(nn.Module):
     """Predicts no velocity at all."""
 
     def forward(self, pack: LatentPack) -> Tensor:
-        return torch.zeros_like(pack.x_NP)
+        return torch.zeros_like(pack.video.x_NP)
 
 
-def by_clip(pack: LatentPack, values: Tensor) -> list[Tensor]:
+def by_clip(pack: Stream, values: Tensor) -> list[Tensor]:
     return list(values.split(pack.layout.lengths))
 
 
 def test_x_t_lies_on_the_line_from_latents_to_noise(clips: list[Clip]) -> None:
-    pack = make_task().prepare(Pack(clips), CPU)
+    pack = make_task().prepare(Pack(clips)).video
     t_N = pack.t_M[pack.t_of_N].unsqueeze(1)
     clean = torch.cat([patchify(encode(c.video_TCHW.transpose(0, 1)[None])[0], 2) for c in clips])
     torch.testing.assert_close(pack.x_NP, clean + t_N * pack.target_NP, rtol=1e-5, atol=1e-5)
@@ -67,7 +69,7 @@ def test_x_t_lies_on_the_line_from_latents_to_noise(clips: list[Clip]) -> None:
 
 
 def test_given_frames_are_clean_and_bear_no_weight(clips: list[Clip]) -> None:
-    pack = make_task().prepare(Pack(clips), CPU)
+    pack = make_task().prepare(Pack(clips)).video
     for clip, x, weight, index in zip(
         clips, by_clip(pack, pack.x_NP), by_clip(pack, pack.weight_N), by_clip(pack, pack.t_of_N), strict=True
     ):
@@ -85,15 +87,15 @@ def test_given_frames_are_clean_and_bear_no_weight(clips: list[Clip]) -> None:
 def test_the_weight_is_known_before_anything_is_encoded(clips: list[Clip]) -> None:
     task = make_task()
     for chosen in ([], clips[:1], clips[1:3], clips):
-        assert task.weight(Pack(chosen)) == task.prepare(Pack(chosen), CPU).weight_N.sum().item()
+        assert task.weight(Pack(chosen)) == task.prepare(Pack(chosen)).video.weight_N.sum().item()
 
 
 def test_noise_and_timesteps_are_the_same_whatever_the_packing(clips: list[Clip]) -> None:
     task = make_task()
-    together = task.prepare(Pack(clips), CPU)
-    other = task.prepare(Pack(clips[::-1]), CPU)
+    together = task.prepare(Pack(clips)).video
+    other = task.prepare(Pack(clips[::-1])).video
     for n, clip in enumerate(clips):
-        alone = task.prepare(Pack([clip]), CPU)
+        alone = task.prepare(Pack([clip])).video
         for pack, place in ((together, n), (other, len(clips) - 1 - n)):
             for name in ("x_NP", "target_NP", "weight_N", "level_N"):
                 assert torch.equal(by_clip(pack, getattr(pack, name))[place], getattr(alone, name))
@@ -104,15 +106,15 @@ def test_noise_and_timesteps_are_the_same_whatever_the_packing(clips: list[Clip]
 def test_two_visits_of_one_sample_get_other_noise(make_clip: MakeClip) -> None:
     one = make_clip((5, 16, 16), 1)
     two = replace(one, visit=replace(one.visit, seed=2))
-    a, b = (make_task().prepare(Pack([clip]), CPU) for clip in (one, two))
+    a, b = (make_task().prepare(Pack([clip])).video for clip in (one, two))
     assert not torch.equal(a.t_M, b.t_M)
     assert abs(np.corrcoef((a.target_NP).flatten(), b.target_NP.flatten())[0, 1]) < 0.5
 
 
 def test_an_empty_pack_has_no_weight_and_a_finite_loss_that_reaches_the_network() -> None:
     task, network = make_task(), nn.Linear(12, 12)
-    network.forward = lambda pack: nn.functional.linear(pack.x_NP, network.weight, network.bias)  # type: ignore[method-assign]
-    loss = task.loss(network, Pack([]), CPU)
+    network.forward = lambda pack: nn.functional.linear(pack.video.x_NP, network.weight, network.bias)  # type: ignore[method-assign]
+    loss = task.loss(network, Pack([]))
     loss.sum.backward()
     assert task.weight(Pack([])) == 0.0 and loss.sum.item() == 0.0
     assert loss.level_weight.sum() == 0
@@ -121,9 +123,9 @@ def test_an_empty_pack_has_no_weight_and_a_finite_loss_that_reaches_the_network(
 
 def test_the_loss_is_squared_error_per_number_summed_over_tokens_that_bear_it(clips: list[Clip]) -> None:
     task = make_task()
-    pack = task.prepare(Pack(clips), CPU)
+    pack = task.prepare(Pack(clips)).video
     expected = (pack.target_NP.double() ** 2).mean(1)[pack.weight_N > 0].sum().item()
-    loss = task.loss(Zero(), Pack(clips), CPU)
+    loss = task.loss(Zero(), Pack(clips))
     assert loss.sum.item() == pytest.approx(expected, rel=1e-5)
     assert loss.level_sum.shape == loss.level_weight.shape == (LEVELS,)
     assert loss.level_sum.sum().item() == pytest.approx(expected, rel=1e-5)
@@ -132,10 +134,10 @@ def test_the_loss_is_squared_error_per_number_summed_over_tokens_that_bear_it(cl
 
 def test_captions_are_dropped_by_the_visits_own_draw(make_clip: MakeClip) -> None:
     clips = [make_clip((1, 8, 8), seed, "image", "five words in a row") for seed in range(400)]
-    texts = {rate: make_task(caption_dropout=rate).prepare(Pack(clips), CPU).layout.texts for rate in (0.0, 0.25, 1.0)}
+    texts = {rate: make_task(caption_dropout=rate).prepare(Pack(clips)).video.layout.texts for rate in (0.0, 0.25, 1.0)}
     assert set(texts[0.0]) == {6} and set(texts[1.0]) == {1}
     assert 70 < texts[0.25].count(1) < 130
-    assert texts[0.25] == make_task(caption_dropout=0.25).prepare(Pack(clips), CPU).layout.texts
+    assert texts[0.25] == make_task(caption_dropout=0.25).prepare(Pack(clips)).video.layout.texts
 
 
 @pytest.mark.parametrize(
@@ -161,48 +163,52 @@ def test_timesteps_follow_their_distribution() -> None:
 
 def test_a_share_of_clips_has_a_timestep_per_frame_and_given_frames_stay_clean(clips: list[Clip]) -> None:
     task = make_task(per_frame_noise=1.0)
-    pack = task.prepare(Pack(clips), CPU)
+    pack = task.prepare(Pack(clips)).video
     clean = torch.cat([patchify(encode(c.video_TCHW.transpose(0, 1)[None])[0], 2) for c in clips])
     t_N = pack.t_M[pack.t_of_N]
     torch.testing.assert_close(pack.x_NP, clean + t_N.unsqueeze(1) * pack.target_NP, rtol=1e-5, atol=1e-5)
     assert torch.equal(pack.level_N[pack.weight_N > 0], t_N[pack.weight_N > 0])
     assert not t_N[pack.weight_N == 0].any()
     for clip, t in zip(clips, by_clip(pack, t_N), strict=True):
-        per_frame = t.unflatten(0, (task.geometry.grid(*clip.visit.size)[0], -1))
+        per_frame = t.unflatten(0, (GEOMETRY.grid(*clip.visit.size)[0], -1))
         generated = per_frame[per_frame[:, 0] > 0]
         assert (generated == generated[:, :1]).all() and len(set(generated[:, 0].tolist())) == len(generated)
     clip_of_N = torch.arange(4).repeat_interleave(torch.tensor(pack.layout.lengths))
     assert torch.equal(pack.clip_of_M[pack.t_of_N], clip_of_N)
-    shares = [len(set(draw_timesteps(FlowConfig(per_frame_noise=0.3), seed, (5, 2, 2)))) for seed in range(1000)]
+    shares = [
+        len(set(draw_timesteps(FlowConfig(per_frame_noise=0.3, shift=1.0), seed, (5, 2, 2)))) for seed in range(1000)
+    ]
     assert set(shares) == {1, 5} and 240 < shares.count(5) < 360
-    drawn = [t for seed in range(2000) for t in draw_timesteps(FlowConfig(per_frame_noise=1.0), seed, (2, 2, 2))]
+    drawn = [
+        t for seed in range(2000) for t in draw_timesteps(FlowConfig(per_frame_noise=1.0, shift=1.0), seed, (2, 2, 2))
+    ]
     logit = np.log(np.array(drawn) / (1 - np.array(drawn)))
     assert abs(logit.mean()) < 0.05 and abs(logit.std() - 1) < 0.04
 
 
 def test_weighted_by_clip_every_clip_counts_alike(clips: list[Clip]) -> None:
     task = make_task(weighting=Weighting.clip)
-    pack = task.prepare(Pack(clips), CPU)
+    pack = task.prepare(Pack(clips)).video
     assert task.weight(Pack(clips)) == 4 and task.weight(Pack([])) == 0
     assert [w.sum().item() for w in by_clip(pack, pack.weight_N)] == pytest.approx([1.0] * 4)
     means = [
         (target.square().mean(1) * (weight > 0)).sum() / (weight > 0).sum()
         for target, weight in zip(by_clip(pack, pack.target_NP), by_clip(pack, pack.weight_N), strict=True)
     ]
-    assert task.loss(Zero(), Pack(clips), CPU).sum.item() == pytest.approx(sum(means).item(), rel=1e-5)
+    assert task.loss(Zero(), Pack(clips)).sum.item() == pytest.approx(sum(means).item(), rel=1e-5)
 
 
 def test_the_loss_by_task_is_that_of_its_clips(clips: list[Clip]) -> None:
     task = make_task()
-    total, weight = task.loss(Zero(), Pack([*clips, replace(clips[0])]), CPU).by_task
+    total, weight = task.loss(Zero(), Pack([*clips, replace(clips[0])])).by_task
     for clip in clips:
         times = 1 + (clip is clips[0])
-        alone = task.loss(Zero(), Pack([clip]), CPU)
+        alone = task.loss(Zero(), Pack([clip]))
         place = TASKS.index(clip.visit.task)
         assert total[place].item() == pytest.approx(times * alone.sum.item(), rel=1e-5)
         assert weight[place].item() == times * task.weight(Pack([clip]))
     assert weight.count_nonzero() == len(clips)
-    assert not task.loss(Zero(), Pack([]), CPU).by_task.any()
+    assert not task.loss(Zero(), Pack([])).by_task.any()
 
 
 def test_a_cache_encodes_each_clip_once_and_keeps_to_its_room(clips: list[Clip]) -> None:
@@ -212,24 +218,24 @@ def test_a_cache_encodes_each_clip_once_and_keeps_to_its_room(clips: list[Clip])
         calls.append(tuple(video_BCTHW.shape))
         return encode(video_BCTHW)
 
-    def task(room: int) -> FlowTask:
-        return FlowTask(FlowConfig(), GEOMETRY, 3, counted, lambda texts: tokenize_captions(texts, 64, 32), room)
+    def task(room: int) -> DiffusionLearner:
+        return diffusion(FlowConfig(), GEOMETRY, 3, counted, lambda texts: tokenize_captions(texts, 64, 32), room)
 
     cached, plain = task(1 << 20), task(0)
-    first, again = cached.prepare(Pack(clips), CPU), cached.prepare(Pack(clips), CPU)
+    first, again = cached.prepare(Pack(clips)).video, cached.prepare(Pack(clips)).video
     assert calls == [(1, 3, *clip.video_TCHW.shape[:1], *clip.video_TCHW.shape[2:]) for clip in clips]
     assert torch.equal(first.x_NP, again.x_NP)
-    assert torch.equal(first.x_NP, plain.prepare(Pack(clips), CPU).x_NP)
+    assert torch.equal(first.x_NP, plain.prepare(Pack(clips)).video.x_NP)
     calls.clear()
     cramped = task(1)  # no room for anything: everything is encoded anew
-    cramped.prepare(Pack(clips), CPU)
-    cramped.prepare(Pack(clips), CPU)
+    cramped.prepare(Pack(clips))
+    cramped.prepare(Pack(clips))
     assert len(calls) == 2 * len(clips)
 
 
 @pytest.mark.parametrize("prediction", [Prediction.x0, Prediction.noise])
 def test_data_or_noise_that_is_known_gives_the_velocity(clips: list[Clip], prediction: Prediction) -> None:
-    pack = make_task(per_frame_noise=0.5).prepare(Pack(clips), CPU)
+    pack = make_task(per_frame_noise=0.5).prepare(Pack(clips)).video
     t_N1 = pack.t_M[pack.t_of_N].unsqueeze(1)
     data = pack.x_NP - t_N1 * pack.target_NP
     known = data if prediction is Prediction.x0 else data + pack.target_NP
@@ -255,7 +261,7 @@ def test_the_cache_tells_training_and_validation_samples_apart(make_clip: Callab
     """Both number their samples from 0: clips that are alike in all but their pixels must not share latents."""
     ours = make_clip((9, 16, 16), seed=1)
     theirs = replace(ours, video_TCHW=255 - ours.video_TCHW)
-    cached = FlowTask(FlowConfig(), GEOMETRY, 3, encode, lambda texts: tokenize_captions(texts, 64, 32), 1 << 20)
-    plain = FlowTask(FlowConfig(), GEOMETRY, 3, encode, lambda texts: tokenize_captions(texts, 64, 32))
+    cached = diffusion(FlowConfig(), GEOMETRY, 3, encode, lambda texts: tokenize_captions(texts, 64, 32), 1 << 20)
+    plain = diffusion(FlowConfig(), GEOMETRY, 3, encode, lambda texts: tokenize_captions(texts, 64, 32))
     for clip in (ours, theirs, ours):
-        assert torch.equal(cached.prepare(Pack([clip]), CPU).x_NP, plain.prepare(Pack([clip]), CPU).x_NP)
+        assert torch.equal(cached.prepare(Pack([clip])).video.x_NP, plain.prepare(Pack([clip])).video.x_NP)

@@ -15,6 +15,7 @@ from sora_train.flow.ode import Held, Request, generate, noise_of
 from sora_train.flow.patches import patchify
 from sora_train.models.text.encoder import TextEncoder, tokenize_captions
 from sora_train.models.video_model import VideoModel
+from sora_train.models.wan.family import WAN
 from sora_train.models.wan.model import DiT
 
 CPU = torch.device("cpu")
@@ -38,11 +39,13 @@ class Field(nn.Module):
         self.formula, self.times, self.sizes = formula, [], []
 
     def forward(self, pack: LatentPack) -> Tensor:
-        t_N1 = pack.t_M[pack.t_of_N].unsqueeze(1)
-        told = torch.tensor([n > 1 for n in pack.layout.texts]).repeat_interleave(torch.tensor(pack.layout.lengths))
-        self.times.append(pack.t_M.max().item())
-        self.sizes.append(len(pack.x_NP))
-        return self.formula(pack.x_NP, t_N1, told.unsqueeze(1).float())  # type: ignore[operator]
+        t_N1 = pack.video.t_M[pack.video.t_of_N].unsqueeze(1)
+        told = torch.tensor([n > 1 for n in pack.video.layout.texts]).repeat_interleave(
+            torch.tensor(pack.video.layout.lengths)
+        )
+        self.times.append(pack.video.t_M.max().item())
+        self.sizes.append(len(pack.video.x_NP))
+        return self.formula(pack.video.x_NP, t_N1, told.unsqueeze(1).float())  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -71,8 +74,10 @@ def test_clips_of_one_batch_go_along_their_own_shifts() -> None:
 
     class Times(nn.Module):
         def forward(self, pack: LatentPack) -> Tensor:
-            seen.append([float(pack.t_M[part].max()) for part in pack.t_of_N.split(pack.layout.lengths)])
-            return torch.zeros_like(pack.x_NP)
+            seen.append(
+                [float(pack.video.t_M[part].max()) for part in pack.video.t_of_N.split(pack.video.layout.lengths)]
+            )
+            return torch.zeros_like(pack.video.x_NP)
 
     flow = replace(FLOW, sampling_steps=4, guidance=1.0, shift_tokens=6)
     run(Times(), [Request("x", grid, 0) for grid in GRIDS], flow)
@@ -126,7 +131,7 @@ def test_rescaled_guidance_has_the_deviation_of_the_conditional_velocity() -> No
 @pytest.fixture(scope="module")
 def model() -> VideoModel:
     torch.manual_seed(0)
-    network = VideoModel(DiT(16, 24, 2, 2, 48, 16), TextEncoder(16, 1, 2, 64, 32))
+    network = VideoModel(DiT(16, 24, 2, 2, 48, 16), TextEncoder(16, 1, 2, 64, 32), WAN)
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -170,6 +175,37 @@ def test_what_a_clip_is_held_to_is_let_go_frame_by_frame(solver: str) -> None:
     near = 0.03 if solver == "adams_bashforth" else 1e-4  # it carries the slope before the release one step on
     torch.testing.assert_close(result[:, 1:], wanted[:, 1:], rtol=1e-4, atol=near)
     assert (result[:, 0] - wanted[:, 0]).abs().max() > 1
+
+
+def test_what_a_clip_is_held_to_at_its_end_is_let_go_from_the_front() -> None:
+    wanted, known, noise = (latents((3, 2, 2), n) for n in (1, 2, 3))
+    x0 = patchify(wanted, 2)
+    flow = replace(FLOW, solver="euler", guidance=1.0, sampling_steps=8)
+    for release, free in ((True, 2), (False, 1)):
+        request = Request("x", GRIDS[0], 5, held_end=Held(known[:, 1:], noise[:, 1:], release))
+        assert torch.equal(noise_of(request, 4, 2)[:, 1:], noise[:, 1:])
+        (result,) = run(Field(lambda x, t, told: (x - x0) / t), [request], flow)
+        torch.testing.assert_close(result[:, :free], wanted[:, :free], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result[:, free:], known[:, free:], rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_leads_away_from_the_negative_prompt() -> None:
+    """Where a caption moves the velocity by its number of tokens, guidance weighs two captions against each other."""
+    lengths: list[tuple[int, ...]] = []
+
+    class Told(nn.Module):
+        def forward(self, pack: LatentPack) -> Tensor:
+            layout = pack.video.layout
+            lengths.append(layout.texts)
+            per_clip = torch.tensor(layout.texts, dtype=torch.float32)
+            return 0 * pack.video.x_NP + per_clip.repeat_interleave(torch.tensor(layout.lengths)).unsqueeze(1)
+
+    flow = replace(FLOW, guidance=3.0, sampling_steps=1, shift=1.0)
+    request = Request("one two", (1, 1, 1), 5, negative="one two three four")
+    (result,) = run(Told(), [request], flow)
+    noise = noise_of(request, 4, 2)
+    assert lengths == [(3, 5)]
+    torch.testing.assert_close(result, noise - (5 + 3 * (3 - 5)))
 
 
 def test_held_frames_go_the_way_from_their_noise_and_are_no_given_ones() -> None:
@@ -216,8 +252,8 @@ def test_each_shot_looks_at_its_own_caption_alone() -> None:
 
     class Words(nn.Module):
         def forward(self, pack: LatentPack) -> Tensor:
-            queries, texts = pack.layout.queries, torch.tensor(pack.layout.texts)
-            return texts.repeat_interleave(torch.tensor(queries)).unsqueeze(1).expand_as(pack.x_NP).float()
+            queries, texts = pack.video.layout.queries, torch.tensor(pack.video.layout.texts)
+            return texts.repeat_interleave(torch.tensor(queries)).unsqueeze(1).expand_as(pack.video.x_NP).float()
 
     flow = replace(FLOW, guidance=1.0)
     noise = noise_of(request, 4, 2)

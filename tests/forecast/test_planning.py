@@ -20,16 +20,15 @@ from sora_train.config.load import build
 from sora_train.config.schema import Config, Precision
 from sora_train.core.cli import InputError
 from sora_train.forecast import this_machine as this_cpu
-from sora_train.forecast.estimate import degrees, estimate, heaviest_pass, meta_network
+from sora_train.forecast.estimate import degrees, estimate, heaviest_pass
 from sora_train.forecast.footprint import memory
 from sora_train.forecast.forecast import Forecast, StageForecast, forecast, suggestion
 from sora_train.forecast.hardware import GPUS, hardware
 from sora_train.forecast.this_machine import ThisCpu, measure_cpu
 from sora_train.forecast.timing import save_advice, step_time
 from sora_train.forecast.trace import Call, Made, Operation, Trace, trace
-from sora_train.generation.sampler import build_video_model, untrained_model
-from sora_train.methods.base import untrained
-from sora_train.plan import take
+from sora_train.models.video_model import build_video_model
+from sora_train.plan import main
 
 ROOT = Path(__file__).parents[2]
 PASS = Trace(
@@ -121,16 +120,17 @@ def test_the_reduction_bucket_counts(config: Config) -> None:
 def test_a_trace_counts_the_operations_of_the_cost_model(config: Config) -> None:
     config.model.depth = 4  # or the text encoder, which isn't in the cost model, would be an eighth of the work
     sizes = [(9, 48, 48)] * 2
-    traced = trace(config, sizes, untrained)
+    traced = trace(config, sizes)
     expected = training_cost(config).training([geometry(config).tokens(*size) for size in sizes])
     encoding = sum(o.flops for o in traced.operations if o.kind == "convolution")
     assert traced.flops - encoding == pytest.approx(expected, rel=0.15)
-    network = meta_network(build_video_model, config)
+    with torch.device("meta"):
+        network = build_video_model(config)
     assert sorted(m.elements for m in traced.made) == sorted(p.numel() for p in network.parameters())
     assert all(0 < m.now <= m.most <= traced.activations for m in traced.made)
     assert traced.made[-1].now < 0.2 * traced.activations  # at the end of backward little is left
     config.model.activation_checkpointing = "block"
-    again = trace(config, sizes, untrained)
+    again = trace(config, sizes)
     assert again.activations < 0.7 * traced.activations and again.flops - encoding > 1.2 * (traced.flops - encoding)
 
 
@@ -156,7 +156,7 @@ def _core(**known: Any) -> ThisCpu:
 def test_a_core_replays_a_pass_in_its_order(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is large is tried alone, what takes too long is taken at the rates, and each operation has its overhead."""
     config.precision = Precision.fp32
-    traced = trace(config, [(9, 48, 48)] * 2, untrained)
+    traced = trace(config, [(9, 48, 48)] * 2)
     largest = max(traced.operations, key=lambda operation: operation.bytes)
     tried: list[list[Call]] = []
 
@@ -183,7 +183,7 @@ def test_every_operation_of_a_pass_can_be_replayed(config: Config, monkeypatch: 
     """On made-up numbers, each once in a round, with the lengths of attention's groups; in place what is in place."""
     config.precision = Precision.fp32
     config.model.depth = 1
-    traced = trace(config, [(9, 48, 48), (1, 48, 48)], untrained)
+    traced = trace(config, [(9, 48, 48), (1, 48, 48)])
     count: Counter[Any] = Counter()
 
     class Watch(TorchDispatchMode):
@@ -227,7 +227,7 @@ def test_it_suggests_the_fastest_that_fits(config: Config) -> None:
         object.__setattr__(t, "compute", seconds)
         return StageForecast(m, t, peak_gib <= 72)
 
-    figures = estimate(config, meta_network(build_video_model, config), None, 8)
+    figures = estimate(config, None, 8)
 
     def answer(stages: dict[int, StageForecast], less: dict[int, StageForecast]) -> str:
         save = save_advice(1, 1, 1e9, 1e4)
@@ -241,22 +241,19 @@ def test_it_suggests_the_fastest_that_fits(config: Config) -> None:
 
 
 def test_a_forecast_has_every_stage_and_both_choices_of_recomputation(config: Config) -> None:
-    figures = estimate(config, meta_network(build_video_model, config), None, 64)
+    figures = estimate(config, None, 64)
     sizes, share = heaviest_pass(config, None, 64)
     assert sizes == [(9, 48, 48)] * 9 and share == config.data.fill  # 768 tokens hold nine clips of 80
-    result = forecast(config, figures, sizes, share, GPUS["h100"], 8, 2e9, 50_000, untrained)
+    result = forecast(config, figures, sizes, share, GPUS["h100"], 8, 2e9, 50_000)
     assert result.recomputing and all(list(s) == [0, 1, 2, 3] for s in (result.stages, *result.recomputing.values()))
     assert all(s.fits for s in result.stages.values())
 
 
-def test_options_leave_the_rest_of_the_line_to_hydra() -> None:
-    line = ["plan", "experiment=demo", "world_size=64", "hardware=h200", "seed=1", "rehearse=true"]
-    options = take(line)
-    assert (options.world_size, options.hardware, options.rehearse) == (64, "h200", True)
-    assert line == ["plan", "experiment=demo", "seed=1"]
-    for wrong in ("world_size=0", "world_size=many", "per_node=-1"):
+def test_wrong_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("world_size=0", "world_size=many", "per_node=-1", "price=nan", "disk_gb_s=0"):
+        monkeypatch.setattr("sys.argv", ["plan", "experiment=demo", wrong])
         with pytest.raises(InputError, match=wrong.partition("=")[0]):
-            take(["plan", wrong])
+            main()
     with pytest.raises(InputError, match=r"hardware=h1000; did you mean 'h100'"):
         hardware("h1000")
 
@@ -265,20 +262,19 @@ def test_options_leave_the_rest_of_the_line_to_hydra() -> None:
 def test_one_rank_of_64_takes_a_step_alone() -> None:
     script = """
 from hydra import compose, initialize_config_dir
-from sora_train.compose import CONF
-from sora_train.config import build
-from sora_train.methods import untrained
-from sora_train.operations.footprint import memory
-from sora_train.operations.rehearsal import rehearse
-from sora_train.operations.trace import trace
+from sora_train.config.hydra import CONF
+from sora_train.config.load import build
+from sora_train.forecast.footprint import memory
+from sora_train.forecast.rehearsal import rehearse
+from sora_train.forecast.trace import trace
 for stage in (1, 2, 3):
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         tree = compose("train", ["experiment=demo", "run_dir=x", f"deepspeed=zero{stage}",
                                  "++deepspeed.zero_optimization.reduce_bucket_size=1000000"])
     config = build(tree, need_vae=False)
     sizes = [(9, 48, 48)] * 2
-    took = rehearse(config, 64, 1, sizes, untrained)
-    planned = memory(config, took.parameters, trace(config, sizes, untrained), 64, 1, stage)
+    took = rehearse(config, 64, 1, sizes)
+    planned = memory(config, took.parameters, trace(config, sizes), 64, 1, stage)
     print(stage, took.owned, took.peak, planned.peak, took.parameters, took.start)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=270)
@@ -307,10 +303,10 @@ def test_frozen_weights_are_held_and_gathered_but_have_no_states(config: Config)
 def test_a_run_of_adapters_is_planned_as_one(compose_tree: Callable[..., DictConfig], config: Config) -> None:
     """Each adapter of rank 4 of the 128 wide demo model has 2 x 4 x 128 parameters, each block 8; the rest stays."""
     lora = build(compose_tree("experiment=demo", "precision=bf16", "model.lora.rank=4"), need_vae=False)
-    figures, plain = (estimate(c, meta_network(untrained_model, c), None, 2) for c in (lora, config))
+    figures, plain = (estimate(c, None, 2) for c in (lora, config))
     trained = config.model.depth * 8 * 2 * 4 * 128
     assert figures.parameters - figures.frozen == trained == figures.parameters - plain.parameters
-    assert plain.frozen == 0 and figures.state_bytes < 0.5 * plain.state_bytes
+    assert plain.frozen == 0
 
 
 def test_adapters_are_traced_with_what_is_frozen_left_out(
@@ -320,7 +316,7 @@ def test_adapters_are_traced_with_what_is_frozen_left_out(
     keys = ("experiment=demo", "precision=bf16", "model.depth=4", "model.pooled_text=false")
     plain, lora = (build(compose_tree(*keys, f"model.lora.rank={rank}"), need_vae=False) for rank in (0, 4))
     sizes = [(9, 48, 48)] * 2
-    full, adapted = (trace(c, sizes, untrained) for c in (plain, lora))
+    full, adapted = (trace(c, sizes) for c in (plain, lora))
     expected = training_cost(lora).training([geometry(lora).tokens(*size) for size in sizes])
     encoding = sum(o.flops for o in adapted.operations if o.kind == "convolution")
     assert adapted.flops - encoding == pytest.approx(expected, rel=0.1)
@@ -335,7 +331,7 @@ def test_ranks_that_share_a_pack_need_less_each(compose_tree: Callable[..., Dict
     found = degrees(config, None, 8)
     assert list(found) == [1, 2, 4], "four heads"
     assert [d.passes for d in found.values()] == [1, 1, 1] and found[4].config.parallel.sequence == 4
-    traces = {degree: trace(d.config, d.sizes, untrained) for degree, d in found.items()}
+    traces = {degree: trace(d.config, d.sizes) for degree, d in found.items()}
     assert traces[1].exchanged == 0
     one, four = traces[1].activations, traces[4].activations
     assert 0.25 * one < four < 0.4 * one

@@ -1,12 +1,9 @@
-"""Given frames, shots and pieces come where they belong, and every task of the command line makes its video."""
+"""Given frames, shots and pieces come where they belong."""
 
 from __future__ import annotations
 
-import json
-import sys
 import tracemalloc
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,36 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import DictConfig
-from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sora_train import sample
-from sora_train.config.load import build, to_yaml
-from sora_train.config.schema import VAE_USE, Config, TileConfig, VaeConfig
+from sora_train.config.schema import Config, TileConfig
 from sora_train.core.cli import InputError
-from sora_train.core.media import read_mp4, write_mp4
+from sora_train.core.media import read_mp4
+from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Request, noise_of
 from sora_train.generation.long_video import in_pieces
+from sora_train.generation.output import save_sample
 from sora_train.generation.requests import Prompt, Shot, read_shots, spans
-from sora_train.generation.sampler import FrozenVae, Sampler, build_vae, build_video_model, save_sample
+from sora_train.generation.sampler import Sampler
+from sora_train.models.video_model import build_video_model
 
 SIZE = (9, 16, 16)
-
-
-@pytest.fixture
-def config(compose_tree: Callable[..., DictConfig], tmp_path: Path) -> Config:
-    """A small model on a VAE of stride 2."""
-    torch.manual_seed(0)
-    vae = VaeConfig(widths=[8, 8], blocks=[0, 1], channels=4, strides=[[2, 1]])
-    (tmp_path / "vae").mkdir()
-    save_file(build_vae(vae).state_dict(), tmp_path / "vae" / "vae.safetensors")
-    shape = {key: value for key, value in asdict(vae).items() if key not in VAE_USE}
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(shape))
-    small = ("model.width=32", "model.depth=1", "model.heads=2", "model.ffn=32", "text_encoder.width=16")
-    here = (f"vae.path={tmp_path}/vae", f"run_dir={tmp_path}/run", "data.max_pixels=256", "flow.sampling_steps=1")
-    return build(compose_tree("experiment=demo", *small, *here))
 
 
 MADE = 0.25  # marks latents that the model made; what is encoded from pixels is whole
@@ -82,7 +63,7 @@ def numbers(pieces: Any) -> list[int]:
 
 def test_a_long_video_is_held_to_the_latents_and_the_noise_of_the_overlap(config: Config) -> None:
     sampler: Any = Recorder()
-    made = list(in_pieces(config, sampler, Prompt(read_shots("x")), SIZE, 26, 5, overlap=2, loop=False))
+    made = list(in_pieces(config, sampler, Prompt([Shot(float("inf"), "x")]), SIZE, 26, 5, overlap=2, loop=False))
     assert numbers(made) == list(range(26))
     assert [len(piece) for piece in made] == [7, 6, 6, 7], "what the next piece makes anew isn't shown, but at the end"
     first, *others = sampler.requests
@@ -99,7 +80,7 @@ def test_a_long_video_is_held_to_the_latents_and_the_noise_of_the_overlap(config
 
 def test_a_seam_is_decoded_like_any_other_place(config: Config) -> None:
     """The frames of all pieces are those of their latents decoded at once, whatever a network makes."""
-    vae = FrozenVae(config.vae, torch.device("cpu"))
+    vae = FrozenVae.load(config.vae, torch.device("cpu"))
     drawn: list[Tensor] = []
 
     class Drawn(Sampler):
@@ -108,7 +89,7 @@ def test_a_seam_is_decoded_like_any_other_place(config: Config) -> None:
             return drawn[-1:]
 
     sampler = Drawn(config, build_video_model(config), vae, torch.device("cpu"))
-    pieces = in_pieces(config, sampler, Prompt(read_shots("x")), (17, 16, 16), 45, 0, overlap=2, loop=False)
+    pieces = in_pieces(config, sampler, Prompt([Shot(float("inf"), "x")]), (17, 16, 16), 45, 0, overlap=2, loop=False)
     made = np.concatenate(list(pieces))
     at_once = vae.decode(torch.cat((drawn[0][:, :8], drawn[1][:, 1:8], drawn[2][:, 1:]), dim=1))
     assert made.shape == (45, 16, 16, 3)
@@ -120,36 +101,50 @@ def test_a_seam_is_decoded_like_any_other_place(config: Config) -> None:
 def test_a_long_video_goes_on_from_what_is_given_and_does_not_repeat_it(config: Config) -> None:
     given = np.broadcast_to(np.arange(7, dtype=np.uint8)[:, None, None, None], (7, 16, 16, 3))
     sampler: Any = Recorder()
-    prompt = Prompt(read_shots("x"), before=given)
+    prompt = Prompt([Shot(float("inf"), "x")], before=given)
     assert numbers(in_pieces(config, sampler, prompt, SIZE, 10, 5, overlap=1, loop=False)) == list(range(7, 17))
 
 
 @pytest.mark.parametrize("overlap", [1, 2])
-def test_a_loop_leads_back_to_its_first_frame(config: Config, overlap: int) -> None:
+def test_the_end_of_a_loop_is_held_to_its_beginning_as_a_piece_is_to_the_one_before(
+    config: Config, overlap: int
+) -> None:
     sampler: Any = Recorder()
-    made = numbers(in_pieces(config, sampler, Prompt(read_shots("x")), SIZE, 20, 5, overlap=overlap, loop=True))
-    closing = sampler.requests[-1]
-    shown, last = {1: (17, 5), 2: (19, 3)}[overlap]
+    made = numbers(in_pieces(config, sampler, Prompt([Shot(float("inf"), "x")]), SIZE, 20, 5, overlap, loop=True))
+    first, closing = sampler.requests[0], sampler.requests[-1]
+    shown, last = {1: (17, 6), 2: (19, 6)}[overlap]
     assert closing.held.latents_CTHW[0, :, 0, 0].tolist() == [shown - 1, shown + 1 + MADE][:overlap]
-    ((first, end),) = closing.given
-    assert (first, end[0, :, 0, 0].tolist()) == (5 - overlap, [2, 4][:overlap])
-    assert made == [*range(shown + last)], "some new frames, and the one after them is the first again"
+    assert closing.held_end.latents_CTHW[0, :, 0, 0].tolist() == [2 + MADE, 4 + MADE][:overlap] and not closing.given
+    noise = noise_of(first, config.vae.channels, config.model.patch)
+    assert torch.equal(closing.held_end.noise_CTHW, noise[:, 1 : 1 + overlap]) and closing.held_end.release
+    skipped = 2 * overlap - 1  # what stands before the last latent of the overlap is made anew, and shown at the end
+    assert made == [*range(skipped, shown + last)]
 
 
-def test_a_loop_of_what_was_given_leads_back_to_the_first_new_frame(config: Config) -> None:
-    """Its first piece shows four frames, too few for an end of two latent frames: one is given, and one more made."""
+def test_a_loop_of_what_was_given_leads_back_to_that(config: Config) -> None:
+    """A beginning that is given isn't made anew: the end is held to all of it, up to the frame before the first."""
     given = np.broadcast_to(np.arange(7, dtype=np.uint8)[:, None, None, None], (7, 16, 16, 3))
     sampler: Any = Recorder()
-    prompt = Prompt(read_shots("x"), before=given)
-    assert numbers(in_pieces(config, sampler, prompt, SIZE, 10, 5, overlap=2, loop=True)) == list(range(7, 7 + 10 + 5))
-    ((end, latents),) = sampler.requests[-1].given
-    assert (end, latents[0, :, 0, 0].tolist()) == (4, [9])
+    prompt = Prompt([Shot(float("inf"), "x")], before=given, opening=given[:5])
+    assert numbers(in_pieces(config, sampler, prompt, SIZE, 10, 5, overlap=2, loop=True)) == list(range(7, 7 + 10 + 3))
+    held = sampler.requests[-1].held_end
+    assert held.latents_CTHW[0, :, 0, 0].tolist() == [2, 4] and not held.release
+
+
+def test_a_loop_of_an_image_leads_back_to_it_and_what_follows(config: Config) -> None:
+    sampler: Any = Recorder()
+    given = np.zeros((1, 16, 16, 3), np.uint8)
+    prompt = Prompt([Shot(float("inf"), "x")], before=given, opening=given)
+    made = numbers(in_pieces(config, sampler, prompt, SIZE, 10, 5, overlap=2, loop=True))
+    held = sampler.requests[-1].held_end
+    assert held.latents_CTHW[0, :, 0, 0].tolist() == [2, 4], "the frames that were made after the image"
+    assert made[0] == 1
 
 
 def test_an_overlap_without_room_is_refused(config: Config) -> None:
     sampler: Any = Recorder()
     with pytest.raises(InputError, match="overlap=3 of a piece's 5 latent frames; at most 2"):
-        next(iter(in_pieces(config, sampler, Prompt(read_shots("x")), SIZE, 26, 5, overlap=3, loop=False)))
+        next(iter(in_pieces(config, sampler, Prompt([Shot(float("inf"), "x")]), SIZE, 26, 5, overlap=3, loop=False)))
 
 
 def test_shots_are_told_by_the_time_of_each_latent_frame() -> None:
@@ -160,10 +155,20 @@ def test_shots_are_told_by_the_time_of_each_latent_frame() -> None:
     assert spans([Shot(float("inf"), "a")], 5, 0, 2, 4.0) == ((5, "a"),)
 
 
-@pytest.mark.parametrize("prompt", [[], [3], [{"seconds": 0, "caption": "a"}], [{"second": 1, "caption": "a"}]])
-def test_a_list_that_is_no_shots_is_refused(prompt: Any) -> None:
-    with pytest.raises(InputError, match="prompt"):
-        read_shots(prompt)
+def test_shots_are_a_json_list() -> None:
+    text = '[{"seconds": 2, "caption": "a: b #1"}, {"seconds": 0.5, "caption": ""}]'
+    assert read_shots(text) == [Shot(2.0, "a: b #1"), Shot(0.5, "")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "[3]", '[{"seconds": 0, "caption": "a"}]', '[{"second": 1, "caption": "a"}]', "{seconds: 1}",
+     '[{"seconds": true, "caption": "a"}]', '[{"seconds": NaN, "caption": "a"}]', '[{"seconds": 1, "caption": 3}]'],
+)  # fmt: skip
+def test_a_list_that_is_no_shots_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="shots") as refused:
+        read_shots(text)
+    assert "\n" not in str(refused.value)
 
 
 def test_memory_is_flat_in_the_length_of_a_video(tmp_path: Path) -> None:
@@ -178,50 +183,11 @@ def test_memory_is_flat_in_the_length_of_a_video(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] + 4 * 16 * 128 * 128 * 3, "what the sheet shows, not sixty pieces more"
 
 
-TASKS = {
-    "text": ([], 9),
-    "image": (["image=first.png"], 9),
-    "extension": (["video=clip.mp4"], 12 - 3 + 9),  # two latent frames of five are given
-    "backwards": (["end_video=clip.mp4"], 9 + 12 - 5),
-    "last frame": (["end_image=first.png"], 9),
-    "between images": (["image=first.png", "end_image=first.png"], 9),
-    "between videos": (["video=clip.mp4", "end_video=clip.mp4"], 12 - 1 + 9 + 12 - 3),
-    "video to video": (["video=clip.mp4", "strength=0.5"], 9),
-    "shots": (["prompt=[{seconds: 1, caption: one}, {seconds: 1.25, caption: two}]"], 9),
-    "long": (["seconds=5", "overlap=1"], 19),
-    "long at once": (["seconds=5", "whole=true"], 19),
-    "loop": (["loop=true", "overlap=1"], 9 + 5),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_every_task_of_the_command_line(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    device = torch.device("cpu")
-    sampler = Sampler(config, build_video_model(config).eval(), FrozenVae(config.vae, device), device)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
-    monkeypatch.setattr(sample, "load_sampler", lambda *_: sampler)
-    monkeypatch.chdir(tmp_path)
-    frames = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
-    write_mp4("clip.mp4", frames, 4.0)
-    Image.fromarray(frames[0]).save("first.png")
-    for name, (options, length) in TASKS.items():
-        monkeypatch.setattr(sys, "argv", ["sample", "run_dir=run", "prompt=a block", *options, f"out={name}.mp4"])
-        assert sample.main() == 0
-        video, fps = read_mp4(f"{name}.mp4")
-        assert (name, len(video), fps) == (name, length, 4.0)
-    monkeypatch.setattr(sys, "argv", ["sample", "run_dir=run", "prompt=a", "end_video=clip.mp4", "loop=true"])
-    with pytest.raises(InputError, match="can't end in what is given"):
-        sample.main()
-
-
 def test_a_large_video_goes_through_the_vae_in_pieces_and_tiles(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = FrozenVae(config.vae, torch.device("cpu"))
-    parts = FrozenVae(replace(config.vae, tile=TileConfig(4, 16, 24)), torch.device("cpu"))
+    whole = FrozenVae.load(config.vae, torch.device("cpu"))
+    parts = FrozenVae.load(replace(config.vae, tile=TileConfig(4, 16, 24)), torch.device("cpu"))
     video = torch.randint(0, 256, (1, 3, 9, 32, 48), dtype=torch.uint8)
     latents = whole.encode(video)
     largest: list[int] = []
@@ -235,12 +201,12 @@ def test_a_large_video_goes_through_the_vae_in_pieces_and_tiles(
 
 def test_given_frames_come_back_as_from_the_vae_alone(config: Config) -> None:
     """Both ends of a clip whose middle is made by a network that nobody trained."""
-    vae = FrozenVae(config.vae, torch.device("cpu"))
+    vae = FrozenVae.load(config.vae, torch.device("cpu"))
     sampler = Sampler(config, build_video_model(config).eval(), vae, torch.device("cpu"))
     before, after = (
         np.random.default_rng(n).integers(0, 255, (count, 24, 24, 3), dtype=np.uint8) for n, count in ((0, 3), (1, 5))
     )
-    request = Prompt(read_shots("x"), before, after, most=2).request(config, vae, (9, 24, 24), 3)
+    request = Prompt([Shot(float("inf"), "x")], before, after, most=2).request(config, vae, (9, 24, 24), 3)
     (video,) = sampler.videos([request])
     alone = [vae.decode(vae.encode(torch.from_numpy(f).permute(3, 0, 1, 2)[None])[0]) for f in (before, after)]
     assert np.abs(video[:3].astype(int) - alone[0]).max() <= 1

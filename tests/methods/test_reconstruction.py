@@ -10,7 +10,7 @@ import torch
 from sora_train.config.schema import VaeConfig
 from sora_train.core.batch import Clip, Pack
 from sora_train.core.cost import Geometry
-from sora_train.methods.reconstruction import AutoencodingTask
+from sora_train.methods.autoencoder.reconstruction import Reconstruction
 from sora_train.models.video_vae.model import VideoVAE
 
 CPU = torch.device("cpu")
@@ -18,8 +18,8 @@ CONFIG = VaeConfig(channels=4, patch=4, widths=[8, 8], blocks=[0, 1], strides=[[
 
 
 @pytest.fixture
-def task() -> AutoencodingTask:
-    return AutoencodingTask(CONFIG, Geometry(4, 4, 1))
+def task() -> Reconstruction:
+    return Reconstruction(CONFIG, Geometry(4, 4, 1))
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def clips(make_clip: Callable[..., Clip]) -> list[Clip]:
     return [make_clip(size, seed) for seed, size in enumerate([(5, 8, 12), (5, 8, 12), (1, 16, 8)])]
 
 
-def test_the_weight_is_the_number_of_pixels(task: AutoencodingTask, clips: list[Clip]) -> None:
+def test_the_weight_is_the_number_of_pixels(task: Reconstruction, clips: list[Clip]) -> None:
     assert task.weight(Pack(clips)) == 2 * 5 * 8 * 12 + 16 * 8
     assert task.weight(Pack([])) == 0.0
 
 
 def test_packing_does_not_change_the_loss_or_its_gradients(
-    task: AutoencodingTask, network: VideoVAE, clips: list[Clip]
+    task: Reconstruction, network: VideoVAE, clips: list[Clip]
 ) -> None:
     gradients, losses = [], []
     for packs in ([clips], [[clip] for clip in clips]):
@@ -52,7 +52,7 @@ def test_packing_does_not_change_the_loss_or_its_gradients(
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
-def test_the_loss_is_l1_and_squared_error_and_kl(task: AutoencodingTask, network: VideoVAE, clips: list[Clip]) -> None:
+def test_the_loss_is_l1_and_squared_error_and_kl(task: Reconstruction, network: VideoVAE, clips: list[Clip]) -> None:
     clip = clips[2]
     noise = task._noise([clip.visit.seed], clip.visit.size, CPU)
     video = clip.video_TCHW.transpose(0, 1).unsqueeze(0).float() / 127.5 - 1
@@ -63,7 +63,7 @@ def test_the_loss_is_l1_and_squared_error_and_kl(task: AutoencodingTask, network
     assert task.loss(network, Pack([clip]), CPU).sum.item() == pytest.approx(16 * 8 * expected.item(), rel=1e-5)
 
 
-def test_an_empty_pack_has_no_loss_and_reaches_every_weight(task: AutoencodingTask, network: VideoVAE) -> None:
+def test_an_empty_pack_has_no_loss_and_reaches_every_weight(task: Reconstruction, network: VideoVAE) -> None:
     loss = task.loss(network, Pack([]), CPU).sum
     loss.backward()
     assert loss.item() == 0.0

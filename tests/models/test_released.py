@@ -21,8 +21,11 @@ from sora_train.config.load import build, to_yaml
 from sora_train.config.schema import Config, TileConfig
 from sora_train.core.batch import Clip, Pack
 from sora_train.core.cli import InputError
-from sora_train.generation.sampler import FrozenVae, Sampler, request_for, starting_model, tokenizer
-from sora_train.methods.base import Diffusion
+from sora_train.encoding.captions import tokenizer
+from sora_train.encoding.vae import FrozenVae
+from sora_train.generation.sampler import Sampler, request_for
+from sora_train.methods.diffusion.learner import start
+from sora_train.models.video_model import starting_model
 from sora_train.models.video_vae.released import ReleasedVae
 from sora_train.models.video_vae.tiling import in_time
 
@@ -94,7 +97,7 @@ def test_parts_that_do_not_fit_are_refused(
 
 
 def test_the_vae_gives_diffusers_latents_normalised(config: Config, pipeline: Path) -> None:
-    vae, theirs = FrozenVae(config.vae, CPU), AutoencoderKLWan.from_pretrained(pipeline / "vae")
+    vae, theirs = FrozenVae.load(config.vae, CPU), AutoencoderKLWan.from_pretrained(pipeline / "vae")
     video = torch.randint(0, 256, (1, 3, 5, 16, 16), dtype=torch.uint8)
     latents = vae.encode(video)
     with torch.no_grad():
@@ -130,20 +133,21 @@ def test_captions_become_diffusers_prompt_embeddings(config: Config, pipeline: P
 def test_a_run_starts_from_released_weights_and_trains_the_transformer_alone(
     config: Config, pipeline: Path, make_clip: Callable[..., Clip]
 ) -> None:
-    method = Diffusion(config, CPU)
+    learner = start(config, CPU)
+    network = learner.networks["video"].module
     wan = WanTransformer3DModel.from_pretrained(pipeline / "transformer")
-    assert torch.equal(method.network.dit.blocks[0].self_attention.q.weight, wan.blocks[0].attn1.to_q.weight)
+    assert torch.equal(network.dit.blocks[0].self_attention.q.weight, wan.blocks[0].attn1.to_q.weight)
     pack = Pack([make_clip((5, 32, 32), 1, "image_to_video"), make_clip((1, 16, 32), 2, "image")])
-    method.task.loss(method.network, pack, CPU).sum.backward()
-    assert [name for name, _ in method.network.named_parameters() if not name.startswith("dit.")] == []
-    assert all(p.grad is not None for p in method.network.parameters())
+    learner.loss(network, pack).sum.backward()
+    assert [name for name, _ in network.named_parameters() if not name.startswith("dit.")] == []
+    assert all(p.grad is not None for p in network.parameters())
 
 
 def test_an_export_runs_in_a_wan_pipeline_and_gives_what_our_sampler_gives(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
-    network = Diffusion(config, CPU).network.requires_grad_(False)
+    network = start(config, CPU).networks["video"].module.requires_grad_(False)
     for p in network.parameters():
         p.add_(0.05 * torch.randn_like(p))
     run, out = tmp_path / "run", tmp_path / "out"
@@ -160,7 +164,7 @@ def test_an_export_runs_in_a_wan_pipeline_and_gives_what_our_sampler_gives(
         "a block", height=32, width=32, num_frames=5, num_inference_steps=1, guidance_scale=2.0,
         max_sequence_length=512, latents=noise.unsqueeze(0), output_type="latent",
     ).frames[0]  # fmt: skip
-    sampler = Sampler(config, network, FrozenVae(config.vae, CPU), CPU)
+    sampler = Sampler(config, network, FrozenVae.load(config.vae, CPU), CPU)
     denormalised: list[torch.Tensor] = []
     monkeypatch.setattr(sampler.vae, "decode", lambda x: denormalised.append(x) or np.zeros(1))
     sampler.videos([request])
@@ -244,8 +248,8 @@ def test_a_large_video_goes_through_a_released_vae_in_bounded_memory(config: Con
     """Tiles of 32 pixels with 16 around them: no convolution sees more, and the result is nearer to that of the whole
     than without. Not equal: in the middle of Wan's VAE every position of a frame attends to all others.
     """
-    whole = FrozenVae(config.vae, CPU)
-    parts, bare = (FrozenVae(replace(config.vae, tile=TileConfig(4, 32, around)), CPU) for around in (16, 0))
+    whole = FrozenVae.load(config.vae, CPU)
+    parts, bare = (FrozenVae.load(replace(config.vae, tile=TileConfig(4, 32, around)), CPU) for around in (16, 0))
     video = torch.randint(0, 256, (1, 3, 1, 8, 12), dtype=torch.uint8)
     video = torch.nn.functional.interpolate(video[0].float().transpose(0, 1), (64, 96), mode="bilinear")
     video = video.transpose(0, 1).unsqueeze(0).expand(1, 3, 9, 64, 96).to(torch.uint8)

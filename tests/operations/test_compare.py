@@ -12,7 +12,7 @@ import pytest
 from sora_train import compare
 from sora_train.core.cli import InputError
 from sora_train.core.media import write_mp4
-from sora_train.operations.records import differences, events, flat, read, samples
+from sora_train.operations.records import differences, events, flat, read, samples, thinned
 from sora_train.operations.report import page, write_report
 from sora_train.operations.side_by_side import plot
 
@@ -37,7 +37,9 @@ def runs(tmp_path: Path) -> list[Path]:
             "2026-01-02 03:04:06,678 INFO sora_train.run.x: step 6/10 loss 0.5\n"
             "2026-01-02 03:04:07,678 WARNING sora_train.metrics: wandb <failed>\n"
         )
-        (folder / "quarantine.jsonl").write_text('{"cause": "truncated"}\n{"cause": "truncated"}\n{"cause": "crash"}\n')
+        causes = ("truncated", "truncated", "crash")
+        text = "".join(json.dumps({"step": 1, "cause": cause}) + "\n" for cause in causes)
+        (folder / "quarantine.jsonl").write_text(text)
         if number < 2:
             (folder / "exit.json").write_text('{"code": 0, "reason": "done"}')
         about = folder / "samples" / "step-000010" / "00"
@@ -108,3 +110,27 @@ def test_the_picture_is_drawn(runs: list[Path]) -> None:
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
     with pytest.raises(InputError, match="no run has a curve of nothing"):
         plot([read(runs[0])], ["nothing"], path)
+
+
+def test_a_long_curve_keeps_its_ends_and_its_extremes() -> None:
+    steps, values = np.arange(1, 100_001), np.sin(np.arange(100_000) / 3000)
+    values[[50_000, 70_000]], values[60_000], values[-1], values[:300] = 9.0, -7.0, np.nan, np.inf
+    curve = thinned(steps, values)
+    assert 800 < len(curve) <= 1002 and [step for step, _ in curve] == sorted({step for step, _ in curve})
+    assert {(50_001, 9.0), (60_001, -7.0), (70_001, 9.0)} <= set(curve)
+    assert curve[0] == (1, np.inf) and curve[-1][0] == 100_000 and np.isnan(curve[-1][1])
+    assert all(value == values[step - 1] for step, value in curve[:-1])
+    assert thinned(steps[:900], values[:900]) == list(zip(range(1, 901), values[:900].tolist(), strict=True))
+
+
+def test_the_page_of_a_long_run_is_small(runs: list[Path]) -> None:
+    lines = (json.dumps({"step": s} | {f"figure_{n}": s * n for n in range(12)}) for s in range(1, 20_001))
+    (runs[0] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    warning = "2026-01-02 03:04:07,678 WARNING sora_train.metrics: number {}\n"
+    (runs[0] / "logs/rank-0.log").write_text("".join(map(warning.format, range(5000))))
+    told = events(runs[0])
+    assert told[0][1] == "number 0" and told[-1][1] == "number 4999" and len(told) == 201
+    assert told[100] == ("", "4800 more, in logs/rank-0.log")
+    record = read(runs[0])
+    assert record.last("figure_11") == 220_000.0
+    assert write_report(record).stat().st_size < 400_000

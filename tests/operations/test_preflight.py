@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import DictConfig
-from torch import nn
 
 from sora_train.config.load import build, to_yaml
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
-from sora_train.forecast.estimate import estimate, meta_network
-from sora_train.forecast.out_of_memory import advice, is_out_of_memory, suggestion
-from sora_train.generation.sampler import build_video_model
-from sora_train.methods.build import out_of_memory
-from sora_train.operations.preflight import changes, code_hash, count_restart, differences, facts
+from sora_train.forecast.out_of_memory import advice, is_out_of_memory, peak_bytes, suggestion
+from sora_train.operations.memory import out_of_memory
+from sora_train.operations.preflight import changes, code_hash, count_restart, differences, facts, usable
 from sora_train.training.parts import Place
 
 Make = Callable[..., Config]
@@ -115,28 +114,22 @@ def test_out_of_memory_is_known_by_its_kinds() -> None:
 
 
 def test_the_suggestion_for_too_little_memory_fits(make: Make) -> None:
-    config = make("model=1b3", "data.slots=16", "parallel.accumulation=1", "deepspeed=zero1")
-    network = meta_network(build_video_model, config)
-    now = estimate(config, network, None, 8)
-    available = int(1.1 * (now.state_bytes + now.activation_bytes))  # the estimate was wrong
-    line = suggestion(config, network, 8, available)
+    config = make("model=20m", "data.slots=16", "parallel.accumulation=1", "deepspeed=zero1")
+    available = int(1.1 * peak_bytes(config, 8))  # the forecast was wrong
+    line = suggestion(config, 8, available)
     overrides = line.split("; try ")[1].split(" (about")[0].split()
     assert overrides[0] == "parallel.accumulation=2"
-    better = estimate(make("model=1b3", "deepspeed=zero1", *_last(["data.slots=16", *overrides])), network, None, 8)
-    assert better.state_bytes + better.activation_bytes < 0.7 * available
+    better = make("model=20m", "deepspeed=zero1", *_last(["data.slots=16", *overrides]))
+    assert peak_bytes(better, 8) < 0.7 * available
     assert config.parallel.accumulation == 1, "the run's own configuration is left alone"
-    assert "nothing that keeps the model makes it fit" in suggestion(config, network, 1, 1 << 20)
+    assert "nothing that keeps the model makes it fit" in suggestion(config, 1, 1 << 20)
 
 
 def test_advice_is_that_of_the_phase(make: Make) -> None:
     config = make("model=demo", "data.slots=2")
-
-    def network() -> nn.Module:
-        return meta_network(build_video_model, config)
-
-    assert "data.prefetch_steps" in advice("data", config, network, 1, 1 << 40)
-    assert "logging.sample_clips" in advice("samples", config, network, 1, 1 << 40)
-    assert advice("forward and backward", config, network, 1, 1 << 40) == suggestion(config, network(), 1, 1 << 40)
+    assert "data.prefetch_steps" in advice("data", config, 1, 1 << 40)
+    assert "logging.sample_clips" in advice("samples", config, 1, 1 << 40)
+    assert advice("forward and backward", config, 1, 1 << 40) == suggestion(config, 1, 1 << 40)
 
 
 def test_a_gpu_that_is_full_leaves_a_snapshot(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,3 +154,25 @@ def test_a_gpu_that_is_full_leaves_a_snapshot(make: Make, tmp_path: Path, monkey
 
 def _last(overrides: list[str]) -> list[str]:
     return list({o.partition("=")[0]: o for o in overrides}.values())
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "r/starts.json can't be used: No space left on device; make room where run_dir=r lies"),
+        (errno.EROFS, "r/starts.json can't be used: Read-only file system; choose another run_dir than r"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_written_is_one_line(number: int, said: str) -> None:
+    with pytest.raises(InputError, match=said), usable(Path("r")):
+        raise OSError(number, os.strerror(number), "r/starts.json")
+    with pytest.raises(FileNotFoundError), usable(Path("r")):
+        raise FileNotFoundError(errno.ENOENT, "not there", "vae.safetensors")
+
+
+def test_a_file_or_a_dangling_link_in_the_place_of_the_run_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/run", "link"):
+        with pytest.raises(InputError, match=r"can't be used: (File exists|Not a directory)"), usable(tmp_path / name):
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)

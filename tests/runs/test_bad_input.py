@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def campaign(name: str, *numbers: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *numbers], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", f"tests.faults.{name}", *numbers], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return done.stdout

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.timeout(3600)  # half a minute each, but not on a busy 
 
 
 def test_a_run_that_is_killed_again_and_again_ends_bitwise_as_one_that_is_not(runs: Callable[[str], Any]) -> None:
-    """Weights, moments, averages, losses, learning rates and samples: see `fault_bed.outcome`."""
+    """Weights, moments, averages, losses, learning rates and samples: see `tests.faults.bed.outcome`."""
     found = runs("kills")
     assert found["wrong"] is None
     assert found["torn saves"] >= 1

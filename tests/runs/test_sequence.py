@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sora_train.config.schema import VAE_USE, VaeConfig
 from sora_train.core.media import read_mp4
-from sora_train.generation.sampler import build_vae
+from sora_train.models.video_vae.model import build_vae
 
 SMALL = (
     "model.width=32", "model.depth=2", "model.heads=2", "model.ffn=64", "text_encoder.width=32", "data.max_tokens=256",
@@ -52,7 +52,7 @@ def figures(run_dir: Path, name: str) -> list[float]:
 @pytest.mark.timeout(600)
 def test_two_ranks_that_share_the_tokens_train_as_one(tmp_path: Path, corpus: list[str]) -> None:
     torch.manual_seed(0)
-    config = VaeConfig(widths=[8, 8], blocks=[0, 1], channels=4)
+    config = VaeConfig(widths=[8, 8], blocks=[0, 1], channels=4, patch=4, strides=[[4, 1]])
     (tmp_path / "vae").mkdir()
     save_file(build_vae(config).state_dict(), tmp_path / "vae" / "vae.safetensors")
     shape = {key: value for key, value in asdict(config).items() if key not in VAE_USE}

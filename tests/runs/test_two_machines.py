@@ -2,7 +2,7 @@
 
 Started by launch/multinode.sh: one of them dies and comes back; the link between them is cut. Started by
 launch/slurm.sbatch through a stand-in for srun: the time limit comes, and a node fails. What is trained is each time
-what an undisturbed run trains, bit by bit."""
+what an undisturbed run trains, bit by bit. And from a bucket, each machine with a cache of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.training.state.checkpoint import KINDS, latest_intact, load_full
+from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
@@ -43,10 +43,25 @@ SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then printf '%s\\n' $NODES; else echo "$@" >>"$LOGS/scontrol"; fi
 """
 # The same run without disturbance, in a process of its own because it forks.
+# A bucket on the first machine: the shards, and the index of the first alone.
+BUCKET = """
+import sys, threading
+from pathlib import Path
+import boto3
+from moto.server import ThreadedMotoServer
+address, folder = sys.argv[1:]
+ThreadedMotoServer(ip_address=address, port=5000).start()
+client = boto3.client("s3", endpoint_url=f"http://{address}:5000", region_name="us-east-1")
+client.create_bucket(Bucket="films")
+for name in ("train-0.tar", "train-0.index.parquet", "train-1.tar", "val.tar"):
+    client.upload_file(str(Path(folder) / name), "films", name)
+print("ready", flush=True)
+threading.Event().wait()
+"""
 CLEAN = """
 import sys
 from pathlib import Path
-from benchmarks.fault_bed import Bed, Job
+from tests.faults.bed import Bed, Job
 bed = Bed(Path(sys.argv[1]), steps=int(sys.argv[2]))
 print(*bed.overrides("disturbed"), sep="\\n")
 sys.exit(Job(bed.config("clean"), 2).wait())
@@ -54,16 +69,20 @@ sys.exit(Job(bed.config("clean"), 2).wait())
 
 
 class Machine:
-    """A network namespace with one interface, `train0`."""
+    """A network namespace with one interface, `train0`, and a folder of its own under a path that all share."""
 
     def __init__(self, name: str, address: str, log: Path) -> None:
         self.name, self.address, self.log = name, address, log
+        self.shared, self.own = log.with_name("cache"), log.with_suffix(".cache")
+        for folder in (self.shared, self.own):
+            folder.mkdir(exist_ok=True)
         self.hosts = Path("/etc/netns") / name / "hosts"  # `ip netns exec` lays it over /etc/hosts
         subprocess.run(["ip", "netns", "add", name], check=True)
 
     def start(self, arguments: list[str], **settings: str) -> subprocess.Popen[bytes]:
         """Start multinode.sh here."""
-        named = ["unshare", "--uts", "bash", "-c", 'hostname "$0" && exec "$@"', self.name]
+        mount = f"mount --bind {self.own} {self.shared}"  # seen in this namespace alone
+        named = ["unshare", "--uts", "--mount", "bash", "-c", f'hostname "$0" && {mount} && exec "$@"', self.name]
         command = ["ip", "netns", "exec", self.name, *named, str(ROOT / "launch/multinode.sh"), *arguments]
         environment = os.environ | {"LOCAL_ADDR": self.address, "INTERFACE": "train0", **settings}
         with self.log.open("ab") as out:
@@ -190,6 +209,36 @@ def test_a_cut_link_ends_both_machines_and_a_restart_resumes(machines: list[Mach
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1200)
+def test_two_machines_train_from_a_bucket_with_caches_of_their_own(machines: list[Machine], tmp_path: Path) -> None:
+    pytest.importorskip("moto.server", reason="moto is not installed")
+    arguments = [a for a in undisturbed(tmp_path) if not a.startswith(("data.sources", "data.validation"))]
+    first, second = machines
+    arguments += [
+        "data.sources.demo.shards=['s3://films/train-*.tar']", "data.validation=['s3://films/val.tar']",
+        f"+data.storage.s3.endpoint_url=http://{first.address}:5000", f"data.cache.folder={first.shared}",
+        "+data.storage.s3.client_kwargs.region_name=us-east-1",
+    ]  # fmt: skip
+    keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "hush-hush"}
+    run = {"NNODES": "2", "NPROC": "1", "MASTER_ADDR": first.address, "RUN_ID": "bucket", **keys}
+    command = ["ip", "netns", "exec", first.name, sys.executable, "-c", BUCKET, first.address, str(tmp_path / "bed")]
+    with subprocess.Popen(command, env=os.environ | keys, stdout=subprocess.PIPE, text=True) as bucket:
+        try:
+            assert "ready\n" in iter(bucket.stdout.readline, "")  # type: ignore[union-attr]
+            both = [machine.start(arguments, **run) for machine in machines]
+            assert [process.wait(timeout=900) for process in both] == [0, 0]
+        finally:
+            bucket.kill()
+            show(machines)
+    disturbed, clean = tmp_path / "bed/disturbed", tmp_path / "bed/clean"
+    assert "indexing 2 shard(s) on 2 node(s)" in (disturbed / "logs/rank-0.log").read_text()
+    names = [{path.name for path in (machine.own / "index").iterdir()} for machine in machines]
+    assert names[0] == names[1] and len(names[0]) == 3 and not list(first.shared.iterdir())
+    assert all(ledger(disturbed, rank) == ledger(clean, rank) != [] for rank in range(2))
+    assert weights(disturbed) == weights(clean)
+
+
+@pytest.mark.campaign
 @pytest.mark.timeout(1800)
 def test_slurm_time_limit_and_failed_node(machines: list[Machine], tmp_path: Path) -> None:
     arguments, disturbed = undisturbed(tmp_path), tmp_path / "bed/disturbed"
@@ -236,11 +285,12 @@ def test_slurm_time_limit_and_failed_node(machines: list[Machine], tmp_path: Pat
 
 def show(machines: list[Machine]) -> None:
     for machine in machines:
-        print(machine.name, machine.log.read_text()[-4000:])
+        print(machine.name, machine.log.read_text()[-4000:] if machine.log.exists() else "was not started")
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
     """The tensors of the last checkpoint, bit by bit."""
     newest = latest_intact(run_dir / "checkpoints")
     assert newest.name == f"step-{STEPS:08d}"
-    return {f"{kind} {name}": t.numpy().tobytes() for kind in KINDS for name, t in load_full(newest, kind).items()}
+    kinds = kinds_of(newest)
+    return {f"{kind} {name}": t.numpy().tobytes() for kind in kinds for name, t in load_full(newest, kind).items()}

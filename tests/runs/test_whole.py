@@ -27,7 +27,7 @@ def test_from_clips_to_an_evaluated_model(quickstart: tuple[Checkout, dict[str, 
         any(sign * (index.height[row] - index.width[row]) > 0 for row in trained) for sign in (1, -1)
     )
     assert portrait and landscape
-    assert json.loads((run / "evaluation.json").read_text())["prompts"] == 8 and "colour" in table
+    assert json.loads((run / "evaluation.json").read_text())["videos"] == 8 and "colour" in table
     videos = list(run.glob("samples/**/*.mp4"))
     for video in videos:
         with av.open(str(video)) as file:

@@ -7,8 +7,11 @@ Prints one line of JSON with what came of them; the tests beside this file look 
 
 from __future__ import annotations
 
+import errno
 import json
 import random
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,20 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import webdataset as wds
 from safetensors.torch import load_file
 
+from sora_train.config.hydra import store_schema
+from sora_train.config.registry import load_plugins
 from sora_train.config.schema import Config
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.index import index_shards
-from sora_train.flow.objective import FlowTask
+from sora_train.methods.diffusion.learner import DiffusionLearner
 from sora_train.training.engine.power_ema import combined
-from sora_train.training.state.checkpoint import KINDS as KINDS_OF_TENSORS
-from sora_train.training.state.checkpoint import latest_intact, load_full
+from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of
 from sora_train.training.state.deepspeed_files import read
 from sora_train.training.trainer import Trainer
 from tests.faults.bed import Bed, Job, differences, losses, outcome, run, samples_by_step
+from tests.faults.sabotage import fill_disk, signal_in
 from tests.faults.trials import elastic, kill, stage_for
 
 AVERAGES = ("optim.ema_lengths=[0.05,0.1]", "checkpoint.snapshot_every=4")
@@ -108,15 +115,15 @@ def _run_out(config: Config, rank: int) -> None:
     """In the run `memory`, have rank 1 ask for a million GiB in its third step."""
     if Path(config.run_dir).name != "memory" or rank != 1:
         return
-    true, count = FlowTask.loss, [0]
+    true, count = DiffusionLearner.loss, [0]
 
-    def asking(self: FlowTask, *arguments: Any) -> Any:
+    def asking(self: DiffusionLearner, *arguments: Any) -> Any:
         count[0] += 1
         if count[0] > 4:  # two packs a step
             torch.empty(1 << 50)
         return true(self, *arguments)
 
-    FlowTask.loss = asking  # type: ignore[method-assign]
+    DiffusionLearner.loss = asking  # type: ignore[method-assign]
 
 
 def averages(run_dir: Path) -> dict[str, float]:
@@ -186,7 +193,7 @@ def adapters(bed: Bed) -> object:
         newest = latest_intact(bed.run_dir(name) / "checkpoints")
         found[name] = {
             "losses": losses(bed.run_dir(name)),
-            "tensors": {kind: sorted(load_full(newest, kind)) for kind in KINDS_OF_TENSORS},
+            "tensors": {kind: sorted(load_full(newest, kind)) for kind in kinds_of(newest)},
             "moved": max(float(w.abs().max()) for n, w in load_full(newest, "ema").items() if "lora_B" in n),
         }
     same = differences(outcome(bed.run_dir("stage-3")), outcome(bed.run_dir("resumed")))
@@ -266,16 +273,105 @@ def _save_theirs(config: Config, rank: int) -> None:
     true = getattr(Trainer.leave, "true", Trainer.leave)  # one process makes several runs
 
     def leaving(self: Trainer, code: int, reason: str) -> int:
-        self.engine.engine.save_checkpoint(str(self.run_dir / "theirs"))
+        self.engines.first.engine.save_checkpoint(str(self.run_dir / "theirs"))
         return int(true(self, code, reason))
 
     leaving.true = true  # type: ignore[attr-defined]
     Trainer.leave = leaving  # type: ignore[method-assign]
 
 
+def side_tables(bed: Bed) -> object:
+    """A score filters and weights runs of one and two ranks; then the table changes, and the run of two goes on."""
+    path = bed.folder / "scores.parquet"
+    scores = [float(n % 4) for n in range(24)]
+    keys = [f"{n:05d}" for n in range(24)]
+    pq.write_table(pa.table({"key": keys, "score": scores}), path)
+    asked = (f"data.side_tables=[{path}]", "data.filter='score > 0'", "data.weight=score")
+    found: dict[str, object] = {}
+    for ranks in (1, 2):
+        config = bed.config(f"scored-{ranks}", *asked, "steps=12")
+        job = Job(config, ranks)
+        if code := job.wait():
+            raise RuntimeError(f"{ranks} rank(s) ended with {code}:\n{job.log.read_text()[-4000:]}")
+        folder = Path(config.run_dir) / "ledger"
+        entries = [json.loads(line) for file in folder.glob("rank-*.jsonl") for line in file.read_text().splitlines()]
+        first = [sample for entry in entries if entry["position"][0] == 0 for sample in entry["samples"]]
+        found[str(ranks)] = {
+            "samples": samples_by_step(Path(config.run_dir)), "losses": losses(Path(config.run_dir)),
+            "first epoch": {n: first.count(n) for n in range(16)}, "epochs": max(e["position"][0] for e in entries) + 1,
+        }  # fmt: skip
+    pq.write_table(pa.table({"key": keys, "score": scores[::-1]}), path)
+    changed = bed.config("scored-2", *asked, "steps=14")
+    codes = [run(changed, 2), run(bed.config("missing", *asked, f"data.side_tables=[{path}.gone]"), 1)]
+    reason = json.loads((bed.run_dir("missing") / "exit.json").read_text())["reason"]
+    return found | {"codes": codes, "output": Path(changed.run_dir).with_suffix(".out").read_text(), "reason": reason}
+
+
+def full_disk(bed: Bed) -> object:
+    """Two ranks on a disk that is full: at the save of a stop, at two starts, and no more."""
+    config = bed.config("full", "steps=10", "checkpoint.every_steps=4")
+
+    def stopped(mine: Config, rank: int) -> None:
+        signal_in("optimizer step", 6, signal.SIGTERM)
+        if rank == 0:
+            fill_disk(4, 1 << 30)  # behind what the save of step 4 writes
+
+    def started(mine: Config, rank: int) -> None:
+        usage = shutil.disk_usage("/")._replace(free=1 << 20)
+        shutil.disk_usage = lambda path: usage
+
+    def barred(mine: Config, rank: int) -> None:
+        true = Path.write_text
+
+        def full(self: Path, *more: Any, **named: Any) -> int:
+            if self.name == "starts.json":
+                raise OSError(errno.ENOSPC, "No space left on device", str(self))
+            return true(self, *more, **named)
+
+        Path.write_text = full  # type: ignore[method-assign]
+
+    ends = []
+    for sabotage in (stopped, started, barred, None):
+        code = run(config, 2, sabotage)
+        ends.append([code, json.loads((Path(config.run_dir) / "exit.json").read_text())["reason"]])
+    output = Path(config.run_dir).with_suffix(".out").read_text()
+    return {"ends": ends, "steps": list(samples_by_step(Path(config.run_dir))), "output": output}
+
+
+def plugs(bed: Bed) -> object:
+    """A method of two engines and a family of our tests: stages, kills, moves to other ranks and stages."""
+    load_plugins(["tests.plugs.distil", "tests.plugs.mixer"])
+    store_schema()
+    mine = ("plugins=[tests.plugs.distil,tests.plugs.mixer]", "method=distil")
+    short = (*mine, "steps=6", "optim.decay_fraction=0")
+    configs = {
+        f"distil-{stage}": bed.config(f"distil-{stage}", f"deepspeed=zero{stage}", *short) for stage in (1, 2, 3)
+    }
+    shape = ("model.width=16", "model.depth=1", "model.heads=2", "model.ffn=32", "model.patch=2")
+    family = ("model=mixer", *shape, "steps=6")
+    configs["mixer-3"] = bed.config("mixer-3", "deepspeed=zero3", short[0], *family, leave=("model",))
+    first, *then = configs.values()
+    job = Job(first, 2, then=then)
+    if code := job.wait():
+        raise RuntimeError(f"ended with {code}:\n{job.log.read_text()[-4000:]}")
+    undisturbed = bed.config("undisturbed", *mine, *stage_for(2))
+    if code := run(undisturbed, 2):
+        raise RuntimeError(f"the undisturbed run ended with {code}; see {undisturbed.run_dir}")
+    reference = outcome(bed.run_dir("undisturbed"))
+    wrong = kill(bed, "killed", random.Random(3), reference, 2, (True, False), *mine, *stage_for(2))
+    newest = latest_intact(bed.run_dir("killed") / "checkpoints")
+    return {
+        "losses": {name: list(losses(Path(config.run_dir)).values()) for name, config in configs.items()},
+        "kill": wrong, "torn saves": bed.facts["torn"],
+        "move": elastic(bed, "moved", ((2, 1), (1, 3), (2, 2)), bed.run_dir("undisturbed"), *mine),
+        "tensors": {network: kinds_of(newest, network) for network in networks_of(newest)},
+    }  # fmt: skip
+
+
 KINDS: dict[str, Callable[[Bed], object]] = {
     "matrix": matrix, "kills": kills, "moves": moves, "mirrored": mirrored, "debugs": debugs,
-    "adapters": adapters, "minute": minute, "large minute": large_minute, "imports": imports,
+    "plugs": plugs, "adapters": adapters, "minute": minute, "large minute": large_minute, "imports": imports,
+    "side tables": side_tables, "full disk": full_disk,
 }  # fmt: skip
 
 if __name__ == "__main__":

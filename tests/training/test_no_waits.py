@@ -17,19 +17,25 @@ from torch import Tensor, nn
 
 from sora_train.config.cost import geometry, training_cost
 from sora_train.config.load import build
+from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, Precision
 from sora_train.core.batch import Clip, Pack, Refusal
 from sora_train.core.world import World
-from sora_train.generation.sampler import build_vae
-from sora_train.methods.base import METHODS
+from sora_train.methods.base import trained
 from sora_train.models.layers import ulysses
-from sora_train.training.engine.zero import Engine, Fragment
+from sora_train.models.video_vae.model import build_vae
+from sora_train.training.engine.ema import Ema
+from sora_train.training.engine.engines import Engines
+from sora_train.training.engine.power_ema import PowerEmas
+from sora_train.training.engine.zero import Engine
 from sora_train.training.health.guard import Guard
 from sora_train.training.health.watch import Watch
 from sora_train.training.parts import Parts
 from sora_train.training.report.console import Console
 from sora_train.training.report.meter import Meter
+from sora_train.training.state.ledger import Ledger
 from sora_train.training.trainer import Trainer
+from tests import stubs
 from tests.training.waits import DEVICE, Wait, Waits
 
 
@@ -61,12 +67,22 @@ class _Engine(Engine):
     def __init__(self, network: nn.Module, config: Config, stage: int, passes: int) -> None:
         self.stage, self.fp32 = stage, config.precision is Precision.fp32
         self.passes, self._done, self.world, self.clip = passes, 0, 1, config.optim.clip
-        self.names = {p: name for name, p in network.named_parameters() if p.requires_grad}
+        self.names = {p: f"net/{name}" for name, p in network.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
         self.optimizer = torch.optim.AdamW([{"params": list(self.names), "base_lr": 1.0}], lr=1.0)
         self.module, self.engine, self._grad_norm = network, _DeepSpeed(network), 0.0
+        self._own_loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
         masters = {name: p.detach().float().view(-1) for p, name in self.names.items()}
-        self.fragments = [Fragment(name, 0, m, torch.zeros_like(m), torch.zeros_like(m)) for name, m in masters.items()]
+        self.fragments = [stubs.fragment(name, master) for name, master in masters.items()]
+
+
+class _Engines(Engines):
+    """Ours, over one such engine."""
+
+    def __init__(self, name: str, engine: Engine, config: Config) -> None:
+        self._engines, self._with_average, self.fragments = {name: engine}, {name}, engine.fragments
+        self.ema = Ema(engine.fragments, config.optim.ema_decay)
+        self.powers = PowerEmas(engine.fragments, config.optim.ema_lengths)
 
 
 class _Plan:
@@ -104,13 +120,12 @@ def _run(
     config.checkpoint.snapshot_every = 0
     config.vae.path = str(folder)
     save_file(build_vae(config.vae).state_dict(), folder / "vae.safetensors")
-    method = METHODS[config.method](config, DEVICE)
+    learner = METHODS.get(config.method).learner(config, DEVICE)
+    (name, trains), *_ = trained(learner.networks)
     dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
-    network = method.network.to(DEVICE, dtype)
+    network: Any = trains.module.to(DEVICE, dtype)
     if config.parallel.sequence > 1:
-        blocks: Any = network.get_submodule("dit.blocks")
-        attentions = [block.self_attention for block in blocks]
-        ulysses.apply(network, attentions, ulysses.Imagined(config.parallel.sequence))
+        network.split_sequence(ulysses.Imagined(config.parallel.sequence))
     if plant is not None:
         plant(network)
     meter = Meter(geometry(config), training_cost(config), DEVICE, 1e12, 10**6)
@@ -121,8 +136,9 @@ def _run(
 
     watch = Watch(folder / "logs", 60.0, 60.0, lambda reason: None)
     parts = Parts(
-        method.task, _Engine(network, config, stage, len(packs)), meter, lambda step: None,
-        Console(STEPS, False, folder), _Plan(), steps, lambda: iter(()), lambda *_: {}, Guard(), watch,
+        learner, _Engines(name, _Engine(network, config, stage, len(packs)), config), meter, lambda step: None,
+        Console(STEPS, False, folder), _Plan(), steps, lambda: iter(()), lambda *_: {},
+        Ledger(Path(config.run_dir), 0), None, Guard(), watch,
     )  # fmt: skip
     trainer = Trainer(config, World(), DEVICE, parts)
     with Waits([t for pack in packs for clip in pack.clips for t in _tensors(clip)]) as waits:  # the loader pins them

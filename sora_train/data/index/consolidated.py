@@ -1,4 +1,5 @@
-"""One memory-mapped index of many shards: the columns that plans and filters need, 19 bytes a sample.
+"""One memory-mapped index of many shards: the columns that plans and filters need, 19 bytes a sample, and 8 bytes for
+each number of its side tables.
 
 A folder with one file a column and `meta.json`. The ranks of a node map the same pages, and nothing is read before it
 is needed, so a hundred million samples open in a moment. Where a sample lies in its shard stays in the Parquet beside
@@ -12,22 +13,33 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sora_train.core.cli import InputError
 from sora_train.data.index.index import Index, load_index
+from sora_train.data.index.side_tables import SideTables, side_table_hashes
 from sora_train.data.read.decode import DecodeError, Track
 from sora_train.data.read.store import Store
 
-VERSION = 1
+VERSION = 2
 COLUMNS = {  # 19 bytes
     "usable": np.uint8, "frames": np.int32, "fps": np.float32, "width": np.uint16, "height": np.uint16,
     "duration": np.float32, "caption_chars": np.uint16,
 }  # fmt: skip
 _LOOKED_AT = 16  # shards whose samples' encoding is compared at the start
 _OPEN_SHARDS = 256  # whose Parquet is kept in memory
+
+
+class Beside(NamedTuple):
+    """What a consolidated index holds of side tables: names of columns, and the hash of each file."""
+
+    columns: tuple[str, ...] = ()
+    hashes: tuple[str, ...] = ()
+
+
+_ALONE = Beside()
 
 
 class _ByRow:
@@ -54,14 +66,15 @@ class Consolidated(Index):
         prints: Sequence[str],
         fingerprint: str,
         store: Store,
+        captioned: bool = True,
     ) -> None:
         count = int(first[-1])
         by_row: Any = _ByRow(count, lambda row: int(np.searchsorted(first, row, side="right")) - 1)
-        super().__init__(tuple(shards), by_row, first, columns, fingerprint, store)
+        super().__init__(tuple(shards), by_row, first, columns, fingerprint, store, captioned)
         object.__setattr__(self, "key", _ByRow(count, lambda row: self._at(row)[0].key[self._at(row)[1]]))
 
         def load(shard: int) -> Index:
-            index = load_index([shards[shard]], store, allow_empty=True)
+            index = load_index([shards[shard]], store, allow_empty=True, captioned=captioned)
             if index.fingerprint[:16] != prints[shard]:
                 raise InputError(f"{shards[shard]} changed after it was consolidated; consolidate the index again")
             return index
@@ -71,7 +84,7 @@ class Consolidated(Index):
     @property
     def usable(self) -> np.ndarray:
         """`(n,)` bool: which rows may be planned."""
-        return self.columns["usable"].view(np.bool_)
+        return self.columns["usable"].view(np.bool_) if self.captioned else self.columns["frames"] > 0
 
     def _at(self, row: int) -> tuple[Index, int]:
         shard = self.shard[row]
@@ -113,22 +126,28 @@ def consolidate(
     folder: str | Path,
     advance: Callable[[int], None] = lambda done: None,
     store: Store | None = None,
+    side_tables: Sequence[str] = (),
 ) -> int:
     """Write the consolidated index of shards that have their own; returns the number of samples.
 
-    `meta.json` is written last: a folder without it is not an index.
+    The numbers of the side tables become columns of it. `meta.json` is written last: a folder without it is not an
+    index.
     """
-    folder = Path(folder)
+    folder, store = Path(folder), store or Store()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
+    tables = SideTables(side_tables, store)
+    claims, names = tables.claims(), tables.numbers
     counts, prints = [], []
-    files = {name: (folder / f"{name}.bin").open("wb") for name in COLUMNS}
+    kinds = COLUMNS | dict.fromkeys(names, np.float64)
+    files = {name: (folder / f"{name}.bin").open("wb") for name in kinds}
     try:
-        for shard in shards:
+        for number, shard in enumerate(shards):
             index = load_index([shard], store, allow_empty=True)
+            columns = index.columns | {"usable": index.usable} | tables.values(index, number, claims)
             for name, file in files.items():
-                values = index.usable if name == "usable" else index.columns[name]
-                kind: np.dtype = np.dtype(COLUMNS[name])
+                values = columns[name]
+                kind: np.dtype = np.dtype(kinds[name])
                 values = np.minimum(values, np.iinfo(kind).max) if kind.kind in "iu" else values
                 file.write(values.astype(kind).tobytes())
             counts.append(len(index))
@@ -137,22 +156,37 @@ def consolidate(
     finally:
         for file in files.values():
             file.close()
-    write_meta(folder, shards, counts, prints)
+    write_meta(folder, shards, counts, prints, Beside(tuple(names), tuple(sorted(tables.hashes))))
     return sum(counts)
 
 
-def write_meta(folder: Path, shards: Sequence[str], counts: Sequence[int], prints: Sequence[str]) -> None:
+def write_meta(
+    folder: Path, shards: Sequence[str], counts: Sequence[int], prints: Sequence[str], beside: Beside = _ALONE
+) -> None:
     """Finish an index whose columns are written."""
-    meta = {"version": VERSION, "shards": list(shards), "counts": list(counts), "fingerprints": list(prints)}
+    meta = {
+        "version": VERSION, "shards": list(shards), "counts": list(counts), "fingerprints": list(prints),
+        "side_tables": beside._asdict(),
+    }  # fmt: skip
     temporary = folder / "meta.tmp"
     temporary.write_text(json.dumps(meta))
     temporary.replace(folder / "meta.json")
 
 
-def load_consolidated(folder: str | Path, shards: Sequence[str], store: Store | None = None) -> Consolidated:
-    """Map an index. Raises InputError where there is none, it is torn, or it is of other shards."""
-    folder = Path(folder)
+def load_consolidated(
+    folder: str | Path,
+    shards: Sequence[str],
+    store: Store | None = None,
+    side_tables: Sequence[str] = (),
+    captioned: bool = True,
+) -> Consolidated:
+    """Map an index; `captioned` as of `load_index`.
+
+    Raises InputError where there is none, it is torn, or it is of other shards or side tables.
+    """
+    folder, store = Path(folder), store or Store()
     again = f"make it: python -m data_tools.index SHARDS... consolidate={folder}"
+    again += "".join(f" side_table={pattern}" for pattern in side_tables)
     if not (folder / "meta.json").is_file():
         raise InputError(f"there is no consolidated index at data.index={folder}; {again}")
     text = (folder / "meta.json").read_text()
@@ -162,13 +196,17 @@ def load_consolidated(folder: str | Path, shards: Sequence[str], store: Store | 
             f"data.index={folder} is of {len(meta['shards'])} shard(s), not the {len(shards)} of data.sources; {again}"
         )
     first = np.concatenate(([0], np.cumsum(meta["counts"]))).astype(np.int64)
+    beside = Beside(*(tuple(part) for part in meta["side_tables"].values()))
+    if beside.hashes != tuple(side_table_hashes(side_tables, store)):
+        raise InputError(f"data.index={folder} was made with other side tables than those of data.side_tables; {again}")
     columns: dict[str, np.ndarray] = {}
-    for name, kind in COLUMNS.items():
+    for name, kind in (COLUMNS | dict.fromkeys(beside.columns, np.float64)).items():
         path = folder / f"{name}.bin"
         if not path.is_file() or path.stat().st_size != int(first[-1]) * np.dtype(kind).itemsize:
             raise InputError(f"{path} is not whole; {again}")
         columns[name] = np.memmap(path, dtype=kind, mode="r")
-    if not columns["usable"].any():
-        raise InputError(f"data.index={folder} holds no usable sample")
     fingerprint = sha256(text.encode()).hexdigest()
-    return Consolidated(shards, first, columns, meta["fingerprints"], fingerprint, store or Store())
+    index = Consolidated(shards, first, columns, meta["fingerprints"], fingerprint, store, captioned)
+    if not index.usable.any():
+        raise InputError(f"data.index={folder} holds no usable sample")
+    return index

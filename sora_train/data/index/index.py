@@ -24,19 +24,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from sora_train.config.schema import Probe
 from sora_train.core.cli import InputError
-from sora_train.data.index.scan import META, parse_captions, scan_shard
+from sora_train.data.index.captions import parse_captions, parse_fields
+from sora_train.data.index.places import check_places, index_path, write
+from sora_train.data.index.scan import META, scan_shard
 from sora_train.data.index.tar import BLOCK
 from sora_train.data.read.decode import LIMITS, DecodeError, Limits, Track
 from sora_train.data.read.pool import Pool
 from sora_train.data.read.store import PIPE, Store, scheme
 
-VERSION = 3
+VERSION = 4
+_REQUESTS = 8  # shards that are asked about at a time: a remote one answers after a while
 _HASHED = (
     "key", "crc32", "frames", "fps", "width", "height", "vfr", "careful", "sequential", "stream", "rotation",
     "mirrored", "refused", "caption_crc32",
@@ -53,6 +57,7 @@ class Index:
     columns: dict[str, np.ndarray]
     fingerprint: str  # changes with any sample's content, order or place
     store: Store = field(default_factory=Store)  # what captions are read through
+    captioned: bool = True  # captions are wanted: a sample without one can't be used
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -66,7 +71,7 @@ class Index:
     @property
     def usable(self) -> np.ndarray:
         """`(n,)` bool: which rows may be planned."""
-        return self.columns["refused"] == ""
+        return self.columns["refused"] == "" if self.captioned else self.columns["frames"] > 0
 
     def member(self, row: int) -> tuple[str, str, tuple[int, int, int]]:
         """Path of the shard, extension, and (offset, size, crc32) of a sample's video or image."""
@@ -92,6 +97,13 @@ class Index:
         data = self.read(shard, place, int(c["caption_crc32"][row]), "caption")
         return parse_captions(data, str(c["caption_extension"][row]))
 
+    def fields(self, row: int) -> dict[str, Any]:
+        """The fields of a sample's json, where its captions are in the txt too; raises DecodeError."""
+        place = self.further(row).get("json")
+        if place is None:
+            return self.captions(row)[1]
+        return parse_fields(self.read(self.shards[self.shard[row]], place[:2], place[2], "json"))
+
     def further(self, row: int) -> dict[str, tuple[int, int, int]]:
         """The other members of a sample by extension: offset, size, crc32."""
         text = str(self.columns["more"][row])
@@ -112,19 +124,15 @@ class Index:
         return data
 
 
-def index_path(shard: str, store: Store | None = None) -> Path:
-    """Where a shard's index stands: beside a local shard, in the cache for a remote one."""
-    if scheme(shard) is None:
-        return Path(shard).with_suffix(".index.parquet")
-    folder = store.cache.folder if store and store.cache else None
-    if folder is None:
-        raise InputError(f"{shard}: a remote shard needs a folder for its index; set data.cache.folder")
-    return folder / "index" / f"{hashlib.sha256(shard.encode()).hexdigest()[:32]}.index.parquet"
-
-
-def expand(patterns: Sequence[str], store: Store | None = None) -> list[str]:
+def expand(
+    patterns: Sequence[str],
+    store: Store | None = None,
+    what: str = "shard",
+    keys: str = "data.sources and data.validation",
+) -> list[str]:
     """Shards of glob patterns (`*`, `?`, `[...]`) and brace ranges (`{000..012}`, `{a,b}`), sorted per pattern.
 
+    Files of another kind than shards are called `what` in errors, and configured by `keys`.
     Raises InputError for a pattern that names no file, or a local file that isn't there. A remote shard that is named
     without wildcards is looked for when it is first read.
     """
@@ -137,15 +145,16 @@ def expand(patterns: Sequence[str], store: Store | None = None) -> list[str]:
         try:
             paths = list(braceexpand(pattern))
         except ValueError as error:  # unbalanced braces
-            raise InputError(f"shard {pattern!r}: {error}") from error
+            raise InputError(f"{what} {pattern!r}: {error}") from error
         for path in paths:
             matches = store.list(path) if kind else _local_files(path)
             if not matches:
-                raise InputError(f"no shard at {path!r} (from {pattern!r}); check data.sources and data.validation")
+                raise InputError(f"no {what} at {path!r} (from {pattern!r}); check {keys}")
             found += matches
     if len(set(found)) != len(found):
         twice = sorted({path for path in found if found.count(path) > 1})
-        raise InputError(f"shard {twice[0]!r} is named twice; use `repeat` to see samples more than once")
+        instead = "use `repeat` to see samples more than once" if what == "shard" else f"check {keys}"
+        raise InputError(f"{what} {twice[0]!r} is named twice; {instead}")
     return found
 
 
@@ -166,7 +175,7 @@ def index_shards(
     An index for which first pictures were decoded serves those who don't ask for that too.
     """
     store = store or Store()
-    stale = [s for s in shards if not is_current(s, store, limits, probe) and not _adopted(s, store, limits, probe)]
+    stale = missing_index(shards, store, limits, probe)
     if not stale:
         return
     count = workers or len(os.sched_getaffinity(0))
@@ -182,6 +191,28 @@ def index_shards(
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def missing_index(shards: Sequence[str], store: Store, limits: Limits, probe: Probe) -> list[str]:
+    """The shards that have no current index here, after those that lie beside remote shards were taken over.
+
+    Raises InputError for shards whose indexes would lie in one place.
+    """
+    check_places(shards, store)
+
+    def lacks(shard: str) -> bool:
+        return not is_current(shard, store, limits, probe) and not _adopted(shard, store, limits, probe)
+
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        return [shard for shard, lacking in zip(shards, threads.map(lacks, shards), strict=True) if lacking]
+
+
+def take_index(shard: str, data: bytes, store: Store, limits: Limits, probe: Probe) -> None:
+    """Take over the index that another node made of a shard; raises InputError where the shard is another one here."""
+    table = pq.read_table(io.BytesIO(data))
+    if not _is_of(_metadata(table.schema), shard, store, limits, probe):
+        raise InputError(f"{shard} differs between the nodes of this run; give all of them the same files")
+    write(table, shard, store)
 
 
 class _Bar:
@@ -208,23 +239,23 @@ def _index(shard: str, pool: Pool, store: Store, probe: Probe, advance: Callable
     try:
         identity = store.identity(shard)
         with store.local(shard) as path:
-            table, headers = scan_shard(str(path), pool, probe is Probe.frame, advance)
-        mark = shard_mark(shard, store, headers)
+            found = scan_shard(str(path), pool, probe is Probe.frame, advance)
+        mark = shard_mark(shard, store, found.headers)
     except (OSError, DecodeError) as error:
         raise InputError(f"{shard} can't be read: {getattr(error, 'strerror', None) or error}") from error
     about = {
-        "version": VERSION, "shard": mark, "headers": json.dumps(headers), "limits": json.dumps(pool.limits),
-        "identity": identity, "probe": probe.value,
+        "version": VERSION, "shard": mark, "headers": json.dumps(found.headers), "limits": json.dumps(pool.limits),
+        "identity": identity, "probe": probe.value, "ignored": json.dumps(found.ignored),
     }  # fmt: skip
-    table = table.replace_schema_metadata({f"sora_train.{key}": str(value) for key, value in about.items()})
-    _write(table, index_path(shard, store))
+    table = found.table.replace_schema_metadata({f"sora_train.{key}": str(value) for key, value in about.items()})
+    write(table, shard, store)
 
 
-def _adopted(shard: str, store: Store, limits: Limits, probe: Probe) -> bool:
+def _adopted(shard: str, store: Store, limits: Limits | None, probe: Probe) -> bool:
     """Take over the index that lies beside a remote shard, if there is one and it was made from that very shard."""
     if scheme(shard) in (None, PIPE):
         return False
-    beside = shard.removesuffix(".tar") + ".index.parquet"
+    beside = _beside(shard)
     try:
         table = pq.read_table(io.BytesIO(store.fetch(beside, 0, store.size(beside))))
     except (InputError, DecodeError, pa.ArrowException):
@@ -233,18 +264,23 @@ def _adopted(shard: str, store: Store, limits: Limits, probe: Probe) -> bool:
     if not _fits(known, limits, probe) or known["sora_train.shard"] != _mark_in(shard, store, known):
         return False
     about = known | {"sora_train.identity": store.identity(shard)}
-    _write(table.replace_schema_metadata(about), index_path(shard, store))
+    write(table.replace_schema_metadata(about), shard, store)
     return True
 
 
-def _write(table: pa.Table, final: Path) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
-    try:
-        pq.write_table(table, temporary, compression="zstd")
-        temporary.replace(final)
-    finally:
-        temporary.unlink(missing_ok=True)
+def upload_index(shard: str, store: Store) -> None:
+    """Write the index of a remote shard beside it, where every node finds it; raises InputError where it can't be."""
+    store.put(_beside(shard), index_path(shard, store).read_bytes())
+
+
+def _beside(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".index.parquet"
+
+
+def ignored_fields(shard: str, store: Store) -> dict[str, str]:
+    """Why fields of a shard's jsons are no column of its index, by name."""
+    found: dict[str, str] = json.loads(_metadata(pq.read_schema(index_path(shard, store)))["sora_train.ignored"])
+    return found
 
 
 def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Probe = Probe.packets) -> bool:
@@ -263,6 +299,11 @@ def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Pr
         return False
     if "sora_train.version" not in known:
         raise InputError(f"{path} is in the place of the index of {shard} and is none; move it away")
+    return _is_of(known, shard, store, limits, probe)
+
+
+def _is_of(known: dict[str, str], shard: str, store: Store, limits: Limits | None, probe: Probe) -> bool:
+    """Whether an index, known by its metadata, was made from a shard as it is here and now, and fits what is asked."""
     if not _fits(known, limits, probe):
         return False
     if scheme(shard) is not None:
@@ -300,23 +341,20 @@ def shard_mark(shard: str, store: Store, headers: Sequence[int]) -> str:
 
 
 def load_index(
-    shards: Sequence[str], store: Store | None = None, max_bad_fraction: float = 1.0, allow_empty: bool = False
-) -> Index:
-    """The rows of all shards' indexes.
+    shards: Sequence[str], store: Store | None = None, max_bad_fraction: float = 1.0, allow_empty: bool = False,
+    captioned: bool = True,
+) -> Index:  # fmt: skip
+    """The rows of all shards' indexes. Without `captioned`, samples that lack nothing but a caption can be used too.
 
     Raises InputError for a shard without one, if no row is usable (unless `allow_empty`), or if a larger share than
     `max_bad_fraction` isn't.
     """
     store = store or Store()
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(_REQUESTS) as threads:
         tables = list(threads.map(lambda shard: load_rows(shard, store), shards))
     table = pa.concat_tables(_of_one_kind(tables), promote_options="permissive")
     columns = {name: _column(table[name]) for name in table.column_names}
-    columns |= {
-        name.removeprefix(META): values
-        for name, values in columns.items()
-        if name.startswith(META) and name.removeprefix(META) not in columns
-    }
+    columns |= _filterable(columns)
     counts = [len(t) for t in tables]
     digest = hashlib.sha256()
     for name in (*_HASHED, *sorted(name for name in columns if name.startswith(META))):
@@ -330,6 +368,7 @@ def load_index(
         columns,
         digest.hexdigest(),
         store,
+        captioned,
     )
     if not allow_empty:
         _check_share(index, max_bad_fraction)
@@ -337,8 +376,8 @@ def load_index(
 
 
 def load_rows(shard: str, store: Store) -> pa.Table:
-    """The rows of one shard's index; raises InputError if it has no current one."""
-    if not is_current(shard, store):
+    """The rows of one shard's index, that beside a remote shard included; raises InputError without a current one."""
+    if not is_current(shard, store) and not _adopted(shard, store, None, Probe.packets):
         raise InputError(f"{shard} has no current index; run: python -m data_tools.index {shard}")
     return pq.read_table(index_path(shard, store))
 
@@ -349,7 +388,9 @@ def _of_one_kind(tables: list[pa.Table]) -> list[pa.Table]:
     for number, table in enumerate(tables):
         for name in words & {f.name for f in table.schema if f.type == pa.float64()}:
             place = table.schema.get_field_index(name)
-            table = table.set_column(place, name, table[name].cast(pa.string()))
+            values = table[name]
+            words_of = pc.if_else(pc.is_nan(values), None, values).cast(pa.string())
+            table = table.set_column(place, name, words_of)
         tables[number] = table
     return tables
 
@@ -361,9 +402,19 @@ def _column(values: pa.ChunkedArray) -> np.ndarray:
     return values.to_numpy()
 
 
+def _filterable(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns from jsons under names that a filter can spell: NAME, or meta_NAME where NAME is one of ours."""
+    found = {}
+    for name, values in columns.items():
+        if name.startswith(META):
+            plain = name.removeprefix(META)
+            found[plain if plain not in columns else META.replace(".", "_") + plain] = values
+    return found
+
+
 def _check_share(index: Index, max_bad_fraction: float) -> None:
-    causes = Counter(index.columns["refused"].tolist())
-    usable = causes.pop("", 0)
+    causes = Counter(index.columns["refused"][~index.usable].tolist())
+    usable = int(index.usable.sum())
     named = ", ".join(f"{cause} {count}" for cause, count in causes.most_common(3)) or "no samples"
     if not usable:
         first = next((str(d) for d in index.columns["detail"] if d), "")

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
+from sora_train.data.index.captions import MAX_CAPTION_BYTES, columns_of, has_captions, parse_captions, parse_fields
 from sora_train.data.index.tar import Fault, Member, walk
 from sora_train.data.read.decode import IMAGES, VIDEOS, DecodeError
 from sora_train.data.read.encoded import LATENT
 from sora_train.data.read.encoded import probe as probe_latents
 from sora_train.data.read.pool import Pool, Probed
 
-CAPTIONS = ("json", "txt")  # in order of preference
-MAX_CAPTION_BYTES = 1 << 20
 META = "meta."  # prefix of the columns that come from the json
 SCHEMA = pa.schema(
     [
@@ -59,18 +56,22 @@ SCHEMA = pa.schema(
     ]
 )
 _MARKS = 16  # member headers that tell whether a shard is still the same
-_FIELD = re.compile(r"[A-Za-z_]\w{0,63}")
-_FIELDS = 256  # columns that the jsons of one shard may add
 _PIECE = 8 << 20
 _TOGETHER, _TOGETHER_BYTES = 32, 64 << 20  # members that are probed by one message
 Members = dict[str, Member]  # of one sample, by extension
 Place = tuple[Future[list[Probed]], int]  # of a sample among those that are probed together
 
 
-def scan_shard(
-    path: str, pool: Pool, pixels: bool, advance: Callable[[int], None] = lambda count: None
-) -> tuple[pa.Table, list[int]]:
-    """The rows of one shard, and where some of its headers are. Faults of the tar are rows without a key.
+class Scan(NamedTuple):
+    """A shard's rows of the index, where some of its headers are, and why fields of its jsons became no column."""
+
+    table: pa.Table
+    headers: list[int]
+    ignored: dict[str, str]
+
+
+def scan_shard(path: str, pool: Pool, pixels: bool, advance: Callable[[int], None] = lambda count: None) -> Scan:
+    """Read one shard. Faults of the tar are rows without a key.
 
     With `pixels` the first picture of each video, and each image, is decoded.
     """
@@ -87,10 +88,11 @@ def scan_shard(
         rows.append(_empty() | {"refused": f"tar_{fault.cause}", "detail": fault.detail, "offset": fault.offset})
         fields.append({})
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    for name, values in _columns(fields).items():
+    columns, ignored = columns_of(fields)
+    for name, values in columns.items():
         table = table.append_column(META + name, values)
     step = max(1, len(headers) // _MARKS)
-    return table, headers[::step][:_MARKS]
+    return Scan(table, headers[::step][:_MARKS], ignored)
 
 
 def members_of(path: str) -> tuple[dict[str, tuple[Members, list[str]]], list[Fault], list[int]]:
@@ -161,14 +163,12 @@ def _row(
             if isinstance(figures, DecodeError):
                 raise figures
             row |= figures
-        text = next((e for e in CAPTIONS if e in members), None)
-        if text is None:
-            raise DecodeError("no_caption", f"members {sorted(members)[:8]}, neither {key}.txt nor {key}.json")
+        fields = parse_fields(_text(file, members["json"])) if "json" in members else {}
+        text = _caption_extension(key, members, fields)
         caption = members[text]
         row |= {"caption_extension": text, "caption_offset": caption.offset, "caption_size": caption.size}
-        data = os.pread(file.fileno(), min(caption.size, (1 << 20) + 1), caption.offset)
-        captions, fields = parse_captions(data, text)
-        lengths = [len(c) for c in captions]
+        data = _text(file, caption)
+        lengths = [len(c) for c in parse_captions(data, text)[0]]
         row |= {"caption_crc32": zlib.crc32(data), "caption_chars": max(lengths), "caption_lengths": lengths}
         rest = {e: m for e, m in members.items() if e not in (extension, text)}
         if rest:
@@ -178,58 +178,27 @@ def _row(
     return row, fields
 
 
+def _caption_extension(key: str, members: Members, fields: dict[str, Any]) -> str:
+    """Extension of the member that holds a sample's captions: a json without any leaves them to the txt.
+
+    Raises DecodeError where neither has one.
+    """
+    if has_captions(fields):
+        return "json"
+    if "txt" in members:
+        return "txt"
+    if "json" in members:
+        named = f"{key}.json has neither caption nor captions (it has {', '.join(sorted(fields)[:8]) or 'no field'})"
+        raise DecodeError("no_caption", ascii(f"{named}, and there is no {key}.txt")[1:-1])
+    raise DecodeError("no_caption", f"members {sorted(members)[:8]}, neither {key}.txt nor {key}.json")
+
+
+def _text(file: BinaryIO, member: Member) -> bytes:
+    return os.pread(file.fileno(), min(member.size, MAX_CAPTION_BYTES + 1), member.offset)
+
+
 def _crc32(file: BinaryIO, member: Member) -> int:
     value = 0
     for at in range(member.offset, member.offset + member.size, _PIECE):
         value = zlib.crc32(os.pread(file.fileno(), min(_PIECE, member.offset + member.size - at), at), value)
     return value
-
-
-def _columns(fields: list[dict[str, Any]]) -> dict[str, pa.Array]:
-    """The plain fields of all jsons as columns: numbers where all of a field's values are numbers, else words."""
-    names: dict[str, None] = {}
-    for found in fields:
-        for name, value in found.items():
-            plain = _is_plain(value) and name not in ("caption", "captions")
-            if plain and _FIELD.fullmatch(name) and len(names) < _FIELDS:
-                names[name] = None
-    columns = {}
-    for name in names:
-        values = [found.get(name) for found in fields]
-        if all(value is None or _is_number(value) for value in values):
-            columns[name] = pa.array([math.nan if v is None else float(v) for v in values], pa.float64())
-        else:
-            columns[name] = pa.array(["" if v is None or not _is_plain(v) else str(v) for v in values], pa.string())
-    return columns
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (bool, int, float)) and abs(value) < 1e300
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, (bool, int, float, str))
-
-
-def parse_captions(data: bytes, extension: str) -> tuple[list[str], dict[str, Any]]:
-    """Captions of a txt or json member, and the json's fields. Raises DecodeError if there is none to be had."""
-    if len(data) > MAX_CAPTION_BYTES:
-        raise DecodeError("caption_too_long", f"{len(data)} bytes of caption, {MAX_CAPTION_BYTES} are allowed")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DecodeError("caption_not_utf8", f"byte {error.start} of the caption is not UTF-8") from error
-    if extension == "txt":
-        fields: dict[str, Any] = {}
-        captions = [text.strip()]
-    else:
-        try:
-            fields = json.loads(text)
-            captions = [str(c).strip() for c in fields.get("captions", {"": fields.get("caption", "")}).values()]
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise DecodeError("caption_json", f"the json holds no caption: {error}") from error
-    if any("\0" in caption for caption in captions):
-        raise DecodeError("caption_binary", "the caption has zero bytes in it")
-    if not captions or not all(captions):
-        raise DecodeError("no_caption", "the caption is empty")
-    return captions, fields

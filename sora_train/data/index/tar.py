@@ -15,6 +15,7 @@ BLOCK = 512
 _NAMED = 1 << 20  # bytes that a long name or an extended header may have
 _REGULAR = (b"0", b"\0", b"7")
 _SCAN = 1 << 20
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def walk(file: BinaryIO, others: bool = False) -> Iterator[Member | Fault]:
             name, size, kind = _header(block)
         except ValueError as error:
             if at == 0:
-                yield Fault("not_a_tar", 0, end, f"begins with {block[:24]!r}")
+                packed = next((kind for magic, kind in _COMPRESSED.items() if block.startswith(magic)), None)
+                hint = f"is compressed ({packed}): unpack it, videos don't get smaller" if packed else ""
+                yield Fault("not_a_tar", 0, end, hint or f"begins with {block[:24]!r}")
                 return
             following = _resync(descriptor, at + BLOCK, end)
             yield Fault("bad_header", at, following - at, f"{error} at {at}; {following - at} bytes are passed over")

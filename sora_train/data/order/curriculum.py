@@ -82,10 +82,10 @@ def build_stages(index: Index, source_of: Sequence[str], data: DataConfig, input
     weights = {name: source.weight for name, source in data.sources.items() if source.weight is not None}
     repeats = {name: source.repeat for name, source in data.sources.items()}
     mixed = bool(weights) or any(stage.weights for stage in stages)
-    kept = Selection(index, inputs.filters).per_shard() if mixed else np.zeros(0, dtype=np.int64)
+    visits = Selection(index, inputs.filters, inputs.weight).visits() if mixed else np.zeros(0, dtype=np.int64)
     plans = []
     for stage in stages:
-        rate = _rates(source_of, kept, stage.weights or weights) if stage.weights or weights else repeats
+        rate = _rates(source_of, visits, stage.weights or weights) if stage.weights or weights else repeats
         changed = {name: getattr(stage, name) for name in ("fps", "max_frames", "max_pixels")}
         changed = {name: value for name, value in changed.items() if value is not None}
         if stage.fps is not None:
@@ -96,16 +96,16 @@ def build_stages(index: Index, source_of: Sequence[str], data: DataConfig, input
     return Stages(plans, [stage.until_step for stage in stages[:-1] if stage.until_step is not None])
 
 
-def _rates(source_of: Sequence[str], kept: np.ndarray, weights: dict[str, float]) -> dict[str, float]:
-    """Visits of each sample of a source per epoch, so that its share of the epoch's visits is its weight's.
+def _rates(source_of: Sequence[str], visits: np.ndarray, weights: dict[str, float]) -> dict[str, float]:
+    """Rate of each source, so that its share of an epoch's visits is its weight's.
 
-    An epoch has as many visits as there are samples in the sources whose weight is above 0.
+    An epoch has as many visits as the sources whose weight is above 0 have at a rate of 1 (`visits`, of each shard).
     """
     names = np.asarray(source_of, dtype=object)
-    counts = {name: int(kept[names == name].sum()) for name in sorted(set(source_of))}
-    empty = [name for name, weight in weights.items() if weight > 0 and not counts.get(name)]
+    own = {name: visits[names == name].sum().item() for name in sorted(set(source_of))}
+    empty = [name for name, weight in weights.items() if weight > 0 and not own.get(name)]
     if empty:
         raise InputError(f"data.sources.{empty[0]} has a weight and no usable sample; look at its filter and index")
-    total = sum(count for name, count in counts.items() if weights.get(name, 0) > 0)
-    share = {name: weights.get(name, 0) / sum(weights.values()) for name in counts}
-    return {name: share[name] * total / max(1, count) for name, count in counts.items()}
+    total = sum(count for name, count in own.items() if weights.get(name, 0) > 0)
+    share = {name: weights.get(name, 0) / sum(weights.values()) for name in own}
+    return {name: share[name] * total / (count or 1) for name, count in own.items()}

@@ -1,8 +1,9 @@
-"""Filters: which samples may be used, as an expression over the columns of the index, such as
-`duration >= 2 and height >= 240 or key in ["a", "b"]`.
+"""Filters and weights: which samples may be used, and how often, as expressions over the columns of the index.
 
-Comparisons (chained ones too), `and or not`, `+ - * /`, `in` and `not in` with a list, numbers, text, and names of
-columns; nothing else. The expression is parsed by Python and walked here, over whole columns at once; it is never run.
+A filter is true or false, such as `duration >= 2 and height >= 240 or key in ["a", "b"]`; a weight is a number, such as
+`score / 5`. Comparisons (chained ones too), `and or not`, `+ - * /`, `in` and `not in` with a list, numbers, text, and
+names of columns; nothing else. The expression is parsed by Python and walked here, over whole columns at once; it is
+never run.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ def both(one: str, other: str) -> str:
     return f"({one}) and ({other})" if one and other else one or other
 
 
-class Filter:
-    """One expression; an empty one passes everything. `key` is where it was written, for errors.
+class _Expression:
+    """One parsed expression. Raises InputError for anything it doesn't know.
 
-    Raises InputError for anything it doesn't know.
+    Args:
+        text: As written in the configuration.
+        key: Where it was written, for errors.
     """
 
-    def __init__(self, text: str, key: str = "data.filter") -> None:
+    kind, noun, example, otherwise = TRUTH, "filter", "duration >= 2 and height >= 240", ""
+
+    def __init__(self, text: str, key: str) -> None:
         self.text, self.key = text, key
         try:
             if len(text) > _LONGEST:
@@ -47,8 +52,7 @@ class Filter:
             self.columns = sorted({node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)})
             self._kind(self._tree, dict.fromkeys(self.columns))
         except SyntaxError as error:
-            example = "write e.g. duration >= 2 and height >= 240"
-            raise InputError(f"{key}={text!r} is no expression: {error.msg}; {example}") from error
+            raise InputError(f"{key}={text!r} is no expression: {error.msg}; write e.g. {self.example}") from error
         except (ValueError, RecursionError, MemoryError) as error:
             raise InputError(f"{key}={text[:60]!r}... is no expression: it can't be read ({error})") from error
 
@@ -59,13 +63,22 @@ class Filter:
                 close = nearest(name, list(columns))
                 raise InputError(f"{self.key}={self.text!r}: the index has no column {name!r}; {close}")
         kinds = {name: TEXT if columns[name].dtype.kind in "OUST" else NUMBER for name in self.columns}
-        if self._kind(self._tree, kinds) not in (TRUTH, None):
-            raise self._wrong(self._tree, "is not true or false; compare it with something")
+        if self._kind(self._tree, kinds) not in (self.kind, None):
+            raise self._wrong(self._tree, f"is not {self.kind}{self.otherwise}")
 
     def __call__(self, column: Callable[[str], np.ndarray], count: int) -> np.ndarray:
-        """`(count,)` bool: which rows pass. `column` gives a column's values at the rows asked about."""
+        """Evaluate for some rows.
+
+        Args:
+            column: Gives a column's values at those rows.
+            count: Number of rows.
+
+        Returns:
+            `(count,)`, bool of a filter, float64 of a weight.
+        """
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.broadcast_to(np.asarray(self._value(self._tree, column), dtype=bool), (count,))
+            value = np.asarray(self._value(self._tree, column), dtype=bool if self.kind is TRUTH else np.float64)
+            return np.broadcast_to(value, (count,))
 
     def _wrong(self, node: ast.expr, what: str) -> InputError:
         return InputError(f"{self.key}={self.text!r}: {ast.unparse(node)!r} {what}")
@@ -91,7 +104,8 @@ class Filter:
                 return self._all([node.left, node.right], NUMBER, kinds, "is not a number")
             case ast.Compare():
                 return self._comparison(node, kinds)
-        raise self._wrong(node, "is not allowed in a filter: comparisons, and, or, not, + - * /, in [...] are")
+        allowed = "comparisons, and, or, not, + - * /, in [...] are"
+        raise self._wrong(node, f"is not allowed in a {self.noun}: {allowed}")
 
     def _all(self, nodes: list[ast.expr], wanted: str, kinds: Mapping[str, str | None], what: str) -> str:
         for node in nodes:
@@ -152,3 +166,21 @@ class Filter:
                 result = result & _COMPARE[type(op)](left, value)
                 left = value
         return result
+
+
+class Filter(_Expression):
+    """Which samples pass; an empty expression passes everything."""
+
+    otherwise = "; compare it with something"
+
+    def __init__(self, text: str, key: str = "data.filter") -> None:
+        super().__init__(text, key)
+
+
+class Weight(_Expression):
+    """How many visits a sample has per epoch."""
+
+    kind, noun, example = NUMBER, "weight", "score / 5"
+
+    def __init__(self, text: str, key: str = "data.weight") -> None:
+        super().__init__(text, key)

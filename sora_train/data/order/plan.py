@@ -86,6 +86,7 @@ class PlanInputs:
     cost: Cost
     filters: tuple[str, ...] = ()  # of each shard, or none at all
     captions: tuple[tuple[str, float], ...] = ()  # weights by name; drawn by the loader
+    weight: str = ""  # visits of each sample per epoch, times its shard's; an expression, empty for one
 
     def cuts(self, index: Index, rows: np.ndarray) -> Cuts:
         """How the visits of some rows of an index are cut."""
@@ -108,7 +109,10 @@ class Plan:
                 f"(a token is {multiple}x{multiple} pixels); raise data.max_tokens"
             )
         self.amendments: list[Amendment] = []
-        self._selection = Selection(index, inputs.filters)
+        self._selection = Selection(index, inputs.filters, inputs.weight)
+        self._expected = np.diff(index.first)  # visits of each shard per epoch at a rate of 1, roughly, to cut windows
+        if inputs.weight:
+            self._expected = np.maximum(self._selection.visits(), 1e-9)
         self._handed_out = -1  # the latest epoch of which a step was given away
         self._planned: OrderedDict[tuple[int, int], list[Slots]] = OrderedDict()
         self._windows: dict[int, list[np.ndarray]] = {}  # of the last epochs asked for
@@ -126,7 +130,7 @@ class Plan:
         if epoch not in self._windows:
             i = self.inputs
             shards = order(i.seed, epoch, _SHARDS, np.arange(len(self.index.shards)))
-            expected = np.diff(self.index.first)[shards] * np.maximum(np.asarray(i.repeats)[shards], 1e-9)
+            expected = self._expected[shards] * np.maximum(np.asarray(i.repeats)[shards], 1e-9)
             ends = np.cumsum(expected)
             size = ends[-1] / max(1, math.ceil(ends[-1] / i.window - 0.25))  # equal windows: no small one at the end
             number = ((ends - expected) // size).astype(np.int64)
@@ -160,9 +164,11 @@ class Plan:
                     yield Position(epoch, w, s), steps[s]
                 empty, step = (0 if steps else empty + 1), 0
                 if empty > count:
+                    weight = self.inputs.weight
                     raise InputError(
                         "the plan holds no step: no sample is usable; look at the index's refusals"
                         + (f" and data.filter, which leaves out {self.filtered}" if self.filtered else "")
+                        + (f"; is data.weight={weight!r} above 0 for any sample?" if weight else "")
                     )
             epoch, window, step = epoch + 1, 0, 0
 
@@ -216,13 +222,15 @@ class Plan:
         return visits, pack(visits.tokens, costs, i.slots, i.max_tokens, i.fill, seed)
 
     def _rows(self, epoch: int, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of the shards that may be used, as often as the shard repeats; the number of the repeat; the rate."""
+        """Rows of the shards that may be used, as often as shard and weight say; the number of the repeat; the rate."""
         rows, of_shard = self._selection.rows(shards)
         left_out = [np.asarray(a.samples, dtype=np.int64) for a in self.amendments if a.epoch <= epoch]
         if left_out:
             kept = ~np.isin(rows, np.concatenate(left_out))
             rows, of_shard = rows[kept], of_shard[kept]
         rates = np.asarray(self.inputs.repeats)[of_shard]
+        if self.inputs.weight:
+            rates = rates * self._selection.weights(rows)
         whole = np.floor(rates).astype(np.int64)
         times = whole + (uniform(self.inputs.seed, epoch, _REPEATS, rows) < rates - whole)
         repeat = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)

@@ -1,17 +1,16 @@
-"""Decode back ends: bytes of a video or image to frames. Runs in a child (`decode_child.py`).
+"""Words that everything which decodes shares: limits, what is known of a video's pictures, containers, images.
 
 Frames are numbered in the order they are shown. A number means the frame that is on the screen in the middle of its
 interval at the index's rate, so that a video of constant rate gives frame k for number k, and one of variable rate the
-frame that a viewer would see then. A back end that fails, or whose decoder reports an error, hands over to the next.
+frame that a viewer would see then.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,18 +83,6 @@ LIMITS = Limits()
 AS_STORED = Conversion()
 
 
-class Options(NamedTuple):
-    """How videos are decoded, whatever is asked of them."""
-
-    decoders: Sequence[str] = ("decord", "pyav")
-    limits: Limits = LIMITS
-    conversion: Conversion = AS_STORED
-    overheard: Callable[[], str] = str  # what decoders wrote to stderr since it was last called
-
-
-OPTIONS = Options()
-
-
 def read_member(path: str, offset: int, size: int) -> bytes:
     """The bytes of one tar member, or of a whole file where size is -1."""
     with Path(path).open("rb") as file:
@@ -109,42 +96,6 @@ def checked(data: bytes, offset: int, size: int, crc32: int | None) -> bytes:
     if crc32 is not None and zlib.crc32(data) != crc32:
         raise DecodeError("checksum", f"the bytes at {offset} are not those that were indexed")
     return data
-
-
-def decode(
-    data: bytes,
-    extension: str,
-    frames: Sequence[float],
-    resize: tuple[int, int],
-    track: Track = STEADY,
-    options: Options = OPTIONS,
-) -> np.ndarray:
-    """The wanted frames, `(T, height, width, 3)` uint8, upright, resized to (height, width).
-
-    Raises DecodeError; where no back end could do it, the message has what each of them said.
-    """
-    admit(data, extension, options.limits)
-    if extension in IMAGES:
-        return open_image(data, options.limits, resize)[None]
-    failures: list[tuple[str, Exception]] = []
-    for name in options.decoders:
-        options.overheard()
-        try:
-            pictures = BACK_ENDS[name](data, list(frames), resize, track, options)
-            if said := options.overheard():
-                raise DecodeError("damaged", said)
-            return pictures
-        except DecodeError as error:
-            if error.cause == "pixels":
-                raise
-            failures.append((name, error))
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise anything; whatever it is, the next one may do better
-            failures.append((name, error))
-    causes = {getattr(error, "cause", "undecodable") for _, error in failures}
-    detail = "; ".join(f"{name}: {getattr(error, 'detail', None) or first_line(error)}" for name, error in failures)
-    raise DecodeError(causes.pop() if len(causes) == 1 else "undecodable", detail)
 
 
 def admit(data: bytes, extension: str, limits: Limits) -> None:
@@ -208,83 +159,3 @@ def shown_at(times: np.ndarray, frames: Sequence[float] | np.ndarray, fps: float
     """Which frame is on the screen in the middle of each numbered interval; `times` are seconds, ascending."""
     middle = times[0] + (np.asarray(frames, dtype=np.float64) + 0.5) / fps
     return (np.searchsorted(times, middle, side="right") - 1).tolist()
-
-
-def _decord(data: bytes, frames: list[float], resize: tuple[int, int], track: Track, options: Options) -> np.ndarray:
-    from decord import VideoReader, cpu, logging
-
-    if track.careful or track.converted(options.conversion):
-        raise DecodeError("undecodable", "PyAV alone shows it right")
-    height, width = resize
-    logging.set_level(logging.INFO)  # at which FFmpeg says that it made up what was missing
-    reader = VideoReader(io.BytesIO(data), ctx=cpu(0), width=width, height=height, num_threads=1)
-    if track.frames and len(reader) != track.frames:
-        raise DecodeError("undecodable", f"decord finds {len(reader)} frames, the index {track.frames}")
-    numbers = [int(number) for number in frames]
-    if track.vfr:
-        numbers = shown_at(reader.get_frame_timestamp(range(len(reader)))[:, 0], frames, track.fps)
-    if numbers[-1] >= len(reader):
-        raise DecodeError("short", f"frame {numbers[-1]} wanted of {len(reader)}")
-    try:
-        return reader.get_batch(numbers).asnumpy()
-    except Exception as error:
-        if "from_size == to_size" not in str(error):
-            raise
-    # decord can't batch frames of some small widths (16, 24, 48, 72), whose rows it pads; cut the padding off here
-    return np.stack([_unpadded(reader[number].asnumpy(), width) for number in numbers])
-
-
-def _unpadded(frame: np.ndarray, width: int) -> np.ndarray:
-    rows = len(frame)
-    return frame.reshape(rows, -1)[:, : 3 * width].reshape(rows, width, 3)
-
-
-def _pyav(data: bytes, frames: list[float], resize: tuple[int, int], track: Track, options: Options) -> np.ndarray:
-    from sora_train.data.read.by_pyav import read
-
-    return read(data, frames, resize, track, options.limits, options.conversion)
-
-
-def _torchcodec(
-    data: bytes, frames: list[float], resize: tuple[int, int], track: Track, options: Options
-) -> np.ndarray:
-    from torchcodec.decoders import VideoDecoder
-
-    if track.careful or track.converted(options.conversion):
-        raise DecodeError("undecodable", "PyAV alone shows it right")
-    stream = track.stream if track.stream >= 0 else None
-    decoder = VideoDecoder(data, stream_index=stream, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-    check_pixels(decoder.metadata.height or 0, decoder.metadata.width or 0, options.limits)
-    if frames[-1] >= len(decoder):
-        raise DecodeError("short", f"frame {frames[-1]} wanted of {len(decoder)}")
-    if track.vfr:
-        start = float(decoder.metadata.begin_stream_seconds or 0.0)
-        batch = decoder.get_frames_played_at([start + (number + 0.5) / track.fps for number in frames])
-    else:
-        batch = decoder.get_frames_at([int(number) for number in frames])
-    pictures, size = batch.data.numpy(), resize[::-1]
-    return np.stack([np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures])
-
-
-BACK_ENDS: dict[str, Callable[..., np.ndarray]] = {"decord": _decord, "pyav": _pyav, "torchcodec": _torchcodec}
-_MODULES = {"decord": "decord", "pyav": "av", "torchcodec": "torchcodec.decoders"}
-
-
-def load_error(name: str) -> str:
-    """Why a back end can't be loaded on this machine; empty if it can."""
-    from importlib import import_module
-
-    try:
-        import_module(_MODULES[name])
-    except Exception as error:  # a library that is missing or broken raises anything
-        absent = re.findall(r"(\S+): cannot open shared object file", str(error))
-        if absent:  # torchcodec's message is pages long: every version of FFmpeg that it tried
-            return f"{name} finds none of {', '.join(dict.fromkeys(absent))}; install FFmpeg's shared libraries"
-        return first_line(error)
-    return ""
-
-
-def first_line(error: Exception) -> str:
-    """An exception as one short line of ASCII."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return text.encode("ascii", "backslashreplace").decode()[:200]

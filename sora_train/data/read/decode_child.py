@@ -22,18 +22,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sora_train.data.read.decode import (
-    Conversion,
-    DecodeError,
-    Limits,
-    Options,
-    Track,
-    checked,
-    decode,
-    first_line,
-    load_error,
-    read_member,
-)
+from sora_train.data.read.animation import EXTENSION, decode_animation, probe_animation
+from sora_train.data.read.back_ends import Options, decode, first_line, load_error
+from sora_train.data.read.decode import Conversion, DecodeError, Limits, Track, checked, read_member
 from sora_train.data.read.probe import probe
 
 _HEARD = 1 << 14  # bytes of what a decoder wrote that are looked at
@@ -89,11 +80,17 @@ class Server:
         data = os.pread(self.memory_file, size, 0) if handed else read_member(request["path"], offset, size)
         checked(data, offset, size, request["crc32"])
         if request["op"] == "probe":
-            figures = probe(data, request["extension"], self.options.limits, request["pixels"])
+            if request["extension"] == EXTENSION:
+                figures = probe_animation(data, self.options.limits)
+            else:
+                figures = probe(data, request["extension"], self.options.limits, request["pixels"])
             return {**figures, "crc32": zlib.crc32(data)}
         options = self.options._replace(decoders=decoders[1:] if request["spare"] else decoders)
         track, resize = Track(*request["track"]), tuple(request["resize"])
-        pixels = decode(data, request["extension"], request["frames"], resize, track, options)
+        if request["extension"] == EXTENSION:
+            pixels = decode_animation(data, request["frames"], resize, track, options.limits)
+        else:
+            pixels = decode(data, request["extension"], request["frames"], resize, track, options)
         top, left, height, width = request["crop"]
         pixels = pixels[:, top : top + height, left : left + width]
         if list(pixels.shape[1:3]) != [height, width]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.config.cost import geometry
+from sora_train.config.registry import METHODS
 from sora_train.config.released import folder_of
-from sora_train.config.schema import Config, Method
+from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.data.read.decode import DecodeError
 
@@ -104,8 +105,10 @@ def require(made: Iterable[str], config: Config, what: str) -> None:
     found = [json.loads(text) for text in sorted(set(made)) if text]
     if not found:
         return
-    if config.method is Method.autoencoder:
-        raise InputError(f"{what} holds latents; an autoencoder learns from pixels, so name the shards of the videos")
+    if not METHODS.get(config.method).reads_latents:
+        raise InputError(
+            f"{what} holds latents; method={config.method} learns from pixels, so name the shards of the videos"
+        )
     expected = made_with(config)
     for other in found:
         for key in sorted(expected | other):

@@ -100,7 +100,7 @@ class Pool:
     ) -> Future[np.ndarray]:
         """Frames `(T, H, W, 3)` uint8 of a member (offset, size, crc32), resized, then cut to (top, left, H, W).
 
-        `frames` are numbers as `source_frames` gives them, ascending.
+        `frames` are numbers as `source_frames` gives them, ascending. A crc32 of None isn't compared.
         """
         offset, size, crc32 = member
         request = {

@@ -26,6 +26,7 @@ from sora_train.data.read.decode import DecodeError, read_member
 
 REMOTE = ("https", "http", "s3", "gs", "hf")
 PIPE = "pipe"
+_WRITABLE = ("s3", "gs", "hf")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _IDENTITY = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "blob_id")
 _CHUNK = 8 << 20  # bytes of a whole shard fetched at once
@@ -138,6 +139,15 @@ class Store:
         info = _retried(lambda: self._system(shard).info(shard), shard, self.tries)
         known = [str(info[name]) for name in _IDENTITY if name in info]
         return "|".join([str(info.get("size")), *known])
+
+    def put(self, file: str, data: bytes) -> None:
+        """Write a remote file. Raises InputError where that can't be done."""
+        if scheme(file) not in _WRITABLE:
+            raise InputError(f"{file} can't be written; known: {', '.join(_WRITABLE)}")
+        try:
+            _retried(lambda: self._system(file).pipe_file(file, data), file, self.tries)
+        except DecodeError as error:
+            raise InputError(f"{file} can't be written: {error.detail}") from error
 
     def list(self, pattern: str) -> list[str]:
         """Remote shards that match a glob pattern, sorted; a pattern without wildcards stands for itself."""

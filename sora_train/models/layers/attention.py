@@ -1,14 +1,14 @@
-"""Attention over packs: every token sees the tokens of its own group and no others.
+"""Attention over packed sequences: tokens attend to the tokens of their own group only.
 
-One function, `packed_attention`, in front of three back ends:
+One function, `packed_attention`, with three back ends:
 
-    sdpa    torch's fused attention group by group; runs anywhere
-    varlen  FlashAttention over all groups in one call; CUDA, bf16 or fp16. Where the package of a newer one is
-            installed (FlashAttention-4, or 3), torch is told to run that in place of its own (2)
+    sdpa    torch's fused attention, one call per group (or run of equal groups); any device
+    varlen  FlashAttention over all groups in one call; CUDA, bf16 or fp16. Uses FlashAttention-4 or 3 if such a
+            package is installed, else the FlashAttention-2 that is built into torch
     flex    FlexAttention with a block mask (`torch.nn.attention.flex_attention`), compiled; CUDA
 
-To the compiler it is one opaque operation (for flex a call that it doesn't look into), which takes the lengths of the
-groups as tensors in host memory: a new layout of the pack means no new compilation, and no layer asks the device.
+For torch.compile, attention is a custom operator (flex: a graph break) that takes group lengths as host tensors.
+Hence a new layout of the pack causes neither recompilation nor a synchronisation with the device.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sora_train.core.batch import send
 from sora_train.core.cli import InputError
 
 BACKENDS = ("auto", "sdpa", "varlen", "flex")
-_ALL_KEYS = {"window_size_left": -1, "window_size_right": -1}  # of a group
-_FEW_KEYS = 256  # up to so many a CPU is faster backwards in fp32 than in bf16; with a caption's few, four times
+_ALL_KEYS = {"window_size_left": -1, "window_size_right": -1}  # no sliding window
+_FEW_KEYS = 256  # up to so many keys the backward pass on a CPU is faster in fp32 than in bf16: up to 4x for captions
 _aten = torch.ops.aten
 
 
@@ -42,10 +42,22 @@ def packed_attention(
     k_lengths: Sequence[int] | Tensor,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v within each group; group i holds q_lengths[i] queries and k_lengths[i] keys.
+    """Compute softmax(q k^T / sqrt(d)) v within each group.
 
-    Lengths given as tensors are int64 on the host. A group may have keys and no queries, not the other way round.
-    Returns `(N, K, d)` like the queries. Raises ValueError if the lengths don't add up to the tensors.
+    Args:
+        q_NKd: Queries of all groups end to end.
+        k_NKd: Keys of all groups end to end; their number may differ from the queries'.
+        v_NKd: Values, one per key.
+        q_lengths: Queries of each group. Tensors of lengths are int64 on the host.
+        k_lengths: Keys of each group. A group may have keys and no queries, but not queries and no keys.
+        backend: One of `BACKENDS`.
+
+    Returns:
+        `(N, K, d)`, like the queries.
+
+    Raises:
+        ValueError: The lengths don't add up to the tensors' sizes.
+        InputError: The back end can't run on this device.
     """
     q_host, k_host = (x if isinstance(x, Tensor) else host_lengths(x) for x in (q_lengths, k_lengths))
     return _attend(q_NKd, k_NKd, v_NKd, q_host, k_host, choose(backend, q_NKd.device.type, q_NKd.dtype))
@@ -58,14 +70,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tenso
 
 
 def host_lengths(lengths: Sequence[int]) -> Tensor:
-    """Lengths as int64 in host memory: real numbers also where a plan traces the network on tensors without memory."""
+    """Tensor of lengths, int64 on the host. Real values even while a forecast traces the network with fake tensors."""
     with _disable_current_modes():
         return torch.tensor(lengths, dtype=torch.int64, device="cpu")
 
 
-@torch.compiler.assume_constant_result  # the compiler shall call it, not look into it: it may try kernels
+@torch.compiler.assume_constant_result  # called at compile time and not traced, because it may try out kernels
 def choose(backend: str, device: str, dtype: torch.dtype) -> str:
-    """The back end to use on a kind of device. Raises InputError for one that can't run there."""
+    """Choose the back end for a device type and dtype. Raises InputError if the configured one can't run there."""
     return _chosen(backend, device, dtype)
 
 
@@ -87,7 +99,7 @@ def _chosen(backend: str, device: str, dtype: torch.dtype) -> str:
 
 @lru_cache
 def newest_flash(dtype: torch.dtype) -> str | None:
-    """Have torch run the newest FlashAttention that is installed and works on this GPU; which, or None if none does."""
+    """Activate the newest FlashAttention that works on this GPU. Returns FA4, FA3, FA2, or None if none works."""
     for version in ("FA4", "FA3"):
         try:
             implementations.activate_flash_attention_impl(version)
@@ -100,7 +112,7 @@ def newest_flash(dtype: torch.dtype) -> str | None:
 
 
 def _works(backend: str, dtype: torch.dtype) -> bool:
-    """Try a back end once, forwards and backwards, on two small groups: a build or a GPU may lack its kernels."""
+    """Try a back end's forward and backward pass on two small groups; the build or the GPU may lack its kernels."""
     try:
         q = torch.ones(32, 1, 64, device="cuda", dtype=dtype, requires_grad=True)
         lengths = host_lengths((16, 16))
@@ -115,7 +127,7 @@ def _works(backend: str, dtype: torch.dtype) -> bool:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Output `(N, K, d)` and the log-sum-exp of each query's scores, `(K, N)`, which backward needs."""
+    """Output `(N, K, d)`, and the log-sum-exp of each query's scores `(K, N)` for the backward pass."""
     q_list, k_list = q_lengths.tolist(), k_lengths.tolist()
     if sum(q_list) != q.shape[0] or sum(k_list) != k.shape[0] or len(q_list) != len(k_list):
         raise ValueError(f"groups of {q_list} queries and {k_list} keys don't match {q.shape}, {k.shape}")
@@ -152,7 +164,7 @@ def _backward(
     q_list, k_list = q_lengths.tolist(), k_lengths.tolist()
     if backend == "varlen":
         bounds = _bounds(tuple(q_list), tuple(k_list), q.device)
-        rng, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)  # there is no dropout
+        rng, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)  # unused without dropout
         dq, dk, dv = _aten._flash_attention_backward(
             grad, q, k, v, out, lse, *bounds, 0.0, False, rng, unused, **_ALL_KEYS
         )
@@ -196,7 +208,7 @@ def _forward_flops(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths
 
 @register_flop_formula([torch.ops.sora_train.packed_attention_backward], get_raw=True)
 def _backward_flops(grad: Tensor, q: Tensor, *rest: Any, **__: Any) -> int:
-    """Two products per gradient of keys and values and of queries; the scores' recomputation isn't counted."""
+    """FLOPs of four matrix products (gradients of values, scores, queries, keys), recomputation not counted."""
     return 2 * _forward_flops(q, q, q, *rest[4:6])
 
 
@@ -214,7 +226,10 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def _runs(q_list: list[int], k_list: list[int]) -> Iterator[tuple[slice, slice, int]]:
-    """Neighbouring groups of equal lengths, which run as one batch: their queries, their keys, how many they are."""
+    """Find runs of consecutive groups of equal lengths, which are computed as one batch.
+
+    Yields the slice of queries, the slice of keys, and the number of groups of each run.
+    """
     q_at = k_at = 0
     for (q_length, k_length), run in groupby(zip(q_list, k_list, strict=True)):
         count = len(list(run))
@@ -232,14 +247,17 @@ def _join(x_BKnd: Tensor) -> Tensor:
 
 
 def _end_to_end(parts: Iterable[Tensor], dim: int = 0) -> Tensor:
-    """Joined, in the memory layout that the compiler was told. The first is empty, and one beside it isn't copied."""
+    """Concatenate the outputs of all runs, contiguous as announced to the compiler.
+
+    The first part is an empty tensor, for packs without queries. A single part beside it is not copied.
+    """
     parts = tuple(parts)
     return (parts[1] if len(parts) == 2 else torch.cat(parts, dim)).contiguous()
 
 
 @lru_cache(maxsize=64)
 def _bounds(q_list: tuple[int, ...], k_list: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """Where groups begin and end, on the device, and the longest ones: made once per layout, not once per layer."""
+    """Cumulative lengths (`cu_seqlens`) on the device, and the largest lengths. Cached: computed once per layout."""
     q_ends, k_ends = (send(torch.tensor([0, *x]).cumsum(0).int(), device) for x in (q_list, k_list))
     return q_ends, k_ends, max(q_list), max(k_list)
 
@@ -253,7 +271,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor)
 
 @lru_cache(maxsize=16)
 def _block_mask(q_list: tuple[int, ...], k_list: tuple[int, ...], device: torch.device) -> Any:
-    """Which blocks of queries see which blocks of keys: made once per layout, not once per layer."""
+    """Block mask of FlexAttention. Cached: computed once per layout, not in every layer."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     q_group, k_group = (

@@ -1,7 +1,8 @@
-"""The elementwise steps of a block, with their backward written out.
+"""Elementwise operations of a transformer block with hand-written backward passes.
 
-Autograd takes each of these apart into a dozen small operations, and keeps what each of them read. Here a step passes
-over its tensors a few times and keeps one wide tensor: its input, or for GELU the slope. Statistics are in fp32.
+Autograd would split each of these into about a dozen small operations and save the inputs of each. Here an operation
+reads and writes its tensors a few times, and saves one wide tensor: its input, or the derivative for GELU. Statistics
+are computed in fp32.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from torch.autograd.function import once_differentiable
 from sora_train.models.layers.rope import rotate
 
 _aten = torch.ops.aten
-_ROWS = 64  # of a wide layer's values that a core's own cache holds with what is made of them
+_ROWS = 64  # rows per chunk on a CPU; chunks of a wide layer with their intermediate values fit into a core's cache
 
 
 def modulated_norm(x_ND: Tensor, shift_MD: Tensor, scale_MD: Tensor, t_of_N: Tensor, eps: float) -> Tensor:
-    """LayerNorm without a scale of its own, then 1 + scale and shift of each token's timestep: `(N, D)`."""
+    """Apply LayerNorm (no affine part), then (1 + scale) and shift of each token's timestep (adaLN), `(N, D)`."""
     return _ModulatedNorm.apply(x_ND, shift_MD, scale_MD, t_of_N, eps)
 
 
 def gated_sum(x_ND: Tensor, y_ND: Tensor, gate_MD: Tensor, t_of_N: Tensor) -> Tensor:
-    """x + gate y with the gate of each token's timestep, `(N, D)`."""
+    """Compute x + gate * y with the gate of each token's timestep, `(N, D)`."""
     return _GatedSum.apply(x_ND, y_ND, gate_MD, t_of_N)
 
 
 def normed_heads(x_ND: Tensor, weight_D: Tensor, eps: float, heads: int, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-    """RMSNorm over the full width, split into heads, and each pair of channels turned by its token's angle.
+    """Apply RMSNorm over the full width, split into heads, and apply RoPE. Returns `(N, K, d)`.
 
-    `rope` is cos and sin, `(N, d / 2)`. Returns `(N, K, d)`.
+    `rope` holds cos and sin of the angles, `(N, d / 2)` each; None skips RoPE.
     """
     return _NormedHeads.apply(x_ND, weight_D, eps, heads, *(rope or (None, None)))
 
@@ -43,14 +44,14 @@ class Gelu(nn.Module):
     """GELU in its tanh form (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
 
     def forward(self, x_NF: Tensor) -> Tensor:
-        """Value by value, any shape."""
+        """Apply GELU elementwise, any shape."""
         if x_NF.device.type == "cuda" and not torch.compiler.is_compiling():
             return F.gelu(x_NF, approximate="tanh")  # one kernel
         return _Gelu.apply(x_NF)
 
 
 class _Gelu(Function):
-    """Value and slope are computed together, and the slope is kept in the input's place: one exponential, not two."""
+    """GELU that saves its derivative instead of its input: both need the same exponential, computed once."""
 
     @staticmethod
     def forward(ctx: Any, x_NF: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class _Gelu(Function):
 
 
 def _value_and_slope(x_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU and its derivative: (1 + tanh u) / 2 is a sigmoid of 2 u, and x that times x is the value."""
+    """GELU and its derivative. As (1 + tanh u) / 2 = sigmoid(2 u), GELU(x) = x sigmoid(2 u(x))."""
     x, c = _full(x_NF), 2 * math.sqrt(2 / math.pi)
     square = x * x
     share = square.mul(0.044715 * c).add_(c).mul_(x).sigmoid_()
@@ -151,15 +152,15 @@ class _NormedHeads(Function):
 
 
 def _full(x: Tensor) -> Tensor:
-    """At least fp32."""
+    """Cast to fp32, unless the tensor is wider already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _sum_by_timestep(rows_ND: Tensor, t_of_N: Tensor, count: int) -> Tensor:
-    """The sum over the tokens of each timestep, `(M, D)`.
+    """Sum the rows of each timestep's tokens, `(M, D)`.
 
-    As a product with few rows: additions one by one into few rows would wait for each other on a GPU, and end in
-    another order each time.
+    As a matrix product with a one-hot matrix: `index_add` into few rows would serialise on a GPU, and isn't
+    deterministic there.
     """
     each_M1 = torch.arange(count, device=rows_ND.device).unsqueeze(1)
     return (each_M1 == t_of_N).type_as(rows_ND) @ rows_ND

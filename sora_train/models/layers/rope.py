@@ -1,12 +1,12 @@
-"""Where a token is: rotary embedding over time, height and width, and features of its absolute place.
+"""Positional encodings: rotary embedding (RoPE) over time, height and width, and features of absolute position.
 
-Rotary: Su et al. 2021 (arXiv 2104.09864), in the three-axis form of Wan. It tells two tokens how far apart they are,
-and from that alone a small model is slow to learn where a token lies in the frame; the features say it outright.
+RoPE is that of Su et al. 2021 (arXiv 2104.09864), in the three-axis form of Wan. It encodes relative positions, from
+which a small model is slow to learn a token's place in the frame; the absolute features state it directly.
 
-Clips longer or larger than a model was trained on reach angles that it never saw. Two remedies stretch an axis by a
-factor (new length / trained length): interpolation puts the places closer together (Chen et al. 2023, arXiv
-2306.15595); `ntk` stretches slow waves in full and the fastest not at all, so that neighbours stay as far apart as they
-were (bloc97 2023; Peng et al. 2023, YaRN, arXiv 2309.00071, section 3.1).
+Clips longer or larger than those a model was trained on lead to angles outside of the trained range. Two scalings
+extend an axis by a factor (new length / trained length). `interpolation` divides positions by it (Chen et al. 2023,
+arXiv 2306.15595). `ntk` raises the base: the lowest frequency is divided by the factor and the highest unchanged, so
+that adjacent tokens stay as distinguishable as before (bloc97 2023; Peng et al. 2023, YaRN, arXiv 2309.00071, 3.1).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from sora_train.core.batch import Grid, send
 
-Factors = tuple[float, float, float]  # of time, height, width
+Factors = tuple[float, float, float]  # scaling factors of time, height, width
 UNSCALED: Factors = (1.0, 1.0, 1.0)
 
 
 def axis_sizes(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that turn with time, height and width: two even sixths for space, the rest for time."""
+    """Channels of a head for time, height and width: an even number near a third each for space, the rest for time."""
     space = 2 * (head_dim // 6)
     return head_dim - 2 * space, space, space
 
@@ -33,7 +33,14 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
 def frequencies(
     head_dim: int, theta: float, scaling: str = "none", factors: Factors = UNSCALED
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Angular frequency of each channel pair per axis, float64; `factors` stretch time, height and width."""
+    """Angular frequencies of the channel pairs of each axis (time, height, width), in radians per token, float64.
+
+    Args:
+        head_dim: Channels of a head.
+        theta: Base of the frequencies.
+        scaling: none, interpolation or ntk.
+        factors: New / trained length of each axis, for the scaling.
+    """
     return tuple(
         _axis_frequencies(size, theta, scaling, factor)
         for size, factor in zip(axis_sizes(head_dim), factors, strict=True)
@@ -41,7 +48,7 @@ def frequencies(
 
 
 def _axis_frequencies(size: int, theta: float, scaling: str, factor: float) -> Tensor:
-    if scaling == "ntk" and size > 2:  # a single pair of channels is the fastest wave, which stays
+    if scaling == "ntk" and size > 2:  # a single channel pair has the highest frequency, which is unchanged
         theta = theta * factor ** (size / (size - 2))
     plain = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     return plain / factor if scaling == "interpolation" else plain
@@ -51,7 +58,7 @@ def rotations(
     grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device, scaling: str = "none",
     factors: Factors = UNSCALED,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """cos and sin of each token's angles, `(N, head_dim / 2)` fp32, every clip counted from its own origin."""
+    """Cosines and sines of each token's angles, `(N, head_dim / 2)` fp32. Positions of every clip start at 0."""
     cached = [_grid_angles(grid, head_dim, theta, scaling, factors) for grid in grids]
     angles = torch.cat(cached) if cached else torch.zeros(0, head_dim // 2)
     angles = send(angles, device)
@@ -59,10 +66,10 @@ def rotations(
 
 
 def rotate(x_NKd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of every head by its token's angle.
+    """Rotate each pair of adjacent channels of every head by its token's angle.
 
-    A pair is a complex number and the turn a product, which is ten times as fast on a CPU as taking pairs apart; but
-    the compiler fuses real arithmetic only.
+    Pairs are multiplied as complex numbers, which is ten times as fast on a CPU as separating even and odd channels;
+    under torch.compile real arithmetic is used, because complex operations aren't fused.
     """
     pairs = x_NKd.to(torch.promote_types(x_NKd.dtype, cos.dtype)).unflatten(-1, (-1, 2))
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -74,12 +81,15 @@ def rotate(x_NKd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).type_as(x_NKd)
 
 
-_WAVES = 4  # half waves of the finest feature along an axis
+_WAVES = 4  # frequencies per axis: 1 to 4 half periods over the length of the clip
 PLACE_FEATURES = 3 * _WAVES * 2
 
 
 def place_features(grids: Sequence[Grid], device: torch.device) -> Tensor:
-    """`(N, PLACE_FEATURES)` fp32: sine and cosine of 1 to 4 half waves along each axis of the token's clip."""
+    """Features of absolute position, `(N, PLACE_FEATURES)` fp32.
+
+    Sines and cosines with 1 to 4 half periods along each axis of the token's clip, scaled to unit variance.
+    """
     cached = [_grid_features(grid) for grid in grids]
     return send(torch.cat(cached) if cached else torch.zeros(0, PLACE_FEATURES), device)
 
@@ -93,7 +103,7 @@ def _grid_features(grid: Grid) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _grid_angles(grid: Grid, head_dim: int, theta: float, scaling: str, factors: Factors) -> Tensor:
-    """Angles of one clip's tokens, fp32, remembered per grid (a training set has few)."""
+    """Angles of one clip's tokens, `(N, head_dim / 2)` fp32. Cached per grid, of which a training set has few."""
     places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).view(-1, 3)
     axes = [places[:, i : i + 1] * freq for i, freq in enumerate(frequencies(head_dim, theta, scaling, factors))]
     return torch.cat(axes, dim=1).float()

@@ -1,14 +1,15 @@
-"""Ulysses sequence parallelism over packs (Jacobs et al. 2023, DeepSpeed-Ulysses, arXiv 2309.14509), from outside.
+"""Ulysses sequence parallelism over packs (Jacobs et al. 2023, DeepSpeed-Ulysses, arXiv 2309.14509).
 
-The ranks of a sequence-parallel group hold the same pack, each its own part of the tokens. Around self-attention they
-trade tokens for heads: every rank attends with all tokens of a few heads, then they trade back. All else works token by
-token, cross-attention too, since every rank has the captions. The model isn't changed: two hooks share out what goes in
-and gather what comes out, and the attention function is replaced.
+The ranks of a sequence-parallel group work on the same pack, each on an equal part of its tokens. Around self-attention
+an all-to-all exchanges tokens for heads: each rank attends over all tokens with a share of the heads, and a second one
+reverses the exchange. Everything else works token by token; so does cross-attention, since every rank has all captions.
+The model's code is not changed: two hooks split its inputs and gather its output, and its attention function is
+replaced.
 
-Every rank of a group decodes and encodes the clips itself, and they only agree on which ones failed (`same_clips`).
-Every rank sees the whole velocity and computes the whole loss. To the trainer and DeepSpeed they are ordinary ranks:
-sums of loss and of loss weight both count a pack once per rank of its group, which leaves their ratio, and the gradient
-of the ratio, as they are on one rank.
+Every rank of a group decodes and encodes the clips itself; they only agree on which clips failed (`same_clips`). Every
+rank has the whole velocity and computes the whole loss. For the trainer and DeepSpeed they are ordinary data-parallel
+ranks: the sums of loss and of loss weight both count a pack once per rank of its group, so their ratio, and its
+gradient, are the same as on one rank.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from sora_train.core.batch import LatentPack
 from sora_train.core.world import World
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-Group = dist.ProcessGroup | None  # None: a rank by itself
+Group = dist.ProcessGroup | None  # None: no sequence parallelism
 
 
 def sequence_group(world: World) -> Group:
-    """The process group of this rank's neighbours in the sequence; all ranks of the job together."""
+    """Create the sequence-parallel process groups and return this rank's. Collective: all ranks must call it."""
     mine = None
     if world.sequence == 1:
         return mine
@@ -43,43 +44,46 @@ def sequence_group(world: World) -> Group:
 
 
 class Neighbours:
-    """The ranks that share a pack, this one among them."""
+    """The ranks that share a pack, and their collectives. `place` is this rank's index, `parts` the number of ranks."""
 
     def __init__(self, group: Group) -> None:
         self.group, self.place, self.parts = group, dist.get_rank(group), dist.get_world_size(group)
 
     def exchange(self, x: Tensor) -> Tensor:
-        """Send `x[i]` to rank i of the group; the result holds at i what rank i sent here."""
+        """All-to-all: send `x[i]` to rank i of the group; element i of the result was received from rank i."""
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=self.group)
         return received
 
     def gather(self, part: Tensor) -> Tensor:
-        """The parts of all ranks end to end."""
+        """All-gather: the parts of all ranks, concatenated along the first dimension."""
         whole = [torch.empty_like(part) for _ in range(self.parts)]
         dist.all_gather(whole, part, group=self.group)
         return torch.cat(whole)
 
 
 class Imagined(Neighbours):
-    """For planning: shapes and memory are those of a rank among its neighbours; nothing is sent, but counted."""
+    """Stand-in for forecasts: results have the real shapes, but nothing is sent; the bytes are counted in `sent`."""
 
     def __init__(self, parts: int) -> None:
-        self.place, self.parts, self.sent = 0, parts, 0  # bytes, those that a rank sends to itself among them
+        self.place, self.parts, self.sent = 0, parts, 0  # bytes, including those that a rank sends to itself
 
     def exchange(self, x: Tensor) -> Tensor:
-        """Something of the shape of what would arrive."""
+        """Uninitialised tensor in the shape of the received one."""
         self.sent += x.numel() * x.element_size()
         return torch.empty_like(x)
 
     def gather(self, part: Tensor) -> Tensor:
-        """Something of the shape of the whole."""
+        """Uninitialised tensor in the shape of the gathered one."""
         self.sent += self.parts * part.numel() * part.element_size()
         return torch.cat([torch.empty_like(part) for _ in range(self.parts)])
 
 
 def same_clips(steps: Iterable[Any], group: Group) -> Iterator[Any]:
-    """Steps of a loader, without the clips that failed on any rank of the group: a time-out may strike one of them."""
+    """Yield the steps of a loader without the clips that failed on any rank of the group.
+
+    The ranks decode separately, so a failure such as a time-out may hit only some of them.
+    """
     for step in steps:
         if group is not None:
             refusals: list[Any] = [None] * dist.get_world_size(group)
@@ -92,14 +96,20 @@ def same_clips(steps: Iterable[Any], group: Group) -> Iterator[Any]:
 
 
 def apply(network: nn.Module, self_attentions: Sequence[Any], others: Neighbours) -> None:
-    """Share out the tokens of every pack that `network` is called with. Each of `self_attentions` has an `attend`."""
+    """Make `network` sequence parallel: split its input packs, gather its output, and wrap each `attend` function.
+
+    Args:
+        network: Maps a `LatentPack` to one row per token.
+        self_attentions: Its self-attention modules, each with an attribute `attend`.
+        others: The ranks that share the tokens.
+    """
 
     def share_out(_: nn.Module, arguments: tuple[LatentPack]) -> tuple[LatentPack]:
         return (part_of(arguments[0], others.place, others.parts),)
 
     def bring_together(_: nn.Module, arguments: tuple[LatentPack], velocity_NP: Tensor) -> Tensor:
-        layout = arguments[0].layout
-        return _Gather.apply(velocity_NP, others)[: sum(layout.spans)]  # without what pads the pack
+        layout = arguments[0].video.layout
+        return _Gather.apply(velocity_NP, others)[: sum(layout.spans)]  # without padding
 
     network.register_forward_pre_hook(share_out)
     network.register_forward_hook(bring_together)
@@ -108,18 +118,22 @@ def apply(network: nn.Module, self_attentions: Sequence[Any], others: Neighbours
 
 
 def part_of(pack: LatentPack, place: int, parts: int) -> LatentPack:
-    """One of several equal parts of a pack. Where they don't divide, a clip without a caption pads it at the end."""
-    layout = pack.layout
+    """Take part `place` of `parts` equal parts of a pack's tokens.
+
+    If they don't divide the tokens, the pack is padded at its end, by a clip without a caption.
+    """
+    video = pack.video
+    layout = video.layout
     padding = -layout.tokens % parts
     grids = (*layout.grids, (1, 1, padding)) if padding else layout.grids
     layout = replace(layout, grids=grids, part=(place, parts))
-    x_NP = F.pad(pack.x_NP, (0, 0, 0, padding))[layout.mine]
-    t_of_N = F.pad(pack.t_of_N, (0, padding))[layout.mine]
-    return replace(pack, layout=layout, x_NP=x_NP, t_of_N=t_of_N)
+    x_NP = F.pad(video.x_NP, (0, 0, 0, padding))[layout.mine]
+    t_of_N = F.pad(video.t_of_N, (0, padding))[layout.mine]
+    return replace(pack, streams={"video": replace(video, layout=layout, x_NP=x_NP, t_of_N=t_of_N)})
 
 
 def across(attend: Attend, others: Neighbours) -> Attend:
-    """Attention over the tokens of all ranks of a group, from each rank's part of them to the same part."""
+    """Wrap an attention function: takes and returns a rank's part of the tokens, attends over those of all ranks."""
     parts = others.parts
 
     @torch.compiler.disable
@@ -134,7 +148,7 @@ def across(attend: Attend, others: Neighbours) -> Attend:
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all over the first dimension, which is its own transpose."""
+    """Differentiable all-to-all over the first dimension; its adjoint is itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, others: Neighbours) -> Tensor:
@@ -147,7 +161,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The parts of all ranks end to end; backwards every rank gets the sum of all ranks' gradients of its part."""
+    """Differentiable all-gather; in backward every rank gets the sum of all ranks' gradients of its part."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, others: Neighbours) -> Tensor:

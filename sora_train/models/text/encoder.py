@@ -1,8 +1,8 @@
-"""A small text encoder trained along with the model: hashed words, so no vocabulary file and no download.
+"""A small text encoder that is trained with the model. Words are hashed, so it needs no vocabulary file.
 
-Each word is the sum of two rows of the table (hash embeddings, Svenstrup et al. 2017): of a few thousand rows and a
-hundred words, two words share a row more often than not, and a word that shares its only row with a comma is never
-learned.
+The embedding of a word is the sum of two rows of a table, chosen by two hashes (hash embeddings, Svenstrup et al.
+2017). With one row per word, collisions are likely even for a hundred words in a few thousand rows, and a word that
+shares its row with a frequent one is never learned.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sora_train.models.layers.attention import packed_attention
 _WORDS = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\d|[^\w\s]"
 )
-_START = (0, 0)  # begins every caption, so that an empty one is a token too
+_START = (0, 0)  # rows of the start token of every caption, which gives the empty caption a token too
 
 
 def tokenize(caption: str, buckets: int, max_tokens: int) -> list[tuple[int, int]]:
-    """Two rows in [0, buckets) for each token: a start token's, then two hashes of each lower-cased word.
+    """Table rows of a caption's tokens, two in [0, buckets) each: the start token, then each lower-cased word.
 
-    The hashing trick (Weinberger et al. 2009): no word is unknown, and two words seldom share both rows.
+    The hashing trick (Weinberger et al. 2009): no word is unknown, and two words rarely share both rows.
     """
     words = _WORDS.findall(caption.lower())[: max_tokens - 1]
     return [_START, *(_rows(word, buckets - 1) for word in words)]
@@ -39,7 +39,7 @@ def _rows(word: str, buckets: int) -> tuple[int, int]:
 
 
 def tokenize_captions(captions: Sequence[str], buckets: int, max_tokens: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Rows of all captions end to end, `(L, 2)` int64 on the host, and the length of each."""
+    """Tokenize captions: their rows end to end, `(L, 2)` int64 on the host, and the number of tokens of each."""
     rows = [tokenize(caption, buckets, max_tokens) for caption in captions]
     flat = [pair for caption in rows for pair in caption]
     return torch.tensor(flat, dtype=torch.long).view(-1, 2), tuple(map(len, rows))
@@ -58,7 +58,7 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.places.weight, std=0.1)
 
     def forward(self, ids_L2: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Features `(L, E)` of packed captions, of which `ids_L2` are the rows."""
+        """Encode packed captions to features `(L, E)`; `lengths` are the tokens of each caption."""
         places = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
         x_LE = self.words(ids_L2).sum(1) + self.places(send(places, ids_L2.device))
         for layer in self.layers:
@@ -67,7 +67,7 @@ class TextEncoder(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Self-attention and MLP, each behind a LayerNorm."""
+    """Self-attention and MLP, each with a LayerNorm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class TextLayer(nn.Module):
             nn.init.zeros_(last.bias)
 
     def forward(self, x_LE: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """`(L, E)` to `(L, E)`."""
+        """Apply the layer, `(L, E)` to `(L, E)`."""
         q, k, v = self.qkv(self.attention_norm(x_LE)).unflatten(-1, (3, self.heads, -1)).unbind(1)
         x_LE = x_LE + self.out(packed_attention(self.q_norm(q), self.k_norm(k), v, lengths, lengths).flatten(1))
         return x_LE + self.mlp(self.mlp_norm(x_LE))

@@ -1,4 +1,4 @@
-"""T5 and umT5 encoders through transformers, from a local folder: captions to packed embeddings. Frozen."""
+"""Frozen T5 and umT5 encoders from a local folder, through transformers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from sora_train.config.released import folder_of
 from sora_train.core.batch import send
 from sora_train.core.cli import InputError
 
-_AT_ONCE = 16  # captions that go through the encoder together: what they need is far more than what they leave
+_AT_ONCE = 16  # captions per forward pass; its activations need far more memory than the embeddings
 _CLASSES = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 
 
 class ReleasedText:
-    """Embeds captions. `pad_to` tokens each, zeros after the last, where it is above 0: Wan attends to the zeros.
+    """Maps captions to embeddings.
 
-    Loaded when the first caption comes: a run whose shards hold embeddings only needs it for its previews.
+    With `pad_to` above 0, the embeddings of each caption are padded with zeros to so many tokens, because Wan was
+    trained with zeros that are attended to. The weights are loaded with the first caption: a run whose shards hold
+    embeddings needs them for previews only.
     """
 
     def __init__(self, path: str, device: torch.device, max_tokens: int, pad_to: int) -> None:
@@ -30,7 +32,7 @@ class ReleasedText:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
-        """Embeddings `(L, E)` of all captions end to end, on the device, and the length of each."""
+        """Embed captions: `(L, E)` of all of them end to end, on the device, and the number of tokens of each."""
         starts = range(0, len(captions), _AT_ONCE)
         rows = [row for at in starts for row in self._embedded(captions[at : at + _AT_ONCE])]
         return torch.cat(rows), tuple(map(len, rows))
@@ -50,19 +52,36 @@ class ReleasedText:
         return rows
 
 
+def token_counts(path: str, captions: Sequence[str]) -> list[int]:
+    """Tokens of each caption as it is, before any are cut off; the encoder itself is not loaded."""
+    ids = _tokenizer(path)([_clean(caption) for caption in captions], truncation=False, verbose=False).input_ids
+    return list(map(len, ids))
+
+
 @lru_cache(maxsize=1)
 def _load(path: str, device: torch.device) -> tuple[AutoTokenizer, torch.nn.Module]:
-    """Tokenizer and encoder of a folder; training and its previews share one copy."""
-    folder, beside = folder_of(path, "text_encoder"), folder_of(path, "tokenizer")
+    """Load tokenizer and encoder of a folder. Cached, so that training and previews share them."""
+    folder, tokenizer = folder_of(path, "text_encoder"), _tokenizer(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(beside, local_files_only=True)
         kind = _CLASSES[AutoConfig.from_pretrained(folder, local_files_only=True).model_type]
         encoder = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
     except (OSError, ValueError) as error:
-        raise InputError(f"text_encoder.path={Path(path)}: {str(error).splitlines()[0]}") from error
+        raise _unusable(path, error) from error
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
 
+@lru_cache(maxsize=1)
+def _tokenizer(path: str) -> AutoTokenizer:
+    try:
+        return AutoTokenizer.from_pretrained(folder_of(path, "tokenizer"), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: str, error: Exception) -> InputError:
+    return InputError(f"text_encoder.path={Path(path)}: {str(error).splitlines()[0]}")
+
+
 def _clean(caption: str) -> str:
-    """Entities resolved (twice, as web captions need) and runs of white space made one space."""
+    """Resolve HTML entities (twice, because captions from the web are often escaped twice) and collapse white space."""
     return " ".join(html.unescape(html.unescape(caption)).split())

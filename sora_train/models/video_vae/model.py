@@ -1,8 +1,8 @@
-"""A causal 3-D video autoencoder: a frame's latent depends on that frame and earlier ones only.
+"""A causal 3-D video autoencoder: the latent of a frame depends on that frame and earlier ones only.
 
-Pixels are folded into channels first (`patch`), then convolved causally and halved in time and space level by level,
-as in the video tokenisers of Wan (arXiv 2503.20314) and LTX (arXiv 2501.00103). 1 + k * stride frames become 1 + k
-latent frames, so that a single image is a video of one frame.
+Pixels are folded into channels (`patch`), then convolved causally and downsampled in time and space level by level, as
+in the video tokenisers of Wan (arXiv 2503.20314) and LTX (arXiv 2501.00103). 1 + k * stride frames become 1 + k latent
+frames, so that an image is a video of one frame.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CALM = 1e-3  # added to a position's energy: plain surfaces are near zero, and dividing by that makes gradients spike
+from sora_train.config.schema import VaeConfig
+
+_CALM = 1e-3  # epsilon of the norm; so large because uniform areas have near-zero energy, where gradients would spike
 
 
 class VideoVAE(nn.Module):
     """Encoder and decoder between pixels in [-1, 1] and a diagonal Gaussian over latents.
 
-    `widths[i]` are the channels of level i, `strides[i] = (time, space)` how much the step to level i + 1 shrinks.
+    `widths[i]` are the channels of level i, `strides[i] = (time, space)` the downsampling from level i to i + 1.
     """
 
     def __init__(
@@ -52,22 +54,31 @@ class VideoVAE(nn.Module):
         return _moments(self.encoder(video_BCTHW))
 
     def encode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """`encode` of a video that comes in pieces of whole temporal strides, the first with one frame more.
+        """Encode a video piece by piece; yields the moments of each piece, equal to those of the whole video.
 
-        The same values as of the whole: every convolution keeps the last frames that it saw.
+        Pieces have a multiple of `temporal_stride` frames, the first one more. Each convolution keeps the last frames
+        of its input for the next piece.
         """
         with _remembering(self.encoder):
             for piece_BCTHW in pieces:
                 yield _moments(self.encoder(piece_BCTHW))
 
     def decode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """`decode` of latents that come in pieces of any length; the same values as of the whole."""
+        """Decode latents piece by piece, in pieces of any length; equal to decoding them as a whole."""
         with _remembering(self.decoder):
             for piece_BCTHW in pieces:
                 yield self.decoder(piece_BCTHW)
 
     def forward(self, videos_BCTHW: list[Tensor], noises_BCTHW: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each batch of videos of one size: reconstruction from a sampled latent, mean and log-variance."""
+        """Reconstruct batches of videos, each of one size, from sampled latents.
+
+        Args:
+            videos_BCTHW: Batches of pixels in [-1, 1].
+            noises_BCTHW: Standard normal noise for the latents of each batch.
+
+        Returns:
+            Reconstruction, and mean and log-variance of the latents, for each batch.
+        """
         results = []
         dtype = next(self.parameters()).dtype
         for video, noise in zip(videos_BCTHW, noises_BCTHW, strict=True):
@@ -76,22 +87,22 @@ class VideoVAE(nn.Module):
         return results
 
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
-        """Pixels `(B, 3, 1 + (T - 1) * stride, H * s, W * s)`, about [-1, 1]."""
+        """Decode latents to pixels `(B, 3, 1 + (T - 1) * stride, H * s, W * s)` in about [-1, 1], not clamped."""
         return self.decoder(latents_BCTHW)
 
     def normalise(self, latents_BCTHW: Tensor) -> Tensor:
-        """Latents with the training data's mean 0 and deviation 1 per channel."""
+        """Scale latents to mean 0 and standard deviation 1 per channel, as measured on the training data."""
         return (latents_BCTHW - self.latents_mean.view(-1, 1, 1, 1)) / self.latents_std.view(-1, 1, 1, 1)
 
     def denormalise(self, latents_BCTHW: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
+        """Inverse of `normalise`."""
         return latents_BCTHW * self.latents_std.view(-1, 1, 1, 1) + self.latents_mean.view(-1, 1, 1, 1)
 
 
 def _moments(out_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance from what the encoder puts out."""
+    """Mean and log-variance from the encoder's output."""
     mean, spread = out_BCTHW.chunk(2, dim=1)
-    log_variance = 0.1 * spread - 3.0  # starts narrow: noise as large as the latents would hide them at first
+    log_variance = 0.1 * spread - 3.0  # small at the start of training, or the noise would drown the latents
     return mean, log_variance.clamp(-20.0, 10.0)
 
 
@@ -111,7 +122,7 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(*layers, Project(widths[-1], 2 * channels))
 
     def forward(self, video_BCTHW: Tensor) -> Tensor:
-        """`(B, 3, T, H, W)` to `(B, 2 * channels, t, h, w)`."""
+        """Encode `(B, 3, T, H, W)` to `(B, 2 * channels, t, h, w)`."""
         batch = video_BCTHW.shape[0]
         x = F.pixel_unshuffle(video_BCTHW.transpose(1, 2).flatten(0, 1), self.patch)
         return self.layers(x.unflatten(0, (batch, -1)).transpose(1, 2))
@@ -133,7 +144,7 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers, Project(widths[0], 3 * patch**2))
 
     def forward(self, latents_BCTHW: Tensor) -> Tensor:
-        """`(B, channels, t, h, w)` to `(B, 3, T, H, W)`."""
+        """Decode `(B, channels, t, h, w)` to `(B, 3, T, H, W)`."""
         x = self.layers(latents_BCTHW)
         batch = x.shape[0]
         x = F.pixel_shuffle(x.transpose(1, 2).flatten(0, 1), self.patch)
@@ -141,9 +152,9 @@ class Decoder(nn.Module):
 
 
 class CausalConv(nn.Conv3d):
-    """A 3x3x3 convolution that sees no later frame; before the first frame it sees that frame again.
+    """A 3x3x3 convolution that is causal in time: padded with two copies of the first frame, and not at the end.
 
-    While a video comes in pieces, it `remembers`, and `past` holds the last two frames of the piece before.
+    While a video is processed in pieces, `remembers` is set, and `past` holds the last two frames of the piece before.
     """
 
     remembers = False
@@ -153,11 +164,11 @@ class CausalConv(nn.Conv3d):
         super().__init__(inputs, outputs, kernel_size=3, stride=stride, padding=(0, 1, 1))
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """`(B, C, T, H, W)` to `(B, C', 1 + (T - 1) / stride, ...)`."""
+        """Convolve `(B, C, T, H, W)` to `(B, C', 1 + (T - 1) / stride, ...)`."""
         first = x_BCTHW[:, :, :1]
         if self.past is None:
             whole, skip = torch.cat((first, first, x_BCTHW), dim=2), 0
-        else:  # a stride ends with the piece before: the next one looks at its own last frame and two before it
+        else:  # the last window ended with the piece before; the next one ends `stride` frames into this piece
             whole, skip = torch.cat((self.past, x_BCTHW), dim=2), self.stride[0] - 1
         if self.remembers:
             self.past = whole[:, :, -2:].clone()
@@ -166,7 +177,7 @@ class CausalConv(nn.Conv3d):
 
 @contextmanager
 def _remembering(network: nn.Module) -> Iterator[None]:
-    """Pieces of one video go through the network, one after the other."""
+    """Context in which successive calls of a network process successive pieces of one video."""
     layers = [layer for layer in network.modules() if isinstance(layer, CausalConv)]
     for layer in layers:
         layer.remembers = True
@@ -178,27 +189,27 @@ def _remembering(network: nn.Module) -> Iterator[None]:
 
 
 def start_small(conv: nn.Conv3d) -> None:
-    """Shrink a convolution that stands beside a shortcut, so that training starts near the shortcut alone."""
+    """Scale down the weights of a convolution with a shortcut, so that training starts near the shortcut alone."""
     with torch.no_grad():
         conv.weight.mul_(0.1)
         conv.bias.zero_()  # type: ignore[union-attr]
 
 
 class ChannelNorm(nn.Module):
-    """RMS over the channels of each position (a norm over time would see later frames)."""
+    """RMS normalisation over the channels of each position (a norm over time would depend on later frames)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width, 1, 1, 1))
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """Same shape."""
+        """Normalise; the shape is unchanged."""
         energy = x_BCTHW.square().mean(1, keepdim=True)
         return x_BCTHW * torch.rsqrt(energy + _CALM) * self.scale
 
 
 class ResBlock(nn.Module):
-    """Two normed convolutions around a skip; starts as the identity."""
+    """Residual block of two normalised convolutions; initialised as the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -209,27 +220,27 @@ class ResBlock(nn.Module):
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """Same shape."""
+        """Apply the block; the shape is unchanged."""
         return x_BCTHW + self.layers(x_BCTHW)
 
 
 class Project(CausalConv):
-    """A causal convolution beside a fixed shortcut; the convolution starts small."""
+    """A causal convolution with a fixed shortcut (`regroup`), initialised near the shortcut alone."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
         start_small(self)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """`(B, C, T, H, W)` to `(B, C', T, H, W)`."""
+        """Project `(B, C, T, H, W)` to `(B, C', T, H, W)`."""
         return super().forward(x_BCTHW) + regroup(x_BCTHW, self.out_channels)
 
 
 class Down(nn.Module):
-    """A strided causal convolution beside a fixed shortcut: T frames become 1 + (T - 1) / time.
+    """Downsampling by a strided causal convolution with a fixed shortcut: T frames become 1 + (T - 1) / time.
 
-    The shortcut folds the positions that merge into channels and averages them down to `outputs` (Chen et al. 2024,
-    "Deep Compression Autoencoder", arXiv 2410.10733); with it, training starts from a working autoencoder.
+    The shortcut folds merged positions into channels and averages these to `outputs` channels (Chen et al. 2024, "Deep
+    Compression Autoencoder", arXiv 2410.10733). With it, training starts from a rough but working autoencoder.
     """
 
     def __init__(self, inputs: int, outputs: int, time: int, space: int) -> None:
@@ -239,7 +250,7 @@ class Down(nn.Module):
         start_small(self.conv)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """`(B, C, T, H, W)` to `(B, C', 1 + (T - 1) / time, H / space, W / space)`."""
+        """Downsample `(B, C, T, H, W)` to `(B, C', 1 + (T - 1) / time, H / space, W / space)`."""
         missing = self.time - 1 if self.conv.past is None else 0
         first = x_BCTHW[:, :, :1].expand(-1, -1, missing, -1, -1)
         folded = fold(torch.cat((first, x_BCTHW), dim=2), self.time, self.space)
@@ -247,9 +258,9 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """A causal convolution to the channels of all new positions beside a fixed shortcut, then channels to positions.
+    """Upsampling: a causal convolution with a fixed shortcut computes all new positions as channels, then `unfold`.
 
-    Every frame becomes `time` frames and the first time - 1 are dropped, so that 1 + k frames become 1 + k * time.
+    Every frame becomes `time` frames, and the first time - 1 are dropped, so that 1 + k frames become 1 + k * time.
     """
 
     def __init__(self, inputs: int, outputs: int, time: int, space: int) -> None:
@@ -259,27 +270,32 @@ class Up(nn.Module):
         start_small(self.conv)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """`(B, C, T, H, W)` to `(B, C', 1 + (T - 1) * time, H * space, W * space)`."""
+        """Upsample `(B, C, T, H, W)` to `(B, C', 1 + (T - 1) * time, H * space, W * space)`."""
         surplus = self.time - 1 if self.conv.past is None else 0
         x = self.conv(x_BCTHW) + regroup(x_BCTHW, self.conv.out_channels)
         return unfold(x, self.time, self.space)[:, :, surplus:]
 
 
 def fold(x_BCTHW: Tensor, time: int, space: int) -> Tensor:
-    """Blocks of time x space x space positions to channels, `(B, C * time * space**2, T / time, H / space, ...)`."""
+    """Fold blocks of time x space x space positions into channels: `(B, C * time * space**2, T / time, ...)`."""
     x = x_BCTHW.unflatten(4, (-1, space)).unflatten(3, (-1, space)).unflatten(2, (-1, time))
     return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
 
 
 def unfold(x_BCTHW: Tensor, time: int, space: int) -> Tensor:
-    """The inverse of `fold`."""
+    """Inverse of `fold`."""
     x = x_BCTHW.unflatten(1, (-1, time, space, space)).permute(0, 1, 5, 2, 6, 3, 7, 4)
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def regroup(x_BCTHW: Tensor, channels: int) -> Tensor:
-    """Average or repeat neighbouring channels to get `channels` of them."""
+    """Change the number of channels to `channels` by averaging or repeating adjacent ones."""
     have = x_BCTHW.shape[1]
     common = math.lcm(have, channels)
     x = x_BCTHW.repeat_interleave(common // have, dim=1)
     return x.unflatten(1, (channels, -1)).mean(2)
+
+
+def build_vae(config: VaeConfig) -> VideoVAE:
+    """Build the autoencoder of a configuration, randomly initialised."""
+    return VideoVAE(config.channels, config.patch, config.widths, config.blocks, [(t, s) for t, s in config.strides])

@@ -1,8 +1,8 @@
-"""A perceptual distance between pictures, from a VGG16 in a local file: LPIPS (Zhang et al. 2018, arXiv 1801.03924).
+"""LPIPS, a perceptual distance between pictures, with VGG16 weights in local files (Zhang et al. 2018, 1801.03924).
 
-Activations of five layers, each scaled to unit length over its channels, are compared; their squared differences are
-weighed by LPIPS's linear heads where the files have them, and summed with weights of 1 where they don't. Weights go by
-the names that torchvision (`features.0.weight` ...) and the lpips package (`lin0.model.1.weight` ...) write.
+Activations of five layers are normalised over channels and compared. Squared differences are weighted by LPIPS's linear
+heads if the files contain them, else by 1. Weights have the names of torchvision (`features.0.weight` ...) and of the
+lpips package (`lin0.model.1.weight` ...).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from sora_train.core.cli import InputError
 
-_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of VGG16, pooled between them
-SMALLEST = 16  # pixels a side: the last layers see a sixteenth
+_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16, max-pooling between levels
+SMALLEST = 16  # smallest side in pixels; the last layers have a sixteenth of the resolution
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet, for pixels in [-1, 1]
 
 
 class Perceptual(nn.Module):
-    """LPIPS over the convolutions of VGG16; frozen."""
+    """Frozen LPIPS network on the convolutions of VGG16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Perceptual(nn.Module):
         self.requires_grad_(False)
 
     def load(self, files: Sequence[str]) -> Perceptual:
-        """Take the weights of these files, .safetensors or what torch.save wrote. Raises InputError for what lacks."""
+        """Load weights from .safetensors or torch.save files. Raises InputError if VGG16 weights are missing."""
         found: dict[str, Tensor] = {}
         for file in files:
             found |= _read(Path(file))

@@ -1,4 +1,4 @@
-"""The released Wan VAE through diffusers, from a local folder, with the calls that our own VAE has."""
+"""The released Wan VAE, through diffusers from a local folder, behind the interface of our own VAE."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sora_train.config.released import folder_of
 
 
 class ReleasedVae(nn.Module):
-    """`AutoencoderKLWan` with its per-channel latent normalisation. Frozen: nothing here is meant to be trained."""
+    """`AutoencoderKLWan` with its per-channel latent normalisation. For frozen use; it can't be trained here."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
@@ -28,18 +28,19 @@ class ReleasedVae(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def encode(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents of pixels in [-1, 1], each `(B, C, 1 + (T - 1) / 4, H / s, W / s)`."""
+        """Encode pixels in [-1, 1]: mean and log-variance of latents, each `(B, C, 1 + (T - 1) / 4, H / s, W / s)`."""
         posterior = self.vae.encode(video_BCTHW.to(self.vae.dtype)).latent_dist
         return posterior.mean, posterior.logvar
 
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
-        """Pixels `(B, 3, 1 + (T - 1) * 4, H * s, W * s)` in [-1, 1]."""
+        """Decode latents to pixels `(B, 3, 1 + (T - 1) * 4, H * s, W * s)` in [-1, 1]."""
         return self.vae.decode(latents_BCTHW.to(self.vae.dtype)).sample
 
     def encode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """`encode` of a video that comes in pieces of whole temporal strides, the first with one frame more.
+        """Encode a video piece by piece; yields the moments of each piece, equal to those of the whole video.
 
-        The same values as of the whole: as in diffusers' own `encode`, every convolution keeps the last frames it saw.
+        Pieces have a multiple of 4 frames, the first one more. As in diffusers' own `encode`, each convolution keeps
+        the last frames of its input for the next piece.
         """
         memory, begun, patch = _memory(self.vae.encoder), False, self.vae.config.patch_size
         for piece_BCTHW in pieces:
@@ -52,7 +53,7 @@ class ReleasedVae(nn.Module):
             yield posterior.mean, posterior.logvar
 
     def decode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """`decode` of latents that come in pieces of any length; the same values as of the whole."""
+        """Decode latents piece by piece, in pieces of any length; equal to decoding them as a whole."""
         memory, begun, patch = _memory(self.vae.decoder), False, self.vae.config.patch_size
         for piece_BCTHW in pieces:
             frames = []
@@ -63,14 +64,14 @@ class ReleasedVae(nn.Module):
             yield (out if patch is None else unpatchify(out, patch)).clamp(-1.0, 1.0)
 
     def normalise(self, latents_BCTHW: Tensor) -> Tensor:
-        """Latents with mean 0 and deviation 1 per channel, as the transformer was trained on."""
+        """Scale latents to mean 0 and standard deviation 1 per channel, as the transformer expects them."""
         return (latents_BCTHW - self.latents_mean) / self.latents_std
 
     def denormalise(self, latents_BCTHW: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
+        """Inverse of `normalise`."""
         return latents_BCTHW * self.latents_std + self.latents_mean
 
 
 def _memory(part: nn.Module) -> list[Any]:
-    """A place for what each causal convolution of an encoder or decoder keeps from one piece to the next."""
+    """Empty feature cache of diffusers: one entry for each causal convolution of an encoder or decoder."""
     return [None] * sum(isinstance(layer, WanCausalConv3d) for layer in part.modules())

@@ -1,7 +1,7 @@
-"""A function over videos in bounded memory: in space tile by tile, in time piece by piece.
+"""Application of a function to large videos in bounded memory: by tiles in space and by pieces in time.
 
-A tile is computed with `overlap` positions around it that are then cut off. Where these are at least as many as the
-function looks sideways, the result is that of the whole; with fewer it is near it.
+A tile is computed with a margin of `overlap` positions that is then cut off. If the margin is at least the function's
+receptive radius, the result equals that of the whole video; with a smaller one it is close to it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from torch import Tensor
 
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, size: int, overlap: int, scale: float) -> Tensor:
-    """`function` of `x`, whose last two dimensions are height and width; it scales them by `scale`.
+    """Apply a function tile by tile.
 
-    `size` and `overlap` are positions of x, and whole positions of the result: size, overlap and the sides times
-    scale are integers.
+    Args:
+        function: Scales the last two dimensions, height and width, by `scale`.
+        x: Its input.
+        size: Side of a tile in positions of `x`; `size * scale` is an integer.
+        overlap: Margin around a tile in positions of `x`; `overlap * scale` is an integer.
+        scale: Side of the output / side of the input.
+
+    Returns:
+        The outputs of all tiles, without their margins, put together.
     """
     height, width = x.shape[-2:]
     rows = []
@@ -33,13 +40,13 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, size: int, overlap: i
 
 
 def _around(start: int, size: int, overlap: int, end: int) -> tuple[int, int, int]:
-    """Positions before a tile that go along with it, and where it then begins and ends."""
+    """Size of the margin before a tile, and start and end of the tile with its margins."""
     first = max(0, start - overlap)
     return start - first, first, min(end, start + size + overlap)
 
 
 def in_time(x_BCTHW: Tensor, first: int, size: int) -> Iterator[Tensor]:
-    """The first frames, then `size` at a time."""
+    """Yield the first `first` frames, then pieces of `size` frames; the last may be shorter."""
     yield x_BCTHW[:, :, :first]
     for start in range(first, x_BCTHW.shape[2], size):
         yield x_BCTHW[:, :, start : start + size]

@@ -1,8 +1,8 @@
-"""Released Wan weights: a diffusers `WanTransformer3DModel` folder into our DiT, and our DiT into such a folder.
+"""Conversion between our DiT and diffusers' `WanTransformer3DModel` folders, in both directions.
 
-The two networks compute the same; names differ, and the shapes of three tensors: diffusers embeds patches by a
-convolution over (channel, time, height, width), ours by a matrix over (height, width, channel), and its modulation
-tables carry a leading one. No tensor is changed in value, so a round trip gives the same bits.
+The networks compute the same function. They differ in parameter names and in two kinds of shapes: diffusers embeds
+patches by a convolution over (channel, time, height, width), ours by a matrix over (height, width, channel); and its
+modulation tables have a leading dimension of one. Values aren't changed, so a round trip is bitwise.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sora_train.config.released import ROPE_THETA, folder_of
-from sora_train.config.schema import ModelConfig
+from sora_train.config.released import ADAPTERS, folder_of
 from sora_train.core.cli import InputError
+from sora_train.models.wan.lora import pairs
+from sora_train.models.wan.released import ROPE_THETA
+from sora_train.models.wan.settings import WanConfig
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_ENDS = {  # ours to diffusers'
+_ENDS = {  # our names to diffusers', outside of the blocks
     "patch_in": "patch_embedding",
     "text_in.0": "condition_embedder.text_embedder.linear_1",
     "text_in.2": "condition_embedder.text_embedder.linear_2",
@@ -49,7 +51,7 @@ _BLOCK = {
 
 
 def wan_name(name: str) -> str:
-    """What diffusers calls a parameter of our DiT. Raises KeyError for one that Wan doesn't have."""
+    """Name in diffusers of a parameter of our DiT. Raises KeyError for one that Wan doesn't have."""
     table, prefix, rest = _ENDS, "", name
     if name.startswith("blocks."):
         _, number, rest = name.split(".", 2)
@@ -63,7 +65,7 @@ def wan_name(name: str) -> str:
 def load_wan(dit: nn.Module, path: str | Path) -> None:
     """Copy the weights of a diffusers transformer (or of the one inside a pipeline folder) into our DiT.
 
-    Raises InputError that lists what is missing, left over or of another shape; nothing is half done silently.
+    Raises InputError that lists the tensors that are missing, superfluous or of another shape.
     """
     folder = folder_of(path, "transformer")
     wanted = {wan_name(name): (name, p) for name, p in dit.named_parameters()}
@@ -86,7 +88,7 @@ def load_wan(dit: nn.Module, path: str | Path) -> None:
             raise InputError(f"{folder} {what} {len(names)} tensor(s): {', '.join(names)}")
 
 
-def save_wan(weights: Mapping[str, Tensor], model: ModelConfig, text_width: int, folder: Path) -> None:
+def save_wan(weights: Mapping[str, Tensor], model: WanConfig, text_width: int, folder: Path) -> None:
     """Write the weights of a DiT as a folder that `WanTransformer3DModel.from_pretrained` loads.
 
     Raises InputError for a model with options that Wan doesn't have.
@@ -118,8 +120,24 @@ def save_wan(weights: Mapping[str, Tensor], model: ModelConfig, text_width: int,
     (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
 
 
-def require_wan(model: ModelConfig, form: str) -> None:
-    """Raise InputError for a model with options that Wan doesn't have; `form` is what was to be written."""
+def save_adapters(adapters: Mapping[str, Tensor], model: WanConfig, folder: Path) -> None:
+    """Write the adapters of a DiT as a file that diffusers' `load_lora_weights` and `load_lora_adapter` read.
+
+    The scale alpha / rank is multiplied into B, so that readers that ignore alpha apply the right scale too.
+    Raises InputError for a model with options that Wan doesn't have.
+    """
+    require_wan(model, "adapter")
+    factor = model.lora.alpha / model.lora.rank
+    theirs: dict[str, Tensor] = {}
+    for name, down, up in pairs(adapters):
+        layer = "transformer." + wan_name(f"{name}.weight").removesuffix(".weight")
+        theirs |= {f"{layer}.lora_A.weight": down.contiguous(), f"{layer}.lora_B.weight": up * factor}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(theirs, folder / ADAPTERS, metadata={"format": "pt"})
+
+
+def require_wan(model: WanConfig, form: str) -> None:
+    """Raise InputError for a model with options that Wan doesn't have; `form` is the export format for the message."""
     if model.rope_scaling != "none":
         raise InputError(f"format={form}: diffusers' Wan has no model.rope_scaling={model.rope_scaling}; train without")
     if model.absolute_positions or model.pooled_text or model.rope_theta != ROPE_THETA:
@@ -131,7 +149,7 @@ def require_wan(model: ModelConfig, form: str) -> None:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder, one file or many, one at a time: 14B doesn't fit into memory twice."""
+    """Yield the tensors of a folder (one file or several) one at a time, since 14B doesn't fit into memory twice."""
     for file in _files(folder):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
@@ -148,7 +166,7 @@ def _files(folder: Path) -> Iterable[Path]:
 
 
 def _their_shape(name: str, ours: torch.Size, theirs: torch.Size) -> tuple[int, ...]:
-    """The shape that diffusers' tensor must have; the patch of `patch_in` is read off theirs."""
+    """Expected shape of diffusers' tensor for ours; the patch of `patch_in` is taken from theirs."""
     if name == "patch_in.weight" and len(theirs) == 5:
         return ours[0], ours[1] // math.prod(theirs[2:]), *theirs[2:]
     return (1, *ours) if name.endswith("modulation") else tuple(ours)

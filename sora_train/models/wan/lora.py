@@ -1,28 +1,24 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): beside frozen linear layers, or added to their weights.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) of frozen linear layers.
 
-An adapted layer computes W x + alpha / rank B A x. A is random and B zero at the start, so that nothing is changed;
-A and B are all that is trained, kept in checkpoints, averaged and given away.
+An adapted layer computes W x + alpha / rank B A x. A starts random and B zero, so that the output is unchanged at
+first. Only A and B are trained, averaged (EMA), saved in checkpoints and exported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sora_train.config.schema import LoraConfig, ModelConfig
+from sora_train.config.schema import LoraConfig
 from sora_train.core.cli import InputError
-from sora_train.models.wan.convert import require_wan, wan_name
 
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"  # A and B, as peft names them in the network
-_FILE = "pytorch_lora_weights.safetensors"  # where diffusers and peft look
 
 
 def targeted(network: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Names of the linear layers that `targets` name by their ends, whole parts only (`q`, `self_attention.q`)."""
+    """Names of the linear layers whose dotted names end in one of `targets` (`q`, `self_attention.q`)."""
     ends = tuple(f".{target}" for target in targets)
     return [
         name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and f".{name}".endswith(ends)
@@ -30,9 +26,9 @@ def targeted(network: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def add_adapters(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
-    """Freeze `network` and put adapters into the layers of its part `dit`; A is drawn from the default generator.
+    """Freeze `network` and add adapters to the targeted layers of its submodule `dit`.
 
-    Raises InputError where peft isn't installed.
+    A is drawn from torch's default generator. Raises InputError if peft isn't installed.
     """
     try:
         from peft import LoraConfig as PeftConfig  # takes seconds to import
@@ -48,7 +44,7 @@ def add_adapters(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
 
 
 class Outline(nn.Module):
-    """Computes and keeps what peft's adapted layer does; for planning, where tensors have no memory."""
+    """Layer with the computation and memory of peft's adapted layer; for forecasts with fake tensors."""
 
     def __init__(self, base: nn.Linear, lora: LoraConfig) -> None:
         super().__init__()
@@ -57,12 +53,12 @@ class Outline(nn.Module):
         self.up = nn.Linear(lora.rank, base.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """W x + alpha / rank B A x."""
+        """Compute W x + alpha / rank B A x."""
         return self.base(x) + self.up(self.down(x)) * self.factor
 
 
 def add_outlines(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
-    """Freeze `network` and put outlines of adapters into the layers of its part `dit`."""
+    """Freeze `network` and replace the targeted layers of its submodule `dit` by `Outline`s."""
     network.requires_grad_(False)
     for name in targeted(dit, lora.targets):
         owner, _, part = name.rpartition(".")
@@ -70,31 +66,15 @@ def add_outlines(network: nn.Module, dit: nn.Module, lora: LoraConfig) -> None:
 
 
 def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
-    """Weights of the network without adapters that computes the same: each W becomes W + alpha / rank B A."""
+    """Merge adapters into the weights: each adapted W becomes W + alpha / rank B A."""
     merged = dict(weights)
-    for name, down, up in _pairs(adapters):
+    for name, down, up in pairs(adapters):
         merged[f"{name}.weight"] = torch.addmm(weights[f"{name}.weight"], up, down, alpha=lora.alpha / lora.rank)
     return merged
 
 
-def save_adapters(adapters: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
-    """Write the adapters of a DiT as a file that diffusers' `load_lora_weights` and `load_lora_adapter` read.
-
-    The factor alpha / rank is multiplied into B, so that it is 1 for every reader, whatever it knows of alpha.
-    Raises InputError for a model with options that Wan doesn't have.
-    """
-    require_wan(model, "adapter")
-    factor = model.lora.alpha / model.lora.rank
-    theirs: dict[str, Tensor] = {}
-    for name, down, up in _pairs(adapters):
-        layer = "transformer." + wan_name(f"{name}.weight").removesuffix(".weight")
-        theirs |= {f"{layer}.lora_A.weight": down.contiguous(), f"{layer}.lora_B.weight": up * factor}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(theirs, folder / _FILE, metadata={"format": "pt"})
-
-
-def _pairs(adapters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name of the adapted layer, A and B, of each adapter."""
+def pairs(adapters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the name of the adapted layer, A and B of each adapter."""
     for key, down in adapters.items():
         if key.endswith(_DOWN):
             name = key.removesuffix(_DOWN)

@@ -3,7 +3,7 @@
 Self-attention with 3-D RoPE and QK-RMSNorm, cross-attention to text, adaLN modulation from the timestep and a
 gelu-tanh MLP (Wan Team 2025, arXiv 2503.20314; Peebles and Xie 2022 for adaLN-zero; Chen et al. 2023, PixArt-alpha,
 for one modulation shared by all blocks plus a table per block). The modulation is computed once per distinct
-timestep and looked up per token. Single-device code: whatever splits it works from outside.
+timestep and looked up per token. This is single-device code; ZeRO and sequence parallelism are applied from outside.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sora_train.core.batch import Layout
+from sora_train.core.cost import Shapes
 from sora_train.models.layers.attention import host_lengths, packed_attention
 from sora_train.models.layers.fused import Gelu, gated_sum, modulated_norm, normed_heads
 from sora_train.models.layers.rope import PLACE_FEATURES, UNSCALED, Factors, place_features, rotations
+from sora_train.models.wan.settings import WanConfig
 
 
 class DiT(nn.Module):
     """Predicts the velocity of every latent patch of a pack.
 
-    `patch_features` is the number of values in one patch (frames x height x width x channels, channels last).
+    `patch_features` is the number of values in one patch (height x width x channels, channels last). The keyword
+    arguments are keys of `WanConfig` and described there.
     """
 
     def __init__(
@@ -76,9 +79,15 @@ class DiT(nn.Module):
         layout: Layout,
         clip_of_M: Tensor | None = None,
     ) -> Tensor:
-        """Velocity `(N, P)` of the noised patches `x_NP`; token n stands at timestep `t_M[t_of_N[n]]`.
+        """Predict the velocity `(N, P)` of noised patches.
 
-        With pooled text a timestep belongs to one clip, `clip_of_M`, and hears its caption.
+        Args:
+            x_NP: Noised patches of all clips end to end.
+            text_LE: Text embeddings of all captions end to end.
+            t_M: Distinct timesteps; that of token n is `t_M[t_of_N[n]]`.
+            t_of_N: Index into `t_M` of each token.
+            layout: Token grids, caption lengths, and this rank's part of the tokens.
+            clip_of_M: With `pooled_text`, the caption that each timestep's embedding is conditioned on.
         """
         x_ND, text_LD = self.patch_in(x_NP), self.text_in(text_LE)
         if self.place_in is not None:
@@ -97,7 +106,7 @@ class DiT(nn.Module):
         return self.out(x_ND, time_MD, t_of_N)
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
-        """A block, keeping for backward all it computed, its attention alone, or no more than its input."""
+        """Run a block with activation checkpointing: save everything, attention's output only, or the input only."""
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return block(*arguments)
         if self.activation_checkpointing == "block":
@@ -106,7 +115,7 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and MLP; the first and last are shifted, scaled and gated by the timestep."""
+    """Transformer block: self-attention, cross-attention and MLP; self-attention and MLP are modulated (adaLN)."""
 
     def __init__(
         self, width: int, heads: int, ffn: int, gate_init: float, eps: float, attention: str, mlp_chunk: int
@@ -129,7 +138,16 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         groups: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor:
-        """One block, `(N, D)` to `(N, D)`. `groups`: tokens of each clip, those that see each caption, its tokens."""
+        """Apply the block, `(N, D)` to `(N, D)`.
+
+        Args:
+            x_ND: Video tokens.
+            text_LD: Text tokens.
+            modulation_M6D: Shift, scale and gate of self-attention and of the MLP, for each distinct timestep.
+            t_of_N: Index of each token's timestep.
+            rope: Cosines and sines of the tokens' angles.
+            groups: On the host: tokens of each clip, tokens that attend to each caption, tokens of each caption.
+        """
         clips, queries, texts = groups
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (modulation_M6D + self.modulation).unbind(1)
         h_ND = modulated_norm(x_ND, shift, scale, t_of_N, self.eps)
@@ -139,16 +157,17 @@ class Block(nn.Module):
         return gated_sum(x_ND, self._mlp(h_ND), mlp_gate, t_of_N)
 
     def _mlp(self, h_ND: Tensor) -> Tensor:
-        """The MLP, on some tokens at a time where `mlp_chunk` is set: its inner values are the block's widest."""
+        """Apply the MLP, by chunks of tokens with `mlp_chunk`: its hidden activations are the block's largest."""
         if not 0 < self.mlp_chunk < len(h_ND):
             return self.mlp(h_ND)
         return torch.cat([checkpoint(self.mlp, part, use_reentrant=False) for part in h_ND.split(self.mlp_chunk)])
 
 
 class Attention(nn.Module):
-    """Multi-head attention between packed sequences, queries and keys normalised over the full width (RMSNorm).
+    """Multi-head attention between packed sequences, with RMSNorm of queries and keys over the full width.
 
-    `attend` is what turns queries, keys, values and the lengths of their groups into the output.
+    `attend` computes the output from queries, keys, values and the lengths of their groups; sequence parallelism
+    replaces it.
     """
 
     def __init__(self, width: int, heads: int, eps: float, backend: str) -> None:
@@ -166,7 +185,7 @@ class Attention(nn.Module):
         context_lengths: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attend from `x_ND` to `context_ND` group by group; `rope` turns queries and keys."""
+        """Attend from `x_ND` to `context_ND` within each group; `rope` rotates queries and keys."""
         q = self.q_norm(self.q(x_ND), self.heads, rope)
         k = self.k_norm(self.k(context_ND), self.heads, rope)
         v = self.v(context_ND).unflatten(-1, (self.heads, -1))
@@ -174,7 +193,7 @@ class Attention(nn.Module):
 
 
 class HeadsNorm(nn.Module):
-    """RMSNorm over the full width, then the split into heads and their rotation."""
+    """RMSNorm over the full width, followed by the split into heads and RoPE."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -182,12 +201,12 @@ class HeadsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_ND: Tensor, heads: int, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """`(N, D)` to `(N, K, d)`."""
+        """Normalise, split and rotate `(N, D)` to `(N, K, d)`."""
         return normed_heads(x_ND, self.weight, self.eps, heads, rope)
 
 
 class Head(nn.Module):
-    """The last modulated norm and the projection to patches, zero at the start."""
+    """Final modulated norm, and projection to patches, initialised with zeros."""
 
     def __init__(self, width: int, patch_features: int, eps: float) -> None:
         super().__init__()
@@ -198,26 +217,39 @@ class Head(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x_ND: Tensor, time_MD: Tensor, t_of_N: Tensor) -> Tensor:
-        """`(N, D)` to `(N, P)`."""
+        """Project `(N, D)` to `(N, P)`."""
         shift, scale = (time_MD.unsqueeze(1) + self.modulation).unbind(1)
         return self.project(modulated_norm(x_ND, shift, scale, t_of_N, self.eps))
 
 
 def _keep_attention() -> tuple[Any, Any]:
-    """Contexts for `checkpoint` that keep what attention returned: it costs most to compute and little to keep."""
+    """Contexts for `checkpoint` that save the output of attention: expensive to recompute, and small."""
     kept = [torch.ops.sora_train.packed_attention.default]
     return create_selective_checkpoint_contexts(kept)
 
 
 def pooled(text_LE: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """One vector for each caption, `(S, E)`: the mean over its tokens, normalised (or long captions would whisper)."""
+    """Mean text embedding of each caption, `(S, E)`, with LayerNorm: means over more tokens have smaller norms."""
     means = torch.stack([part.float().mean(0) for part in text_LE.split(lengths)])
     return F.layer_norm(means, means.shape[-1:]).type_as(text_LE)
 
 
 def timestep_embedding(t_M: Tensor, size: int) -> Tensor:
-    """Cosines then sines of 1000 t at geometric frequencies from 1 to 1/10000 (Vaswani et al. 2017), fp32."""
+    """Sinusoidal embedding `(M, size)` fp32: cosines, then sines of 1000 t at frequencies 1 to 1/10000.
+
+    Vaswani et al. 2017, section 3.5.
+    """
     half = size // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=t_M.device) / half)
     angles = 1000.0 * t_M.float().unsqueeze(1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def build_dit(config: WanConfig, shapes: Shapes) -> DiT:
+    """Build the transformer of a configuration, randomly initialised."""
+    m = config
+    return DiT(
+        shapes.patch_features, m.width, m.depth, m.heads, m.ffn, shapes.text_width, m.frequencies, m.rope_theta,
+        m.gate_init, m.absolute_positions, m.pooled_text, m.activation_checkpointing, m.mlp_chunk, m.attention,
+        rope_scaling=m.rope_scaling, rope_factors=(m.rope_factors[0], m.rope_factors[1], m.rope_factors[2]),
+    )  # fmt: skip

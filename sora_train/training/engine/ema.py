@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, sharded like the optimizer state it follows."""
+"""Exponential moving average (EMA) of the weights, sharded like the optimizer state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sora_train.training.engine.zero import Fragment
 
 
 class Ema:
-    """fp32 averages of this rank's fragments; early on it follows faster, with decay (1 + n) / (10 + n)."""
+    """fp32 averages of this rank's fragments; the decay of update n is at most n / (9 + n), for a fast start."""
 
     def __init__(self, fragments: list[Fragment], decay: float) -> None:
         self.decay, self.updates = decay, 0
@@ -17,7 +17,7 @@ class Ema:
         self._masters = [f.master for f in fragments]
 
     def update(self) -> None:
-        """Move towards the weights of the step that was just taken."""
+        """Update the averages with the current weights, after an optimizer step."""
         self.updates += 1
         decay = min(self.decay, self.updates / (9.0 + self.updates))
         if self.values:

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups and its schedule."""
+"""AdamW, its parameter groups and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sora_train.config.schema import OptimConfig
 
 
 def adamw(parts: Iterable[tuple[nn.Module, float]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over modules, each with a factor on its learning rate; only matrices decay.
+    """Build AdamW over modules, each with a factor on its learning rate.
 
-    What decays follows from the module a parameter belongs to (the weights of linear layers and convolutions), never
-    from a piece of its name. Every group carries `base_lr`, what the schedule multiplies.
+    Weight decay applies to the weights of linear layers and convolutions, found by module type and not by name. Every
+    parameter group has `base_lr`, which the schedule multiplies.
     """
     groups = []
     for module, scale in parts:
@@ -35,7 +35,7 @@ def adamw(parts: Iterable[tuple[nn.Module, float]], config: OptimConfig) -> torc
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """Factor on the learning rate at step 0 .. steps - 1: linear warm-up, flat, linear decay towards 0 at the end."""
+    """Learning rate factor at step 0 .. steps - 1: linear warm-up, constant, linear decay towards 0 at the end."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     decay = (steps - step) / max(1.0, steps * config.decay_fraction)
     return min(warmup, decay, 1.0)

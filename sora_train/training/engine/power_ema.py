@@ -1,9 +1,9 @@
-"""Several averages of the weights at once, and any other made of them after training (Karras et al. 2024).
+"""Power-function EMAs of several lengths, and post-hoc EMA: averages of other lengths from snapshots (Karras 2024).
 
-A *power-function* average weighs the weights of step tau by tau^gamma (arXiv 2312.02696, section 3.1): its memory grows
-with the run, so that its *length*, its relative width sigma_rel = deviation of the weighting / steps so far, stays the
-same. Snapshots of two lengths, taken along the run, span the average of any length close by: `combination` has the
-factors (appendix C). Where one length is kept and never read again, `training/ema.py` is enough.
+A power-function average weights the parameters of step tau by tau^gamma (Karras et al. 2024, arXiv 2312.02696, section
+3.1). Its window grows with the run: its *length* sigma_rel = standard deviation of the weighting / steps so far is
+constant. Snapshots of two lengths, taken along the run, approximate averages of other lengths by linear combination;
+`combination` computes the factors (appendix C). For one fixed decay, `engine/ema.py` is enough.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from sora_train.training.state.mirror import Mirror
 
 
 def gamma_of(length: float) -> float:
-    """The exponent of a relative length, in (0, 0.28) (algorithm 2 of the paper)."""
+    """Exponent gamma for a relative length in (0, 0.28) (algorithm 2 of the paper)."""
     # (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = length^2, solved for its largest root
     inverse = length**-2
     return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
 
 
 def kind_of(length: float) -> str:
-    """The name of an average in a checkpoint's pieces."""
+    """Kind under which a checkpoint stores the average of a length."""
     return f"ema-{length:g}"
 
 
 class PowerEmas:
-    """fp32 averages of this rank's fragments, one set per length; after the first step they are its weights."""
+    """fp32 averages of this rank's fragments, one set per length. After the first update they equal the weights."""
 
     def __init__(self, fragments: list[Fragment], lengths: Sequence[float]) -> None:
         self.lengths, self.updates = list(lengths), 0
@@ -47,7 +47,7 @@ class PowerEmas:
         self._exponents = [gamma_of(length) + 1.0 for length in lengths]
 
     def update(self) -> None:
-        """Move towards the weights of the step that was just taken."""
+        """Update the averages with the current weights, after an optimizer step."""
         self.updates += 1
         masters = [f.master for f in self._fragments]
         if not masters:
@@ -57,11 +57,11 @@ class PowerEmas:
             torch._foreach_lerp_(list(values.values()), masters, 1.0 - decay)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to know of them; nothing where there are none."""
+        """Lengths and number of updates, for state.json; empty without averages."""
         return {"ema_lengths": self.lengths, "ema_power_updates": self.updates} if self.lengths else {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Raises InputError where the checkpoint lacks a length: an average can't begin in the middle of a run."""
+        """Restore the number of updates. Raises InputError if the checkpoint lacks the average of a length."""
         saved = state.get("ema_lengths", [])
         if missing := sorted(set(self.lengths) - set(saved)):
             raise InputError(
@@ -73,9 +73,9 @@ class PowerEmas:
 
 
 class Snapshots:
-    """Copies of the averages along the run, in `run_dir/snapshots` in the form of a checkpoint; all ranks together.
+    """Snapshots of the averages along the run, in `run_dir/snapshots` in the format of a checkpoint.
 
-    At most `limit` are kept, evenly over the whole run (see `thinned`).
+    At most `limit` are kept, evenly over the whole run (see `thinned`). All methods are collective.
     """
 
     def __init__(self, run_dir: Path, emas: PowerEmas, every: int, limit: int, mirror: Mirror | None = None) -> None:
@@ -83,7 +83,7 @@ class Snapshots:
         self._checkpoints = Checkpoints(run_dir / "snapshots", sys.maxsize, mirror=mirror)
 
     def save(self, step: int, fragments: Sequence[Fragment], split: tuple[int, int] | None, shapes: Any) -> None:
-        """Copy now, write in the background, and drop what the one before made too many."""
+        """Start a snapshot, written in the background, and delete older ones so that at most `limit` remain."""
         self._checkpoints.wait()
         folder = self._checkpoints.folder
         if self._checkpoints.rank == 0:
@@ -97,21 +97,21 @@ class Snapshots:
         self._checkpoints.save(step, mine, {"step": step, "shapes": shapes, **self.emas.state()})
 
     def discard_after(self, step: int) -> None:
-        """Remove those of later steps."""
+        """Delete snapshots of steps after `step`."""
         self._checkpoints.wait()
         self._checkpoints.discard_after(step)
 
     def settle(self) -> None:
-        """Wait until the one under way is copied."""
+        """Wait until the tensors of the snapshot under way are copied."""
         self._checkpoints.settle()
 
     def wait(self, limit_s: float | None = None) -> bool:
-        """Wait for the one under way, at most so many seconds; whether it was written."""
+        """Wait for the snapshot under way, at most `limit_s` seconds; True if it was written."""
         return self._checkpoints.wait(limit_s)
 
 
 def thinned(steps: Sequence[int], every: int, limit: int) -> set[int]:
-    """At most `limit` of the steps: all multiples of the smallest `every` * 2^n that leaves few enough."""
+    """Choose at most `limit` of the steps: the multiples of the smallest `every` * 2^n that are few enough."""
     spacing = every
     while sum(step % spacing == 0 for step in steps) > limit:
         spacing *= 2
@@ -119,10 +119,18 @@ def thinned(steps: Sequence[int], every: int, limit: int) -> set[int]:
 
 
 def combination(snapshots: Sequence[tuple[float, float]], length: float, step: float) -> tuple[list[float], float]:
-    """Factors of snapshots (step, length) whose sum comes closest to the average of `length` at `step`, and its error.
+    """Compute the factors of a linear combination of snapshots that approximates an average.
 
-    Least squares over the weightings of the steps (appendix C of the paper). The error is the L2 distance between the
-    wanted weighting and the combined one, relative to the wanted one's norm.
+    Least squares over the weightings of steps (appendix C of the paper).
+
+    Args:
+        snapshots: (step, length) of each snapshot.
+        length: Length of the wanted average.
+        step: Step of the wanted average.
+
+    Returns:
+        A factor for each snapshot, and the error: L2 distance between the wanted and the combined weighting, relative
+        to the wanted one's norm.
     """
     steps = np.array([at for at, _ in snapshots], dtype=np.float64)
     gammas = np.array([gamma_of(each) for _, each in snapshots])
@@ -136,16 +144,20 @@ def combination(snapshots: Sequence[tuple[float, float]], length: float, step: f
 
 
 def _inner(steps_a: Any, gammas_a: Any, steps_b: Any, gammas_b: Any) -> Any:
-    """Integral of the product of two weightings (gamma + 1) tau^gamma / step^(gamma + 1) on [0, step]."""
+    """Integral of the product of two weightings, (gamma + 1) tau^gamma / step^(gamma + 1) on [0, step]."""
     ratio = steps_a / steps_b
     power = np.where(steps_a < steps_b, gammas_b, -gammas_a)
     return (gammas_a + 1) * (gammas_b + 1) * ratio**power / ((gammas_a + gammas_b + 1) * np.maximum(steps_a, steps_b))
 
 
 def combined(run_dir: Path, length: float) -> tuple[dict[str, Tensor], int, float]:
-    """The average of any length at the newest intact snapshot of a run: by parameter name; its step; its error.
+    """Approximate the average of any length from a run's snapshots, at the newest intact one.
 
-    Raises InputError for a length outside (0, 0.28), and without snapshots.
+    Returns:
+        Weights by parameter name, the step, and the relative error of the weighting (see `combination`).
+
+    Raises:
+        InputError: The length is outside (0, 0.28), or there are no snapshots.
     """
     if not 0.0 < length < 0.28:
         raise InputError(f"ema_length={length:g} must be in (0, 0.28); optim.ema_lengths has those that were kept")

@@ -1,14 +1,14 @@
-"""DeepSpeed ZeRO behind one class: the same calls, and the same view of the optimizer state, at every stage.
+"""DeepSpeed ZeRO behind one class, with the same interface to training and optimizer state at every stage.
 
-A *fragment* is the part of one parameter whose fp32 master and Adam moments this rank owns, as live 1-D views. EMA
-and checkpoints work on fragments, so they know neither stages nor partitions. The addresses used here were checked
-against DeepSpeed 0.19; `_check_fragments` compares them with the parameters at every start.
+A *fragment* is the part of one parameter whose fp32 master weights and Adam moments this rank owns, as live 1-D views.
+EMA and checkpoints work on fragments, and so don't depend on the ZeRO stage or on how it partitions. The DeepSpeed
+internals used here were checked against DeepSpeed 0.19; `_check_fragments` verifies them at every start.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,29 +19,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sora_train.config.schema import Precision
+from sora_train.config.schema import Config, Precision
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 _TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """What this rank owns of one parameter: elements start .. start + numel of it, flattened."""
+    """This rank's part of one flattened parameter: elements start .. start + numel."""
 
-    name: str
+    name: str  # NETWORK/PARAMETER
     start: int
-    master: Tensor  # fp32
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    master: Tensor  # fp32 master weights, 1-D
+    states: dict[str, Tensor]  # optimizer state by name (exp_avg, exp_avg_sq), 1-D
 
 
 def connect(world: World, rehearsal: bool = False) -> torch.device:
-    """Join the process group (gloo on CPU, nccl beside gloo on GPUs) and return this rank's device.
+    """Join the process group (gloo on CPUs, nccl and gloo on GPUs) and return this rank's device.
 
-    In a rehearsal the other ranks of `world` aren't there: collectives return at once and change nothing.
+    In a rehearsal (for forecasts) the other ranks of `world` don't exist: collectives return at once and change
+    nothing.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -60,7 +60,7 @@ def connect(world: World, rehearsal: bool = False) -> torch.device:
     elif world.launched:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
@@ -68,31 +68,68 @@ def connect(world: World, rehearsal: bool = False) -> torch.device:
 
 def disconnect() -> None:
     """Leave the process group, so that another run can follow in this process."""
-    deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
+    deepspeed.comm.destroy_process_group()  # torch's function would leave DeepSpeed with references to destroyed groups
+
+
+@dataclass
+class Pace:
+    """Parameters of an optimizer step; the same for every engine of a run."""
+
+    weight: float = 1.0  # loss weight over all ranks, by which summed losses are divided
+    lr_factor: float = 1.0  # factor on the learning rate of every parameter group
+    before_update: Callable[[], None] = lambda: None  # called before the weights change
+
+
+class OnItsWay:
+    """A number that is copied from the device asynchronously.
+
+    Reading it waits for work that was queued on the device before the copy, but not for work queued later.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.detach().to("cpu", non_blocking=True)  # into page-locked memory
+        self._arrived = torch.cuda.Event() if value.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> float:
+        """Wait for the copy and return the number."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value.item())
 
 
 class Engine:
-    """A network under ZeRO: call it, `backward`, `step`."""
+    """A network under ZeRO. A step is `passes` times a forward call and `backward`, then `step`.
+
+    `loss` is this rank's share of the last step's loss.
+
+    Args:
+        name: Name of the network, the prefix of its parameters' names.
+        network: The network.
+        optimizer: AdamW over its trained parameters.
+        passes: Backward passes per step.
+        config: Configuration of the run.
+        whole: Check that the ranks together hold every parameter; see `Engines`.
+    """
 
     def __init__(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.AdamW,
-        precision: Precision,
-        passes: int,
-        clip: float,
-        options: dict[str, Any],
-    ) -> None:
+        self, name: str, network: nn.Module, optimizer: torch.optim.AdamW, passes: int, config: Config,
+        whole: bool = True,
+    ) -> None:  # fmt: skip
+        options, precision = config.deepspeed, config.precision
+        self.pace, self.loss = Pace(), OnItsWay(torch.zeros(()))
         self.stage = int(options.get("zero_optimization", {}).get("stage", 0))
         self.passes, self._done = passes, 0
-        self.clip, self.optimizer, self.fp32 = clip, optimizer, precision is Precision.fp32
+        self.clip, self.optimizer, self.fp32 = config.optim.clip, optimizer, precision is Precision.fp32
+        clip = self.clip
         self.world = dist.get_world_size()
-        self.names: dict[Any, str] = {p: name for name, p in network.named_parameters() if p.requires_grad}
+        self.names: dict[Any, str] = {p: f"{name}/{key}" for key, p in network.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": passes,
-            "gradient_clipping": 0.0 if self.stage == 0 and self.fp32 else clip,  # there we clip
+            "gradient_clipping": 0.0 if self.stage == 0 and self.fp32 else clip,  # see _step_fp32
             "steps_per_print": 1 << 62,
             "bf16": {"enabled": not self.fp32},
             "zero_force_ds_cpu_optimizer": False,
@@ -105,37 +142,47 @@ class Engine:
         self._grad_norm: Tensor | float | None = 0.0
         self._create_moments()
         self.fragments = sorted(self._fragments(), key=lambda f: f.name)
-        self._check_fragments()
+        self._check_fragments(whole)
+        self._own_loss = torch.zeros((), dtype=torch.float64, device=next(iter(self.names)).device)
 
     def __call__(self, *arguments: Any) -> Any:
         return self.engine(*arguments)
 
-    def backward(self, loss_sum: Tensor, weight: float) -> None:
-        """Back-propagate a part of the step's loss: the gradients of all ranks and passes add up to sum / weight.
+    def backward(self, loss_sum: Tensor) -> None:
+        """Back-propagate a pack's summed loss, scaled so that all ranks and passes add up to the step's mean loss.
 
-        A loss that isn't finite makes every gradient NaN, also where its own would be finite, so that `step` sees it.
+        A non-finite loss makes all gradients NaN, even if they would be finite, so that `step` is skipped.
         """
+        weight = self.pace.weight
+        self._own_loss += loss_sum.detach() / weight
         scale = torch.where(torch.isfinite(loss_sum.detach()), self.world / weight, float("nan"))
         self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
         self._done += 1
         if self._done < self.passes:
-            self.engine.step()  # only tells DeepSpeed that the next pass of the same step comes
+            self.engine.step()  # at an accumulation boundary that isn't the last, DeepSpeed only counts the pass
 
-    def step(self, lr_factor: float) -> bool:
-        """Clip, update and clear; False if a gradient wasn't finite and nothing was changed (the same on all ranks)."""
+    def step(self) -> bool:
+        """Clip gradients, update the weights and clear the gradients.
+
+        Returns:
+            False if a gradient was non-finite and the update was skipped; the same on all ranks.
+        """
         self._done = 0
+        self.pace.before_update()
+        self.loss = OnItsWay(self._own_loss)  # queued before DeepSpeed's own wait for the gradient norm
+        self._own_loss = torch.zeros_like(self._own_loss)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor
+            group["lr"] = group["base_lr"] * self.pace.lr_factor
         if self.stage == 0 and self.fp32:
             return self._step_fp32()
         self.engine.step()
-        self._grad_norm = self.engine.get_global_grad_norm()  # may still be on the device; read when it is logged
+        self._grad_norm = self.engine.get_global_grad_norm()  # may be a device tensor; it is read only for logging
         return bool(self.engine.was_step_applied())
 
     def _step_fp32(self) -> bool:
-        """Without ZeRO in fp32 DeepSpeed would let a NaN into the weights, and doesn't keep the norm."""
+        """Step of stage 0 in fp32, for which DeepSpeed neither checks for NaN nor keeps the gradient norm."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
-        self._grad_norm = known = float(norm)  # the one wait for the device in such a step
+        self._grad_norm = known = float(norm)  # the only synchronisation with the device in such a step
         finite = known < float("inf")  # False for NaN too
         if finite:
             torch.nn.utils.clip_grads_with_norm_(list(self.names), self.clip, norm)
@@ -146,9 +193,9 @@ class Engine:
         return finite
 
     def fingerprint(self) -> Tensor:
-        """Two integers per parameter that change with any bit of the weights, to compare ranks by.
+        """Checksums of the weights, two integers per parameter, for comparing ranks.
 
-        Empty under ZeRO-3, where no rank holds what another one has.
+        Empty under ZeRO-3, where ranks hold different parts of the weights.
         """
         sums = []
         for p in self.names if self.stage < 3 else ():
@@ -158,7 +205,7 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping; 0 for a step without one. Waits for the device."""
+        """Global gradient norm of the last step before clipping; 0 if there is none. Waits for the device."""
         return 0.0 if self._grad_norm is None else float(self._grad_norm)
 
     @property
@@ -167,14 +214,14 @@ class Engine:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def set_optimizer_steps(self, count: int) -> None:
-        """Set Adam's own step counter after a load."""
+        """Set Adam's step counter, after a load."""
         for state in self._inner.state.values():
             state["step"] = torch.full_like(torch.as_tensor(state["step"]), count)
 
     @contextmanager
     def weights(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """Run with other weights (EMA): `values` holds them by fragment; all ranks together."""
-        shared = self.stage in (0, 3) and self.fp32  # forward uses the masters themselves
+        """Context in which the network has other weights (EMA), given by fragment name. Collective."""
+        shared = self.stage in (0, 3) and self.fp32  # the forward pass uses the master weights themselves
         kept = {f.name: f.master.clone() if shared else f.master for f in self.fragments}
         self.write_weights(values)
         try:
@@ -184,7 +231,7 @@ class Engine:
 
     @torch.no_grad()
     def write_weights(self, values: dict[str, Tensor]) -> None:
-        """Set the weights that forward uses from one fp32 tensor per fragment; all ranks together."""
+        """Set the weights of the forward pass from one fp32 tensor per fragment. Collective."""
         mine = {f.name: f for f in self.fragments}
         if self.stage == 3:
             self._write_partitions(values)
@@ -201,11 +248,11 @@ class Engine:
 
     def _write_partitions(self, values: dict[str, Tensor]) -> None:
         z = self.engine.optimizer
-        z.checkpoint_event_prologue()  # lets go of what is still gathered
+        z.checkpoint_event_prologue()  # releases gathered parameters
         for p, name in self.names.items():
             if name in values:
                 p.ds_tensor.data[: values[name].numel()].copy_(values[name])
-        z.checkpoint_event_epilogue()  # small parameters stay gathered between steps; gather them anew
+        z.checkpoint_event_epilogue()  # gathers small parameters again, which stay gathered between steps
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -213,22 +260,23 @@ class Engine:
         return z if z is self.optimizer else z.optimizer
 
     def _create_moments(self) -> None:
-        """Make Adam's state, so that a checkpoint has a place to be loaded to before the first step. In bf16 without
-        ZeRO DeepSpeed has made it by a step with gradients of zero, which counts in Adam's correction of young moments
-        (the first updates come out up to a quarter too small) and decays the weights: undo that.
+        """Create Adam's state before the first step, so that a checkpoint can be loaded into it.
+
+        At stage 0 in bf16, DeepSpeed creates it by a step with zero gradients. That step decays the weights and counts
+        in Adam's bias correction (which makes the first updates up to a quarter too small), so its effects are undone.
         """
         z, inner = self.engine.optimizer, self._inner
         for parameter in self.names if self.stage == 0 and not self.fp32 else ():
             self._master_of(parameter).data.copy_(parameter.data)
         for p in self._masters():
-            zeros = {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in _MOMENTS}
+            zeros = {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in MOMENTS}
             inner.state[p] |= {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
         if self.stage in (1, 2) and hasattr(z, "_lazy_init_hp_params_optimizer_state"):
             z._lazy_init_hp_params_optimizer_state()
 
     def _masters(self) -> list[Tensor]:
-        """The tensors that Adam itself works on."""
-        if self.stage == 3:  # its groups stand empty between steps
+        """The tensors that Adam updates."""
+        if self.stage == 3:  # DeepSpeed empties the optimizer's groups between steps
             return self.engine.optimizer.fp32_partitioned_groups_flat
         return [p for group in self._inner.param_groups for p in group["params"]]
 
@@ -241,10 +289,10 @@ class Engine:
             else:
                 master = p if self.fp32 else self._master_of(p)
                 state = self._inner.state[master]
-                yield Fragment(name, 0, master.data.view(-1), *(state[m].view(-1) for m in _MOMENTS))
+                yield Fragment(name, 0, master.data.view(-1), {m: state[m].view(-1) for m in MOMENTS})
 
     def _master_of(self, p: nn.Parameter) -> Tensor:
-        """The fp32 copy of a bf16 parameter without ZeRO."""
+        """The fp32 copy of a bf16 parameter at stage 0."""
         z = self.engine.optimizer
         for low, high in zip(z.fp16_groups, z.fp32_groups, strict=True):
             for mine, master in zip(low, high, strict=True):
@@ -259,8 +307,8 @@ class Engine:
         flats = getattr(z, "single_partition_of_fp32_groups", None) or z.fp32_groups_flat_partition
         flat, at = flats[place.param_group_index], place.hp_fragment_address
         state = self._inner.state[flat]
-        views = [t.data.narrow(0, at.start, at.numel) for t in (flat, *(state[m] for m in _MOMENTS))]
-        yield Fragment(name, place.lp_fragment_address.start, *views)
+        master, *states = (t.data.narrow(0, at.start, at.numel) for t in (flat, *(state[m] for m in MOMENTS)))
+        yield Fragment(name, place.lp_fragment_address.start, master, dict(zip(MOMENTS, states, strict=True)))
 
     def _partition_fragment(self, p: Any, name: str) -> Iterator[Fragment]:
         z = self.engine.optimizer
@@ -268,14 +316,17 @@ class Engine:
         numel = min(p.partition_numel(), p.ds_numel - start)  # the rest of the last partition is padding
         if numel <= 0:
             return
-        views = [
+        master, *states = (
             z._get_fp32_opt_state_partition(p, release_swap_buffers=True, optim_state_key=key)[0].data[:numel]
-            for key in (None, *_MOMENTS)
-        ]
-        yield Fragment(name, start, *views)
+            for key in (None, *MOMENTS)
+        )
+        yield Fragment(name, start, master, dict(zip(MOMENTS, states, strict=True)))
 
-    def _check_fragments(self) -> None:
-        """Each master must equal its slice of the parameter, and the fragments of all ranks must tile them all."""
+    def _check_fragments(self, whole: bool) -> None:
+        """Check that master weights equal their parts of the parameters, and, with `whole`, that they cover all.
+
+        Raises InputError if DeepSpeed's internals aren't as expected.
+        """
         params = {name: p for p, name in self.names.items()}
         covered = torch.zeros(len(params), dtype=torch.int64)
         order = {name: i for i, name in enumerate(sorted(params))}
@@ -292,6 +343,8 @@ class Engine:
                     "remove unusual keys under deepspeed.zero_optimization, or use DeepSpeed 0.19"
                 )
             covered[order[f.name]] += f.master.numel() if self.stage or dist.get_rank() == 0 else 0
+        if not whole:
+            return
         dist.all_reduce(covered)
         sizes = torch.tensor([torch.Size(self.shapes[name]).numel() for name in order])
         if not torch.equal(covered, sizes):

@@ -1,4 +1,4 @@
-"""Signals: a run that is told to stop finishes its step, saves and leaves with its own exit code."""
+"""Stop conditions of a run: signals, and too many samples that can't be used."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from types import FrameType
 from sora_train.core.cli import InputError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_WATCHED = 1000  # samples over which the share of bad ones is taken
+_WATCHED = 1000  # window, in samples, of the share of bad ones
 
 
 class Guard:
-    """Remembers that this process was told to stop; a second Ctrl-C stops it at once."""
+    """Records stop signals, so that the run can finish its step and save. A second Ctrl-C stops it at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -26,19 +26,19 @@ class Guard:
 
     @property
     def wants_stop(self) -> bool:
-        """Whether a signal came."""
+        """True once a stop signal was received."""
         return self.received is not None
 
 
 class BadShare:
-    """The share of refused samples among the last thousand, from counts that all ranks agree on."""
+    """Share of refused samples among the last thousand, from counts over all ranks."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self._recent: list[tuple[int, int]] = []
 
     def add(self, arrived: int, refused: int, causes: dict[str, int]) -> None:
-        """Count one step; raises InputError (on all ranks at the same step) when too many samples are bad."""
+        """Count a step. Raises InputError, on all ranks at the same step, if the share exceeds the limit."""
         self._recent.append((arrived, refused))
         while sum(a + r for a, r in self._recent[1:]) >= _WATCHED:
             self._recent.pop(0)

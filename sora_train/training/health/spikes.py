@@ -1,8 +1,8 @@
-"""Bad steps: those that were skipped because something wasn't finite, loss spikes, and weights that drift apart.
+"""Detection of bad steps: non-finite values, loss spikes, and weights that differ between ranks.
 
-A spike is a loss far above the median of the last losses, in units of their median absolute deviation (MAD; 1.4826 of
-it are one standard deviation of a normal distribution, Rousseeuw and Croux 1993), several steps in a row. Every rank
-judges the same all-reduced losses, so all come to the same verdict.
+A spike is a loss far above the median of the last losses, in units of their median absolute deviation (MAD; 1.4826 MAD
+is one standard deviation of a normal distribution, Rousseeuw and Croux 1993), for several consecutive steps. Every rank
+evaluates the same all-reduced losses, so all reach the same verdict.
 """
 
 from __future__ import annotations
@@ -19,53 +19,44 @@ from torch import Tensor
 
 from sora_train.config.schema import GuardConfig
 
-_FLOOR = 0.02  # of the median: the least deviation, so that a loss that hardly moves has no spikes
-_LEAST = 20  # losses before any can be a spike
+_FLOOR = 0.02  # lower bound of the deviation as a share of the median, so that a nearly constant loss has no spikes
+_LEAST = 20  # losses that must be known before one can count as a spike
 
 Position = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a run must go back: the first bad step, and the steps of the plan to leave out with their numbers."""
+    """Reason to go back to a checkpoint."""
 
     reason: str
-    first: int
-    guilty: tuple[tuple[int, Position], ...]
-
-
-class OnItsWay:
-    """A number that is being copied from the device behind the work already queued there.
-
-    Reading it waits until that work is done, and no longer: nothing that was queued later.
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value.detach().to("cpu", non_blocking=True)  # into page-locked memory
-        self._arrived = torch.cuda.Event() if value.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> float:
-        """The number, on the host."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return float(self._value.item())
+    first: int  # number of the first bad step
+    guilty: tuple[tuple[int, Position], ...]  # number and position of the steps to leave out
 
 
 class Health:
-    """Judges every step of a run from its loss; its memory rides in the checkpoint."""
+    """Judges every step of a run from its loss. Its state is saved in checkpoints."""
 
     def __init__(self, limits: GuardConfig) -> None:
         self.limits = limits
-        self.not_finite = self.high = 0  # bad steps in a row up to now
+        self.not_finite = self.high = 0  # consecutive bad steps so far
         self._losses: deque[float] = deque(maxlen=limits.spike_window)
         remembered = max(limits.max_bad_steps, limits.spike_steps) + limits.leave_out_before
         self._recent: deque[tuple[int, Position]] = deque(maxlen=remembered)
         self.own_loss = 0.0  # this rank's share of the last step's loss
 
     def judge(self, step: int, position: Position, own_loss: float, applied: bool) -> Verdict | None:
-        """Look at a step that was just taken; all ranks together. `own_loss` is this rank's share of its loss."""
+        """Judge a step that was just taken. Collective.
+
+        Args:
+            step: Number of the step.
+            position: Position of the step in the plan.
+            own_loss: This rank's share of the loss.
+            applied: False if the update was skipped.
+
+        Returns:
+            A verdict if a limit of `guard` is reached.
+        """
         self.own_loss = own_loss
         total = torch.tensor([own_loss], dtype=torch.float64)
         dist.all_reduce(total)
@@ -83,18 +74,18 @@ class Health:
         )
 
     def forget(self) -> None:
-        """Begin anew, after a verdict that nothing could be done about."""
+        """Clear all state, after a verdict without a checkpoint to go back to."""
         self.not_finite = self.high = 0
         self._losses.clear()
         self._recent.clear()
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must know to judge as an undisturbed one would."""
+        """State for the checkpoint, so that a resumed run reaches the same verdicts."""
         recent = [[step, list(position)] for step, position in self._recent]
         return {"not_finite": self.not_finite, "high": self.high, "losses": list(self._losses), "recent": recent}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint knows; one without (of an older version) begins anew."""
+        """Restore the state from a checkpoint; missing entries (of an older version) are empty."""
         self.forget()
         self.not_finite, self.high = state.get("not_finite", 0), state.get("high", 0)
         self._losses.extend(state.get("losses", []))
@@ -116,7 +107,7 @@ class Health:
 
 
 def differing_ranks(fingerprint: Tensor) -> list[int]:
-    """Ranks whose weights are not those of the majority (of the lowest rank in a tie); all ranks together."""
+    """Ranks whose fingerprint differs from the majority's (in a tie, from the lowest rank's). Collective."""
     if dist.get_world_size() == 1 or not fingerprint.numel():
         return []
     bounds = torch.cat((fingerprint, -fingerprint))

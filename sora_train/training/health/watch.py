@@ -1,9 +1,9 @@
-"""The hang watch: a rank that makes no progress ends the run, and every live rank leaves its stacks.
+"""Hang detection: a rank without progress ends the run, and every live rank writes its stack traces.
 
-Each rank watches itself with a thread. Where one rank hangs the others soon wait for it in a collective, so all of
-them run out of time together, write the stacks of all threads and the phase they are in to `logs/rank-N.stacks.txt`,
-end the ranks of their machine that can't end themselves, and exit with 1. The thread itself is watched by a timer
-of `faulthandler` that needs no GIL. The phases' times also name the slowest rank in the metrics.
+Each rank has a thread that watches its progress. If one rank hangs, the others soon wait for it in a collective, so all
+reach their time-out together. Each writes the stacks of its threads and its phase to `logs/rank-N.stacks.txt`, kills
+the ranks on its machine that can't exit themselves, and exits with 1. In case the main thread never releases the GIL, a
+timer of `faulthandler`, which needs no GIL, does the same. Phase times also identify the slowest rank in the metrics.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-OWN = ("data", "forward and backward")  # phases that show how fast a rank itself is
-_GRACE = 2.0  # seconds that the other ranks of this machine have to write their stacks before they are killed
+OWN = ("data", "forward and backward")  # phases whose time depends on the rank itself
+_GRACE = 2.0  # seconds for the other ranks of this machine to write their stacks before they are killed
 _log = logging.getLogger(__name__)
 
 
 class Watch:
-    """This rank's watch. Call `start` on all ranks together, `phase` at every change, `stop` at the end.
+    """Hang detection of this rank. Call `start` (collective), then `phase` at every change, and `stop` at the end.
 
-    tell: called with the reason before the process ends (to leave it in exit.json).
+    Args:
+        logs: Folder for the stacks.
+        timeout_s: Seconds that a phase may take.
+        slow_timeout_s: Seconds that a phase marked as slow may take.
+        tell: Called with the reason before the process exits, to write it to exit.json.
     """
 
     def __init__(self, logs: Path, timeout_s: float, slow_timeout_s: float, tell: Callable[[str], None]) -> None:
@@ -48,7 +52,7 @@ class Watch:
     _thread: threading.Thread | None
 
     def start(self) -> None:
-        """Begin to watch; all ranks together."""
+        """Start watching. Collective."""
         places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
         dist.all_gather_object(places, (socket.gethostname(), os.getpid()))
         self._peers = [pid for host, pid in places if host == socket.gethostname() and pid != os.getpid()]
@@ -56,12 +60,12 @@ class Watch:
         self._file = self.path.open("w")
         self.phase("start", slow=True)
         self._end.clear()
-        self._arm()  # now: the thread may never get the GIL
+        self._arm()  # here and not only in the thread, which may never get the GIL
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the watch."""
+        """Stop watching, and remove the stacks file if it is empty."""
         if self._thread is None or self._file is None:
             return
         self._end.set()
@@ -73,7 +77,7 @@ class Watch:
             self.path.unlink()
 
     def phase(self, name: str, slow: bool = False) -> None:
-        """Say what begins now. It may take the time-out, or the long one where it is slow by nature."""
+        """Enter a phase, which restarts the time-out; `slow` selects the long one."""
         now = time.monotonic()
         self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = name, now
@@ -81,21 +85,23 @@ class Watch:
 
     @property
     def doing(self) -> str:
-        """The phase that this rank is in, or was in when it failed."""
+        """The current phase, or the one in which this rank failed."""
         return self._phase
 
     @contextmanager
     def slow(self, name: str) -> Iterator[None]:
-        """Around a phase that is slow by nature."""
+        """Context of a phase with the long time-out; returns to the phase before."""
         before = self._phase
         self.phase(name, slow=True)
         yield
         self.phase(before)
 
     def stragglers(self) -> dict[str, float]:
-        """The rank that spent the most time on its own work since the last call, and by how much more than the median.
+        """Find the rank that spent most time in the phases `OWN` since the last call. Collective.
 
-        All ranks together. Ranks that wait for each other inside forward (ZeRO-3) look alike.
+        Returns:
+            `slowest_rank`, and `slowest_rank_lag`: its time / the median - 1. Under ZeRO-3 ranks wait for each other
+            in the forward pass, so their times are alike.
         """
         own = sum(self._spent.get(name, 0.0) for name in OWN)
         self._spent.clear()
@@ -106,7 +112,7 @@ class Watch:
         return {"slowest_rank": int(times.argmax()), "slowest_rank_lag": float(times.max()) / median - 1.0}
 
     def _arm(self) -> None:
-        """For a main thread that holds the GIL: the watch's thread then doesn't come back to put this off."""
+        """Restart the timer of faulthandler. It fires if the thread can't restart it again, for lack of the GIL."""
         assert self._file is not None
         faulthandler.dump_traceback_later(self._limit + 2 * self._pause, exit=True, file=self._file)
 

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress bar on a terminal, plain lines elsewhere, and every rank's log file."""
+"""Progress messages of a run: a progress bar on a terminal, plain lines elsewhere, and a log file for every rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 def setup_logging(run_dir: Path, rank: int) -> Path:
     """Send this process's `logging` (INFO and up) to `run_dir/logs/rank-N.log`, appending; return the file.
 
-    Warnings of rank 0 go to stderr too: they are for whoever watches. Calling it again replaces the earlier set-up.
+    Warnings of rank 0 go to stderr too. Calling it again replaces the earlier set-up.
     """
     path = run_dir / "logs" / f"rank-{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,14 +31,14 @@ def setup_logging(run_dir: Path, rank: int) -> Path:
 
 
 class Console:
-    """Progress of the run for people; silent on every rank but the main one, where `say` still goes to the log."""
+    """Progress of the run on standard output of the main rank, and in the log file of every rank."""
 
     def __init__(self, total_steps: int, is_main: bool, run_dir: Path, stream: TextIO | None = None) -> None:
         self._total = total_steps
         self._is_main = is_main
         self._stream = stream or sys.stdout
         self._log = logging.getLogger(f"sora_train.run.{run_dir.name}")
-        self._first: tuple[int, float] | None = None  # step and time of the first report: resuming costs no ETA
+        self._first: tuple[int, float] | None = None  # step and time of the first report since the start, for the ETA
         self._bar: Progress | None = None
         if is_main and self._stream.isatty():
             columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
@@ -47,7 +47,7 @@ class Console:
             self._bar.start()
 
     def step(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Report a logged step; reads loss, grad_norm, lr, tokens_per_s, data_wait, mfu (the last two are shares)."""
+        """Report a logged step: loss, grad_norm, lr, tokens_per_s, data_wait and mfu, those that are in `values`."""
         if not self._is_main:
             return
         text = f"{_figures(values)} eta {self._eta(step)}"
@@ -58,7 +58,7 @@ class Console:
             self._bar.update(self._task, completed=step, description=text)
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the progress bar if there is one, and log it."""
         self._log.info("%s", text)
         if not self._is_main:
             return
@@ -68,12 +68,12 @@ class Console:
             self._bar.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
-        """Take the bar down; the last state stays on the screen."""
+        """Stop the progress bar; its last state stays on the screen."""
         if self._bar is not None:
             self._bar.stop()
 
     def _print(self, text: str) -> None:
-        """A line for people; who reads may go away (a closed pipe, a full disk), and training goes on in the log."""
+        """Print a line. If standard output fails (closed pipe, full disk), training goes on with the log alone."""
         try:
             print(text, file=self._stream, flush=True)
         except (OSError, ValueError) as error:
@@ -91,7 +91,7 @@ class Console:
 
 
 def _figures(values: Mapping[str, float | int]) -> str:
-    """The known figures, in their order, each in a few characters; absent ones are left out."""
+    """Format the figures of a progress line; absent ones are left out."""
     formats = {
         "loss": lambda v: f"loss {v:.4f}",
         "grad_norm": lambda v: f"grad {v:.2f}",
@@ -104,7 +104,7 @@ def _figures(values: Mapping[str, float | int]) -> str:
 
 
 def short(value: float) -> str:
-    """A number in at most five characters: 7.1k, 2.35M."""
+    """Format a number in at most five characters: 7.1k, 2.35M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -112,7 +112,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as the two largest units: 6m12s, 3h05m, 2d04h."""
+    """Format seconds in the two largest units: 6m12s, 3h05m, 2d04h."""
     whole = max(0, round(seconds))
     minutes, hours, days = whole // 60, whole // 3600, whole // 86400
     if days:

@@ -1,4 +1,4 @@
-"""The figures of a run: loss by noise level, speed, waste and balance, gathered between two logged steps."""
+"""Metrics of a run (loss by noise level and task, speed, MFU, packing), accumulated between two logged steps."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from sora_train.config.schema import TASKS
 from sora_train.core.batch import Pack
 from sora_train.core.cost import AdapterCost, Cost, Geometry
+from sora_train.core.loss import LEVELS, Loss
 
 PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
     "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "B200": 2250.0, "GB200": 2250.0, "A100": 312.0, "L40S": 362.0,
@@ -23,7 +24,7 @@ PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
 
 
 def peak_flops(device: torch.device, setting_tflops: float | None) -> float:
-    """What one rank's device can do at most, FLOP/s: as set, as published for the GPU, or measured on a CPU."""
+    """Peak FLOP/s of one rank's device, for MFU: configured, published for the GPU (else NaN), or measured on a CPU."""
     if setting_tflops is not None:
         return setting_tflops * 1e12
     if device.type == "cuda":
@@ -39,26 +40,35 @@ def peak_flops(device: torch.device, setting_tflops: float | None) -> float:
 
 @dataclass
 class Totals:
-    """Counters since the start of the run; they ride in the checkpoint."""
+    """Counters since the start of the run, saved in checkpoints."""
 
     samples: int = 0
     tokens: int = 0
     skipped_samples: int = 0
     skipped_steps: int = 0
-    productive_s: float = 0.0
-    wall_s: float = 0.0
+    productive_s: float = 0.0  # seconds of training steps, without waiting for data
+    wall_s: float = 0.0  # seconds in all
 
 
 class Meter:
-    """Adds up between two logged steps; one all-reduce when they are read."""
+    """Accumulates metrics on the device and the host; they are reduced over ranks when they are read.
+
+    Args:
+        geometry: Pixels per token.
+        cost: FLOPs of training.
+        device: Device of the losses.
+        peak: Peak FLOP/s of a rank's device.
+        capacity: Largest number of tokens in a step, over all ranks.
+        sharing: Degree of sequence parallelism; so many ranks share the work of a pack and all count it.
+    """
 
     def __init__(
         self, geometry: Geometry, cost: Cost | AdapterCost, device: torch.device, peak: float, capacity: int,
         sharing: int = 1,
     ) -> None:  # fmt: skip
         self.geometry, self.cost, self.device, self.peak = geometry, cost, device, peak
-        self.capacity = capacity  # tokens that one step could hold
-        self.sharing = sharing  # ranks that share the work on a pack, and all count it
+        self.capacity = capacity
+        self.sharing = sharing
         self.totals = Totals()
         self._flops = self._step_flops = self._tokens = self._steps = 0
         self._data_wait = 0.0
@@ -69,15 +79,15 @@ class Meter:
         self.start()
 
     def restore(self, totals: dict[str, Any]) -> None:
-        """Take over the counters of a checkpoint."""
+        """Restore the counters from a checkpoint."""
         self.totals = Totals(**totals)
 
     def tokens(self, pack: Pack) -> int:
-        """Tokens of a pack's clips."""
+        """Number of tokens of a pack."""
         return sum(self.geometry.tokens(*clip.visit.size) for clip in pack.clips)
 
     def about(self, sizes: Sequence[tuple[int, int, int]]) -> str:
-        """A pack in a few words, from the sizes of its clips."""
+        """Describe a pack for messages, from the sizes (frames, height, width) of its clips."""
         if not sizes:
             return "an empty pack"
         tokens = [self.geometry.tokens(*size) for size in sizes]
@@ -86,26 +96,27 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """Context in which time counts as waiting for data."""
         start = time.monotonic()
         yield
         self._data_wait += time.monotonic() - start
 
-    def add(self, pack: Pack, loss: Any, weight: float) -> None:
-        """Count a pack and its loss (its share of the step's mean; everything stays on the device)."""
-        lengths = [self.geometry.tokens(*clip.visit.size) for clip in pack.clips]
-        flops = self.cost.training(lengths, loss.texts if pack.clips else None) // self.sharing
-        self._flops += flops
-        self._step_flops += flops
-        self._tokens += sum(lengths)
-        self._loss = self._loss + loss.sum.detach().double() / weight
-        if loss.level_sum is not None:
-            self._levels = self._levels + torch.stack((loss.level_sum, loss.level_weight)).double()
-        if loss.by_task is not None:
-            self._tasks = self._tasks + loss.by_task.double()
+    def add(self, losses: Sequence[tuple[Pack, Loss]], weight: float) -> None:
+        """Count packs and their losses. `weight` is the step's loss weight; losses stay on the device."""
+        for pack, loss in losses:
+            lengths = [self.geometry.tokens(*clip.visit.size) for clip in pack.clips]
+            flops = self.cost.training(lengths, loss.texts if pack.clips else None) // self.sharing
+            self._flops += flops
+            self._step_flops += flops
+            self._tokens += sum(lengths)
+            self._loss = self._loss + loss.sum.detach().double() / weight
+            if loss.level_sum is not None and loss.level_weight is not None:
+                self._levels = self._levels + torch.stack((loss.level_sum, loss.level_weight)).double()
+            if loss.by_task is not None:
+                self._tasks = self._tasks + loss.by_task.double()
 
     def step_done(self, samples: int, tokens: int, refused: int, applied: bool) -> None:
-        """Close a step; samples, tokens and refusals are those of all ranks."""
+        """Finish a step. Samples, tokens and refused samples are sums over all ranks."""
         self._steps += 1
         self.totals.samples += samples
         self.totals.tokens += tokens
@@ -115,7 +126,7 @@ class Meter:
         self.totals.skipped_steps += not applied
 
     def read(self) -> dict[str, float]:
-        """The figures since the last read, the same on every rank; all ranks together."""
+        """Compute the metrics since the last read, the same on every rank. Collective; waits for the device."""
         seconds = time.monotonic() - self._started
         loads = torch.tensor(self._step_loads, dtype=torch.float64)
         peak_loads = loads.clone()
@@ -159,7 +170,7 @@ class Meter:
 
     @contextmanager
     def overhead(self) -> Iterator[None]:
-        """Around what is not training: validation, samples, checkpoints. Not counted in speed, counted in goodput."""
+        """Context of work that isn't training (validation, samples, checkpoints): lowers goodput, but not speed."""
         start = time.monotonic()
         yield
         spent = time.monotonic() - start
@@ -167,12 +178,12 @@ class Meter:
         self._started += spent
 
     def start(self) -> None:
-        """Begin an interval."""
+        """Start an interval: clear everything but the totals."""
         self._started = time.monotonic()
         self._tokens = self._steps = 0
         self._flops = self._step_flops = 0
         self._data_wait = 0.0
         self._step_loads = []
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._levels = torch.zeros(2, 10, dtype=torch.float64, device=self.device)
+        self._levels = torch.zeros(2, LEVELS, dtype=torch.float64, device=self.device)
         self._tasks = torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.device)

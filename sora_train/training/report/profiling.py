@@ -1,6 +1,6 @@
-"""Traces of chosen steps by torch's profiler, and snapshots of a GPU's memory; one file per rank.
+"""Profiler traces of chosen steps, and snapshots of GPU memory; one file per rank.
 
-Traces are opened in Perfetto or chrome://tracing, snapshots at https://pytorch.org/memory_viz.
+Open traces in Perfetto or chrome://tracing, and snapshots at https://pytorch.org/memory_viz.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 log = logging.getLogger(__name__)
 
-_ENTRIES = 100_000  # allocations that are remembered; each takes a few kilobytes of host memory
+_ENTRIES = 100_000  # recorded allocations; each takes a few kilobytes of host memory
 
 
 def record_memory() -> None:
-    """From now on remember which line made each allocation on the GPU (about 2 microseconds each, says torch)."""
+    """Record the stack of every GPU allocation from now on. Costs about 2 microseconds each, according to torch."""
     if torch.cuda.is_available():
         torch.cuda.memory._record_memory_history(max_entries=_ENTRIES, stacks="python")
     else:
@@ -25,18 +25,18 @@ def record_memory() -> None:
 
 
 def dump_memory(path: Path) -> str:
-    """Write what is on this rank's GPU; returns the path, or "" where that fails too."""
+    """Write a snapshot of this rank's GPU memory. Returns the path, or "" if it can't be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
-    except (OSError, RuntimeError, MemoryError) as error:  # the run already fails, for a better reason
+    except (OSError, RuntimeError, MemoryError) as error:  # must not replace the error that ended the run
         log.warning("the memory snapshot %s can't be written: %s", path, error)
         return ""
     return str(path)
 
 
 class StepProfile:
-    """Records the steps from the first to the last one chosen (both counted from 1); of none where none are chosen."""
+    """Traces steps `steps[0]` to `steps[1]` (counted from 1, both included); nothing for an empty list."""
 
     def __init__(self, run_dir: Path, rank: int, steps: list[int]) -> None:
         self.first, self.last = steps or (0, 0)
@@ -45,8 +45,8 @@ class StepProfile:
         self._phase: record_function | None = None
 
     def before(self, step: int) -> None:
-        """Call as a step begins."""
-        if step != self.first or self._running is not None:  # a rollback may come by a second time
+        """Start the trace before the first chosen step."""
+        if step != self.first or self._running is not None:  # after a rollback the step is taken a second time
             return
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
@@ -55,7 +55,7 @@ class StepProfile:
         self._running.start()
 
     def phase(self, name: str) -> None:
-        """Call when a phase of a step begins; it stands in the trace by its name."""
+        """Mark the beginning of a named phase in the trace."""
         if self._running is not None:
             self._end_phase()
             self._phase = record_function(name)
@@ -67,13 +67,13 @@ class StepProfile:
             self._phase = None
 
     def after(self, step: int) -> None:
-        """Call when a step is done; the last one's end writes the trace."""
+        """End a step; after the last chosen one, write the trace."""
         self._end_phase()
         if step >= self.last:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded, also where the run ends early."""
+        """Write the trace recorded so far, if any; also if the run ends early."""
         if self._running is None:
             return
         self._end_phase()

@@ -1,7 +1,7 @@
-"""Figures for Prometheus: a port that it reads, or a file for the node exporter's textfile collector.
+"""Metrics for Prometheus: over an HTTP port, or in a file for the node exporter's textfile collector.
 
-Names are `sora_train_` and the figure's name; `loss_by_noise/0.7` becomes a label. A scrape of the port also gives the
-age of the last checkpoint at that moment.
+Metric names are prefixed by `sora_train_`; the 0.7 of `loss_by_noise/0.7` becomes a label. A scrape also returns the
+age of the last checkpoint.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _LABELLED = re.compile(r"(\w+)/([\w.]+)$")
 
 
 class PrometheusWriter:
-    """The last figures of a run as gauges. With `port` 0 they go to `run_dir/metrics.prom`.
+    """Exports the last metrics of a run as gauges; with `port` 0 to the file `run_dir/metrics.prom`.
 
-    Raises OSError if the port is taken.
+    Raises OSError if the port is in use.
     """
 
     def __init__(self, run_dir: Path, port: int) -> None:
@@ -32,13 +32,13 @@ class PrometheusWriter:
         self._server = start_http_server(port, registry=self.registry)[0] if port else None
 
     def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Take over one step's figures."""
+        """Update the gauges with the metrics of a step."""
         self.values |= {**values, "step": step}
         if self.file is not None:
-            write_to_textfile(str(self.file), self.registry)  # by rename
+            write_to_textfile(str(self.file), self.registry)  # atomic
 
     def videos(self, step: int, paths: Mapping[str, Path]) -> None:
-        """Prometheus shows no videos."""
+        """Do nothing, as Prometheus has no videos."""
 
     def close(self) -> None:
         """Close the port."""
@@ -52,7 +52,7 @@ class _Gauges(Collector):
         self.writer = writer
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The figures of now, a family for each name."""
+        """Yield the current gauges, one family for each metric name."""
         run, families = self.writer.run_dir.name, dict[str, GaugeMetricFamily]()
         figures = {**self.writer.values, **_checkpoint_age(self.writer.run_dir)}
         for key, value in sorted(figures.items()):

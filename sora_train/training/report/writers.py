@@ -1,7 +1,7 @@
-"""Where figures and sample videos go: metrics.jsonl always; TensorBoard, wandb and Prometheus if asked for.
+"""Writers of metrics and sample videos: metrics.jsonl always; TensorBoard, wandb and Prometheus if configured.
 
-metrics.jsonl is the record that tests, reports and comparisons read, so a run that was stopped and resumed must leave
-the same file as one that was not. The others are for people; whatever happens to them, training goes on.
+Tests, reports and comparisons read metrics.jsonl, so a run that was stopped and resumed must leave the same file as one
+that was not. A failure of any other writer doesn't affect training.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import av
 from PIL import Image
 
+from sora_train.core.lines import cut_after
+
 log = logging.getLogger(__name__)
 
 KNOWN = ("jsonl", "tensorboard", "wandb", "prometheus")
@@ -27,11 +29,11 @@ KNOWN = ("jsonl", "tensorboard", "wandb", "prometheus")
 _GIF_SIDE = 160  # pixels: longer side of the animated images in TensorBoard
 _GIF_FRAMES = 40
 _WANDB_START_SECONDS = 30.0
-_WANDB_GRACE_SECONDS = 10.0  # in which wandb must notice by itself that its time is over
+_WANDB_GRACE_SECONDS = 10.0  # beyond wandb's own time limit, before we stop waiting for it
 
 
 class Writer(Protocol):
-    """One place figures go to."""
+    """A destination of metrics and videos."""
 
     def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
         """Write one step's figures."""
@@ -44,14 +46,24 @@ class Writer(Protocol):
 
 
 class Writers:
-    """Every writer of a run; made on rank 0 only.
+    """All writers of a run; created on rank 0 only. A writer that fails is dropped with a warning.
 
-    names: of `KNOWN`; metrics.jsonl is written even if it is not named. config: resolved, secrets masked. steps: of the
-    whole run. resume_step: the step the run goes on from, 0 for a new one; later lines of metrics.jsonl are cut off.
-    group and tags: of the wandb run; the group is the folder that the run folder lies in where it isn't given.
-    prometheus_port: 0 writes run_dir/metrics.prom instead. wandb_finish_s: what its uploads may take at the end.
-    A writer that cannot start, or fails later, is left out with one warning.
-    Raises ValueError for an unknown name, OSError if metrics.jsonl cannot be opened.
+    Args:
+        run_dir: Run folder.
+        run_id: Identity of the run, with which wandb resumes it.
+        config: Resolved configuration, secrets masked.
+        names: Names of writers, of `KNOWN`; metrics.jsonl is written even if it is not named.
+        steps: Steps of the whole run.
+        project: Project of the wandb run.
+        resume_step: Step from which the run resumes, 0 for a new one; later lines of metrics.jsonl are removed.
+        group: Group of the wandb run; empty: the name of the folder that holds the run folder.
+        tags: Tags of the wandb run.
+        prometheus_port: HTTP port for Prometheus; 0 writes run_dir/metrics.prom instead.
+        wandb_finish_s: Seconds that wandb's uploads may take at the end.
+
+    Raises:
+        ValueError: A name is unknown.
+        OSError: metrics.jsonl can't be opened.
     """
 
     def __init__(
@@ -83,11 +95,11 @@ class Writers:
             self._start("prometheus", lambda: _prometheus(run_dir, prometheus_port))
 
     def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Log one step's figures; each call is on disk in metrics.jsonl when it returns."""
+        """Log the metrics of a step; when it returns, metrics.jsonl is flushed to the file system."""
         self._each(lambda writer: writer.scalars(step, values))
 
     def videos(self, step: int, paths: Mapping[str, Path]) -> None:
-        """Log sample videos: {caption or name: mp4 file}. metrics.jsonl does not hold them."""
+        """Log sample videos, {caption or name: mp4 file}; not to metrics.jsonl."""
         self._each(lambda writer: writer.videos(step, paths))
 
     def close(self) -> None:
@@ -98,7 +110,7 @@ class Writers:
     def _start(self, name: str, make: Callable[[], Writer]) -> None:
         try:
             self._writers[name] = make()
-        except Exception as error:  # whatever a dashboard raises, it is no reason not to train
+        except Exception as error:  # of any kind: a dashboard must not keep a run from training
             hint = "install it" if isinstance(error, ImportError) else f"see the cause, or leave {name} out"
             log.warning("%s does not start, training goes on without it: %s (%s)", name, _line(error), hint)
 
@@ -114,12 +126,11 @@ class Writers:
 class _Lines:
     """metrics.jsonl: one strict JSON object per logged step, "step" first.
 
-    JSON has no NaN and no infinity: they are the strings "nan", "inf" and "-inf", which Python's float() reads back.
+    NaN and infinity, which JSON doesn't have, become the strings "nan", "inf" and "-inf", which float() parses.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        if path.exists():
-            _cut(path, resume_step or -1)  # a new run keeps nothing, not even a line of step 0
+        cut_after(path, resume_step or -1)  # a new run removes all lines, that of step 0 too
         self._file = path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
@@ -128,28 +139,10 @@ class _Lines:
         self._file.flush()
 
     def videos(self, step: int, paths: Mapping[str, Path]) -> None:
-        return None  # they lie in samples/
+        return None  # the files stay in samples/
 
     def close(self) -> None:
         self._file.close()
-
-
-def _cut(path: Path, last_step: int) -> None:
-    """Leave only whole lines up to `last_step`; the old file stays until the new one is complete."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-        except (ValueError, KeyError, TypeError):
-            step = math.inf  # torn by a kill or a full disk
-        if step <= last_step:
-            kept.append(line)
-    new = path.with_suffix(".jsonl.new")
-    with new.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def _strict(value: float | int) -> float | int | str:
@@ -158,7 +151,7 @@ def _strict(value: float | int) -> float | int | str:
 
 
 class _TensorBoard:
-    """Event files; a resumed run hides what the stopped one wrote after its last checkpoint."""
+    """TensorBoard event files; a resumed run hides events after the checkpoint (`purge_step`)."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -185,7 +178,7 @@ class _TensorBoard:
 
 
 def _gif(path: Path) -> tuple[bytes, int, int]:
-    """A small animated GIF of a video file, and its width and height."""
+    """Convert a video file to a small animated GIF; returns its bytes, width and height."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         milliseconds = round(1000 / float(stream.average_rate or 8))
@@ -202,7 +195,7 @@ def _gif(path: Path) -> tuple[bytes, int, int]:
 
 
 class _Wandb:
-    """A wandb run that a resumed run goes on with: its id is the run's own. Never asks for anything."""
+    """A wandb run with the id of our run, so that a resumed run continues it. Never prompts for a login."""
 
     def __init__(
         self, run_dir: Path, run_id: str, config: dict[str, Any], project: str, group: str, tags: Sequence[str],
@@ -244,9 +237,9 @@ class _Wandb:
         self._run.log({"samples": self._table(columns=["step", "prompt", "video"], data=rows), "step": step})
 
     def close(self) -> None:
-        """Wait for the uploads, but not for ever: a cut network must not keep a run that is done, or told to stop.
+        """Wait for the uploads, for a limited time, so that a lost network doesn't keep the process from ending.
 
-        wandb has a time limit of its own; the thread is for a wandb that doesn't answer at all.
+        wandb has a time limit of its own; the thread is for the case that wandb ignores it.
         """
         raised: list[Exception] = []
 
@@ -275,9 +268,9 @@ def _prometheus(run_dir: Path, port: int) -> Writer:
 
 
 def wandb_mode() -> Any:
-    """ "online", "offline" or "disabled": what WANDB_MODE says, else online only where a key is found.
+    """Mode for wandb: WANDB_MODE if it is offline or disabled, else online if there is a key, else offline.
 
-    A key is WANDB_API_KEY or a netrc entry for the wandb server; without one wandb would ask for it.
+    A key is WANDB_API_KEY or a netrc entry for the wandb server; without one wandb would prompt for it.
     """
     said = os.environ.get("WANDB_MODE", "")
     if said in ("offline", "disabled"):
@@ -293,5 +286,5 @@ def wandb_mode() -> Any:
 
 
 def _line(error: BaseException) -> str:
-    """An error as one line."""
+    """Format an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

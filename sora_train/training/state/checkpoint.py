@@ -1,15 +1,15 @@
-"""Checkpoints that fit any cluster: tensors by parameter name, JSON, hashed, published by one rename.
+"""Checkpoints that load at any number of ranks and any ZeRO stage: safetensors by parameter name, and JSON.
 
     checkpoints/step-00001000/
-        rank-0.safetensors ...   this rank's pieces: `KIND/PARAMETER`, KIND = master, exp_avg, exp_avg_sq, ema, ...
+        rank-0.safetensors ...   tensors of a rank: `KIND/NETWORK/PARAMETER`, KIND = master, exp_avg, ema, ...
         state.json               step, position, counters, shapes
-        manifest.json            size and SHA-256 of every file and of itself, where every piece begins; written last
+        manifest.json            size and SHA-256 of every file and of itself, offset of every tensor; written last
 
-Written in the background from a copy, and what lies in host memory is copied in the background too: nothing of it
-changes before the next optimizer step, which waits for the copy (`settle`). A folder counts only if its manifest is
-there and every byte agrees; the newest that counts on every rank is loaded, at any number of ranks and any ZeRO stage.
-There is no pointer file to be wrong, and nothing on disk is ever unpickled. A little longer than most files, as writing
-and reading share one form.
+A checkpoint is written in the background from a copy, into a temporary folder that is renamed when it is complete.
+Tensors in host memory are copied in the background too: they don't change before the next optimizer step, which waits
+for the copy (`settle`). A folder is valid only if its manifest exists and all checksums agree. The newest that is valid
+on every rank is loaded; there is no file that points to it, and nothing is unpickled. Longer than most files, because
+writing and reading share the format.
 """
 
 from __future__ import annotations
@@ -45,11 +45,10 @@ from sora_train.training.state.files import (
 )
 from sora_train.training.state.mirror import Mirror
 
-KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-_SPARE = 16 << 20  # bytes that must stay free beside a checkpoint: JSON, logs, what others write meanwhile
+_SPARE = 16 << 20  # bytes that must stay free in addition to a checkpoint: for JSON, logs and other writers
 _log = logging.getLogger(__name__)
 
-Pieces = dict[str, tuple[int, Tensor]]  # KIND/PARAMETER: first element, values
+Pieces = dict[str, tuple[int, Tensor]]  # by KIND/NETWORK/PARAMETER: offset in the flattened parameter, values
 
 
 def pieces(
@@ -58,18 +57,33 @@ def pieces(
     split: tuple[int, int] | None,
     more: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Pieces:
-    """What this rank saves; `more` are further averages by kind. For `split` see `shares`."""
-    own = {kind: {f.name: getattr(f, kind) for f in fragments} for kind in KINDS[:-1]}
+    """Tensors that this rank saves: master weights, optimizer state and averages.
+
+    Args:
+        fragments: This rank's fragments.
+        ema: Averages by fragment name.
+        split: See `shares`.
+        more: Further averages, by kind and fragment name.
+    """
+    own: dict[str, dict[str, Tensor]] = {"master": {f.name: f.master for f in fragments}}
+    for f in fragments:
+        for kind, values in f.states.items():
+            own.setdefault(kind, {})[f.name] = values
     return shares(fragments, {**own, "ema": ema, **(more or {})}, split)
 
 
 def shares(
     fragments: Sequence[Fragment], kinds: Mapping[str, Mapping[str, Tensor]], split: tuple[int, int] | None
 ) -> Pieces:
-    """Kinds of tensors by parameter; `split` (rank, ranks) shares them out where every rank holds them whole."""
+    """Collect tensors by `KIND/NETWORK/PARAMETER`.
+
+    `split` = (rank, ranks) takes this rank's equal share of each, for stage 0, where every rank holds all of them.
+    """
     mine: Pieces = {}
     for f in fragments:
         for kind, tensors in kinds.items():
+            if f.name not in tensors:  # the network has no average
+                continue
             values = tensors[f.name]
             start, stop = 0, values.numel()
             if split is not None:
@@ -80,34 +94,34 @@ def shares(
 
 
 class Checkpoints:
-    """The checkpoint folder of a run. All methods are called by all ranks together."""
+    """The checkpoint folder of a run. All methods are collective."""
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0, mirror: Mirror | None = None) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.mirror = mirror  # the main rank's, if any
-        self.failed = 0  # saves that could not be written
+        self.mirror = mirror  # on the main rank, if configured
+        self.failed = 0  # number of saves that could not be written
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        # the writer thread's own, so that it can't mix with the loop's; None once another rank is gone
+        # the writer thread has a group of its own, as collectives of two threads must not mix; None after a failure
         self._group: Any = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._staging: dict[str, Tensor] = {}  # copies of the last save, overwritten by the next
-        self._copied = threading.Event()  # whether the save under way needs the live tensors no more
+        self._copied = threading.Event()  # set when the save under way no longer needs the live tensors
         self._copied.set()
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".tmp-*"):  # of a save that was killed
+            for leftover in folder.glob(".tmp-*"):  # left by a save that was killed
                 shutil.rmtree(leftover)
         dist.barrier()
 
     def save(self, step: int, mine: Pieces, state: dict[str, Any]) -> None:
-        """Copy and write in the background: `mine` must not change before `settle` returns.
+        """Copy and write in the background. `mine` must not change before `settle` returns.
 
-        Waits for the save before this one; a failed save is logged, not fatal.
+        Waits for the previous save. A save that fails is logged and counted, and training goes on.
         """
         self.wait()
         if any(values.is_cuda for _, values in mine.values()):
-            mine = self._stage(mine)  # now, behind what the device has queued
+            mine = self._stage(mine)  # in this thread, to be ordered after the work queued on the device
             torch.cuda.synchronize()
         else:
             self._copied.clear()
@@ -115,11 +129,11 @@ class Checkpoints:
         self._thread.start()
 
     def settle(self) -> None:
-        """Wait until the save under way has its copy: from then on the tensors may change."""
+        """Wait until the save under way has copied its tensors, after which they may change."""
         self._copied.wait()
 
     def wait(self, limit_s: float | None = None) -> bool:
-        """Wait for the save under way, at most so many seconds; whether it succeeded."""
+        """Wait for the save under way, at most `limit_s` seconds. Returns True if it succeeded."""
         if self._thread is not None:
             self._thread.join(limit_s)
             if self._thread.is_alive():
@@ -129,9 +143,9 @@ class Checkpoints:
         return failure is None
 
     def newest(self, before: int | None = None) -> Path | None:
-        """The newest checkpoint (of a step below `before`) that is intact in the eyes of every rank; None without any.
+        """Find the newest checkpoint, of a step below `before`, that is intact on every rank; None without any.
 
-        Raises InputError if there are checkpoints but every one is damaged.
+        Raises InputError if there are checkpoints but all are damaged.
         """
         found = [p for p in _folders(self.folder) if before is None or p.name < f"step-{before:08d}"]
         for path in reversed(found):
@@ -150,7 +164,7 @@ class Checkpoints:
         return None
 
     def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: they hold what a rollback undoes."""
+        """Delete the checkpoints of steps after `step`, for a rollback."""
         if self.rank == 0:
             for path in _folders(self.folder):
                 if path.name > f"step-{step:08d}":
@@ -160,7 +174,7 @@ class Checkpoints:
         dist.barrier(group=self._group)
 
     def _stage(self, mine: Pieces) -> Pieces:
-        """A copy in host memory that is kept and used again, page-locked where it comes from a GPU."""
+        """Copy tensors to host memory (page-locked if from a GPU). The buffers are reused by the next save."""
         staged: Pieces = {}
         for key, (start, values) in mine.items():
             kept = self._staging.get(key)
@@ -170,13 +184,13 @@ class Checkpoints:
         return staged
 
     def _write(self, step: int, mine: Pieces, state: dict[str, Any]) -> None:
-        """The writer thread; whatever happens in it, the save counts as failed unless it was published."""
+        """Body of the writer thread. A save that isn't published counts as failed."""
         try:
             self._write_together(step, mine, state)
-        except Exception as error:  # of a collective: another rank is gone, and this one will soon notice elsewhere too
+        except Exception as error:  # a collective failed: another rank is gone, and the loop will soon fail too
             self._fail(step, f"rank {self.rank}: {error}")
             group, self._group = self._group, None
-            if group is not None:  # so that the others' writers, which may wait for this one, fail as well and let go
+            if group is not None:  # so that writers of other ranks, which may wait for this one, fail too
                 dist.destroy_process_group(group)
 
     def _write_together(self, step: int, mine: Pieces, state: dict[str, Any]) -> None:
@@ -190,10 +204,10 @@ class Checkpoints:
                 staged = mine if self._copied.is_set() else self._stage(mine)
             finally:
                 self._copied.set()
-                self._check_space(mine)  # a collective: also where this rank had no memory for the copy
+                self._check_space(mine)  # collective, so it must run even if the copy failed on this rank
             temporary.mkdir(parents=True, exist_ok=True)
             record = _write_pieces(temporary / f"rank-{self.rank}.safetensors", staged)
-        except Exception as error:  # reported to all ranks below: a rank that stays silent would hang the others
+        except Exception as error:  # reported to all ranks by the collective below, which would hang without this rank
             record = {"error": f"rank {self.rank}: {error}"}
         records: list[dict[str, Any]] = [{}] * self.ranks
         dist.all_gather_object(records, record, group=self._group)
@@ -201,7 +215,7 @@ class Checkpoints:
         if not errors and self.rank == 0:
             try:
                 self._publish(temporary, step, records, state)
-            except Exception as error:  # same
+            except Exception as error:  # reported to all ranks below
                 errors = [f"rank 0: {error}"]
         outcome = [errors]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
@@ -216,8 +230,21 @@ class Checkpoints:
             "checkpoint of step %d not written: %s; training goes on, older checkpoints are untouched", step, reason
         )
 
+    def require_room(self, mine: Pieces) -> None:
+        """Check at the start that a checkpoint fits on the disk. Raises InputError on all ranks if not."""
+        try:
+            self._check_space(mine)
+            lacking = ""
+        except OSError as error:
+            lacking = str(error)
+        everyone = [""] * self.ranks
+        dist.all_gather_object(everyone, lacking, group=self._group)
+        if any(everyone):
+            lacking = max(everyone, key=len)
+            raise InputError(f"no room for a checkpoint: {lacking}; make room, or choose another run_dir")
+
     def _check_space(self, mine: Pieces) -> None:
-        """Raise OSError where the whole checkpoint will not fit; all ranks together."""
+        """Raise OSError if the checkpoint of all ranks doesn't fit on the disk. Collective."""
         total = torch.tensor([sum(values.nbytes for _, values in mine.values())], dtype=torch.int64)
         dist.all_reduce(total, group=self._group)
         needed, free = int(total.item()) + _SPARE, shutil.disk_usage(self.folder).free
@@ -231,27 +258,27 @@ class Checkpoints:
         write_json(temporary / "manifest.json", manifest | {"sha256": digest_of(manifest)})
         sync_folder(temporary)
         final = self.folder / f"step-{step:08d}"
-        if os.path.lexists(final):  # damaged, or it would have been loaded
+        if os.path.lexists(final):  # it is damaged, or the run would have resumed from it
             remove_folder(final)
         temporary.rename(final)
         sync_folder(self.folder)
         older = [path.name for path in _folders(self.folder) if path.name <= final.name]
-        for old in surplus(older, self.keep, self.keep_every):  # a newer one is damaged and doesn't count as kept
-            if not (self.mirror and self.mirror.busy == self.folder / old):  # it goes after the next save
+        for old in surplus(older, self.keep, self.keep_every):  # newer ones are damaged, and don't count towards `keep`
+            if not (self.mirror and self.mirror.busy == self.folder / old):  # being uploaded; deleted by the next save
                 remove_folder(self.folder / old)
         if self.mirror:
             self.mirror.offer(final)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint."""
+    """Read the state.json of a checkpoint."""
     return json.loads((path / "state.json").read_text())
 
 
 def load_into(path: Path, targets: Pieces) -> None:
-    """Fill every target (first element, 1-D tensor) from the pieces of a verified checkpoint.
+    """Fill target tensors (by name: offset, 1-D tensor) from a verified checkpoint, however it was partitioned.
 
-    Raises InputError if a target isn't covered: another model, or other parameter names.
+    Raises InputError if the checkpoint doesn't cover a target, e.g. because the model has other parameters.
     """
     manifest = json.loads((path / "manifest.json").read_text())
     where: dict[str, list[tuple[int, int, str]]] = {}
@@ -272,16 +299,30 @@ def load_into(path: Path, targets: Pieces) -> None:
                 )
 
 
-def load_full(path: Path, kind: str) -> dict[str, Tensor]:
-    """Whole tensors of one kind by parameter name, for export and for sampling outside a run."""
-    shapes = read_state(path)["shapes"]
+def kinds_of(path: Path, network: str | None = None) -> list[str]:
+    """Kinds of tensors (ema, exp_avg, master, ...) that a checkpoint has of a network (default: the first), sorted."""
+    files = json.loads((path / "manifest.json").read_text())["files"].values()
+    keys = [key.split("/") for record in files for key in record.get("pieces", {})]
+    wanted = network or networks_of(path)[0]
+    return sorted({kind for kind, of, *_ in keys if of == wanted})
+
+
+def networks_of(path: Path) -> list[str]:
+    """Names of the trained networks of a checkpoint, the run's main one first."""
+    return list(dict.fromkeys(name.split("/", 1)[0] for name in read_state(path)["shapes"]))
+
+
+def load_full(path: Path, kind: str, network: str | None = None) -> dict[str, Tensor]:
+    """Load the full tensors of a kind by parameter name, of a network (default: the first), for use outside a run."""
+    prefix = f"{network or networks_of(path)[0]}/"
+    shapes = {name: shape for name, shape in read_state(path)["shapes"].items() if name.startswith(prefix)}
     full = {name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
     load_into(path, {f"{kind}/{name}": (0, values) for name, values in full.items()})
-    return {name: values.view(shapes[name]) for name, values in full.items()}
+    return {name.removeprefix(prefix): values.view(shapes[name]) for name, values in full.items()}
 
 
 def latest_intact(folder: Path) -> Path:
-    """The newest intact checkpoint of a run, looked for by one process. Raises InputError if there is none."""
+    """Find the newest intact checkpoint in a folder, in a single process. Raises InputError if there is none."""
     for path in reversed(_folders(folder)):
         if verify(path) is None:
             return path
@@ -289,13 +330,16 @@ def latest_intact(folder: Path) -> Path:
 
 
 def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None. Each of several ranks hashes its share of the files."""
+    """Verify a checkpoint. Returns a description of the damage, or None if it is intact.
+
+    With several ranks each checks the hashes of its share of the files.
+    """
     try:
         manifest = read_manifest(path)
         for number, (name, record) in enumerate(sorted(manifest["files"].items())):
             check_file(path / name, record, hashed=number % ranks == rank)
             if "pieces" in record:
-                with safe_open(path / name, "pt") as tensors:  # whatever its name says, only safetensors are read
+                with safe_open(path / name, "pt") as tensors:  # safetensors, whatever the file's extension
                     if set(tensors.keys()) != set(record["pieces"]):
                         return f"{name} doesn't hold the tensors that manifest.json names"
     except Damage as damage:
@@ -306,7 +350,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
 
 
 class _Files:
-    """The safetensors files of a checkpoint, opened on first use."""
+    """Context manager of a checkpoint's safetensors files, which are opened on first use."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -334,5 +378,5 @@ def _write_pieces(path: Path, staged: Pieces) -> dict[str, Any]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, oldest first; anything else that lies there isn't looked at."""
+    """Checkpoint folders of a run, intact or not, oldest first. Other entries are ignored."""
     return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())

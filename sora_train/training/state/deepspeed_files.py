@@ -1,13 +1,13 @@
-"""Reads what DeepSpeed's own `engine.save_checkpoint` wrote: fp32 weights and Adam's moments, whole, by parameter name.
+"""Reader of checkpoints written by DeepSpeed's own `engine.save_checkpoint`: full fp32 weights and Adam's moments.
 
-    FOLDER/latest                                          the tag of the newest
-    FOLDER/TAG/*mp_rank_00_model_states.pt                 steps, and under ZeRO-3 names and shapes in their order
+    FOLDER/latest                                          tag of the newest checkpoint
+    FOLDER/TAG/*mp_rank_00_model_states.pt                 step counts, names and shapes of parameters in order
     FOLDER/TAG/*zero_pp_rank_N_mp_rank_00_optim_states.pt  rank N's part of weights and moments, ZeRO 1 to 3
-    FOLDER/TAG/zero/NAME/fp32.pt, exp_avg.pt, ...          a universal checkpoint instead (ds_to_universal.py)
+    FOLDER/TAG/zero/NAME/fp32.pt, exp_avg.pt, ...          instead, in a universal checkpoint (ds_to_universal.py)
 
-The files are pickles. torch's restricted unpickler reads them, with plain stand-ins for DeepSpeed's classes, so that
-nothing in them is ever called; a file that holds anything else is refused. The layouts were read in, and checked
-against, DeepSpeed 0.19. Tensor, pipeline and expert parallelism aren't known here.
+The files are pickles. They are read by torch's restricted unpickler, with plain stand-ins for DeepSpeed's classes, so
+that no code in them is executed; a file with anything else is refused. The layouts are those of DeepSpeed 0.19. Tensor,
+pipeline and expert parallelism aren't supported.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from torch import Tensor
 
 from sora_train.core.cli import InputError
 
-KINDS = {"master": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # ours: DeepSpeed's
+KINDS = {"master": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # our names to DeepSpeed's
 
 
 class _Record:
-    """Takes the fields of an object of DeepSpeed's, and nothing else of it."""
+    """Stand-in for DeepSpeed's classes: has the fields of an unpickled object and no behaviour."""
 
 
 class _Stage(int):
-    """Stands in for DeepSpeed's enumeration of stages, whose members early Python 3.11 pickles by name."""
+    """Stand-in for DeepSpeed's enumeration of stages, whose members early Python 3.11 pickles by name."""
 
     NAMES = ("disabled", "optimizer_states", "gradients", "weights")
 
 
 def _member(owner: Any, name: str) -> _Stage:
-    """What getattr may do in a checkpoint's files: find a stage by its name."""
+    """Restricted getattr for unpickling: looks up a ZeRO stage by name, and refuses everything else."""
     if owner is not _Stage or name not in _Stage.NAMES:
         raise pickle.UnpicklingError(f"GLOBAL getattr of {name!r}")
     return _Stage(_Stage.NAMES.index(name))
@@ -57,18 +57,18 @@ _ALLOWED: Sequence[tuple[Any, str]] = (
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint of DeepSpeed's. `tensors` has, by kind of ours and parameter, fp32 tensors in their full shapes."""
+    """Contents of a DeepSpeed checkpoint."""
 
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    steps: int  # optimizer steps, those included that were skipped
-    applied: int  # those that changed the weights
+    tensors: Mapping[str, Mapping[str, Tensor]]  # full fp32 tensors by our kind, then by parameter name
+    steps: int  # optimizer steps, including skipped ones
+    applied: int  # optimizer steps that changed the weights
     ranks: int
-    stage: int  # 0: universal
+    stage: int  # ZeRO stage; 0 for a universal checkpoint
     version: str
 
 
 def read(folder: Path, tag: str | None = None) -> Saved:
-    """Read the checkpoint of a tag, the newest by default. Raises InputError with one line for anything unfit."""
+    """Read the checkpoint of a tag, by default the newest. Raises InputError if it can't be read."""
     place = _tagged(folder, tag)
     models = _numbered(place, "*mp_rank_*_model_states.pt")
     if not models:
@@ -88,7 +88,7 @@ def read(folder: Path, tag: str | None = None) -> Saved:
 
 
 def _of_ranks(place: Path, model: dict[str, Any]) -> tuple[dict[str, dict[str, Tensor]], int, int]:
-    """Tensors, number of ranks and stage from the files of all ranks."""
+    """Read the files of all ranks: tensors by kind and parameter, number of ranks, ZeRO stage."""
     files = _numbered(place, "*zero_pp_rank_*_mp_rank_00_optim_states.pt")
     if not files:
         raise InputError(f"{place} holds no *_optim_states.pt: it was saved without ZeRO, whose moments have no names")
@@ -112,7 +112,7 @@ def _of_ranks(place: Path, model: dict[str, Any]) -> tuple[dict[str, dict[str, T
 
 
 def _places(part: dict[str, Any]) -> Iterator[tuple[str, int, int, int]]:
-    """Stages 1 and 2: parameter, group, start and length in the rank's flat tensor of the group."""
+    """Yield parameter, group, offset and length in a rank's flat tensor of the group, for stages 1 and 2."""
     for group, named in enumerate(part["param_slice_mappings"]):
         for name, address in named.items():
             yield name, group, int(address.start), int(address.numel)
@@ -121,7 +121,10 @@ def _places(part: dict[str, Any]) -> Iterator[tuple[str, int, int, int]]:
 def _places_3(
     part: dict[str, Any], model: dict[str, Any], rank: int, ranks: int
 ) -> Iterator[tuple[str, int, int, int]]:
-    """Stage 3: every rank holds an equal part of each parameter, the last of them padded."""
+    """Yield the same as `_places` for stage 3, where every rank has an equal part of each parameter, padded at the end.
+
+    Lengths exclude the padding.
+    """
     if len(model["param_shapes"]) != len(part["fp32_flat_groups"]):
         raise InputError("its files differ in their parameter groups; make a universal checkpoint of it")
     for group, named in enumerate(model["param_shapes"]):
@@ -133,7 +136,7 @@ def _places_3(
 
 
 def _flats(part: dict[str, Any], stage: int, group: int) -> dict[str, Tensor]:
-    """A rank's flat tensors of a group, by kind of ours."""
+    """A rank's flat tensors of a group, by our kind."""
     if stage == 3:
         flat, state = part["fp32_flat_groups"][group], part["optimizer_state_dict"]["state"].get(group, {})
     else:
@@ -144,7 +147,7 @@ def _flats(part: dict[str, Any], stage: int, group: int) -> dict[str, Tensor]:
 
 
 def _universal(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """A folder per parameter, with a file per kind."""
+    """Read a universal checkpoint: a folder per parameter, with a file per kind."""
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
     for path in sorted(folder.iterdir()):
         for kind, file in KINDS.items():
@@ -171,7 +174,7 @@ def _tagged(folder: Path, tag: str | None) -> Path:
 
 
 def _numbered(place: Path, pattern: str) -> list[Path]:
-    """Files by the rank in their names: rank 10's comes after rank 9's."""
+    """Files sorted by the numbers in their names, so that rank 10 comes after rank 9."""
     return sorted(place.glob(pattern), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 
 

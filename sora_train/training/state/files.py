@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are whole or not there, and their checksums."""
+"""Files of a checkpoint: manifest, checksums, retention, and durable writes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-VERSION = 2  # of the manifest; 1 had no checksum of itself
+VERSION = 2  # of the manifest; version 1 had no checksum of itself
 
 
 class Damage(Exception):
-    """What is wrong with a checkpoint."""
+    """A checkpoint is damaged; the message says how."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest.json of a checkpoint, true to its own checksum. Raises Damage, OSError, ValueError, KeyError."""
+    """Read and verify the manifest.json of a checkpoint. Raises Damage, OSError, ValueError or KeyError."""
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     own = manifest.pop("sha256", None)
     if manifest["version"] not in (1, VERSION):
@@ -34,7 +34,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_file(path: Path, record: dict[str, Any], hashed: bool = True) -> None:
-    """Raise Damage where a file isn't what the manifest records of it; OSError where it can't be read."""
+    """Compare a file's size, and with `hashed` its SHA-256, to its manifest entry. Raises Damage or OSError."""
     if path.stat().st_size != record["size"]:
         raise Damage(f"{path.name} has {path.stat().st_size} bytes instead of {record['size']}")
     if hashed and sha256(path) != record["sha256"]:
@@ -42,17 +42,20 @@ def check_file(path: Path, record: dict[str, Any], hashed: bool = True) -> None:
 
 
 def surplus(names: Sequence[str], keep: int, keep_every: int) -> list[str]:
-    """Which of these checkpoints, oldest first, needn't be kept: not of the newest, nor of a step that stays."""
+    """Select the checkpoints to delete: all but the newest `keep` and those that `keep_every` keeps for ever.
+
+    `names` are sorted, oldest first.
+    """
     return [name for name in names[:-keep] if not stays(name, keep_every)]
 
 
 def stays(name: str, keep_every: int) -> bool:
-    """Whether a checkpoint is kept for ever: its step is a multiple of `keep_every` (0: none is)."""
+    """True if a checkpoint is kept for ever: its step is a multiple of `keep_every`, which isn't 0."""
     return keep_every > 0 and int(name.removeprefix("step-")) % keep_every == 0
 
 
 def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
-    """Write JSON through to the disk; returns its size and SHA-256."""
+    """Write a JSON file and sync it to disk; returns its size and SHA-256."""
     with path.open("w") as file:
         json.dump(value, file, indent=1)
         file.flush()
@@ -61,7 +64,7 @@ def write_json(path: Path, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest_of(value: dict[str, Any]) -> str:
-    """SHA-256 of JSON values, whatever the order of their keys."""
+    """SHA-256 of JSON values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -72,9 +75,9 @@ def sha256(path: Path) -> str:
 
 
 def remove_folder(path: Path) -> None:
-    """Take a folder away in one rename first, so that a kill leaves no half of it under its name.
+    """Delete a folder. It is renamed first, so that a kill leaves no partly deleted folder under its name.
 
-    What isn't a folder (a link, a file that somebody put there) just goes.
+    A link or a file at the path is deleted directly.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink()
@@ -86,7 +89,7 @@ def remove_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk know the names in a folder."""
+    """Sync the entries of a folder to disk (fsync), so that renames in it are durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

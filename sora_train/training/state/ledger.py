@@ -1,6 +1,7 @@
-"""What was consumed: one line per step and rank, written before the step; what was refused, skipped or left out.
+"""Record of the data that a run consumed: one line per step and rank, and samples refused, skipped or left out.
 
-A replay of a step takes the refusals of the first attempt from here, so that a time-out then isn't a clip now.
+Lines are written before their step. When a step is repeated after a resume, the refusals of the first attempt are taken
+from here, so that a clip that timed out then is left out again.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sora_train.core.batch import Refusal
+from sora_train.core.lines import cut_after, entries, entries_after
 
 _log = logging.getLogger(__name__)
 
 
 class Ledger:
-    """This rank's file under `ledger/`, and the run's quarantine list."""
+    """This rank's file in `ledger/`, and the lists of refused, skipped and left-out samples of the run."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self.folder, self.quarantine = run_dir / "ledger", run_dir / "quarantine.jsonl"
@@ -43,7 +44,7 @@ class Ledger:
             )
 
     def refused_before(self, refused: Sequence[Refusal]) -> None:
-        """Record once, as step 0, what was refused before any step: by the index."""
+        """Record samples that the index refused, as step 0, once per run."""
         if not self.quarantine.exists():
             for r in refused:
                 self._note(
@@ -51,49 +52,39 @@ class Ledger:
                 )
 
     def write_skipped(self, step: int, position: Sequence[int], samples: Sequence[int], loss: float) -> None:
-        """Record this rank's samples in a step that was not finite, and its share of the loss."""
+        """Record this rank's samples and share of the loss in a step that was skipped as non-finite."""
         place = {"step": step, "position": list(position), "rank": self.rank}
         self._note(self.skipped, {**place, "loss": str(loss), "samples": list(samples)})
 
     def write_left_out(self, step: int, back_to: int, reason: str, positions: Sequence[Sequence[int]]) -> None:
-        """Record a rollback: found after `step`, back to which checkpoint, and which steps of the plan are left out."""
+        """Record a rollback from `step` to the checkpoint of step `back_to`, and the positions it leaves out."""
         places = [list(position) for position in positions]
         self._note(self.left_out, {"step": step, "back_to": back_to, "reason": reason, "positions": places})
 
     def rollbacks(self) -> list[list[tuple[int, ...]]]:
-        """The steps of the plan that each rollback so far leaves out."""
-        if not self.left_out.exists():
-            return []
-        return [[tuple(position) for position in entry["positions"]] for entry in _entries(self.left_out)]
+        """Positions of the steps that each rollback so far left out."""
+        return [[tuple(position) for position in entry["positions"]] for entry in entries(self.left_out)]
 
     def replayed(self, after_step: int) -> dict[tuple[tuple[int, ...], int], Refusal]:
-        """Refusals of steps later than `after_step`, by (position, sample), from the files of all ranks."""
+        """Refusals of all ranks in steps after `after_step`, by (position, sample)."""
         known: dict[tuple[tuple[int, ...], int], Refusal] = {}
         for path in self.folder.glob("rank-*.jsonl"):
-            for entry in _entries(path):
-                if entry["step"] > after_step:
-                    known |= {(tuple(entry["position"]), r["sample"]): Refusal(**r) for r in entry["refused"]}
+            for entry in entries_after(path, after_step):
+                known |= {(tuple(entry["position"]), r["sample"]): Refusal(**r) for r in entry["refused"]}
         return known
 
     def cut(self, after_step: int) -> None:
-        """Forget later steps (and torn lines) in the files of all ranks; they are about to be taken again.
+        """Remove the entries of steps after `after_step`, which will be taken again, from the files of all ranks.
 
-        The record of a skipped step stays where a rollback left that step out: it isn't taken again.
+        Entries of skipped steps stay if a rollback left the step out, since it isn't taken again.
         """
         left_out = {position for positions in self.rollbacks() for position in positions}
-        for path in (*self.folder.glob("rank-*.jsonl"), self.quarantine, self.skipped):
-            if path.exists():
-                kept = [
-                    json.dumps(e) + "\n"
-                    for e in _entries(path)
-                    if e["step"] <= after_step or (path == self.skipped and tuple(e["position"]) in left_out)
-                ]
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(kept))
-                temporary.replace(path)
+        for path in (*self.folder.glob("rank-*.jsonl"), self.quarantine):
+            cut_after(path, after_step)
+        cut_after(self.skipped, after_step, stays=lambda entry: tuple(entry["position"]) in left_out)
 
     def _note(self, path: Path, entry: dict[str, Any]) -> None:
-        """Append, unless the disk is full: a record is no reason to stop."""
+        """Append an entry. A failure (e.g. a full disk) is logged once and doesn't stop the run."""
         try:
             _append(path, entry)
         except OSError as error:
@@ -103,19 +94,11 @@ class Ledger:
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
-    """One write to the end: lines of several ranks in one file don't mix, and a killed process leaves it whole."""
+    """Append a line in one write, so that lines of several ranks don't mix, and a kill leaves no partial line."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         line = json.dumps(entry).encode() + b"\n"
         if os.write(descriptor, line) < len(line):
-            os.write(descriptor, b"\n")  # so that the torn line doesn't swallow the next one
+            os.write(descriptor, b"\n")  # so that the next entry begins on a line of its own
     finally:
         os.close(descriptor)
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    entries = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):  # torn by a full disk or a crash: the step that it was of is taken again
-            entries.append(json.loads(line))
-    return entries

@@ -1,14 +1,14 @@
-"""A copy of the run's checkpoints elsewhere (`checkpoint.mirror`): object storage, or anything that fsspec writes to.
+"""Mirror of a run's checkpoints (`checkpoint.mirror`) in object storage, or anywhere that fsspec can write.
 
-    URL/run.json                 which run writes here
-    URL/config.yaml              that run's configuration
-    URL/step-00001000/...        a checkpoint's files; manifest.json last, so that half a copy is never taken
-    URL/snapshots/step-.../...   the same of the averages' snapshots, all of those that the run folder keeps
+    URL/run.json                 identity of the run folder that owns the mirror
+    URL/config.yaml              configuration of the run
+    URL/step-00001000/...        files of a checkpoint; manifest.json last, so that partial copies are never used
+    URL/snapshots/step-.../...   snapshots of averages, all of those that are in the run folder
 
-The main rank uploads what it has published, in a thread of its own: the loop and the next save never wait for the
-network, and whatever fails there is counted, told and made up for by the next checkpoint. A run folder without
-checkpoints takes the newest whole one from here, and with it the run: the folder that wrote here before is refused
-from then on, so that two runs never mix.
+The main rank uploads published checkpoints in a thread, so that the training loop and the next save never wait for the
+network. Failures are counted and logged, and the next checkpoint tries again. A run folder without checkpoints fetches
+the newest complete one from the mirror and becomes its owner; the previous owner is refused from then on, so that two
+runs never write to one mirror.
 """
 
 from __future__ import annotations
@@ -29,24 +29,32 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.training.state.files import Damage, check_file, read_manifest, stays, surplus, sync_folder
 
-_FLAT = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # stores without folders to be made
-_AT_ONCE = 8  # files fetched at the same time, where the store can
+_FLAT = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # object stores, which have no directories to create
+_AT_ONCE = 8  # concurrent downloads, if the file system supports them
 _SNAPSHOTS = "snapshots/"
-_DAMAGED = (Damage, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)  # what a wrong file makes of it
+_DAMAGED = (Damage, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)  # errors of a damaged copy
 _log = logging.getLogger(__name__)
 
 
 class Mirror:
-    """The mirror of one run. `options` are keyword arguments of the URL's file system.
+    """The mirror of one run.
 
-    Raises InputError where fsspec doesn't know the URL or a package is missing.
+    Args:
+        url: Folder of this run alone.
+        run_dir: Run folder.
+        keep: Newest checkpoints that are kept.
+        keep_every: Checkpoints at multiples of this step are kept for ever; 0: none.
+        options: Keyword arguments of the fsspec file system.
+
+    Raises:
+        InputError: fsspec can't handle the URL, or a package for it is missing.
     """
 
     def __init__(self, url: str, run_dir: Path, keep: int, keep_every: int, options: dict[str, Any]) -> None:
         self.url, self.run_dir, self.keep, self.keep_every = url, run_dir, keep, keep_every
-        self.failed = 0  # uploads and removals that didn't come about
-        self.busy: Path | None = None  # the checkpoint or snapshot that is being uploaded
-        self._latest = ""  # name of the newest that was offered
+        self.failed = 0  # number of failed uploads and removals
+        self.busy: Path | None = None  # checkpoint or snapshot that is being uploaded
+        self._latest = ""  # name of the newest checkpoint offered
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._kind = url.partition("://")[0]
@@ -61,7 +69,7 @@ class Mirror:
 
     @classmethod
     def of(cls, config: Config) -> Mirror | None:
-        """The mirror that a run's configuration asks for, if any."""
+        """Create the mirror of a configuration; None if it has none."""
         c = config.checkpoint
         if c.mirror is None:
             return None
@@ -69,10 +77,10 @@ class Mirror:
         return cls(c.mirror, Path(config.run_dir), c.keep, c.keep_every, options)
 
     def restore(self) -> Path | None:
-        """Before the start: take the newest whole checkpoint to a run folder that has none; returns it.
+        """Fetch the newest complete checkpoint if the run folder has none; returns its folder. Call before the start.
 
-        Raises InputError where the mirror is another run's, and for a folder without checkpoints also where it can't be
-        read or every checkpoint in it is damaged: such a run would begin anew without a word.
+        Raises InputError if the mirror belongs to another run. If the run folder has no checkpoints, also if the mirror
+        can't be read or all its checkpoints are damaged, since the run would silently start from scratch.
         """
         empty = not any((self.run_dir / "checkpoints").glob("step-*"))
         try:
@@ -80,7 +88,7 @@ class Mirror:
             return self._fetch_newest() if empty else None
         except InputError:
             raise
-        except Exception as error:  # clients raise their own kinds
+        except Exception as error:  # storage clients raise exceptions of their own
             what = f"checkpoint.mirror={self.url} doesn't answer as it should ({type(error).__name__}: {error})"
             if empty:
                 raise InputError(
@@ -91,9 +99,10 @@ class Mirror:
             return None
 
     def offer(self, published: Path) -> None:
-        """Upload a published checkpoint or snapshot, in the background.
+        """Upload a published checkpoint or snapshot in the background.
 
-        A checkpoint that a newer one overtakes may be left out; with a snapshot go all others that aren't there yet.
+        A checkpoint may be skipped if a newer one was offered before its turn. With a snapshot, all snapshots that are
+        missing in the mirror are uploaded.
         """
         if _under(published.parent):
             self._do(partial(self._upload_snapshots, published.parent))
@@ -102,11 +111,11 @@ class Mirror:
         self._do(partial(self._upload_checkpoint, published))
 
     def discard_after(self, folder: Path, step: int) -> None:
-        """Remove the checkpoints, or snapshots, of later steps, in the background. `folder` is where they are here."""
+        """Delete copies of steps after `step` in the background; `folder` is the run's folder of the originals."""
         self._do(partial(self._discard_after, f"{_under(folder)}step-{step:08d}"))
 
     def finish(self, limit_s: float) -> bool:
-        """Wait for what is under way, at most so many seconds; whether it is done."""
+        """Wait for all jobs, at most `limit_s` seconds. Returns True if they are done."""
         if self._thread is None:
             return True
         self._jobs.put(None)
@@ -126,7 +135,7 @@ class Mirror:
         for job in iter(self._jobs.get, None):
             try:
                 job()
-            except Exception as error:  # told; the next checkpoint tries again
+            except Exception as error:  # logged; the next checkpoint tries again
                 self.failed += 1
                 _log.error(
                     "checkpoint.mirror=%s: %s: %s; training goes on, the checkpoints in %s are untouched",
@@ -149,13 +158,13 @@ class Mirror:
         self._tidy(folder.name)
 
     def _upload_snapshots(self, folder: Path) -> None:
-        """Bring the snapshots there to those here: few, small against checkpoints, and each needed in the end."""
+        """Make the mirror's snapshots the same as the run folder's: they are few, small, and all needed at the end."""
         self._claim(take_over=False)
         here = sorted(path for path in folder.glob("step-*") if path.is_dir())
         for path in here:
             self.busy = path
             try:
-                if path.is_dir():  # not thinned out meanwhile
+                if path.is_dir():  # it may have been deleted meanwhile
                     self._upload(path)
             finally:
                 self.busy = None
@@ -163,11 +172,11 @@ class Mirror:
             self._remove(name)
 
     def _upload(self, folder: Path) -> None:
-        """Copy what isn't there in the same form, the manifest last."""
+        """Copy a checkpoint or snapshot, the manifest last, unless the mirror has it already."""
         name = _under(folder.parent) + folder.name
         if self._text(f"{name}/manifest.json") == (folder / "manifest.json").read_text():
-            return  # before the restart
-        self._remove(name)  # half of it, or another one
+            return  # uploaded before a restart
+        self._remove(name)  # a partial or different copy
         for file, record in read_manifest(folder)["files"].items():
             self._put(folder / file, f"{name}/{file}")
             size = self._fs.size(self._at(f"{name}/{file}"))
@@ -176,7 +185,7 @@ class Mirror:
         self._put(folder / "manifest.json", f"{name}/manifest.json")
 
     def _tidy(self, newest: str) -> None:
-        """Keep here what is kept there. What is newer than the newest is of a way that the run turned back from."""
+        """Delete old and partial copies, and those of steps after `newest`, from which the run rolled back."""
         there = self._found()
         older = sorted(name for name, files in there.items() if "manifest.json" in files and name <= newest)
         halves = [name for name, files in there.items() if "manifest.json" not in files]
@@ -192,7 +201,10 @@ class Mirror:
                 self._remove(name)
 
     def _claim(self, take_over: bool) -> None:
-        """Make sure that this run alone writes here; raises InputError where another one does."""
+        """Check that this run folder owns the mirror, or become its owner if it has none or with `take_over`.
+
+        Raises InputError if another run folder owns it.
+        """
         own = self.run_dir / "mirror.json"
         mine = json.loads(own.read_text())["run"] if own.is_file() else None
         theirs = self._text("run.json")
@@ -208,10 +220,10 @@ class Mirror:
         self._put(own, "run.json")
 
     def _fetch_newest(self) -> Path | None:
-        """The newest checkpoint here that is whole and true to its manifest, brought to the run folder."""
+        """Fetch the newest complete and intact checkpoint to the run folder; None if the mirror is empty."""
         whole = sorted(name for name, files in self._found().items() if "manifest.json" in files)
         if not (self.run_dir / "config.yaml").is_file() and (configured := self._text("config.yaml")):
-            (self.run_dir / "config.yaml").write_text(configured)  # what is changed is then seen as at any other start
+            (self.run_dir / "config.yaml").write_text(configured)  # changes are compared to it, as at every start
         for name in reversed(whole):
             try:
                 self._fetch_snapshots(name)
@@ -226,7 +238,11 @@ class Mirror:
         return None
 
     def _fetch_snapshots(self, until: str) -> None:
-        """Bring the whole snapshots up to a checkpoint, which comes after them: until it is here, all begins anew."""
+        """Fetch the complete snapshots up to a checkpoint.
+
+        Called before the checkpoint is fetched: if this is interrupted, the next start still finds an empty run folder
+        and fetches everything.
+        """
         for name, files in self._found(_SNAPSHOTS).items():
             if "manifest.json" in files and name <= _SNAPSHOTS + until and not (self.run_dir / name).is_dir():
                 try:
@@ -235,9 +251,9 @@ class Mirror:
                     _log.error("%s/%s is damaged (%s) and is left out", self.url, name, error)
 
     def _fetch(self, name: str) -> Path:
-        """Bring a checkpoint or snapshot; it gets its name when all of it is here and its hashes agree."""
+        """Fetch a checkpoint or snapshot to a temporary folder, verify it, and rename it; returns its folder."""
         home = self.run_dir / (name.rpartition("/")[0] or "checkpoints")
-        temporary = home / ".tmp-mirror"  # what begins so is removed at the next start
+        temporary = home / ".tmp-mirror"  # .tmp-* is removed at the next start
         folder = temporary / name.rpartition("/")[2]
         shutil.rmtree(temporary, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -257,7 +273,7 @@ class Mirror:
         return final
 
     def _found(self, under: str = "") -> dict[str, set[str]]:
-        """The files of each checkpoint here (under `snapshots/`: of each snapshot), whole or not, by its name."""
+        """Names of the files of each checkpoint (with `under`: of each snapshot) in the mirror, complete or not."""
         found: dict[str, set[str]] = {}
         for path in self._fs.find(self._at(under)):
             name, _, file = str(path).removeprefix(self._root).strip("/").rpartition("/")
@@ -267,7 +283,7 @@ class Mirror:
         return found
 
     def _remove(self, name: str) -> None:
-        """Take a checkpoint away, its manifest first, so that a break leaves no whole one behind."""
+        """Delete a copy, its manifest first, so that an interruption leaves nothing that seems complete."""
         files = self._found(name.rpartition("/")[0]).get(name, set())
         for file in sorted(files, key=lambda file: file != "manifest.json"):
             self._fs.rm_file(self._at(f"{name}/{file}"))
@@ -293,5 +309,5 @@ class Mirror:
 
 
 def _under(folder: Path) -> str:
-    """What stands before the names of a folder of the run in its mirror."""
+    """Prefix in the mirror of the entries of a folder of the run: `snapshots/`, or nothing for checkpoints."""
     return _SNAPSHOTS if folder.name == _SNAPSHOTS.rstrip("/") else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import tarfile
@@ -16,8 +17,10 @@ import webdataset as wds
 
 from sora_train.config.schema import Probe
 from sora_train.core.cli import InputError
-from sora_train.data.index.index import expand, index_path, index_shards, load_index, parse_captions
+from sora_train.data.index.captions import parse_captions
+from sora_train.data.index.index import expand, ignored_fields, index_path, index_shards, load_index
 from sora_train.data.read.decode import DecodeError, Limits
+from sora_train.data.read.store import Store
 
 Write = Callable[[Path, list[dict[str, Any]]], str]
 Make = Callable[[int], dict[str, Any]]
@@ -68,6 +71,11 @@ def test_captions_come_from_txt_and_from_every_caption_of_the_json(corpus: list[
         ("a réd 猫".encode(), "txt", ["a réd 猫"]),
         (b'{"caption": "a cat", "fps": 3}', "json", ["a cat"]),
         (b'{"captions": {"a": "x", "b": "y"}, "caption": "z"}', "json", ["x", "y"]),
+        (b'{"captions": null, "caption": "z"}', "json", ["z"]),
+        (b'{"captions": {"a": null}, "caption": "z"}', "json", ["z"]),
+        (b'{"captions": ["x", null, "y"]}', "json", ["x", "y"]),
+        (b'{"caption": ["x", "y"]}', "json", ["x", "y"]),
+        (b'{"caption": {"short": "x", "long": NaN}}', "json", ["x"]),
     ],
 )
 def test_captions_that_parse(data: bytes, extension: str, captions: list[str]) -> None:
@@ -84,7 +92,15 @@ def test_captions_that_parse(data: bytes, extension: str, captions: list[str]) -
         (b'{"captions": {"a": "x", "b": ""}}', "json", "no_caption"),
         (b'{"caption": ', "json", "caption_json"),
         (b'["a cat"]', "json", "caption_json"),
-        (b'{"captions": ["a cat"]}', "json", "caption_json"),
+        (b'{"caption": null}', "json", "no_caption"),
+        (b'{"caption": NaN}', "json", "no_caption"),
+        (b'{"caption": "None"}', "json", "no_caption"),
+        (b"nan", "txt", "no_caption"),
+        ("\u200b".encode(), "txt", "no_caption"),
+        (b'{"caption": 7}', "json", "caption_type"),
+        (b'{"caption": [["a"]]}', "json", "caption_type"),
+        (b'{"caption": {"a": {"b": "c"}}}', "json", "caption_type"),
+        (b'{"caption": "a happy dog \\ud83d"}', "json", "caption_not_utf8"),
     ],
 )
 def test_captions_that_do_not(data: bytes, extension: str, cause: str) -> None:
@@ -214,6 +230,87 @@ def test_plain_fields_of_the_json_become_columns_whatever_each_shard_has(
     assert index.columns["meta.width"][0] == 1.0 and index.columns["width"][0] == 64, "ours keeps the plain name"
     assert {"meta.nested", "meta.bad name", "meta.caption"}.isdisjoint(index.columns)
     assert load_index(shards[:1]).columns["score"].tolist() == [5.0, 6.5]
+
+
+def test_fields_that_no_file_can_hold_or_that_are_missing_do_not_spoil_their_column(
+    tmp_path: Path, write_samples: Write, make_sample: Make
+) -> None:
+    png = make_sample(0)["png"]
+    jsons = [
+        b'{"caption": "a", "title": "wow \\ud83d", "score": NaN, "aesthetic score": 5, "fps": 24, "tags": ["x"]}',
+        b'{"caption": "b", "title": "plain", "score": 1e400, "aesthetic score": 4.5, "tags": {"y": 1}}',
+        b'{"caption": "c", "score": null, "fps": 30, "2x": 1}',
+    ]
+    entries = [{"__key__": f"{n}", "png": png, "json": data} for n, data in enumerate(jsons)]
+    shard = write_samples(tmp_path / "s.tar", entries)
+    index = indexed(shard)
+    assert index.usable.all()
+    assert index.columns["title"].tolist() == ["wow \ufffd", "plain", ""]
+    assert np.isnan(index.columns["score"][[0, 2]]).all() and index.columns["score"][1] == np.inf
+    assert index.columns["aesthetic_score"].tolist()[:2] == [5.0, 4.5]
+    assert index.columns["meta_fps"].tolist()[::2] == [24.0, 30.0] and index.columns["fps"].tolist() == [0.0] * 3
+    assert ignored_fields(shard, Store()) == {"tags": "lists or maps", "2x": "its name"}
+
+
+def test_a_json_without_captions_leaves_them_to_the_txt(
+    tmp_path: Path, write_samples: Write, make_sample: Make
+) -> None:
+    png = make_sample(0)["png"]
+    jsons = [
+        b'{"url": "u"}',
+        b'{"caption": null, "url": "v"}',
+        b'{"caption": "of the json"}',
+        b'{"caption": "", "n": 1}',
+    ]
+    entries = [{"__key__": f"{n}", "png": png, "json": data, "txt": b"of the txt"} for n, data in enumerate(jsons)]
+    entries.append({"__key__": "4", "png": png, "json": b'{"url": "w"}'})
+    index = indexed(write_samples(tmp_path / "s.tar", entries))
+    texts = [index.captions(row)[0] for row in range(4)]
+    assert texts == [["of the txt"], ["of the txt"], ["of the json"], ["of the txt"]]
+    assert index.fields(1) == {"caption": None, "url": "v"} and index.fields(2) == {"caption": "of the json"}
+    assert index.columns["url"].tolist() == ["u", "v", "", "", "w"]
+    assert (
+        index.refused[4] == "no_caption" and "4.json has neither caption nor captions (it has url)" in index.detail[4]
+    )
+
+
+def test_an_index_stands_in_the_cache_where_the_folder_of_its_shard_cannot_be_written(
+    own_corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, store = Path(own_corpus[0]).parent, Store(tmp_path / "cache")
+    writable = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: writable(path, mode) and Path(path) != folder)
+    index_shards(own_corpus, workers=1, store=store)
+    assert index_path(own_corpus[0], store).parent == folder, "the index that came with the folder is taken"
+    index_path(own_corpus[0]).unlink()
+    index_path(own_corpus[1]).write_bytes(b"PAR1 of another time")
+    index_shards(own_corpus, workers=1, store=store)
+    places = [index_path(shard, store).parent for shard in own_corpus]
+    assert places == [tmp_path / "cache/index", tmp_path / "cache/index", folder]
+    assert len(load_index(own_corpus, store)) == 24
+    with pytest.raises(InputError, match=r"can't be written, so the index needs a folder; set data\.cache\.folder"):
+        index_shards(own_corpus, workers=1)
+
+
+def test_shards_of_one_stem_have_their_own_indexes(tmp_path: Path, write_samples: Write, make_sample: Make) -> None:
+    shards = [write_samples(tmp_path / f"data.part{n}", [make_sample(n)]) for n in range(2)]
+    index_shards(shards, workers=1)
+    assert load_index(shards).key.tolist() == ["00000", "00001"]
+    twins = [write_samples(tmp_path / name, [make_sample(0)]) for name in ("a", "a.tar")]
+    with pytest.raises(InputError, match=r"a and .*a\.tar would have the same index; rename one"):
+        index_shards(twins, workers=1)
+
+
+def test_a_pipe_is_no_shard_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(InputError, match="no shard at"):
+        expand([str(tmp_path / "*.tar")])
+
+
+def test_a_compressed_tar_is_named(tmp_path: Path, corpus: list[str]) -> None:
+    (tmp_path / "x.tar").write_bytes(gzip.compress(Path(corpus[0]).read_bytes()))
+    with pytest.raises(InputError, match=r"is compressed \(gzip\): unpack it"):
+        indexed(str(tmp_path / "x.tar"))
 
 
 def test_further_members_and_caption_lengths_are_kept(tmp_path: Path, write_samples: Write, make_sample: Make) -> None:
@@ -359,7 +456,7 @@ def test_an_index_costs_few_bytes_and_names_its_version(corpus: list[str]) -> No
     import pyarrow.parquet as pq
 
     metadata = pq.read_schema(index_path(corpus[0])).metadata
-    assert metadata[b"sora_train.version"] == b"3"
+    assert metadata[b"sora_train.version"] == b"4"
     assert metadata[b"sora_train.shard"].startswith(f"{Path(corpus[0]).stat().st_size}|".encode())
     assert json.loads(metadata[b"sora_train.limits"]) == list(Limits())
     assert np.array_equal(load_index(corpus[:1]).frames, load_index(corpus).frames[:8])

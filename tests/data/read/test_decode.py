@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_train.data.read import decode as decoding
-from sora_train.data.read.decode import DecodeError, Limits, Options, Track, container, decode, load_error, shown_at
+from sora_train.data.read import back_ends
+from sora_train.data.read.back_ends import Options, decode, load_error
+from sora_train.data.read.decode import DecodeError, Limits, Track, container, shown_at
 from sora_train.data.read.probe import _beginning, probe, rate
 from tests.data.videos import HEIGHT, WIDTH, cut, number_of, turned, write_video
 
@@ -168,9 +169,9 @@ def test_what_one_back_end_cannot_do_the_next_one_does(steady: bytes, monkeypatc
     def broken(*_: object) -> np.ndarray:
         raise RuntimeError("no luck\nwith this one")
 
-    monkeypatch.setitem(decoding.BACK_ENDS, "decord", broken)
+    monkeypatch.setitem(back_ends.BACK_ENDS, "decord", broken)
     assert numbers(steady, [7], "pyav") == [number_of(decode(steady, "mp4", [7], (HEIGHT, WIDTH))[0])]
-    monkeypatch.setitem(decoding.BACK_ENDS, "pyav", broken)
+    monkeypatch.setitem(back_ends.BACK_ENDS, "pyav", broken)
     with pytest.raises(DecodeError, match="decord: RuntimeError: no luck; pyav: RuntimeError: no luck") as caught:
         decode(steady, "mp4", [7], (HEIGHT, WIDTH))
     assert caught.value.cause == "undecodable"
@@ -242,7 +243,7 @@ def test_impossible_time_lines_are_refused(times: list[float]) -> None:
 
 
 def test_a_back_end_that_is_not_there_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(decoding._MODULES, "decord", "no_such_library")
+    monkeypatch.setitem(back_ends._MODULES, "decord", "no_such_library")
     assert "no_such_library" in load_error("decord")
     assert load_error("pyav") == ""
 

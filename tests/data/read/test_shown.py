@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sora_train.core.cli import InputError
-from sora_train.data.read.decode import Conversion, Limits, Options, Track, decode, open_image
+from sora_train.config.schema import Fit
+from sora_train.data.read.back_ends import Options, decode
+from sora_train.data.read.decode import Conversion, Limits, Track, open_image
 from sora_train.data.read.orientation import from_matrix, upright
+from sora_train.data.read.pool import Pool
 from sora_train.data.read.probe import probe
-from sora_train.data.read.whole_file import read_file
+from sora_train.generation.given import Given
 from tests.data.videos import HEIGHT, WIDTH, number_of, numbered, write_video
 
 STEADY = [k / 30 for k in range(30)]
@@ -219,15 +221,12 @@ def test_interlacing_is_told_and_taken_away_where_that_is_asked_for(tmp_path: Pa
     assert combs(True) < combs(False) / 3
 
 
-def test_a_whole_file_is_read_as_training_reads_it(tmp_path: Path) -> None:
+def test_a_prompt_is_read_as_training_reads_it(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", [k / 24 for k in range(60)])
-    frames, rate = read_file(tmp_path / "v.mp4", 16.0)
-    assert rate == 16.0 and [number_of(picture) for picture in frames[:7]] == [0, 2, 3, 5, 6, 8, 9]
-    own, rate = read_file(tmp_path / "v.mp4", 0.0)
-    assert rate == pytest.approx(24.0, rel=1e-3) and len(own) == 60
     Image.fromarray(numbered(9)).save(tmp_path / "i.png")
-    still, rate = read_file(tmp_path / "i.png", 16.0)
-    assert rate == 0.0 and [number_of(picture) for picture in still] == [9]
-    (tmp_path / "none.mp4").write_bytes(b"not a video")
-    with pytest.raises(InputError, match=r"none\.mp4: undecodable"):
-        read_file(tmp_path / "none.mp4", 16.0)
+    with Pool(1) as pool:
+        video, still = (Given(str(tmp_path / name), 16.0, Fit.crop, pool) for name in ("v.mp4", "i.png"))
+        assert [number_of(picture) for picture in video.decoded(0, 7, (HEIGHT, WIDTH))] == [0, 2, 3, 5, 6, 8, 9]
+        assert [number_of(picture) for picture in video.decoded(3, 4, (HEIGHT, WIDTH))] == [5, 6, 8, 9]
+        assert video.frames == 40 and still.frames == 1
+        assert [number_of(picture) for picture in still.decoded(0, 1, (HEIGHT, WIDTH))] == [9]

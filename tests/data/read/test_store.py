@@ -13,7 +13,7 @@ import pytest
 
 from sora_train.config.schema import DataConfig
 from sora_train.core.cli import InputError
-from sora_train.data.index.index import expand, index_path, index_shards, load_index
+from sora_train.data.index.index import expand, index_path, index_shards, load_index, upload_index
 from sora_train.data.read.cache import Cache
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.pool import Pool
@@ -156,6 +156,13 @@ def test_a_bucket_gives_the_same_bytes_and_names(
             assert len(clips_of(epoch(index, pool))) == 8
             environment = Path(f"/proc/{pool._children[0].process.pid}/environ").read_bytes()  # type: ignore[union-attr]
             assert b"hush-hush" not in environment
+        elsewhere = Store(tmp_path / "other", options=options, tries=2)
+        with pytest.raises(InputError, match="no current index"):
+            load_index(shards, elsewhere)
+        upload_index(shards[0], store)
+        assert load_index(shards, elsewhere).fingerprint == index.fingerprint, "taken from beside the shard"
+        with pytest.raises(InputError, match=r"http://x/a.index.parquet can't be written"):
+            elsewhere.put("http://x/a.index.parquet", b"")
     finally:
         server.stop()
 

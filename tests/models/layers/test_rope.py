@@ -11,7 +11,6 @@ import torch
 from omegaconf import DictConfig
 
 from sora_train.config.load import build
-from sora_train.config.schema import ROPE_SCALINGS
 from sora_train.core.batch import Layout
 from sora_train.core.cli import InputError
 from sora_train.models.layers.rope import (
@@ -25,6 +24,7 @@ from sora_train.models.layers.rope import (
     rotations,
 )
 from sora_train.models.wan.model import DiT
+from sora_train.models.wan.settings import ROPE_SCALINGS
 
 CPU = torch.device("cpu")
 

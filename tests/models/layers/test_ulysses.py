@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_train.core.batch import LatentPack, Layout
+from sora_train.core.batch import LatentPack, Layout, Stream
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
 from sora_train.models.layers.ulysses import part_of
@@ -23,19 +23,20 @@ def pack() -> LatentPack:
     layout = Layout(((1, 2, 3), (2, 2, 2), (1, 1, 1)), (3, 1, 2))
     n = layout.tokens
     x_NP = torch.arange(2.0 * n).view(n, 2)
-    return LatentPack(layout, x_NP, x_NP, torch.ones(n), torch.zeros(4), torch.arange(n) % 4, torch.zeros(n), None)
+    video = Stream(layout, x_NP, x_NP, torch.ones(n), torch.zeros(4), torch.arange(n) % 4, torch.zeros(n))
+    return LatentPack({"video": video}, None)
 
 
 def test_parts_end_to_end_are_the_pack_and_what_pads_it_looks_at_the_last_caption() -> None:
     whole = pack()  # 15 tokens
-    parts = [part_of(whole, place, 4) for place in range(4)]
+    parts = [part_of(whole, place, 4).video for place in range(4)]
     assert [len(p.x_NP) for p in parts] == [len(p.t_of_N) for p in parts] == [4, 4, 4, 4]
-    assert torch.equal(torch.cat([p.x_NP for p in parts])[:15], whole.x_NP)
-    assert torch.equal(torch.cat([p.t_of_N for p in parts])[:15], whole.t_of_N)
+    assert torch.equal(torch.cat([p.x_NP for p in parts])[:15], whole.video.x_NP)
+    assert torch.equal(torch.cat([p.t_of_N for p in parts])[:15], whole.video.t_of_N)
     assert {p.layout.lengths for p in parts} == {(6, 8, 1, 1)}
     assert [p.layout.queries for p in parts] == [(4, 0, 0), (2, 2, 0), (0, 4, 0), (0, 2, 2)]
-    assert whole.layout.queries == whole.layout.lengths
-    assert part_of(whole, 1, 3).layout.grids == whole.layout.grids, "15 tokens divide by 3"
+    assert whole.video.layout.queries == whole.video.layout.lengths
+    assert part_of(whole, 1, 3).video.layout.grids == whole.video.layout.grids, "15 tokens divide by 3"
 
 
 def test_places_in_groups_of_neighbours() -> None:

@@ -12,22 +12,24 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from sora_train.config.schema import FlowConfig, OptimConfig, Precision
-from sora_train.core.batch import LatentPack, Layout
+from sora_train.core.batch import LatentPack, Layout, Stream
 from sora_train.core.world import World, from_environment
 from sora_train.flow.ode import Request, generate
 from sora_train.models.layers import ulysses
 from sora_train.models.text.encoder import TextEncoder, tokenize_captions
 from sora_train.models.video_model import VideoModel
+from sora_train.models.wan.family import WAN
 from sora_train.models.wan.model import DiT
 from sora_train.training.engine.optim import adamw
-from sora_train.training.engine.zero import Engine, connect
+from sora_train.training.engine.zero import Pace, connect
+from tests import stubs
 
 LAYOUTS = (Layout(((3, 2, 3), (1, 3, 3), (2, 2, 2)), (4, 1, 6)), Layout(((2, 3, 4), (1, 1, 1)), (2, 3)))
 
 
 def make_network() -> VideoModel:
     torch.manual_seed(0)
-    network = VideoModel(DiT(8, 32, 2, 4, 64, 16, absolute_positions=True), TextEncoder(16, 1, 2, 64, 16))
+    network = VideoModel(DiT(8, 32, 2, 4, 64, 16, absolute_positions=True), TextEncoder(16, 1, 2, 64, 16), WAN)
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -40,18 +42,19 @@ def make_pack(layout: Layout) -> LatentPack:
     ids = torch.randint(0, 64, (sum(layout.texts), 2), generator=generator)
     t_of = torch.randint(0, 3, (layout.tokens,), generator=generator)
     weight = (t_of > 0).float()
-    return LatentPack(layout, x, target, weight, torch.tensor([0.0, 0.4, 0.8]), t_of, weight, ids)
+    video = Stream(layout, x, target, weight, torch.tensor([0.0, 0.4, 0.8]), t_of, weight)
+    return LatentPack({"video": video}, ids)
 
 
 def loss_of(network: Any, pack: LatentPack) -> Tensor:
-    return ((network(pack) - pack.target_NP).square().mean(1) * pack.weight_N).sum()
+    return ((network(pack) - pack.video.target_NP).square().mean(1) * pack.video.weight_N).sum()
 
 
 def alone() -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of both packs over their weight, on one rank."""
     network = make_network()
     packs = [make_pack(layout) for layout in LAYOUTS]
-    loss = sum(loss_of(network, p) for p in packs) / sum(p.weight_N.sum() for p in packs)
+    loss = sum(loss_of(network, p) for p in packs) / sum(p.video.weight_N.sum() for p in packs)
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in network.named_parameters()}
 
@@ -60,22 +63,25 @@ def shared(world: World, stage: int) -> tuple[float, dict[str, Tensor]]:
     """The same under the engine: groups share out packs, the ranks of a group the tokens of a pack."""
     network = make_network()
     others = ulysses.Neighbours(ulysses.sequence_group(world))
-    ulysses.apply(network, [block.self_attention for block in network.dit.blocks], others)
+    network.split_sequence(others)
     mine = LAYOUTS[world.data_rank :: world.data_size]
     options = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     optimizer = adamw([(network, 1.0)], OptimConfig())
-    engine = Engine(network, optimizer, Precision.fp32, len(mine), 1e9, options)
+    engine = stubs.engine(network, optimizer, Precision.fp32, len(mine), 1e9, options)
     packs = [make_pack(layout) for layout in mine]
-    total = torch.stack([p.weight_N.sum() for p in packs]).sum()
+    total = torch.stack([p.video.weight_N.sum() for p in packs]).sum()
     dist.all_reduce(total)
     loss = torch.zeros(())
     for pack in packs:
+        engine.pace = Pace(float(total))
         part = loss_of(engine, pack)
-        engine.backward(part, float(total))
+        engine.backward(part)
         loss += part.detach() / total
     dist.all_reduce(loss)
-    gradients = {name: safe_get_full_grad(p).view(engine.shapes[name]) for p, name in engine.names.items()}
-    assert engine.step(1.0)
+    gradients = {
+        name.removeprefix("net/"): safe_get_full_grad(p).view(engine.shapes[name]) for p, name in engine.names.items()
+    }
+    assert engine.step()
     return float(loss), gradients
 
 
@@ -109,7 +115,7 @@ def equal(cases: list[tuple[int, int]]) -> None:
     network = make_network()
     expected = sampled(network)
     others = ulysses.Neighbours(ulysses.sequence_group(world.with_sequence(world.size)))
-    ulysses.apply(network, [block.self_attention for block in network.dit.blocks], others)
+    network.split_sequence(others)
     for one, other in zip(sampled(network), expected, strict=True):
         close(one, other, float(other.abs().max()), "sample")
     print(f"rank {world.rank}: samples equal to one rank's", flush=True)

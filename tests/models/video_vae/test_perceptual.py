@@ -17,8 +17,8 @@ from sora_train.config.schema import PerceptualConfig, VaeConfig
 from sora_train.core.batch import Clip, Pack
 from sora_train.core.cli import InputError
 from sora_train.core.cost import Geometry
-from sora_train.methods.base import Autoencoding
-from sora_train.methods.reconstruction import AutoencodingTask
+from sora_train.methods.autoencoder.learner import start
+from sora_train.methods.autoencoder.reconstruction import Reconstruction
 from sora_train.models.video_vae.model import VideoVAE
 from sora_train.models.video_vae.perceptual import Perceptual
 
@@ -127,13 +127,15 @@ def test_wrong_keys_are_answered(
 def test_it_joins_the_loss_of_the_autoencoder_and_stays_as_it_is(
     compose_tree: Callable[..., DictConfig], files: tuple[str, str], make_clip: Callable[..., Clip]
 ) -> None:
-    config = VaeConfig(channels=4, widths=[8, 8], strides=[[4, 1]], perceptual=PerceptualConfig(0.5))
+    config = VaeConfig(
+        channels=4, widths=[8, 8], strides=[[4, 1]], perceptual=PerceptualConfig(0.5), patch=4, blocks=[0, 2]
+    )
     torch.manual_seed(0)
     network, geometry = VideoVAE(4, 4, [8, 8], [0, 1], [(4, 1)]), Geometry(4, 4, 1)
     seeing = Perceptual().load(files)
     clip = make_clip((5, 16, 16), 1)
     video = clip.video_TCHW.float() / 127.5 - 1
-    task, plain = AutoencodingTask(config, geometry, seeing), AutoencodingTask(config, geometry)
+    task, plain = Reconstruction(config, geometry, seeing), Reconstruction(config, geometry)
     noise = [task._noise([clip.visit.seed], clip.visit.size, CPU)]
     ((decoded, _, _),) = network([video.transpose(0, 1).unsqueeze(0)], noise)
     expected = 5 * 16 * 16 * 0.5 * seeing(decoded[0].transpose(0, 1), video).mean()
@@ -142,6 +144,8 @@ def test_it_joins_the_loss_of_the_autoencoder_and_stays_as_it_is(
     both[0].backward()
     assert all(p.grad is not None for p in network.parameters()) and all(p.grad is None for p in seeing.parameters())
     keys = (f"vae.perceptual.files=[{','.join(files)}]", "vae.perceptual.weight=0.5")
-    made = Autoencoding(build(compose_tree("experiment=demo_vae", *keys)), CPU)
-    assert made.task.perceptual is not None
-    assert not any("features" in name for name, _ in made.network.named_parameters()), "it is no part of the VAE"
+    made = start(build(compose_tree("experiment=demo_vae", *keys)), CPU)
+    assert made.objective.perceptual is not None and not made.networks["perceptual"].trained
+    assert not any("features" in name for name, _ in made.networks["vae"].module.named_parameters()), (
+        "it is no part of the VAE"
+    )

@@ -15,15 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sora_train.config.load import build
-from sora_train.config.released import transformer_shape
-from sora_train.config.schema import ModelConfig
 from sora_train.core.batch import Grid, Layout
 from sora_train.core.cli import InputError
 from sora_train.flow.patches import patchify, unpatchify
-from sora_train.forecast.estimate import meta_network
-from sora_train.generation.sampler import build_video_model
+from sora_train.models.video_model import build_video_model
 from sora_train.models.wan.convert import load_wan, save_wan, wan_name
 from sora_train.models.wan.model import DiT
+from sora_train.models.wan.released import transformer_shape
+from sora_train.models.wan.settings import WanConfig
 
 TEXT, CHANNELS = 20, 4
 SHAPES: dict[str, dict[str, Any]] = {
@@ -119,7 +118,7 @@ def test_forward_and_gradients_equal_diffusers(tmp_path: Path, shape: str, per_f
 def test_a_round_trip_is_bit_exact_and_loads_in_diffusers(tmp_path: Path) -> None:
     wan = released(tmp_path / "in", "wide head")
     shape = transformer_shape(tmp_path / "in")
-    model = ModelConfig(width=24, depth=2, heads=2, ffn=48, frequencies=16)
+    model = WanConfig(width=24, depth=2, heads=2, ffn=48, frequencies=16)
     save_wan(ours(tmp_path / "in").state_dict(), model, TEXT, tmp_path / "out")
     assert transformer_shape(tmp_path / "out") == shape
     again = WanTransformer3DModel.from_pretrained(tmp_path / "out")
@@ -172,7 +171,7 @@ def test_transformers_of_another_kind_are_refused(tmp_path: Path, change: dict[s
 
 @pytest.mark.parametrize("change", [{"absolute_positions": True}, {"pooled_text": True}, {"rope_theta": 100.0}])
 def test_a_model_that_wan_does_not_know_is_not_written(tmp_path: Path, change: dict[str, Any]) -> None:
-    model = ModelConfig(width=24, depth=2, heads=2, ffn=48, **change)
+    model = WanConfig(width=24, depth=2, heads=2, ffn=48, **change)
     with pytest.raises(InputError, match="format=diffusers is for Wan"):
         save_wan({}, model, TEXT, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -186,9 +185,9 @@ def test_sizes_have_the_parameters_of_the_released_models(
 ) -> None:
     overrides = ("vae.path=null", f"vae.channels={channels}", "text_encoder.width=4096", f"model={model}")
     config = build(compose_tree("experiment=demo", *overrides, "vae.path=x"), need_vae=False)
-    count = sum(p.numel() for p in meta_network(build_video_model, config).dit.parameters())
     m = config.model
     with torch.device("meta"):
+        count = sum(p.numel() for p in build_video_model(config).dit.parameters())
         wan = WanTransformer3DModel(
             num_attention_heads=m.heads, attention_head_dim=128, in_channels=channels, out_channels=channels,
             text_dim=4096, freq_dim=256, ffn_dim=m.ffn, num_layers=m.depth,

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from sora_train import export
 from sora_train.config.load import build, load, to_yaml
-from sora_train.config.schema import LORA_TARGETS, Config, LoraConfig, OptimConfig, Precision
-from sora_train.core.batch import LatentPack, Layout
+from sora_train.config.schema import Config, LoraConfig, OptimConfig, Precision
+from sora_train.core.batch import LatentPack, Layout, Stream
 from sora_train.core.cli import InputError
-from sora_train.generation.sampler import build_video_model, starting_model, whole_weights
+from sora_train.models.video_model import build_video_model, starting_model, whole_weights
+from sora_train.models.wan.family import WAN
 from sora_train.models.wan.lora import merge, targeted
 from sora_train.models.wan.model import DiT
 from sora_train.training.engine.optim import adamw
-from sora_train.training.engine.zero import Engine
+from sora_train.training.engine.zero import Pace
+from tests import stubs
 
 SMALL = (
     "experiment=demo", "model.width=24", "model.depth=2", "model.heads=2", "model.ffn=48", "model.frequencies=16",
@@ -44,7 +46,8 @@ def pack() -> LatentPack:
     t_of_N = torch.tensor(LAYOUT.lengths).new_tensor([0] * LAYOUT.lengths[0] + [1] * LAYOUT.lengths[1])
     ids = torch.randint(0, 64, (sum(LAYOUT.texts), 2), generator=generator)
     t_M, weight = torch.tensor([0.3, 0.7]), torch.ones(LAYOUT.tokens)
-    return LatentPack(LAYOUT, x, target, weight, t_M, t_of_N, t_M[t_of_N], ids, torch.tensor([0, 1]))
+    video = Stream(LAYOUT, x, target, weight, t_M, t_of_N, t_M[t_of_N], torch.tensor([0, 1]))
+    return LatentPack({"video": video}, ids)
 
 
 def adapters_of(network: nn.Module, move: float = 0.0) -> dict[str, Tensor]:
@@ -89,13 +92,15 @@ def test_steps_change_the_adapters_alone(config: Config, stage: int) -> None:
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     optimizer = adamw([(network.dit, 1.0)], OptimConfig(lr=0.1))
     options = {"zero_optimization": {"stage": stage}}
-    engine = Engine(network, optimizer, Precision.fp32, passes=1, clip=1.0, options=options)
-    assert set(engine.names.values()) == {name for name in before if ".lora_" in name}
+    engine = stubs.engine(network, optimizer, Precision.fp32, passes=1, clip=1.0, options=options)
+    trained = {name.removeprefix("net/") for name in engine.names.values()}
+    assert trained == {name for name in before if ".lora_" in name}
     for _ in range(3):
-        engine.backward((engine(pack()) - pack().target_NP).square().sum(), 100.0)
-        assert engine.step(1.0)
+        engine.pace = Pace(100.0)
+        engine.backward((engine(pack()) - pack().video.target_NP).square().sum())
+        assert engine.step()
     changed = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == set(engine.names.values())
+    assert changed == trained
 
 
 def test_merged_weights_compute_what_the_adapted_network_does(config: Config) -> None:
@@ -118,7 +123,7 @@ def test_merging_by_value() -> None:
     assert merged["l.bias"] is weights["l.bias"] and weights["l.weight"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
-@pytest.mark.parametrize("target", LORA_TARGETS)
+@pytest.mark.parametrize("target", WAN.adapter_targets)
 def test_every_target_names_layers(target: str) -> None:
     with torch.device("meta"):
         names = targeted(DiT(8, 24, 12, 2, 48, 16), [target])
@@ -159,7 +164,7 @@ def exported(config: Config, trained: dict[str, Tensor], run: Path, form: str, m
 def vae(tmp_path: Path) -> Path:
     """A folder where an export looks for the VAE."""
     (tmp_path / "vae").mkdir()
-    shape = '{"channels": 8, "patch": 4, "widths": [4, 4], "blocks": [0, 0]}'
+    shape = '{"channels": 8, "patch": 4, "widths": [4, 4], "blocks": [0, 0], "strides": [[4, 1]]}'
     (tmp_path / "vae" / "config.json").write_text(shape)
     return tmp_path / "vae"
 

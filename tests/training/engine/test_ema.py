@@ -11,12 +11,13 @@ from torch import nn
 from sora_train.config.schema import OptimConfig, Precision
 from sora_train.training.engine.ema import Ema
 from sora_train.training.engine.optim import adamw
-from sora_train.training.engine.zero import Engine, Fragment
+from sora_train.training.engine.zero import Fragment, Pace
+from tests import stubs
 
 
 def fragment(name: str, values: list[float]) -> Fragment:
     master = torch.tensor(values)
-    return Fragment(name, 0, master, torch.zeros_like(master), torch.zeros_like(master))
+    return stubs.fragment(name, master)
 
 
 def test_it_starts_at_the_weights_and_follows_faster_early_on() -> None:
@@ -48,7 +49,7 @@ def test_validation_runs_with_the_average_and_training_goes_on_with_the_weights(
     network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     options: dict[str, Any] = {"zero_optimization": {"stage": stage}}
     optimizer = adamw([(network, 1.0)], OptimConfig(lr=0.1))
-    engine = Engine(network, optimizer, Precision.fp32, passes=2, clip=1e9, options=options)
+    engine = stubs.engine(network, optimizer, Precision.fp32, passes=2, clip=1e9, options=options)
     ema = Ema(engine.fragments, 0.99)
     x = torch.randn(5, 3)
     before = engine(x).detach()
@@ -58,9 +59,11 @@ def test_validation_runs_with_the_average_and_training_goes_on_with_the_weights(
     (reference(x).square().sum() / 10 + reference(2 * x).sum() / 10).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()]).item()
 
-    engine.backward(engine(x).square().sum(), 10.0)
-    engine.backward(engine(2 * x).sum(), 10.0)
-    assert engine.step(1.0)
+    engine.pace = Pace(10.0)
+    engine.backward(engine(x).square().sum())
+    engine.pace = Pace(10.0)
+    engine.backward(engine(2 * x).sum())
+    assert engine.step()
     assert engine.grad_norm == pytest.approx(norm, rel=1e-4), "the passes add up to sum / weight"
     trained = engine(x).detach()
     assert not torch.allclose(trained, before)
@@ -68,7 +71,9 @@ def test_validation_runs_with_the_average_and_training_goes_on_with_the_weights(
         torch.testing.assert_close(engine(x), before)
     assert torch.equal(engine(x), trained)
 
-    engine.backward(engine(x).sum() * float("nan"), 1.0)
-    engine.backward(engine(x).sum(), 1.0)
-    assert not engine.step(1.0), "a gradient that isn't finite changes nothing"
+    engine.pace = Pace(1.0)
+    engine.backward(engine(x).sum() * float("nan"))
+    engine.pace = Pace(1.0)
+    engine.backward(engine(x).sum())
+    assert not engine.step(), "a gradient that isn't finite changes nothing"
     assert torch.equal(engine(x), trained)

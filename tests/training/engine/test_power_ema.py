@@ -12,12 +12,13 @@ from sora_train.core.cli import InputError
 from sora_train.training.engine.power_ema import PowerEmas, Snapshots, combination, combined, gamma_of, kind_of, thinned
 from sora_train.training.engine.zero import Fragment
 from sora_train.training.state.checkpoint import Checkpoints, load_into, pieces, read_state
+from tests import stubs
 
 LENGTHS = [0.05, 0.1]
 
 
 def fragment(numel: int = 50) -> Fragment:
-    return Fragment("w", 0, *(torch.zeros(numel) for _ in range(3)))
+    return stubs.fragment("net/w", torch.zeros(numel))
 
 
 def course(steps: int, numel: int = 50) -> torch.Tensor:
@@ -56,7 +57,7 @@ def test_an_average_weighs_steps_by_a_power(length: float) -> None:
     run(part, emas, weights)
     tau = torch.arange(1, 1001, dtype=torch.float64) ** gamma_of(length)
     defined = (tau / tau.sum()) @ weights.double()
-    got = emas.values[kind_of(length)]["w"].double()
+    got = emas.values[kind_of(length)]["net/w"].double()
     torch.testing.assert_close(got, direct(weights, length), rtol=0, atol=1e-5)
     assert (got - defined).norm() / defined.norm() < 0.01, "but for the sum in place of the integral"
 
@@ -69,7 +70,7 @@ def test_snapshots_make_any_length(tmp_path: Path, length: float) -> None:
     snapshots = Snapshots(tmp_path, emas, 100, 64)
     for step in range(100, 2001, 100):
         run(part, emas, weights[step - 100 : step])
-        snapshots.save(step, [part], None, {"w": [50]})
+        snapshots.save(step, [part], None, {"net/w": [50]})
         snapshots.settle()
     assert snapshots.wait()
     made, step, error = combined(tmp_path, length)
@@ -90,7 +91,7 @@ def test_a_length_out_of_reach_is_told_by_its_error() -> None:
 @pytest.mark.usefixtures("process_group")
 def test_they_are_resumed_to_the_bit(tmp_path: Path) -> None:
     part, weights = fragment(), course(300)
-    emas, single = PowerEmas([part], LENGTHS), {"w": torch.zeros(50)}
+    emas, single = PowerEmas([part], LENGTHS), {"net/w": torch.zeros(50)}
     run(part, emas, weights[:150])
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(150, pieces([part], single, None, emas.values), {"step": 150, **emas.state()})
@@ -102,7 +103,7 @@ def test_they_are_resumed_to_the_bit(tmp_path: Path) -> None:
     load_into(path, pieces([again_part], single, None, again.values))
     run(again_part, again, weights[150:])
     assert again.updates == emas.updates == 300
-    assert all(torch.equal(again.values[kind]["w"], emas.values[kind]["w"]) for kind in emas.values)
+    assert all(torch.equal(again.values[kind]["net/w"], emas.values[kind]["net/w"]) for kind in emas.values)
     with pytest.raises(InputError, match=r"length 0.2 can't begin in the middle"):
         PowerEmas([part], [0.1, 0.2]).restore(read_state(path))
 
@@ -112,8 +113,8 @@ def test_nothing_is_kept_or_saved_without_lengths() -> None:
     emas = PowerEmas([part], [])
     emas.update()
     assert emas.values == {} and emas.state() == {}
-    assert set(pieces([part], {"w": part.master}, None, emas.values)) == {
-        "master/w", "exp_avg/w", "exp_avg_sq/w", "ema/w"
+    assert set(pieces([part], {"net/w": part.master}, None, emas.values)) == {
+        "master/net/w", "exp_avg/net/w", "exp_avg_sq/net/w", "ema/net/w"
     }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def test_the_snapshots_that_stay_are_spread_over_the_run(tmp_path: Path) -> None
     snapshots = Snapshots(tmp_path, PowerEmas([part], [0.1]), 10, 4)
     for step in range(10, 131, 10):
         snapshots.emas.update()
-        snapshots.save(step, [part], None, {"w": [50]})
+        snapshots.save(step, [part], None, {"net/w": [50]})
         assert snapshots.wait()
         there = sorted(path.name for path in (tmp_path / "snapshots").iterdir())
         assert len(there) <= 4 and there[-1] == f"step-{step:08d}"

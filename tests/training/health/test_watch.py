@@ -16,7 +16,7 @@ SETUP = """
 import sys, time, ctypes
 from pathlib import Path
 import torch.distributed as dist
-from sora_train.training.watch import Watch
+from sora_train.training.health.watch import Watch
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 watch = Watch(Path(sys.argv[1]), 1.0, 3.0, lambda reason: Path(sys.argv[1], "told").write_text(reason))
 watch.start()

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from torch import Tensor
 from sora_train.core.cli import InputError
 from sora_train.training.engine.zero import Fragment
 from sora_train.training.state import checkpoint
-from sora_train.training.state.checkpoint import KINDS, Checkpoints, load_full, load_into, pieces, read_state, verify
+from sora_train.training.state.checkpoint import Checkpoints, load_full, load_into, pieces, read_state, verify
+from tests import stubs
 
 pytestmark = pytest.mark.usefixtures("process_group")
-SHAPES = {"a.weight": (5, 3), "a.bias": (7,), "b.scale": (1,)}
+SHAPES = {"net/a.weight": (5, 3), "net/a.bias": (7,), "net/b.scale": (1,)}
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 def whole(seed: int = 0) -> tuple[list[Fragment], dict[str, Tensor]]:
@@ -28,7 +31,7 @@ def whole(seed: int = 0) -> tuple[list[Fragment], dict[str, Tensor]]:
     fragments, ema = [], {}
     for name, shape in SHAPES.items():
         numel = torch.Size(shape).numel()
-        fragments.append(Fragment(name, 0, *(torch.randn(numel, generator=generator) for _ in range(3))))
+        fragments.append(stubs.fragment(name, *(torch.randn(numel, generator=generator) for _ in range(3))))
         ema[name] = torch.randn(numel, generator=generator)
     return fragments, ema
 
@@ -67,8 +70,8 @@ def test_what_was_saved_is_loaded_to_the_bit(tmp_path: Path) -> None:
     assert read_state(newest) == json.loads(json.dumps(state(40)))
     assert_same(loaded(newest), flat(40))
     ema = load_full(newest, "ema")
-    assert {name: tuple(values.shape) for name, values in ema.items()} == SHAPES
-    assert torch.equal(ema["a.weight"].flatten(), flat(40)["ema/a.weight"])
+    assert {f"net/{name}": tuple(values.shape) for name, values in ema.items()} == SHAPES
+    assert torch.equal(ema["a.weight"].flatten(), flat(40)["ema/net/a.weight"])
     assert {p.name for p in newest.iterdir()} == {"rank-0.safetensors", "state.json", "manifest.json"}
 
 
@@ -153,6 +156,18 @@ def test_where_every_checkpoint_is_damaged_it_stops_and_says_so(tmp_path: Path) 
         checkpoints.newest()
     with pytest.raises(InputError, match="no intact checkpoint"):
         checkpoint.latest_intact(tmp_path)
+
+
+def test_a_start_without_room_for_one_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = saved(tmp_path, 1)
+    mine = pieces(*whole(2), None)
+    needed = sum(values.nbytes for _, values in mine.values()) + (16 << 20)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    checkpoints.require_room(mine)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(InputError, match=r"no room for a checkpoint: 0.02 GiB free in .*; make room") as error:
+        checkpoints.require_room(mine)
+    assert "\n" not in str(error.value)
 
 
 def test_a_new_run_has_none(tmp_path: Path) -> None:
@@ -301,7 +316,7 @@ def partition(seed: int, low: int, high: int) -> checkpoint.Pieces:
     for f in fragments:
         start, stop = max(low - at, 0), min(high - at, f.master.numel())
         if start < stop:
-            mine.append(Fragment(f.name, start, *(x[start:stop] for x in (f.master, f.exp_avg, f.exp_avg_sq))))
+            mine.append(stubs.fragment(f.name, *(x[start:stop] for x in (f.master, *f.states.values())), start=start))
             averages[f.name] = ema[f.name][start:stop]
         at += f.master.numel()
     return pieces(mine, averages, None)
@@ -315,7 +330,7 @@ def test_each_of_several_ranks_sees_damage_in_its_own_share(tmp_path: Path) -> N
     assert sum(damage is not None for damage in seen) == 1
 
 
-@pytest.mark.parametrize("key", ["master/other.weight", "master/a.bias"])
+@pytest.mark.parametrize("key", ["master/net/other.weight", "master/net/a.bias"])
 def test_another_models_checkpoint_is_refused_by_parameter(tmp_path: Path, key: str) -> None:
     saved(tmp_path, 1)
     with pytest.raises(InputError, match=f"of 9 values of {key}; was it another model's"):

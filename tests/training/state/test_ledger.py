@@ -70,6 +70,23 @@ def test_a_torn_last_line_is_ignored_and_cut_off(tmp_path: Path) -> None:
     assert steps_in(path) == [1, 2, 3]
 
 
+def test_a_resume_after_a_million_lines_reads_the_ends_of_the_files(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, 0)
+    for rank in range(4):
+        line = f'{{"step": %d, "position": [0, 0, %d], "samples": [{rank}], "refused": []}}\n'
+        with (tmp_path / f"ledger/rank-{rank}.jsonl").open("w") as file:
+            file.writelines(line % (step, step) for step in range(1, 250_001))
+        Ledger(tmp_path, rank).write(250_001, (0, 0, 250_001), [], [BAD] if rank == 2 else [])
+    before = int(Path("/proc/self/io").read_text().split()[1])  # bytes read so far
+    assert ledger.replayed(249_990) == {((0, 0, 250_001), 7): BAD}
+    ledger.cut(249_990)
+    assert int(Path("/proc/self/io").read_text().split()[1]) - before < 1 << 20
+    for rank in range(4):
+        with (tmp_path / f"ledger/rank-{rank}.jsonl").open("rb") as file:
+            file.seek(-100, 2)
+            assert json.loads(file.readlines()[-1])["step"] == 249_990
+
+
 def test_an_empty_folder_is_a_new_run(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, 0)
     ledger.cut(0)

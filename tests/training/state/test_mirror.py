@@ -14,10 +14,10 @@ import torch
 
 from sora_train.core.cli import InputError
 from sora_train.training.engine.power_ema import PowerEmas, Snapshots, combined
-from sora_train.training.engine.zero import Fragment
 from sora_train.training.state.checkpoint import Checkpoints, verify
 from sora_train.training.state.files import digest_of
 from sora_train.training.state.mirror import Mirror
+from tests import stubs
 from tests.training.state.test_checkpoint import assert_same, flat, loaded, pieces, state, whole
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -222,7 +222,7 @@ def test_a_rollback_takes_the_later_ones_away_there_too(tmp_path: Path) -> None:
 def test_snapshots_go_along_and_come_back(make: Make, tmp_path: Path) -> None:
     """All that the run folder keeps, thinned out alike; those up to the checkpoint that is fetched come with it."""
     mirror = make("old")
-    part = Fragment("w", 0, *(torch.arange(50.0) for _ in range(3)))
+    part = stubs.fragment("net/w", torch.arange(50.0))
     emas = PowerEmas([part], [0.05, 0.1])
     snapshots = Snapshots(mirror.run_dir, emas, 10, 3, mirror)
 
@@ -230,7 +230,7 @@ def test_snapshots_go_along_and_come_back(make: Make, tmp_path: Path) -> None:
         for step in steps:
             part.master.add_(step)
             emas.update()
-            snapshots.save(step, [part], None, {"w": [50]})
+            snapshots.save(step, [part], None, {"net/w": [50]})
             assert snapshots.wait()
             settle(mirror)
 
@@ -259,10 +259,10 @@ def test_a_damaged_snapshot_there_is_left_out_and_the_checkpoint_comes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     mirror = local(tmp_path, "old")
-    part = Fragment("w", 0, *(torch.zeros(50) for _ in range(3)))
+    part = stubs.fragment("net/w", torch.zeros(50))
     snapshots = Snapshots(mirror.run_dir, PowerEmas([part], [0.1]), 10, 3, mirror)
     for step in (10, 20):
-        snapshots.save(step, [part], None, {"w": [50]})
+        snapshots.save(step, [part], None, {"net/w": [50]})
         assert snapshots.wait()
     save(mirror, 20)
     (tmp_path / "elsewhere/snapshots/step-00000010/rank-0.safetensors").write_bytes(b"")

@@ -1,0 +1,86 @@
+"""Columns of a caption table: which one names the file, which holds the caption, and what the others are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sora_train.core.cli import InputError, nearest
+from sora_train.data.index.captions import is_missing
+
+WANTED = {  # what is looked for, by the names that trainers and data sets give it, in order of preference
+    "file": (
+        "file", "file_name", "filename", "file_path", "filepath", "path", "video", "video_path", "video_file",
+        "video_name", "image", "image_path", "image_file", "media", "media_path",
+    ),
+    "caption": ("caption", "captions", "text", "prompt", "cap", "description"),
+    "start": ("start", "start_time", "start_sec", "start_seconds", "start_timestamp"),
+    "end": ("end", "end_time", "end_sec", "end_seconds", "end_timestamp"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns as told, by what they are (`file`, `caption`, ...); the rest is found by its usual names."""
+
+    told: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @staticmethod
+    def parse(text: str | None) -> Columns:
+        """Read `file:NAME,caption:NAME+NAME,...`; raises InputError for another form."""
+        told: dict[str, tuple[str, ...]] = {}
+        for part in filter(None, (part.strip() for part in (text or "").split(","))):
+            what, colon, names = part.partition(":")
+            what = what.strip()
+            if not colon or not names.strip():
+                raise InputError(f"columns={text}: {part!r} is not of the form file:NAME")
+            if what not in WANTED:
+                raise InputError(f"columns={text}: {what!r} is no use of a column; {nearest(what, list(WANTED))}")
+            told[what] = tuple(name.strip() for name in names.split("+"))
+            if what != "caption" and len(told[what]) > 1:
+                raise InputError(f"columns={text}: only captions can be in several columns")
+        return Columns(told)
+
+    def fit(self, header: Iterable[str]) -> bool:
+        """Whether a header has a column for the file and one for the caption."""
+        names = list(header)
+        return all(self._in(names, what) for what in ("file", "caption"))
+
+    def special(self, header: Iterable[str]) -> set[str]:
+        """Columns of a header that are not fields of a sample."""
+        names = list(header)
+        found = {name for what in WANTED for name in self._in(names, what)}
+        return found | {name for name in names if name.strip().lower() in ("caption", "captions")}
+
+    def chosen(self, header: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """The columns of a header by what they are; those that aren't there are left out."""
+        names = list(header)
+        return {what: found for what in WANTED if (found := self._in(names, what))}
+
+    def of(self, record: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """The same for one record, of whose usual names those count that hold something."""
+        there = [name for name, value in record.items() if not is_missing(value)]
+        return self.chosen(record) | self.chosen(there)
+
+    def refuse(self, path: Path, line: str) -> NoReturn:
+        """Raise InputError for a table whose first line has no header that fits."""
+        shown = line.strip()[:80].encode("ascii", "backslashreplace").decode()
+        told = [f"{what} {name!r}" for what, names in self.told.items() for name in names]
+        if told:
+            raise InputError(
+                f"captions={path} doesn't have the columns told ({', '.join(told)}); its first line is {shown!r}"
+            )
+        raise InputError(
+            f"captions={path}: the first line must name a column for the file ({', '.join(WANTED['file'][:6])}, ...) "
+            f"and one for the caption ({', '.join(WANTED['caption'])}), or say columns=file:NAME,caption:NAME; "
+            f"it is {shown!r}"
+        )
+
+    def _in(self, names: list[str], what: str) -> tuple[str, ...]:
+        """The columns among the names that are what is asked for; told ones all, or none of them."""
+        if what in self.told:
+            return self.told[what] if set(self.told[what]) <= set(names) else ()
+        known = {name.strip().lower().replace(" ", "_"): name for name in reversed(names)}
+        return next(((known[name],) for name in WANTED[what] if name in known), ())

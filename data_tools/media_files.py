@@ -1,0 +1,125 @@
+"""The media of a folder, and what in it is none: everything that is passed over is named or counted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from data_tools.captions import SIDECARS, Names, Refused, sidecars_of
+from sora_train.data.read.decode import IMAGES, VIDEOS
+
+SPELLINGS = {"jpeg": "jpg", "jfif": "jpg"}  # extensions of the same thing
+_TEXTS = ("txt", "caption", "json", "csv", "tsv", "jsonl", "ndjson", "parquet", "md")
+_PIECE = 8 << 20
+
+
+@dataclass
+class Media:
+    """Files below a folder, by relative path."""
+
+    files: list[str] = field(default_factory=list)  # videos and images, sorted
+    others: list[str] = field(default_factory=list)  # of no known kind, sorted
+    texts: list[str] = field(default_factory=list)
+    names: dict[str, Names] = field(default_factory=dict)  # of everything in each folder
+
+    def beside(self, file: str) -> Names:
+        """Names of the files in a file's folder."""
+        return self.names[str(PurePosixPath(file).parent)]
+
+    def thumbnail_of(self, file: str) -> str | None:
+        """The video of the same name that an image without a caption of its own lies beside; None if there is none."""
+        path, names = PurePosixPath(file), self.beside(file)
+        if extension_of(file) not in IMAGES or any(
+            found.startswith(path.name) for found in sidecars_of(path.name, names)
+        ):
+            return None
+        return next((found for video in VIDEOS if (found := names.find(f"{path.stem}.{video}")) is not None), None)
+
+    def captioned_others(self) -> list[str]:
+        """Files of no known kind that have a sidecar which no video or image shares."""
+        media = {str(PurePosixPath(file).with_suffix("")) for file in self.files}
+        return [
+            file for file in self.others
+            if str(PurePosixPath(file).with_suffix("")) not in media
+            and sidecars_of(PurePosixPath(file).name, self.beside(file))
+        ]  # fmt: skip
+
+    def passed_over(self) -> list[str]:
+        """Lines on files that are no media by extension, and on texts that lie beside none."""
+        lines = []
+        counts = Counter(extension_of(file) or "no extension" for file in self.others)
+        if counts:
+            shown = ", ".join(f"{extension} {count}" for extension, count in counts.most_common(12))
+            lines.append(f"passed over: {len(self.others)} files of other kinds ({shown})")
+        all_files = self.files + self.others
+        owners = {name for file in all_files for name in (file, str(PurePosixPath(file).with_suffix("")))}
+        texts = [text for text in self.texts if extension_of(text) in SIDECARS]
+        alone = [text for text in texts if str(PurePosixPath(text).with_suffix("")) not in owners]
+        if alone:
+            lines.append(f"passed over: {len(alone)} texts beside no video or image, such as {alone[0]}")
+        return lines
+
+
+def find_media(folder: Path) -> Media:
+    """Everything below a folder but names that begin with a dot; links are followed, once per directory."""
+    found = Media()
+    seen: set[str] = set()
+    for root, directories, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        directories[:] = [] if real in seen else sorted(d for d in directories if not d.startswith("."))
+        if real in seen:
+            continue
+        seen.add(real)
+        place = PurePosixPath(Path(root).relative_to(folder).as_posix())
+        found.names[str(place)] = Names(names)
+        for name in names:
+            if not name.startswith("."):
+                group = found.files if media_extension(name) else found.others
+                (found.texts if extension_of(name) in _TEXTS else group).append(str(place / name))
+    for group in (found.files, found.others, found.texts):
+        group.sort()
+    return found
+
+
+def extension_of(name: str) -> str:
+    """What a name ends with after its last dot, in lower case."""
+    return PurePosixPath(name).suffix[1:].lower()
+
+
+def media_extension(name: str) -> str | None:
+    """The extension that a video or image has in a shard; None for another file."""
+    extension = SPELLINGS.get(extension_of(name), extension_of(name))
+    return extension if extension in VIDEOS + IMAGES else None
+
+
+def key_of(name: str) -> str:
+    """The sample key of a relative path: readable, safe in any tar, the same in every run, one per path."""
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "_", str(PurePosixPath(name).with_suffix("")))[-60:].strip("_")
+    return f"{readable or 'sample'}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}"
+
+
+def check_file(path: Path) -> None:
+    """Raise Refused for what is no regular file, can't be opened or is empty; a pipe is not waited for."""
+    try:
+        if path.exists() and not path.is_file():
+            raise Refused("unreadable", "a pipe, socket or device, not a file")
+        with path.open("rb") as media:
+            if not media.read(1):
+                raise Refused("empty file")
+    except OSError as error:
+        raise Refused("unreadable", error.strerror or str(error)) from error
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, as `digest` gives it of bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def digest(data: bytes) -> str:
+    """What tells a file or a caption from another one."""
+    return hashlib.sha256(data).hexdigest()[:32]

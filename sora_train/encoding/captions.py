@@ -1,0 +1,37 @@
+"""Captions to text rows: word ids for the text encoder that is trained with the model, or a frozen one's embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sora_train.config.schema import Config
+from sora_train.models.text.encoder import tokenize, tokenize_captions
+
+Tokenize = Callable[[Sequence[str]], tuple[Tensor, tuple[int, ...]]]  # captions to rows end to end, and their lengths
+_UNLIMITED = 1 << 40
+
+
+def tokenizer(config: Config, device: torch.device = torch.device("cpu")) -> Tokenize:  # noqa: B008 (immutable)
+    """Function from captions to the text rows that the network of this configuration takes.
+
+    The rows are word ids `(L, 2)` for our own text encoder, or embeddings `(L, E)` of a released one on `device`.
+    """
+    t = config.text_encoder
+    if t.path is not None:
+        from sora_train.models.text.released import ReleasedText  # transformers takes seconds to import
+
+        return ReleasedText(t.path, device, t.max_tokens, t.pad_to)
+    return lambda captions: tokenize_captions(captions, t.buckets, t.max_tokens)
+
+
+def count_tokens(config: Config, captions: Sequence[str]) -> list[int]:
+    """Tokens of captions before any are cut off at `text_encoder.max_tokens`."""
+    t = config.text_encoder
+    if t.path is not None:
+        from sora_train.models.text.released import token_counts  # transformers takes seconds to import
+
+        return token_counts(t.path, captions)
+    return [len(tokenize(caption, t.buckets, _UNLIMITED)) for caption in captions]

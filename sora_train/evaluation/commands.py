@@ -1,0 +1,130 @@
+"""The options of `sora_train.evaluate`, and the parts of it that need no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from sora_train.core.cli import InputError
+from sora_train.core.media import write_mp4
+from sora_train.demo_world.binding import FPS, trials
+from sora_train.demo_world.render import render
+from sora_train.evaluation import votes
+from sora_train.evaluation.folder import judge_folder, videos_in
+from sora_train.evaluation.layouts import case_collisions, check_layout, wanted
+from sora_train.evaluation.page import evaluation_page
+from sora_train.evaluation.registry import choose
+from sora_train.evaluation.results import Judges, write_json
+
+_SHOWN = 40  # lines of what is wrong with a folder
+
+
+@dataclass
+class Options:
+    """Command-line options; the head of `evaluate.py` says which go together."""
+
+    run_dir: str = ""
+    split: str = "val"
+    shards: list[str] = field(default_factory=list)  # instead of the split's
+    tasks: list[str] = field(default_factory=list)
+    videos: str = ""
+    reference: str | None = None
+    prompts: str = ""
+    metrics: list[str] = field(default_factory=list)  # names and groups; empty: quick, or completion with tasks
+    models: dict[str, str] = field(default_factory=dict)  # local networks by the name that metrics give them
+    count: int = 256
+    seed: int = 0
+    out: str = ""
+    format: str = ""
+    seconds: float | None = None  # of the videos of a format
+    images: str | None = None  # folder of first frames for a format
+    binding: str = ""
+    each: int = 8  # trials of a category and degree
+    side_by_side: list[str] = field(default_factory=list)
+    repeats: float = 0.1  # share of the questions that are asked twice
+    votes: list[str] = field(default_factory=list)
+    key: str = ""
+    memorised: list[str] = field(default_factory=list)
+
+    def judges(self) -> Judges:
+        """The metrics asked for."""
+        return choose(self.metrics or ["completion" if self.tasks else "quick"], self.models)
+
+    def path(self, ending: str) -> Path:
+        """`out`, which must have this ending. Raises InputError."""
+        if not self.out.endswith(ending):
+            raise InputError(f"out={self.out or '...'} must end in {ending}")
+        return Path(self.out)
+
+
+def judge_videos(o: Options) -> int:
+    """Judge a folder of videos."""
+    if not o.videos:
+        raise InputError("name what to evaluate: run_dir=RUN, or videos=DIR; --help shows more")
+    out, judges = o.path(".json"), o.judges()
+    outcome = judge_folder(judges, o.videos, o.reference, o.prompts or None)
+    outcome.show(Console())
+    write_json(out, outcome.as_json())
+    out.with_suffix(".html").write_text(evaluation_page(outcome, videos_in(o.videos)), encoding="utf-8")
+    print(f"{out}, {out.with_suffix('.html')}")
+    return 0
+
+
+def check_format(o: Options) -> int:
+    """Check a folder of a benchmark's videos; 1 where something is wrong."""
+    every = wanted(o.format, o.prompts)
+    wrong = check_layout(o.format, o.videos, every)
+    for line in [*wrong[:_SHOWN], *([f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else [])]:
+        print(line)
+    collisions = case_collisions(every)
+    if collisions:
+        print(f"{len(collisions)} names differ in capitals alone, the first is {collisions[0]}: not for every disk")
+    print(f"{o.videos}: {len(every)} videos of {o.format}, {len(wrong)} thing(s) wrong")
+    return 1 if wrong else 0
+
+
+def write_binding(o: Options) -> int:
+    """Write BindingBench: `prompts.jsonl`, and a right video of every prompt under `reference/`."""
+    top = Path(o.binding)
+    (top / "reference").mkdir(parents=True, exist_ok=True)
+    every = list(trials(o.each, o.seed))
+    for trial in track(every, description="drawing right videos"):
+        write_mp4(top / "reference" / f"{trial.name}.mp4", render(trial.scene), FPS)
+    lines = [json.dumps(trial.row()) for trial in every]
+    (top / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{top / 'prompts.jsonl'}: {len(every)} prompts; right videos in {top / 'reference'}")
+    return 0
+
+
+def ask_people(o: Options) -> int:
+    """Write the page for blind votes."""
+    pairs = votes.pairs_of(o.side_by_side, o.prompts or None, o.count, o.seed, o.repeats)
+    votes.write_votes_page(pairs, o.path(".html"))
+    print(f"{o.out}: {len(pairs)} questions; {o.path('.html').with_suffix('.key.json')} says who is who")
+    return 0
+
+
+def count_votes(o: Options) -> int:
+    """Print the strengths that votes give."""
+    if not o.key:
+        raise InputError("votes need key=PAGE.key.json, which was written beside the page")
+    found, repeats = votes.read_votes(o.key, o.votes)
+    strengths = votes.strengths(found)
+    Console().print(votes.strengths_table(strengths, repeats))
+    if o.out:
+        write_json(o.path(".json"), votes.as_json(strengths, repeats))
+    return 0
+
+
+WITHOUT_A_MODEL: dict[str, Callable[[Options], int]] = {  # by the option that asks for it
+    "binding": write_binding,
+    "side_by_side": ask_people,
+    "votes": count_votes,
+    "format": check_format,
+    "": judge_videos,
+}

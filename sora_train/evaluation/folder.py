@@ -1,0 +1,117 @@
+"""Judges a folder of videos made by anything, beside a folder of real ones, by the names of the files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from sora_train.core.cli import InputError
+from sora_train.core.media import read_mp4
+from sora_train.evaluation.metric import Sample
+from sora_train.evaluation.outcome import Outcome, conclude
+from sora_train.evaluation.results import REAL, SAMPLES, Judged, Judges
+
+_VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+_NAMES = ("video", "name", "file_name", "file", "path")  # columns that may name a video, the first that is there
+_CAPTIONS = ("prompt", "caption", "text")
+
+
+def judge_folder(judges: Judges, videos: str, reference: str | None, prompts: str | None) -> Outcome:
+    """Judge every video of a folder. Raises InputError where names don't go together, or nothing can be read.
+
+    Where names of both folders agree, each video has its real one; where none does, the reference is a set for
+    distances alone.
+    """
+    made, texts = videos_in(videos), read_prompts(prompts) if prompts else {}
+    real = videos_in(reference) if reference else {}
+    paired = bool(set(made) & set(real))
+    for what, others in ((f"reference={reference}", real if paired else {}), (f"prompts={prompts}", texts)):
+        missing = sorted(set(made) - set(others)) if others else []
+        if missing:
+            raise InputError(f"{what} has nothing for {len(missing)} of {len(made)} videos, the first is {missing[0]}")
+    columns: dict[str, list[Judged]] = {SAMPLES: []}
+    for name, path in track(made.items(), description="judging videos"):
+        frames, fps = read_video(path)
+        truth = read_video(real[name])[0] if paired else None
+        columns[SAMPLES].append(judges.judge(frames, truth, _sample(name, fps, texts)))
+    for name, path in track(real.items(), description="judging the reference", disable=not real):
+        frames, fps = read_video(path)
+        columns.setdefault(REAL, []).append(judges.judge(frames, None, _sample(name, fps, texts)))
+    about = {"folder": videos, "reference": reference, "prompts": prompts}
+    return conclude(f"{videos}, {len(made)} videos", about, judges, columns)
+
+
+def videos_in(folder: str) -> dict[str, Path]:
+    """The videos of a folder and those below it, by their path without the ending. Raises InputError for none."""
+    top = Path(folder)
+    if not top.is_dir():
+        raise InputError(f"there is no folder {folder}")
+    found = sorted(path for path in top.rglob("*") if path.suffix.lower() in _VIDEOS)
+    names = {path.relative_to(top).with_suffix("").as_posix(): path for path in found}
+    if not names:
+        raise InputError(f"{folder} holds no videos ({' '.join(_VIDEOS)})")
+    if len(names) < len(found):
+        raise InputError(f"{folder} holds two videos of one name that differ in their endings alone")
+    return names
+
+
+def read_video(path: Path) -> tuple[np.ndarray, float]:
+    """Frames and frames a second. Raises InputError for a file that can't be read."""
+    try:
+        return read_mp4(path)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def read_prompts(file: str) -> dict[str, dict[str, Any]]:
+    """Prompt and further fields of each video by its name without the ending.
+
+    Files: .jsonl and .csv with a column `video` (or name, file_name, file, path) and `prompt` (or caption, text); .json
+    with a list of the same or an object from name to prompt; .txt with lines of name, tab, prompt.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"there is no file {file}")
+    try:
+        rows = _rows(path)
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{file}: {error}") from error
+    found: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(rows, 1):
+        name, caption = (next((row[key] for key in keys if key in row), None) for keys in (_NAMES, _CAPTIONS))
+        if not isinstance(name, str) or not isinstance(caption, str):
+            raise InputError(f"{file}: entry {number} needs `video` and `prompt`, and both are texts")
+        short = name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in _VIDEOS else name
+        if short in found:
+            raise InputError(f"{file}: {short} stands there twice")
+        found[short] = {**row, "caption": caption}
+    if not found:
+        raise InputError(f"{file} holds no prompts")
+    return found
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    elif path.suffix == ".json":
+        content = json.loads(text)
+        rows = [{"video": k, "prompt": v} for k, v in content.items()] if isinstance(content, dict) else content
+    elif path.suffix == ".csv":
+        rows = list(csv.DictReader(text.splitlines()))
+    else:
+        rows = [dict(zip(("video", "prompt"), line.split("\t", 1), strict=False)) for line in text.splitlines() if line]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("needs an object for each video")
+    return rows
+
+
+def _sample(name: str, fps: float, texts: Mapping[str, dict[str, Any]]) -> Sample:
+    row = texts.get(name, {})
+    return Sample(name, row.get("caption", ""), fps, {k: v for k, v in row.items() if k != "caption"})

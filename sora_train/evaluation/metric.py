@@ -1,0 +1,134 @@
+"""The contract of a metric, and the registry that finds metrics by name or by group.
+
+A metric gets the frames of a video that was made, the real video that belongs to it where there is one, and what else
+is known of it, and gives figures by name. To add one, decorate a function in a module that `registry.py` imports:
+
+    @metric("brightness", groups=("quick",), better=None)
+    def brightness(made_THWC, real_THWC, sample):
+        return {"brightness": float(made_THWC.mean() / 255)}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Better = Literal["up", "down"] | None  # None: neither; as near to the real videos' as can be
+Summary = Literal["rate", "mean", "median"]  # of the videos' figures; a rate is that of figures 1.0 among 0.0
+Need = Literal["real", "caption", "fps", "scene", "part"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """How many frames of a clip were given at its beginning and at its end; those between were made."""
+
+    before: int
+    after: int
+
+    def made(self, frames: int) -> slice:
+        """The made frames of a clip of `frames`."""
+        return slice(self.before, frames - self.after)
+
+    def given(self, frames: int) -> list[int]:
+        """The given ones."""
+        return [n for n in range(frames) if not self.before <= n < frames - self.after]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Everything known of a video beside its frames."""
+
+    name: str
+    caption: str = ""
+    fps: float = 0.0
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the sample's json; the demo world's `scene` is there
+    part: Part | None = None  # null: all frames were made
+
+    def has(self, need: Need) -> bool:
+        """Whether it has something that a metric may ask for, beside the real video."""
+        return {
+            "caption": bool(self.caption), "fps": self.fps > 0, "scene": self.fields.get("scene") is not None,
+            "part": self.part is not None, "real": True,
+        }[need]  # fmt: skip
+
+
+Figures = Callable[[np.ndarray, np.ndarray | None, Sample], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Figures of single videos: `figures(made_THWC, real_THWC, sample)`; NaN where this video has none."""
+
+    name: str
+    figures: Figures
+    better: Better
+    needs: frozenset[Need] = frozenset()  # a video without these gets no figure
+    summary: Summary = "mean"
+    chance: Mapping[str, float] = field(default_factory=dict)  # figures of whoever guesses, where they are known
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Distances between two sets of videos; less is better.
+
+    `features(video_THWC, sample)` are those `(D,)` of one video, `distances(made_ND, real_ND)` the figures of as many
+    made as real videos by name, the headline first.
+    """
+
+    name: str
+    features: Callable[[np.ndarray, Sample], np.ndarray]
+    distances: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    needs: frozenset[Need] = frozenset()
+
+
+Models = Mapping[str, str]  # local folders or files of networks by the name that a metric asks for
+Build = Callable[[Models], Metric | Distance]
+
+
+class Unavailable(Exception):
+    """Something that a metric needs isn't there; the message says what, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered metric; `build` raises Unavailable where a library or a network is missing."""
+
+    name: str
+    groups: tuple[str, ...]
+    build: Build
+
+
+METRICS: dict[str, Entry] = {}
+GROUPS = {
+    "quick": "no network, a fraction of a second a video",
+    "full": "everything for which libraries and networks are at hand",
+    "completion": "for clips completed from some of their own frames",
+}
+
+
+def register(name: str, groups: Sequence[str], build: Build) -> None:
+    """Enter a metric; a name stands for one."""
+    if name in METRICS or name in GROUPS:
+        raise ValueError(f"there is a metric or group {name!r} already")
+    METRICS[name] = Entry(name, tuple(groups), build)
+
+
+def metric(
+    name: str,
+    groups: Sequence[str],
+    better: Better,
+    needs: Sequence[Need] = (),
+    summary: Summary = "mean",
+    chance: Mapping[str, float] | None = None,
+) -> Callable[[Figures], Figures]:
+    """Register a function that gives figures, under `name`."""
+
+    def enter(function: Figures) -> Figures:
+        built = Metric(name, function, better, frozenset(needs), summary, chance or {})
+        register(name, groups, lambda models: built)
+        return function
+
+    return enter

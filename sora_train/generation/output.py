@@ -1,0 +1,164 @@
+"""A sample's files: the video in one of several formats, a contact sheet, and the JSON that it was made from.
+
+The JSON is written last: where it stands, the sample is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sora_train.core.cli import InputError
+from sora_train.core.media import contact_sheet, write_gif, write_mp4, write_png, write_webm
+
+FORMATS = ("mp4", "webm", "gif", "frames", "png")  # frames: a folder of PNG files; png: of a clip of one frame
+_OTHERS = (".avi", ".mov", ".mkv", ".m4v", ".ts", ".mpg", ".wmv", ".flv", ".webp", ".jpg", ".jpeg", ".bmp", ".tif")
+_COMMENT = "AI-generated video (sora_train)"
+_CRF = {"mp4": 18, "webm": 24}
+_MOST_CRF = {"mp4": 51, "webm": 63}
+Video = np.ndarray | Iterable[np.ndarray]  # frames_THWC, whole or in pieces
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a sample goes: FOLDER/NAME with the suffix of its format."""
+
+    folder: Path
+    name: str
+    format: str = "mp4"
+    crf: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The video, or the folder of its frames."""
+        return self.folder / (self.name if self.format == "frames" else f"{self.name}.{self.format}")
+
+    @property
+    def json(self) -> Path:
+        """What it was made from."""
+        return self.folder / f"{self.name}.json"
+
+
+def has_format(place: str | Path) -> bool:
+    """Whether the suffix of a name says which format it is."""
+    return Path(place).suffix.lower().removeprefix(".") in set(FORMATS) - {"frames"}
+
+
+def target_of(place: Path, wanted: str | None, frames: int, crf: int | None) -> Target:
+    """The target of `out=` and `format=` for a clip of so many frames. Raises InputError where they don't go together.
+
+    A suffix that is no format's is part of the name.
+    """
+    suffix = place.suffix.lower().removeprefix(".")
+    has_suffix = has_format(place)
+    if place.suffix.lower() in _OTHERS:
+        raise InputError(f"out={place}: samples are .mp4, .webm, .gif, .png (one frame), or a folder of format=frames")
+    if has_suffix and wanted not in (None, suffix):
+        raise InputError(f"out={place} and format={wanted} differ; leave one of them out")
+    name = place.stem if has_suffix else place.name
+    chosen = wanted or (suffix if has_suffix else "mp4")
+    if frames == 1 and chosen in ("mp4", "webm"):
+        chosen = "png"
+    if frames > 1 and chosen == "png":
+        raise InputError(f"a PNG holds one frame, and {place} has {frames}; give format=frames, or a shorter seconds=")
+    if crf is not None and crf > _MOST_CRF.get(chosen, -1):
+        most = _MOST_CRF.get(chosen)
+        raise InputError(f"crf={crf}: " + (f"at most {most} for {chosen}" if most else f"{chosen} has no crf"))
+    if not name or place.is_dir() and chosen != "frames":
+        raise InputError(f"out={place} is a folder; name a file in it, e.g. {place / 'clip.mp4'}")
+    return Target(place.parent, name, chosen, crf)
+
+
+def save_sample(folder: Path, name: str, video: Video, fps: float, about: Mapping[str, object]) -> Path:
+    """Write NAME.mp4 (NAME.png for one frame), NAME-sheet.png and NAME.json to a folder; returns the video's path."""
+    single = isinstance(video, np.ndarray) and len(video) == 1
+    return save(Target(folder, name, "png" if single else "mp4"), video, fps, about)
+
+
+def save(target: Target, video: Video, fps: float, about: Mapping[str, object]) -> Path:
+    """Write a sample's video, contact sheet and JSON; returns the video's path.
+
+    Of frames that come in pieces, the sheet shows the first frames of a few of them. Raises InputError where nothing
+    can be written.
+    """
+    try:
+        target.folder.mkdir(parents=True, exist_ok=True)
+        target.json.unlink(missing_ok=True)
+        firsts: list[np.ndarray] = []
+        _write(target, video if isinstance(video, np.ndarray) else _watched(video, firsts), fps)
+        shown = video if isinstance(video, np.ndarray) else np.stack(firsts)
+        scale = max(1, round(128 / shown.shape[1]))
+        sheet = contact_sheet(shown, columns=min(8, len(shown)), scale=scale)
+        write_png(target.folder / f"{target.name}-sheet.png", sheet)
+        temporary = target.json.with_name(f".{target.name[-200:]}.json.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+        temporary.replace(target.json)
+    except OSError as error:
+        raise InputError(f"{target.path} can't be written: {error.strerror or error}") from error
+    return target.path
+
+
+def is_there(target: Target, about: Mapping[str, Any]) -> bool:
+    """Whether this very sample was made before: its video is there, and its JSON says what this one would say."""
+    try:
+        found = json.loads(target.json.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return target.path.exists() and isinstance(found, dict) and all(found.get(k) == v for k, v in about.items())
+
+
+def _write(target: Target, video: Video, fps: float) -> None:
+    crf = target.crf if target.crf is not None else _CRF.get(target.format, 0)
+    if target.format == "mp4":
+        write_mp4(target.path, video, fps, crf, metadata={"comment": _COMMENT})
+    elif target.format == "webm":
+        write_webm(target.path, video, fps, crf, metadata={"comment": _COMMENT})
+    elif target.format == "gif":
+        write_gif(target.path, video, fps, _COMMENT)
+    elif target.format == "png":
+        write_png(target.path, next(_frames(video)))
+    else:
+        _write_frames(target.path, video)
+
+
+def _write_frames(folder: Path, video: Video) -> None:
+    """A PNG for each frame; the folder appears when all are there, in place of an earlier one of frames."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for number, frame in enumerate(_frames(video)):
+            write_png(temporary / f"{number:05d}.png", frame)
+        if folder.exists():
+            if strange := [
+                path.name for path in folder.iterdir() if not (path.stem.isdigit() and path.suffix == ".png")
+            ]:
+                raise InputError(f"{folder} holds {strange[0]}, which is no frame of a sample; choose another out=")
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _frames(video: Video) -> Iterator[np.ndarray]:
+    return chain.from_iterable([video] if isinstance(video, np.ndarray) else video)
+
+
+def _watched(pieces: Iterable[np.ndarray], firsts: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The pieces as they come, evenly spaced ones' first frames kept: fewer than 16."""
+    every = 1
+    for number, piece in enumerate(pieces):
+        if number % every == 0:
+            firsts.append(piece[0])
+            if len(firsts) == 16:
+                del firsts[1::2]
+                every *= 2
+        yield piece

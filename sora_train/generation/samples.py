@@ -1,0 +1,221 @@
+"""From jobs to files: each sample is prepared, made and written by itself, so that its JSON alone makes it again."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from sora_train.config.cost import geometry
+from sora_train.config.rules import check
+from sora_train.config.schema import Config
+from sora_train.core.cli import InputError
+from sora_train.core.world import World
+from sora_train.data.read.pool import Pool
+from sora_train.generation.given import Given
+from sora_train.generation.long_video import check_overlap, in_pieces
+from sora_train.generation.options import FILES, Job, Options, Recorded, record
+from sora_train.generation.output import Target, Video, is_there, save, target_of
+from sora_train.generation.requests import Prompt, Shot, Size, clip_size, fits, inside, read_shots
+from sora_train.generation.sampler import Sampler
+from sora_train.models.text.encoder import tokenize
+
+
+@dataclass
+class Sample:
+    """One sample ready to be made: its configuration, size, captions, given images and videos, and where it goes."""
+
+    config: Config
+    options: Options
+    size: Size
+    shots: list[Shot]
+    given: dict[str, Given]  # by the option that named it
+    target: Target
+    note: str
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether it is longer than a clip, or has to lead back to its beginning."""
+        o = self.options
+        return o.loop or (self.size[0] > self.config.data.max_frames and not o.whole)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.size[1], self.size[2]
+
+    def about(self, weights: str) -> dict[str, Any]:
+        """The JSON beside it: everything that makes it again."""
+        o, flow = self.options, self.config.flow
+        whole = replace(
+            o, seconds=self.size[0] / self.config.data.made_fps, height=self.size[1], width=self.size[2],
+            fps=o.fps or self.config.data.made_fps, format=self.target.format, guidance=flow.guidance,
+            guidance_interval=list(flow.guidance_interval), guidance_rescale=flow.guidance_rescale,
+            steps=flow.sampling_steps, solver=flow.solver, shift=flow.shift,
+        )  # fmt: skip
+        return {
+            "prompt": o.prompt, "seed": o.seed, "file": self.target.path.name, "frames": self.size[0],
+            "options": record(whole), "weights": weights,
+            "given": {name: given.sha256() for name, given in self.given.items()},
+        }  # fmt: skip
+
+
+class Model(Protocol):
+    """The model that samples come from (`operations/source.py`)."""
+
+    config: Config
+    options: Options  # of the command, naming the very checkpoint and adapters
+    weights: str  # a hash of everything trained
+    world: World
+
+    def open(self) -> Sampler:
+        """Load it."""
+
+
+def make_all(model: Model, jobs: Sequence[Job], recorded: Recorded | None) -> None:
+    """Make every sample of the jobs that isn't there yet, one after the other, and say where each is.
+
+    What is wrong with any of them is said before the first is made. Raises InputError.
+    """
+    o, weights = model.options, model.weights
+    if recorded is not None and recorded.weights not in ("", weights):
+        raise InputError(f"{recorded.path} was made from other weights than {o.run_dir} holds; give run_dir=... anew")
+    with Pool.of(replace(model.config.data, workers=1)) as pool:
+        samples = []
+        for job in jobs:
+            its = replace(job.options, checkpoint=o.checkpoint, lora=o.lora)
+            samples.append(_prepared(model.config, its, job, pool))
+        sampler: Sampler | None = None
+        for sample in samples:
+            about = sample.about(weights)
+            _check_given(about["given"], recorded)
+            if len(samples) > 1 and is_there(sample.target, about):
+                _say(model.world, f"{sample.target.path}  there already")
+                continue
+            sampler = sampler or model.open()
+            video = made(sampler, sample)
+            made_with = {"sora_train": version("sora_train"), "torch": torch.__version__, "device": sampler.device.type}
+            _keep(model.world, sample, video, about | {"made_with": made_with})
+
+
+def made(sampler: Sampler, sample: Sample) -> Video:
+    """The frames of a sample: whole, or in pieces that are made when they are asked for."""
+    sampler = copy.copy(sampler)
+    sampler.config = config = sample.config
+    o, size, sides = sample.options, sample.size, sample.sides
+    before, after, start = _ends(sample)
+    prompt = Prompt(
+        sample.shots,
+        None if before is None else before.decoded(max(0, before.frames - size[0]), min(size[0], before.frames), sides),
+        None if after is None else after.decoded(0, min(size[0], after.frames), sides),
+        None if start is None else fits(start.decoded(0, min(size[0], start.frames), sides), size),
+        o.strength,
+        o.negative,
+        before.decoded(0, min(before.frames, 1 + o.overlap * config.vae.temporal_stride), sides)
+        if before is not None and o.loop
+        else None,
+    )
+    if sample.in_pieces:
+        piece = (min(size[0], config.data.max_frames), *sides)
+        pieces = in_pieces(config, sampler, prompt, piece, size[0], o.seed, o.overlap, o.loop)
+        return pieces if before is None else chain(before.pieces(0, before.frames, sides), pieces)
+    request = prompt.request(config, sampler.vae, size, o.seed)
+    (video,) = sampler.videos([request])
+    if before is None and after is None:
+        return video
+    first, last = inside(config, prompt, request)
+    earlier: Iterator[np.ndarray] = iter(()) if before is None else before.pieces(0, before.frames - first, sides)
+    later: Iterator[np.ndarray] = iter(()) if after is None else after.pieces(last, after.frames, sides)
+    return chain(earlier, [video], later)
+
+
+def _prepared(config: Config, o: Options, job: Job, pool: Pool) -> Sample:
+    """A sample whose options go together and whose files can be read. Raises InputError."""
+    for one, other in (("image", "video"), ("end_image", "end_video")):
+        if getattr(o, one) and getattr(o, other):
+            raise InputError(f"give {one}=... or {other}=..., not both")
+    if o.strength < 1.0 and not o.video:
+        raise InputError("strength below 1 makes a video anew; give video=...")
+    config = _with_flow(config, o)
+    shots = [Shot(float("inf"), o.prompt or "")] if o.shots is None else read_shots(o.shots)
+    _say_what_is_cut(config, [shot.caption for shot in shots] + [o.negative])
+    names = [name for name in FILES if getattr(o, name) is not None]
+    given = {name: Given(getattr(o, name), config.data.made_fps, config.data.fit, pool) for name in names}
+    shape = next(((g.height, g.width) for g in given.values()), None)
+    told = sum(shot.seconds for shot in shots)
+    size = clip_size(config, shape, o.height, o.width, o.seconds or (told if told < float("inf") else None))
+    longest = size[0] + sum(g.frames for name, g in given.items() if name in ("image", "video"))
+    target = target_of(job.place, o.format, longest if given else size[0], o.crf)
+    sample = Sample(config, o, size, shots, given, target, job.note)
+    before, after, start = _ends(sample)
+    if sample.in_pieces and (after is not None or start is not None):
+        raise InputError("a loop, or a video made piece by piece, can't end in what is given; try whole=true")
+    if sample.in_pieces:
+        check_overlap(geometry(config).grid(min(size[0], config.data.max_frames), *size[1:])[0], o.overlap)
+    if size[0] == 1 and (before is not None or after is not None):
+        raise InputError("one frame has no room beside what is given; give more seconds")
+    return sample
+
+
+def _with_flow(config: Config, o: Options) -> Config:
+    """The configuration of one sample: how it is guided and solved. Raises InputError for what doesn't go together."""
+    chosen: dict[str, Any] = {
+        "guidance": o.guidance, "guidance_interval": o.guidance_interval and tuple(o.guidance_interval),
+        "guidance_rescale": o.guidance_rescale, "sampling_steps": o.steps, "solver": o.solver, "shift": o.shift,
+    }  # fmt: skip
+    flow = replace(config.flow, **{key: value for key, value in chosen.items() if value is not None})
+    if o.negative and flow.guidance == 1.0:
+        raise InputError("negative=... says nothing with guidance=1; give guidance=... above 1")
+    changed = replace(config, flow=flow)
+    check(changed)
+    return changed
+
+
+def _ends(sample: Sample) -> tuple[Given | None, Given | None, Given | None]:
+    """What is given before and after the clip, and the video that it is made anew from."""
+    found = sample.given
+    first, last = found.get("image") or found.get("video"), found.get("end_image") or found.get("end_video")
+    return (first, last, None) if sample.options.strength == 1.0 else (None, last, first)
+
+
+def _check_given(given: dict[str, str], recorded: Recorded | None) -> None:
+    if recorded is None:
+        return
+    for name, sha in recorded.given.items():
+        if given.get(name) != sha:
+            raise InputError(f"{recorded.path} was made from another {name} than is there now; give {name}=... anew")
+
+
+def _say_what_is_cut(config: Config, captions: list[str]) -> None:
+    """Say which captions are longer than the text encoder reads."""
+    t = config.text_encoder
+    if t.path is not None:
+        return
+    for caption in captions:
+        tokens = len(tokenize(caption, t.buckets, len(caption) + 2))
+        if tokens > t.max_tokens:
+            text = f"a prompt of {tokens} tokens is cut at text_encoder.max_tokens={t.max_tokens}: {caption[:60]!r}..."
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _keep(world: World, sample: Sample, video: Video, about: dict[str, Any]) -> None:
+    """Write a video and say where. Every rank has it; the others only go through its pieces, to make them together."""
+    if world.is_main:
+        path: Path = save(sample.target, video, sample.options.fps or sample.config.data.made_fps, about)
+        print(f"{path}  {sample.note}".rstrip(), flush=True)
+    elif not isinstance(video, np.ndarray):
+        for _ in video:
+            pass
+
+
+def _say(world: World, line: str) -> None:
+    if world.is_main:
+        print(line, flush=True)

@@ -1,0 +1,59 @@
+"""The method `autoencoder`: training of a video VAE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sora_train.config.rules import require
+from sora_train.config.schema import Config
+from sora_train.core.cost import Cost, Geometry
+from sora_train.models.video_vae.cost import cost
+
+if TYPE_CHECKING:
+    import torch
+
+    from sora_train.methods.base import Learner
+
+
+class Autoencoder:
+    """Trains the VAE of the section `vae` to reconstruct clips. See `methods.base.Method`."""
+
+    fixed = ("method", "vae")
+    highest_stage = 2  # clips of each size run separately, so the order of layers varies, which ZeRO-3 can't prefetch
+    splits_sequence = recomputes = reads_latents = reads_captions = makes_videos = False
+
+    def rules(self, config: Config) -> None:
+        """Reject options that an autoencoder doesn't support."""
+        stage = config.deepspeed.get("zero_optimization", {}).get("stage")
+        require(stage != 3, "an autoencoder runs each size by itself, which ZeRO-3 can't follow; use stage 0, 1 or 2")
+        require(config.parallel.sequence == 1, "an autoencoder has no sequence; parallel.sequence=1")
+        require(
+            config.model.lora.rank == 0, "model.lora is for the video model; method=diffusion, or model.lora.rank=0"
+        )
+
+    def geometry(self, config: Config) -> Geometry:
+        """Geometry in which a token is a latent position."""
+        return Geometry(config.vae.temporal_stride, config.vae.spatial_stride, 1)
+
+    def cost(self, config: Config) -> Cost:
+        """Forward cost of encoder and decoder."""
+        return cost(config.vae)
+
+    def training_cost(self, config: Config) -> Cost:
+        """Same as `cost`, since all weights are trained."""
+        return cost(config.vae)
+
+    def learner(self, config: Config, device: torch.device) -> Learner:
+        """Build the learner of a run."""
+        from sora_train.methods.autoencoder.learner import start
+
+        return start(config, device)
+
+    def planned(self, config: Config) -> Learner:
+        """Build the learner for a forecast."""
+        from sora_train.methods.autoencoder.learner import planned
+
+        return planned(config)
+
+
+AUTOENCODER = Autoencoder()

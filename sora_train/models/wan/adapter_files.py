@@ -1,0 +1,81 @@
+"""Files of low-rank adapters, as people share them, added to a DiT's weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sora_train.config.released import adapter_file
+from sora_train.core.cli import InputError
+from sora_train.models.wan.convert import wan_name
+
+_PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
+_ADAPTER_KEY = re.compile(
+    r"(?:transformer\.|diffusion_model\.|base_model\.model\.|lora_unet_)?(?P<layer>.+?)"
+    r"\.(?P<part>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?"
+)
+_ORIGINAL: dict[str, str | Callable[[re.Match[str]], str]] = {  # names of diffusers to those of Wan's own repository
+    r"\battn1\.": "self_attn.", r"\battn2\.": "cross_attn.", r"\bto_([qkv])$": r"\1", r"\bto_out\.0$": "o",
+    r"\bffn\.net\.0\.proj$": "ffn.0", r"\bffn\.net\.2$": "ffn.2",
+    r"^condition_embedder\.text_embedder\.linear_([12])$": lambda m: f"text_embedding.{2 * (int(m[1]) - 1)}",
+    r"^condition_embedder\.time_embedder\.linear_([12])$": lambda m: f"time_embedding.{2 * (int(m[1]) - 1)}",
+    r"^condition_embedder\.time_proj$": "time_projection.1", r"^proj_out$": "head.head",
+}  # fmt: skip
+
+
+def add_to_weights(dit: nn.Module, path: str, factor: float) -> None:
+    """Add the adapters of a file (or of a folder that `save_adapters` wrote), times `factor`, to a DiT's weights.
+
+    Read are the names of diffusers and peft, those of Wan's own repository (`diffusion_model.`), and kohya's
+    (`lora_unet_`). Raises InputError for another file, and for layers or shapes that the DiT doesn't have.
+    """
+    parameters = dict(dit.named_parameters())
+    layers = {alias: name for name in parameters if name.endswith(".weight") for alias in _aliases(name)}
+    for layer, (down, up, alpha) in read_adapters(path).items():
+        name = layers.get(layer)
+        if name is None:
+            raise InputError(f"lora={path} adapts {layer}, which this model doesn't have")
+        change = up.float() @ down.float()
+        if change.shape != parameters[name].shape:
+            shapes = f"{tuple(change.shape)} for {name} {tuple(parameters[name].shape)}"
+            raise InputError(f"lora={path} is another model's: {shapes}")
+        with torch.no_grad():
+            scale = factor * (1.0 if alpha is None else alpha / len(down))
+            parameters[name].add_(change.to(parameters[name]), alpha=scale)
+
+
+def read_adapters(path: str) -> dict[str, tuple[Tensor, Tensor, float | None]]:
+    """A, B and alpha (None: the factor is 1) of each adapted layer in a file, by the layer's name there."""
+    try:
+        tensors = load_file(adapter_file(path))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"lora={path} can't be read as safetensors: {error}") from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = _ADAPTER_KEY.fullmatch(key)
+        if found is None:
+            raise InputError(f"lora={path} has {key}, which is no low-rank adapter's; only A, B and alpha are read")
+        parts.setdefault(found["layer"], {})[_PARTS[found["part"]]] = tensor
+    if wrong := next((layer for layer, part in parts.items() if not {"A", "B"} <= set(part)), None):
+        raise InputError(f"lora={path} has half of an adapter for {wrong}")
+    return {
+        layer: (part["A"], part["B"], float(part["alpha"]) if "alpha" in part else None)
+        for layer, part in parts.items()
+    }
+
+
+def _aliases(name: str) -> list[str]:
+    """What files of adapters call a layer of our DiT."""
+    try:
+        theirs = wan_name(name).removesuffix(".weight")
+    except KeyError:
+        return []
+    original = theirs
+    for ours, its in _ORIGINAL.items():
+        original = re.sub(ours, its, original)
+    return [theirs, original, original.replace(".", "_")]

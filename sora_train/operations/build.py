@@ -1,0 +1,147 @@
+"""Put a run together: configuration to plan, networks, engines and trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sora_train.config.cost import geometry, training_cost
+from sora_train.config.hydra import write_exit
+from sora_train.config.load import to_dict
+from sora_train.config.registry import METHODS
+from sora_train.config.schema import Config, Previews
+from sora_train.core.batch import Pack, Refusal
+from sora_train.core.world import World
+from sora_train.data.left_out import left_out
+from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
+from sora_train.data.order.curriculum import Stages
+from sora_train.data.order.plan import Position
+from sora_train.data.read.pool import Pool
+from sora_train.data.shards import Shards
+from sora_train.encoding.captions import count_tokens
+from sora_train.methods.base import Learner
+from sora_train.models.layers import ulysses
+from sora_train.operations.held_out import PreviewClips, validation_packs, write_previews
+from sora_train.operations.preflight import facts, require_agreement
+from sora_train.operations.trained import load_starting_weights
+from sora_train.training.engine.engines import Engines
+from sora_train.training.health.guard import Guard
+from sora_train.training.health.watch import Watch
+from sora_train.training.parts import Parts
+from sora_train.training.report.console import Console
+from sora_train.training.report.meter import Meter, peak_flops
+from sora_train.training.report.profiling import record_memory
+from sora_train.training.report.writers import Writers
+from sora_train.training.state.ledger import Ledger
+from sora_train.training.state.mirror import Mirror
+from sora_train.training.trainer import Trainer
+
+
+def build_trainer(config: Config, world: World, device: torch.device, shards: Shards, pool: Pool) -> Trainer:
+    """Everything of one rank's part in a run. The process group is up and the shards are indexed."""
+    d, logging, run_dir = config.data, config.logging, Path(config.run_dir)
+    passes = passes_of_rank(d.slots, world.data_rank, world.data_size, config.parallel.accumulation)
+    plan, held_out = shards.plan(config), shards.held_out(config)
+    require_agreement(facts(config, _name(device), plan.index.fingerprint))
+    if world.local_size > 1:
+        run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+        plan.share(run, owner=world.local_rank == 0)
+    ledger = Ledger(run_dir, world.rank)
+    if world.is_main:  # before the engines' first collective, so that no rank has refused anything yet
+        indexes = [plan.index, *([held_out.index] if held_out else [])]
+        ledger.refused_before([r for index in indexes for r in refusals(index)])
+    if logging.memory_history:
+        record_memory()
+    group = ulysses.sequence_group(world)
+    learner = build_learner(config, world, device, group)
+    engines = Engines(learner.networks, len(passes), config)
+    peak = peak_flops(device, logging.peak_tflops)
+    meter = Meter(geometry(config), training_cost(config), device, peak, d.slots * d.max_tokens, world.sequence)
+    console = Console(config.steps, world.is_main, run_dir)
+    console.say(_summary(config, world, plan, engines, len(passes)))
+    for name, error in pool.load_errors().items():
+        if error:
+            console.say(f"warning: the decoder {name} can't be loaded here and is left out: {error}")
+
+    def steps_from(taken: int, position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
+        pin = device.type == "cuda"
+        steps = Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, pin, taken)
+        return ulysses.same_clips(steps, group)
+
+    def validation() -> Iterator[Pack]:
+        return validation_packs(held_out, pool, passes, logging.validation_clips, group) if held_out else iter(())
+
+    # a plan of its own: the run's is shared by the ranks of this machine, and goes on
+    source = (lambda: held_out) if logging.previews is Previews.held_out else partial(shards.plan, config)
+    previews = PreviewClips(source, pool, logging.sample_clips, group)
+
+    def sample(step: int, break_off: Callable[[], bool]) -> dict[str, Path]:
+        folder = run_dir / "samples" / f"step-{step:06d}"
+        return write_previews(partial(learner.preview, engines), previews.get(), folder, d.made_fps, world, break_off)
+
+    def open_writers(step: int) -> Writers | None:
+        return _writers(config, step) if world.is_main else None
+
+    limits = config.guard
+    watch = Watch(run_dir / "logs", limits.timeout_s, limits.slow_timeout_s, partial(write_exit, run_dir, 1))
+    parts = Parts(
+        learner, engines, meter, open_writers, console, plan, steps_from, validation, sample, ledger,
+        Mirror.of(config) if world.is_main else None, Guard(), watch,
+    )  # fmt: skip
+    return Trainer(config, world, device, parts)
+
+
+def build_learner(config: Config, world: World, device: torch.device, group: ulysses.Group) -> Learner:
+    """The networks of a run on this rank's device, from the seed or from `init_from`."""
+    torch.manual_seed(config.seed)
+    learner: Learner = METHODS.get(config.method).learner(config, device)
+    if config.init_from is not None:
+        load_starting_weights(learner.networks, config.init_from)
+    for network in learner.networks.values():
+        module: Any = network.module.to(device)
+        if not network.trained:
+            module.eval().requires_grad_(False)
+        elif world.sequence > 1:
+            module.split_sequence(ulysses.Neighbours(group))
+    return learner
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _writers(config: Config, step: int) -> Writers:
+    run_dir = Path(config.run_dir).resolve()
+    run_id = re.sub(r"[^\w.-]+", "-", run_dir.name) + "-" + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
+    logging = config.logging
+    return Writers(
+        run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step, logging.group,
+        logging.tags, logging.prometheus_port, logging.wandb_finish_s,
+    )  # fmt: skip
+
+
+def _summary(config: Config, world: World, plan: Stages, engines: Engines, passes: int) -> str:
+    parameters = sum(torch.Size(shape).numel() for shape in engines.shapes.values())
+    usable, refused = int(plan.index.usable.sum()), int((~plan.index.usable).sum())
+    groups = world.data_size
+    idle = -(-config.data.slots // groups) * groups - config.data.slots
+    lines = [
+        f"{config.method}: {parameters / 1e6:.2f}M parameters, {config.precision.value}, "
+        f"ZeRO stage {engines.stage}, {world.size} rank(s), {config.data.slots} slot(s) in {passes} pass(es) per rank",
+        f"data: {usable - plan.filtered} samples in {len(plan.index.shards)} shard(s)"
+        + (f", {plan.filtered} left out by filters" if plan.filtered else "")
+        + (f", {refused} refused by the index" if refused else ""),
+    ]
+    if idle:
+        share = idle / (config.data.slots + idle)
+        lines.append(
+            f"warning: {config.data.slots} slots don't divide by {groups} group(s) of ranks; "
+            f"{share:.0%} of the places idle"
+        )
+    return "\n".join([*lines, *left_out(config, plan, partial(count_tokens, config))])

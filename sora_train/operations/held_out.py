@@ -1,0 +1,80 @@
+"""Held-out clips in a run: packs for the validation loss, and previews for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sora_train.core.batch import Clip, Pack
+from sora_train.core.world import World
+from sora_train.data.loader import Loader, first_clips
+from sora_train.data.order.curriculum import Stages
+from sora_train.data.order.plan import Plan, Position
+from sora_train.data.read.pool import Pool
+from sora_train.generation.output import save_sample
+from sora_train.models.layers import ulysses
+
+Group = ulysses.Group
+
+
+def validation_packs(plan: Plan, pool: Pool, passes: list[list[int]], clips: int, group: Group) -> Iterator[Pack]:
+    """This rank's packs of the first steps that together hold at least `clips` clips, as many on every rank."""
+    steps, count = 0, 0
+    for position, slots in plan.from_position(Position()):
+        if count >= clips or position.epoch > 0:
+            break
+        steps, count = steps + 1, count + sum(map(len, slots))
+    loader = Loader(plan, pool, passes, Position(), prefetch_steps=2)
+    for step in ulysses.same_clips(islice(loader, steps), group):
+        yield from step.packs
+
+
+class PreviewClips:
+    """The clips that previews show: the first of a plan that move, the same on every rank. Read once, then kept."""
+
+    def __init__(self, source: Callable[[], Plan | Stages | None], pool: Pool, count: int, group: Group) -> None:
+        self._source, self._pool, self._count, self._group = source, pool, count, group
+        self._clips: list[Clip] | None = None
+
+    def get(self) -> list[Clip]:
+        """The clips; fewer than asked for where the plan's first steps have no more. All ranks together."""
+        if self._clips is None:
+            plan = self._source()
+            moving = (lambda clip: clip.visit.frames > 1) if plan else None
+            found = first_clips(plan, self._pool, lambda steps: ulysses.same_clips(steps, self._group)) if plan else ()
+            self._clips = list(islice(filter(moving, found), self._count))
+        return self._clips
+
+
+def write_previews(
+    preview: Callable[[Clip], np.ndarray],
+    clips: Sequence[Clip],
+    folder: Path,
+    fps: float,
+    world: World,
+    break_off: Callable[[], bool],
+) -> dict[str, Path]:
+    """Write a preview of every clip, the work shared out over the data-parallel groups; returns the videos by caption.
+
+    Every rank runs the network equally often, because a partitioned network needs all of them. `break_off` is asked
+    before each preview, by all ranks together; then the rest is left, and no video returned.
+    """
+    paths = {}
+    for number in range(-(-len(clips) // world.data_size)):
+        if break_off():
+            return {}
+        place = number * world.data_size + world.data_rank
+        clip = clips[min(place, len(clips) - 1)]
+        with torch.no_grad():
+            frames = preview(clip)
+        if place < len(clips) and world.sequence_rank == 0:
+            about = {"prompt": clip.caption, "seed": clip.visit.seed >> 1, "clip": clip.key}
+            save_sample(folder, f"{place:02d}", frames, clip.visit.fps or fps, about)
+    for place, clip in enumerate(clips):
+        if clip.visit.frames > 1:
+            paths[clip.caption] = folder / f"{place:02d}.mp4"
+    return paths

@@ -1,0 +1,147 @@
+"""The model that samples come from: a run, an export of ours, or a released diffusers pipeline's folder."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from sora_train.config.load import build, load
+from sora_train.config.released import adapter_file, folder_of, is_released
+from sora_train.config.rules import check
+from sora_train.config.schema import Config
+from sora_train.core.cli import InputError
+from sora_train.core.world import World, from_environment
+from sora_train.data.read.encoded import weights_hash
+from sora_train.generation.options import Options
+from sora_train.generation.sampler import Sampler
+from sora_train.models.layers import ulysses
+from sora_train.operations.trained import EXPORTED, Weights, checkpoint_of, load_sampler
+
+_TI2V_CHANNELS = 48  # of the latents of Wan 2.2's 5B model, which runs at another rate and size than the others
+_WAN = {"fps": 16.0, "max_frames": 81, "max_pixels": 480 * 832}
+_WAN_TI2V = {"fps": 24.0, "max_frames": 121, "max_pixels": 704 * 1280}
+
+
+class Source:
+    """The model at `run_dir`, opened when the first sample is made, and what names it in the JSON of samples."""
+
+    def __init__(self, o: Options) -> None:
+        """Read its configuration and find its weights. Raises InputError for what isn't there or doesn't fit."""
+        self.config = model_config(o)
+        self.options = fixed(o)
+        self.weights = fingerprint(self.config, self.options)
+        self.world = sharing(self.config)
+
+    def open(self) -> Sampler:
+        """The sampler of this process; of several ranks, one that shares every clip's tokens with the others."""
+        o = self.options
+        wanted = Weights(o.checkpoint, o.weights == "raw", o.dtype == "bf16", tuple(map(adapter, o.lora)))
+        if self.world.size == 1:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return load_sampler(self.config, o.run_dir, device, wanted)
+        from sora_train.training.engine.zero import connect  # deepspeed takes seconds to import
+
+        sampler = load_sampler(self.config, o.run_dir, connect(self.world), wanted)
+        network: Any = sampler.network
+        network.split_sequence(ulysses.Neighbours(ulysses.sequence_group(self.world)))
+        return sampler
+
+
+def model_config(o: Options) -> Config:
+    """The configuration of the model at `run_dir`, with what the options change for all samples. Raises InputError."""
+    of_a_run = {"checkpoint": o.checkpoint is not None, "weights=raw": o.weights == "raw"}
+    config = _released(o.run_dir) if is_released(o.run_dir) else load(o.run_dir, o.vae)
+    given = [key for key, is_given in of_a_run.items() if is_given]
+    if given and not (Path(o.run_dir) / "checkpoints").is_dir():
+        raise InputError(f"{o.run_dir} is no run, so it has no {given[0]}; leave it out")
+    model = copy.copy(config.model)
+    for key in ("rope_scaling", "rope_factors"):
+        if (value := getattr(o, key)) is not None:
+            if not hasattr(model, key):
+                raise InputError(f"{key}: models of the family {model.family} have no such key")
+            setattr(model, key, value)
+    config = replace(config, model=model)
+    check(config)
+    return config
+
+
+def adapter(text: str) -> tuple[str, float]:
+    """File and weight of one item of `lora=`."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if colon and not Path(text).exists() else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def fixed(o: Options) -> Options:
+    """The same options, naming the checkpoint that is the newest now and adapters by their whole paths."""
+    for path, _ in map(adapter, o.lora):
+        if not Path(path).exists():
+            raise InputError(f"lora={path}: there is no such file or folder")
+    lora = [f"{Path(path).absolute()}:{factor:g}" for path, factor in map(adapter, o.lora)]
+    if is_released(o.run_dir) or (Path(o.run_dir) / EXPORTED).is_file():
+        return replace(o, lora=lora)
+    step = int(checkpoint_of(o.run_dir, o.checkpoint).name.removeprefix("step-"))
+    return replace(o, checkpoint=step, lora=lora)
+
+
+def fingerprint(config: Config, o: Options) -> str:
+    """A hash of everything that was trained, in one line: by it a sample's JSON knows its weights again."""
+    if is_released(o.run_dir):
+        parts = [weights_hash(Path(o.run_dir) / "transformer")]
+    elif (Path(o.run_dir) / EXPORTED).is_file():
+        parts = [weights_hash(Path(o.run_dir))]
+    else:
+        manifest = checkpoint_of(o.run_dir, o.checkpoint) / "manifest.json"
+        parts = [str(json.loads(manifest.read_text())["sha256"])[:16]]
+    parts.append(weights_hash(folder_of(config.vae.path or "", "vae")))
+    if config.text_encoder.path is not None:
+        parts.append(weights_hash(folder_of(config.text_encoder.path, "text_encoder")))
+    for path, _ in map(adapter, o.lora):
+        with adapter_file(path).open("rb") as file:
+            parts.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+    return " ".join(parts)
+
+
+def sharing(config: Config) -> World:
+    """This process's place among the ranks, which share every clip's tokens. Raises InputError for too many."""
+    world = from_environment()
+    if config.model.heads % world.size:
+        raise InputError(f"{world.size} ranks can't share {config.model.heads} heads (model.heads); start fewer")
+    return world.with_sequence(world.size)
+
+
+def _released(folder: str) -> Config:
+    """The configuration of a text-to-video or TI2V pipeline of Wan. Raises InputError for another one."""
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    if index.get("transformer_2", [None])[0] is not None:
+        raise InputError(
+            f"{folder} has two transformers, one for each half of the noise; only one is sampled with here"
+        )
+    tree = {
+        "run_dir": folder, "steps": 1, "vae": {"path": folder}, "model": {"init_from": folder},
+        "text_encoder": {"path": folder, "max_tokens": 512, "pad_to": 512},
+        "flow": {"guidance": 5.0, "sampling_steps": 50, "shift": _shift(Path(folder)), "shift_tokens": 0},
+        "data": {**_WAN, "sources": {"none": {"shards": []}}},
+    }  # fmt: skip
+    missing = {"width": 1, "depth": 1, "heads": 1, "ffn": 1}  # the folder's shape replaces them
+    tree["model"] = {**missing, "init_from": folder}
+    config = build(OmegaConf.create(tree))
+    if config.vae.channels == _TI2V_CHANNELS:
+        config = replace(config, data=replace(config.data, **_WAN_TI2V))  # type: ignore[arg-type]
+    return config
+
+
+def _shift(folder: Path) -> float:
+    """The shift of timesteps that a pipeline's scheduler has."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return float(found.get("flow_shift") or found.get("shift") or 1.0)

@@ -1,0 +1,54 @@
+"""A method of two engines and a model family, each added by registration alone: they train, survive, move, and are
+forecast like our own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLUGS = "plugins=[tests.plugs.distil,tests.plugs.mixer]"
+
+
+@pytest.mark.timeout(3600)  # half a minute, but not on a busy machine
+def test_plugins_train_at_every_stage_and_survive_kills_and_moves(runs: Callable[[str], Any]) -> None:
+    found = runs("plugs")
+    assert found["kill"] is None, "bitwise, every network's tensors"
+    assert found["torn saves"] >= 1
+    assert found["move"] is None, "2 ranks at stage 1, then 1 at stage 3, then 2 at stage 2: losses to 1e-5"
+    for name, losses in found["losses"].items():
+        assert losses == pytest.approx(found["losses"]["distil-1"], rel=1e-5) or name == "mixer-3", name
+        assert len(set(losses)) == len(losses) == 6
+    kinds = {"master", "exp_avg", "exp_avg_sq"}
+    assert found["tensors"] == {"critic": sorted(kinds), "student": sorted({"ema", *kinds})}
+
+
+@pytest.mark.parametrize("chosen", [("method=distil",), ("model=mixer", "model.sharpness=2", *(
+    "model.width=32", "model.depth=2", "model.heads=2", "model.ffn=64"))])  # fmt: skip
+def test_plan_forecasts_a_plugin(chosen: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "sora_train.plan", "experiment=demo", "world_size=2", PLUGS, *chosen]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "ZeRO 3" in done.stdout and "GiB" in done.stdout
+
+
+def test_an_unknown_name_or_module_is_one_line() -> None:
+    for arguments, message in (
+        (("method=distill", PLUGS), "method=distill; did you mean 'distil'?"),
+        (("plugins=[tests.plugs.nothing]",), "plugins: tests.plugs.nothing can't be imported"),
+        (("model=mixer", PLUGS, "model.sharpness=-1", "model.width=32", "model.depth=1", "model.heads=2",
+          "model.ffn=32"), "model.sharpness=-1.0 must be above 0"),
+    ):  # fmt: skip
+        command = [sys.executable, "-m", "sora_train.plan", "experiment=demo", *arguments]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2 and message in done.stderr, done.stderr[-800:]
