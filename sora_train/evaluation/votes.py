@@ -101,9 +101,9 @@ def pairs_of(folders: Sequence[str], prompts: str | None, count: int, seed: int,
         sides = (folders[a], folders[b]) if uniform(seed, _SIDE, int(place)) < 0.5 else (folders[b], folders[a])
         found.append(Pair(common[name], str(texts.get(common[name], {}).get("caption", "")), *sides))
     chosen = order(seed, _AGAIN, np.arange(len(found)))[: round(repeats * len(found))]
-    for n in sorted(int(n) for n in chosen):
-        first = found[n]
-        later = n + 1 + int(below(len(found) - n, seed, _PLACE, n))
+    for first in [found[n] for n in chosen]:
+        after = found.index(first) + 1
+        later = after + int(below(len(found) - after + 1, seed, _PLACE, len(found)))
         found.insert(later, Pair(first.name, first.prompt, first.right, first.left, True))
     return found
 

@@ -71,7 +71,7 @@ def test_physics_iq(physics: Path) -> None:
 def test_a_whole_folder_has_nothing_wrong(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a dog\n")
     every = wanted("vbench_long", str(tmp_path / "p.txt"))
-    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out").mkdir()
     for one in every:
         write_mp4(tmp_path / "out" / one.file, np.zeros((40, 16, 16, 3), np.uint8), 8)
     assert check_layout("vbench_long", str(tmp_path / "out"), every) == []

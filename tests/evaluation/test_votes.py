@@ -44,7 +44,7 @@ def test_the_page_tells_nobody_who_is_who(folders: list[str], tmp_path: Path) ->
     pairs = pairs_of(folders[:2], str(tmp_path / "p.txt"), 6, 0, 0.5)
     write_votes_page(pairs, tmp_path / "pages" / "votes.html")
     text = (tmp_path / "pages" / "votes.html").read_text()
-    assert "../a/0.mp4" in text and "prompt </script>" not in text and "http" not in text
+    assert "../a/0.mp4" in text and "prompt </script>" not in text and "://" not in text
     votes = [{"trial": n, "choice": "left" if p.left == folders[0] else "right"} for n, p in enumerate(pairs)]
     sheet = tmp_path / "sheet.json"
     sheet.write_text(json.dumps({"page": "votes", "votes": votes}))
