@@ -79,10 +79,11 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int, bool]:
     best = (64.0, 0, False)
     other = theirs[0]
     for mirrored, view in enumerate(ours):
-        for shift in range(_LEAST - len(view), len(other) - _LEAST + 1):
+        least = min(_LEAST, len(view), len(other))
+        for shift in range(least - len(view), len(other) - least + 1):
             a = view[max(0, -shift) : len(other) - shift]
             b = other[max(0, shift) : shift + len(view)]
-            if len(a) >= min(_LEAST, len(view), len(other)) and len(a):
+            if len(a) >= max(1, least):
                 bits = float((a != b).sum(1).mean())
                 best = min(best, (bits, shift, bool(mirrored)))
     return best
