@@ -1,4 +1,4 @@
-"""Batch arithmetic of a run from its configuration alone: parameters, passes, FLOPs, packing, balance."""
+"""Batch arithmetic of a run from its configuration: parameters, passes, FLOPs, packing and balance."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from sora_train.methods.base import trained
 
 @dataclass(frozen=True)
 class Estimate:
-    """Figures of a run on `ranks` ranks."""
+    """Batch figures of a run on a number of ranks. The last four are None without data."""
 
     ranks: int
     parameters: int  # of the trained networks
-    frozen: int  # of them, those that aren't trained
-    passes: int  # per rank and step
-    idle: float  # share of the places in a step that no slot fills
-    step_flops: int  # of a full step
+    frozen: int  # of these parameters, those that aren't trained (with adapters)
+    passes: int  # forward passes per rank and step
+    idle: float  # share of rank time that is idle because the groups of ranks don't divide the slots
+    step_flops: int  # model FLOPs of a step with full slots
     steps_per_epoch: int | None
     fill: float | None  # share of the token budget that packs use
     balance: float | None  # mean over max cost of the slots of a step
-    departure: float | None  # of a step's make-up from the mix, the farthest step of a window
+    departure: float | None  # largest distance of a step's token shares from the mix, see `data.order.packing`
 
 
 def estimate(config: Config, plan: Plan | None, ranks: int) -> Estimate:
-    """Figures of a configuration and, where there is data, its plan."""
+    """Compute the batch figures of a configuration, and of its plan if there is data."""
     parameters, frozen = count_parameters(config)
     groups = max(1, ranks // config.parallel.sequence)
     slots, per_rank = config.data.slots, -(-config.data.slots // groups)
@@ -45,7 +45,7 @@ def estimate(config: Config, plan: Plan | None, ranks: int) -> Estimate:
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
-    """Parameters of the networks that a run trains, and those of them that stay frozen."""
+    """Number of parameters of the trained networks, and how many of these are frozen."""
     with torch.device("meta"):
         learner = METHODS.get(config.method).planned(config)
     every = [p for _, network in trained(learner.networks) for p in network.module.parameters()]
@@ -53,23 +53,23 @@ def count_parameters(config: Config) -> tuple[int, int]:
 
 
 def passes_per_rank(config: Config, ranks: int) -> int:
-    """Forward passes of a rank in a step."""
+    """Number of forward passes per rank and step."""
     groups = max(1, ranks // config.parallel.sequence)
     return config.parallel.accumulation or -(-config.data.slots // groups)
 
 
 @dataclass(frozen=True)
 class Degree:
-    """A configuration in which so many ranks share a pack, its heaviest pass, and that one's share as below."""
+    """A configuration with a degree of sequence parallelism, and its heaviest pass (see `heaviest_pass`)."""
 
     config: Config
     sizes: list[Size]
     share: float
-    passes: int
+    passes: int  # forward passes per rank and step
 
 
 def degrees(config: Config, plan: Plan | None, ranks: int) -> dict[int, Degree]:
-    """The degrees of sequence parallelism that the heads and the ranks divide by, up to 16."""
+    """Degrees of sequence parallelism up to 16 that divide the heads and the ranks."""
     found = {}
     if METHODS.get(config.method).splits_sequence:
         for degree in (1, 2, 4, 8, 16):
@@ -80,12 +80,14 @@ def degrees(config: Config, plan: Plan | None, ranks: int) -> dict[int, Degree]:
 
 
 def heaviest_pass(config: Config, plan: Plan | None, ranks: int) -> tuple[list[Size], float]:
-    """Sizes of the clips of the dearest forward pass, and what the dearest pass of a mean step costs relative to it.
+    """Find the most expensive forward pass: in the first window of the plan, or slots full of the longest clips.
 
-    With a plan it is that of the first window; else the slots are taken to be full of the longest clips.
+    Returns:
+        Sizes (frames, height, width) of its clips, and the mean over steps of each step's most expensive pass, as a
+        share of its cost.
     """
     per_rank = -(-config.data.slots // max(1, ranks // config.parallel.sequence))
-    together = -(-per_rank // (config.parallel.accumulation or per_rank))  # slots in one pass
+    together = -(-per_rank // (config.parallel.accumulation or per_rank))  # slots per pass
     if plan is None:
         longest = (config.data.max_frames, *_square(config))
         clips = max(1, config.data.max_tokens // geometry(config).tokens(*longest))

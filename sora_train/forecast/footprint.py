@@ -1,11 +1,11 @@
-"""Device memory of one rank: what lives all the time, and the most that a step adds to it.
+"""Forecast of the device memory of one rank: model states, and the peak of what a step adds to them.
 
-Model states after Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054, section 3). What a step adds follows what
-DeepSpeed 0.19 allocates, in the order in which it does (`runtime/zero/stage_1_and_2.py`, `stage3.py`; without ZeRO
-`runtime/engine.py` and `runtime/fp16/unfused_optimizer.py`); benchmarks/plan_accuracy.py holds it against real runs.
+Model states follow Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054, section 3). The rest follows the allocations of
+DeepSpeed 0.19 in their order (`runtime/zero/stage_1_and_2.py`, `stage3.py`; without ZeRO `runtime/engine.py` and
+`runtime/fp16/unfused_optimizer.py`). benchmarks/plan_accuracy.py compares it with real runs.
 
-Without overlap ZeRO-1 sends gradients after the backward pass, so all of them are there at its end; ZeRO-2 and 3 send
-them as buckets fill. To send a bucket, its gradients are copied together once more.
+Without overlap, ZeRO-1 reduces gradients after the backward pass, so all of them are alive at its end; ZeRO-2 and 3
+reduce them as buckets fill. To reduce a bucket, its gradients are copied into one tensor.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from sora_train.forecast.trace import Trace
 _BUCKET = 500_000_000  # elements, DeepSpeed's default
 _LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered, DeepSpeed's default
 _PREFETCH = 50_000_000  # elements that ZeRO-3 gathers at once, DeepSpeed's default
-_REUSE = 1_000_000_000  # elements between two uses of a weight up to which ZeRO-3 keeps it, DeepSpeed's default
-PERSISTENT = 100_000  # elements of a parameter up to which ZeRO-3 leaves it gathered, DeepSpeed's default
+_REUSE = 1_000_000_000  # elements used between two uses of a weight up to which ZeRO-3 keeps it, DeepSpeed's default
+PERSISTENT = 100_000  # size of a parameter up to which ZeRO-3 keeps it gathered, DeepSpeed's default
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. `backward` and `update` are what the two halves of a step add to the rest at most."""
+    """Bytes of one rank. `backward` and `update` are the peaks that the two halves of a step add to the states."""
 
     weights: int
     gradients: int
@@ -33,29 +33,29 @@ class Memory:
     ema: int
     encoder: int  # weights of the frozen VAE
     activations: int
-    bucket: int  # gradients under way and, at stage 3, gathered weights
+    bucket: int  # gradients being reduced, and gathered weights at stage 3
     backward: int
     update: int
 
     @property
     def states(self) -> int:
-        """What lives from start to end."""
+        """Bytes that are alive during the whole run."""
         return self.weights + self.optimizer + self.ema + self.encoder
 
     @property
     def peak(self) -> int:
-        """The most at any time."""
+        """Peak of all bytes."""
         return self.states + max(self.backward, self.update)
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes that the stages share out differently."""
+    """Bytes from which the peaks of every stage are computed."""
 
     each: int  # of one weight, and of one gradient
     all: int  # gradients of all parameters
-    own: int  # of them, this rank's part
-    master: int  # this rank's part in fp32
+    own: int  # this rank's part of the gradients
+    master: int  # this rank's part of the gradients in fp32
     passes: int
     trace: Trace
     ranks: int
@@ -63,21 +63,21 @@ class _Sizes:
 
     @property
     def cast(self) -> int:
-        """What Adam's fp32 gradient needs beside the one in the model's precision, copied together first."""
+        """Bytes of the flattened copy of this rank's gradients and, in bf16, of its cast to fp32 for Adam."""
         return self.own + (self.master if self.each == 2 else 0)
 
     def scratch(self, gathered: int) -> int:
-        """What the library that gathers `gathered` bytes takes beside them while it does."""
+        """Bytes of temporary copies that gloo makes while it gathers `gathered` bytes; none for nccl."""
         return gathered + gathered // self.ranks if self.gloo else 0
 
     @property
     def activations(self) -> int:
-        """Most bytes of a pass, gradients of the weights left out."""
+        """Peak bytes of a pass without gradients of weights."""
         return max(self.trace.activations, self.trace.encoder)
 
     @property
     def accumulating(self) -> int:
-        """Most bytes of a pass whose gradients all stay, from the first of them on."""
+        """Peak bytes of a pass, from its first gradient on, if all gradients stay alive."""
         most = earlier = 0
         for moment in self.trace.made:
             most = max(most, moment.most + earlier)
@@ -85,9 +85,12 @@ class _Sizes:
         return max(most, self.all)
 
     def sending(self, bucket: int, waits: bool, keeps: bool) -> int:
-        """Most bytes of a pass that sends gradients as soon as there are `bucket` bytes of them, in a copy.
+        """Peak bytes of a pass that reduces gradients, in a copy, as soon as there are `bucket` bytes of them.
 
-        Whether those that wait for it, and this rank's part of those that were sent, count here.
+        Args:
+            bucket: Bytes of a bucket.
+            waits: Count the gradients that wait for their bucket to fill.
+            keeps: Count this rank's part of the gradients that were reduced.
         """
         most = waiting = kept = now = 0
         for moment in self.trace.made:
@@ -102,7 +105,7 @@ class _Sizes:
 
 
 def stage_of(config: Config) -> int:
-    """The ZeRO stage of a run."""
+    """ZeRO stage of a configuration."""
     return int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -110,10 +113,17 @@ def memory(
     config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int, frozen: int = 0,
     gloo: bool = False,
 ) -> Memory:  # fmt: skip
-    """Memory of one rank of `ranks` at a ZeRO stage, `passes` forward passes to a step.
+    """Forecast the memory of one rank.
 
-    `parameters` are trained; `frozen` ones are there beside them. gloo, through which CPUs talk, gathers by way of
-    copies of its own of what comes in and of what goes out.
+    Args:
+        config: Configuration of the run.
+        parameters: Number of trained parameters.
+        traced: Trace of the heaviest pass.
+        ranks: Number of ranks.
+        passes: Forward passes per rank and step.
+        stage: ZeRO stage.
+        frozen: Number of frozen parameters in the trained networks.
+        gloo: Collectives run through gloo (on CPUs), which makes temporary copies when it gathers.
     """
     each = 2 if config.precision is Precision.bf16 else 4
     mine = -(-parameters // ranks)
@@ -137,37 +147,37 @@ def memory(
 
 
 def kept_gathered(zero: dict[str, Any], weights: int) -> bool:
-    """Whether ZeRO-3 keeps `weights` elements from the forward to the backward pass once they are gathered."""
+    """True if ZeRO-3 keeps `weights` gathered elements from the forward to the backward pass."""
     return 2 * weights <= int(zero.get("stage3_max_reuse_distance", _REUSE))
 
 
 def _sent(sizes: _Sizes, zero: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of the buffer that gradients are gathered in, and of those that are sent together."""
+    """Bytes of DeepSpeed's contiguous gradient buffers, and of the gradients that are reduced together."""
     bucket = int(zero.get("reduce_bucket_size", _BUCKET)) * sizes.each
     buffers = (2 if zero.get("overlap_comm") else 1) if zero.get("contiguous_gradients", True) else 0
     return buffers * bucket, min(bucket, sizes.all)
 
 
 def _unpartitioned(s: _Sizes) -> tuple[int, int, int]:
-    """Every gradient is there at the end; the engine copies them together, half a billion at a time."""
+    """Bucket, backward and update peak at stage 0: all gradients are alive at the end, and are reduced in buckets."""
     copied = min(s.all, _BUCKET * s.each)
-    held = s.all if s.passes > 1 else 0  # from the second pass on they are there from the start
+    held = s.all if s.passes > 1 else 0  # later passes begin with the gradients of the earlier ones
     backward = max(s.activations + held, 0 if held else s.accumulating, s.all + copied)
     return copied, backward, s.all + (s.master if s.each == 2 else 0)
 
 
 def _partitioned_states(s: _Sizes, zero: dict[str, Any]) -> tuple[int, int, int]:
-    """ZeRO-1."""
+    """Bucket, backward and update peak of ZeRO-1."""
     buffer, sent = _sent(s, zero)
     held = s.all + buffer if s.passes > 1 else 0
-    # own gradients leave the buffer for a place of their own while the rest of the others is still there
+    # this rank's gradients are copied out of the buffer while gradients of other buckets are still alive
     sending = max(s.all + buffer, s.all - sent + buffer + s.own) if buffer else s.all + sent
     backward = max(s.activations + held, 0 if held else s.accumulating + buffer, sending)
     return buffer or sent, backward, max(s.own + s.cast, s.scratch(s.all))  # new weights are gathered at the end
 
 
 def _partitioned_gradients(s: _Sizes, zero: dict[str, Any]) -> tuple[int, int, int]:
-    """ZeRO-2."""
+    """Bucket, backward and update peak of ZeRO-2."""
     buffer, sent = _sent(s, zero)
     held = s.own if s.passes > 1 else 0  # the sum over the passes so far
     backward = max(s.activations, buffer + s.sending(sent, waits=not buffer, keeps=True))
@@ -175,13 +185,14 @@ def _partitioned_gradients(s: _Sizes, zero: dict[str, Any]) -> tuple[int, int, i
 
 
 def _partitioned_weights(s: _Sizes, zero: dict[str, Any], weights: int) -> tuple[int, int, int]:
-    """ZeRO-3: the buffer and this rank's gradients stay; weights once gathered stay until they are used no more.
+    """Bucket, backward and update peak of ZeRO-3.
 
-    Small ones stay for ever. The others come together in buffers, of which the last lives until its last weight is
-    used, and are copied out of them. Where they are kept from forward to backward, the last ones arrive before the
-    activations of what uses them are there.
+    The gradient buffer and this rank's gradients are always alive. Weights stay gathered until they are no longer used,
+    small ones for ever. They are gathered several at a time into a buffer, which lives until its last weight is used,
+    and copied out of it. If weights are kept from the forward to the backward pass, the last ones are gathered before
+    the activations of their layers exist.
     """
-    buffer, sent = _sent(s, zero | {"overlap_comm": False})  # it has one buffer, even where it overlaps
+    buffer, sent = _sent(s, zero | {"overlap_comm": False})  # ZeRO-3 has one buffer even with overlap_comm
     gathered = min(int(zero.get("stage3_max_live_parameters", _LIVE)), weights) * s.each
     limit = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))
     small = sum(moment.elements for moment in s.trace.made if moment.elements <= limit) * s.each

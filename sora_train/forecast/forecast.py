@@ -1,4 +1,4 @@
-"""A configuration on stated hardware: every ZeRO stage beside the others, what fits, and what to set."""
+"""Forecast of a configuration on given hardware: memory and time at every ZeRO stage, and a suggested setting."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sora_train.forecast.timing import SaveAdvice, StepTime, save_advice, step_t
 from sora_train.forecast.trace import Size, trace
 from sora_train.training.report.console import duration
 
-# What recomputes more than each value of model.activation_checkpointing.
+# Settings that recompute more than each value of model.activation_checkpointing.
 _MORE = {"none": ("selective", "block"), "selective": ("block",), "block": ()}
-_USABLE = 0.9  # share of a device's memory; the rest is for the driver, kernels' scratch and fragmentation
+_USABLE = 0.9  # usable share of a device's memory; the rest is for the driver, kernels' scratch and fragmentation
 
 
 @dataclass(frozen=True)
 class StageForecast:
-    """One ZeRO stage."""
+    """Memory and step time of one rank at a ZeRO stage."""
 
     memory: Memory
     time: StepTime
@@ -34,21 +34,33 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Everything `plan` prints."""
+    """Everything that `sora_train.plan` prints."""
 
     figures: Estimate
     device: Hardware
-    stages: Mapping[int, StageForecast]  # as configured
-    recomputing: Mapping[str, Mapping[int, StageForecast]]  # by override: what could be recomputed beside
+    stages: Mapping[int, StageForecast]  # by stage, otherwise as configured
+    recomputing: Mapping[str, Mapping[int, StageForecast]]  # by override that recomputes more, then by stage
     save: SaveAdvice
-    sharing: Mapping[int, StageForecast] = field(default_factory=dict)  # by degree, at the configured stage
+    sharing: Mapping[int, StageForecast] = field(default_factory=dict)  # by sequence parallelism, configured stage
 
 
 def forecast(
     config: Config, figures: Estimate, sizes: list[Size], share: float, device: Hardware, per_node: int, disk: float,
     hours_per_failure: float, degrees: Mapping[int, Degree] | None = None,
 ) -> Forecast:  # fmt: skip
-    """Trace the heaviest pass and lay it out over the stages, and the configured stage over `degrees` of sharing it."""
+    """Trace the heaviest pass, and forecast memory and time at every stage.
+
+    Args:
+        config: Configuration of the run.
+        figures: Its batch figures.
+        sizes: Clips of the heaviest pass.
+        share: Cost of a mean step's heaviest pass, as a share of it.
+        device: Hardware of a rank.
+        per_node: Ranks per machine.
+        disk: Rate at which all ranks together write checkpoints, byte/s.
+        hours_per_failure: Mean time between failures of one device, hours.
+        degrees: Degrees of sequence parallelism to compare at the configured stage.
+    """
     stages = _stages(config, figures, sizes, share, device, per_node)
     recomputing = {}
     for choice in _MORE[config.model.activation_checkpointing] if METHODS.get(config.method).recomputes else ():
@@ -79,7 +91,7 @@ def _stages(
 
 
 def suggestion(config: Config, result: Forecast) -> str:
-    """Which setting to take: the fastest that fits, the configured one where it is as good."""
+    """Sentence that suggests a setting: the fastest that fits, or the configured one if it is within 2% of it."""
     options = {f"deepspeed=zero{stage}": s for stage, s in result.stages.items()}
     for override, stages in result.recomputing.items():
         options |= {f"deepspeed=zero{stage} {override}": s for stage, s in stages.items()}
@@ -99,7 +111,7 @@ def suggestion(config: Config, result: Forecast) -> str:
 
 
 def show(terminal: Console, config: Config, result: Forecast, note: str) -> None:
-    """Print the tables."""
+    """Print the forecast as tables; `note` says why there are no figures of the data, if so."""
     terminal.print(_facts(config, result, note))
     terminal.print(_memory_table(config, result))
     terminal.print(_time_table(config, result))
@@ -141,7 +153,7 @@ def _facts(config: Config, result: Forecast, note: str) -> Table:
 
 
 def _rows(config: Config, result: Forecast) -> list[tuple[str, str, StageForecast]]:
-    """ZeRO stage, what is recomputed, and the figures."""
+    """Rows of the tables: ZeRO stage, recomputation, and forecast."""
     now = config.model.activation_checkpointing if METHODS.get(config.method).recomputes else "none"
     rows = [(f"ZeRO {stage}", now, s) for stage, s in result.stages.items()]
     for override, stages in result.recomputing.items():
@@ -171,7 +183,7 @@ def _memory_table(config: Config, result: Forecast) -> Table:
 
 
 def _sharing_table(config: Config, result: Forecast) -> Table:
-    """What a rank needs where several of them share the tokens of a pack."""
+    """Table of memory and time of a rank by degree of sequence parallelism."""
     table = Table(title=f"ranks that share a pack, at ZeRO {stage_of(config)}, GiB and seconds", box=SIMPLE)
     for head in ("parallel.sequence", "activ.", "peak", f"fits {result.device.memory_gib:.0f}", "comm.", "step"):
         table.add_column(head, justify="right")

@@ -1,9 +1,9 @@
-"""What devices can do, and how long a traced pass takes on one: every figure is stated here, so that it can be doubted.
+"""Rates of devices, and the time of a traced pass on them. All assumed figures are in this file.
 
-A pass takes, for each operation, the longer of its arithmetic and its memory traffic (the roofline of Williams et al.
-2009, doi 10.1145/1498765.1498785) plus a fixed cost per operation. Peaks, memory and bandwidth are from the makers'
-data sheets. What is reached of them, and the prices, are assumptions; `hardware=cpu` measures this machine instead
-(`operations/this_cpu.py`).
+The time of an operation is the larger of its arithmetic and its memory traffic (roofline model, Williams et al. 2009,
+doi 10.1145/1498765.1498785) plus a fixed overhead. Peaks, memory and bandwidth are from the makers' data sheets. The
+reached shares of them and the prices are assumptions; `hardware=cpu` measures this machine instead
+(`forecast/this_machine.py`).
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from sora_train.core.cli import InputError, nearest
 from sora_train.forecast.trace import Operation
 from sora_train.training.report.meter import PEAK_TFLOPS
 
-_REACHED = {"matmul": 0.6, "attention": 0.4, "convolution": 0.4}  # of the peak, eager bf16 kernels
-_MEMORY_REACHED = 0.75
+_REACHED = {"matmul": 0.6, "attention": 0.4, "convolution": 0.4}  # share of the peak, eager bf16 kernels
+_MEMORY_REACHED = 0.75  # share of the peak memory bandwidth
 
 
 @dataclass(frozen=True)
 class Gloo:
-    """Collectives between CPUs, which cost the CPU's time."""
+    """Measured cost of gloo's collectives between CPUs."""
 
     reduce: float  # byte/s that a rank sends in an all-reduce
-    gather_s: float  # seconds for a byte that a rank sends in an all-gather, copies included
-    call_s: float  # of a collective of next to nothing
+    gather_s: float  # seconds per byte that a rank sends in an all-gather, copies included
+    call_s: float  # seconds of a collective with hardly any data
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device and its links. Rates are what is reached, not peaks."""
+    """One device and its links. Rates are reached ones, not peaks."""
 
     name: str
     memory_gib: float
     peak: float  # FLOP/s, dense bf16
     rates: Mapping[str, float] = field(repr=False)  # FLOP/s by kind of operation, bf16
-    fp32_slowdown: Mapping[str, float] = field(repr=False)  # by kind; 1 where it isn't named
-    bandwidth: float  # byte/s of its own memory
-    overhead_s: float  # of one operation
+    fp32_slowdown: Mapping[str, float] = field(repr=False)  # factor on time in fp32 by kind; 1 if missing
+    bandwidth: float  # byte/s of its memory
+    overhead_s: float  # seconds per operation, in addition
     link: float  # byte/s between devices of one machine, per direction
     network: float  # byte/s between machines, per device
-    dollars_per_hour: float  # one device; an assumption, prices differ by far
-    gloo: Gloo | None = None  # what its ranks talk through, where it isn't NCCL
+    dollars_per_hour: float  # of one device; an assumption, as prices vary widely
+    gloo: Gloo | None = None  # cost of gloo, for CPUs; None for NCCL
 
     def seconds(self, operations: tuple[Operation, ...]) -> float:
-        """How long a traced pass takes."""
+        """Time of a traced pass in seconds."""
         return sum(self.overhead_s + self._computing(o) for o in operations)
 
     def _computing(self, operation: Operation) -> float:
@@ -57,7 +57,10 @@ class Hardware:
 
 
 def _gpu(name: str, memory: float, bandwidth_tb: float, link_gb: float, network_gb: float, dollars: float) -> Hardware:
-    """A GPU of `meter.PEAK_TFLOPS`. fp32 runs as TF32 at half the bf16 rate."""
+    """Build the figures of a GPU of `meter.PEAK_TFLOPS`; fp32 runs as TF32 at half the bf16 rate.
+
+    Units: memory GiB, bandwidth TB/s, links GB/s, dollars per hour.
+    """
     peak = PEAK_TFLOPS[name] * 1e12
     rates = {kind: share * peak for kind, share in _REACHED.items()}
     return Hardware(
@@ -77,7 +80,7 @@ GPUS = {
 
 
 def hardware(name: str) -> Hardware:
-    """A GPU by name. Raises InputError for one that isn't here."""
+    """Look up a GPU by name. Raises InputError if it is unknown."""
     if name not in GPUS:
         raise InputError(f"there is no hardware={name}; {nearest(name, ['cpu', *GPUS])}")
     return GPUS[name]

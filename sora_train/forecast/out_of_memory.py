@@ -1,4 +1,4 @@
-"""Out of memory ends with a line: where it happened, and the smallest change of the configuration that should fit."""
+"""Advice after running out of memory: where it happened, and the smallest change of the configuration that may fit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sora_train.forecast.footprint import memory, stage_of
 from sora_train.forecast.trace import trace
 from sora_train.training.parts import Place
 
-_SAFETY = 0.7  # of what was there, because the estimate that said it would fit was wrong
+_SAFETY = 0.7  # share of the memory that a suggestion may need, since the estimate was too low for this run
 _GIB = 2**30
-_BY_PHASE = {  # what the estimate of a training step says nothing about
+_BY_PHASE = {  # phases that the estimate of a training step doesn't cover
     "data": "decoded clips wait in host memory; lower data.prefetch_steps or data.workers",
     "samples": "lower logging.sample_clips, or set logging.sample_every=0 and sample from a checkpoint",
     "save": "a save copies 16 bytes a parameter, over all ranks, to host memory; use more ranks, or hosts with more",
@@ -23,22 +23,22 @@ _SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "a
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that host or device memory ran out."""
+    """True if an error means that host or device memory ran out."""
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _SIGNS)
 
 
 def line(place: Place, change: str, snapshot: str = "") -> str:
-    """All that is said: where, what to change, and where the snapshot of the device's memory is, if there is one."""
+    """Compose the message: place, advice, and path of the snapshot of device memory, if there is one."""
     return f"out of memory {place}: {change}" + (f"; memory snapshot: {snapshot}" if snapshot else "")
 
 
 def advice(phase: str, config: Config, ranks: int, available_bytes: int) -> str:
-    """What to change where memory ran out in a phase."""
+    """Advice for a phase; by default that for a training step."""
     return _BY_PHASE.get(phase) or suggestion(config, ranks, available_bytes)
 
 
 def suggestion(config: Config, ranks: int, available_bytes: int) -> str:
-    """What a step needs, what there is, and the overrides that should fit."""
+    """Sentence with the memory that a step needs, the memory available, and overrides that should fit."""
     now = peak_bytes(config, ranks)
     target = _SAFETY * min(available_bytes, now)
     tried, overrides = copy.deepcopy(config), []
@@ -57,7 +57,7 @@ def suggestion(config: Config, ranks: int, available_bytes: int) -> str:
 
 
 def peak_bytes(config: Config, ranks: int) -> int:
-    """Most bytes of one rank in a step whose slots are full of the longest clips, by the trace that `plan` prints."""
+    """Forecast the peak bytes of one rank in a step whose slots are full of the longest clips."""
     parameters, frozen = count_parameters(config)
     sizes, _ = heaviest_pass(config, None, ranks)
     traced, passes = trace(config, sizes), passes_per_rank(config, ranks)
@@ -65,7 +65,7 @@ def peak_bytes(config: Config, ranks: int) -> int:
 
 
 def _smaller(config: Config, ranks: int) -> Iterator[str]:
-    """Change `config` in place step by step, what costs least first; yields each change as an override."""
+    """Change `config` in place to need less memory, cheapest change first. Yields each change as an override."""
     per_rank = -(-config.data.slots // ranks)
     if (config.parallel.accumulation or per_rank) < per_rank:
         config.parallel.accumulation = per_rank
@@ -86,6 +86,6 @@ def _smaller(config: Config, ranks: int) -> Iterator[str]:
 
 
 def _last(overrides: list[str]) -> list[str]:
-    """The last value of each key."""
+    """Keep the last value of each key."""
     words = [word for override in overrides for word in override.split()]
     return list({word.partition("=")[0]: word for word in words}.values())

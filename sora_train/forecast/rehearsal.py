@@ -1,7 +1,7 @@
-"""One step of one rank of a job whose other ranks aren't there.
+"""Rehearsal: one step of one rank of a job, without the other ranks.
 
-Runs the real network under the real ZeRO engine on a process group whose collectives return at once, so what one rank
-holds and does is that of the job; what it would have received from the others is missing, and its loss says nothing.
+Runs the real network under the real ZeRO engine on a process group whose collectives return at once. Memory and time of
+the rank are therefore those of the job, but data from other ranks is missing, and so the loss is meaningless.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from sora_train.training.engine.zero import connect, disconnect
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one step of one rank took."""
+    """Measured memory and time of one step of one rank."""
 
-    start: int  # most bytes of tensors until the engine stood
-    peak: int  # and after it
+    start: int  # peak bytes of tensors while the engine was built
+    peak: int  # peak bytes of tensors in the step
     seconds: float
-    owned: int  # elements of the optimizer state that the rank holds
+    owned: int  # elements of the master weights that the rank holds
     parameters: int
 
 
 def rehearse(config: Config, ranks: int, passes: int, sizes: list[Size]) -> Rehearsal:
-    """Take one step as rank 0 of `ranks`, with passes of clips of these sizes (frames, height, width)."""
+    """Take one step as rank 0 of `ranks`, in passes with clips of these sizes (frames, height, width)."""
     device = connect(World(size=ranks), rehearsal=True)
     try:
         with Recorder() as recorder:

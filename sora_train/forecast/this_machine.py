@@ -1,11 +1,10 @@
-"""One core of this machine, measured: a traced pass is replayed, its operations one after the other in their shapes.
+"""Measured rates of one CPU core: the operations of a traced pass are replayed, in order and with their shapes.
 
-Tried alone, again and again, an operation finds its operands in the cache and its output where the last one was: what
-takes a network's forward and backward pass 80 ms adds up to 55 ms of such trials. In the order of the pass, and with
-outputs that stay for a while, the caches are as full of other things as in a run.
+An operation that is repeated alone finds its operands in the cache, and measures too fast: a forward and backward pass
+of 80 ms adds up to 55 ms in this way. Replayed in the order of the pass, with outputs kept for a while, operations find
+the caches as in a run.
 
-All is CPU time, and the median of a few rounds, because that is what a step takes on a machine as it is: the least
-would be that of a machine without other work.
+Times are CPU times, and medians of a few rounds; minima would be those of a machine without other work.
 """
 
 from __future__ import annotations
@@ -30,20 +29,20 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from sora_train.forecast.hardware import Gloo, Hardware
 from sora_train.forecast.trace import Call, Like, Operation, Recorder
 
-_LARGE_FLOPS, _LARGE_BYTES = 3e9, 16 << 20  # from here on an operation finds little in a cache, and is tried alone
-_TRIED_FLOPS = 3e10  # what takes longer still is taken at the measured rate
-_HELD = 32 << 20  # bytes of outputs that stay: a few times a core's cache
-_ROUNDS, _ROUNDS_S = 5, 10.0  # replays that are counted, as far as they fit into so many seconds
+_LARGE_FLOPS, _LARGE_BYTES = 3e9, 16 << 20  # larger operations profit little from caches, and are measured alone
+_TRIED_FLOPS = 3e10  # larger operations aren't run; their time follows from the measured rate
+_HELD = 32 << 20  # bytes of outputs that are kept alive: a few times a core's cache
+_ROUNDS, _ROUNDS_S = 5, 10.0  # number of measured replays, and limit of their total seconds
 
 
 @dataclass(frozen=True)
 class ThisCpu(Hardware):
-    """One core of this machine. `overhead_s` is what Python, modules and autograd add to an operation."""
+    """One core of this machine. `overhead_s` is the overhead of Python, modules and autograd per operation."""
 
-    tried: dict[Any, float] = field(default_factory=dict, repr=False)  # seconds, by call and by pass
+    tried: dict[Any, float] = field(default_factory=dict, repr=False)  # measured seconds, by call and by pass
 
     def seconds(self, operations: tuple[Operation, ...]) -> float:
-        """How long a traced pass takes."""
+        """Time of a traced pass in seconds, measured by a replay."""
         if operations not in self.tried:
             with _one_thread():
                 small = [o.call for o in operations if o.call is not None and _is_small(o)]
@@ -66,7 +65,7 @@ def _is_small(operation: Operation) -> bool:
 
 @torch.no_grad()
 def _replayed(calls: Sequence[Call]) -> float:
-    """Seconds of CPU of these calls in turn, on made-up numbers. Tensors of one shape are one tensor."""
+    """CPU seconds of these calls in order, on constant values; tensors of equal shape share memory."""
     tensors: dict[Like, Tensor] = {}
 
     def real(leaf: Any) -> Any:
@@ -96,7 +95,7 @@ def _replayed(calls: Sequence[Call]) -> float:
 
 
 def _added_seconds() -> float:
-    """Seconds that Python, modules and autograd add to an operation: a pass of a tiny network, less its operations."""
+    """Overhead of Python, modules and autograd per operation: time of a tiny network's pass minus its operations'."""
 
     def taken(network: nn.Module, x: Tensor) -> None:
         for _ in range(8):
@@ -117,7 +116,7 @@ def _added_seconds() -> float:
 
 
 def measure_cpu() -> ThisCpu:
-    """What one core reaches; takes about two seconds."""
+    """Measure the rates of one core. Takes about two seconds."""
     with _one_thread():
         a, b = torch.randn(1024, 384), torch.randn(384, 1536)
         q = torch.randn(1, 6, 512, 64)
@@ -132,7 +131,7 @@ def measure_cpu() -> ThisCpu:
         slowdown = {"matmul": _cpu_seconds(lambda: a @ b) / _cpu_seconds(lambda: a_16 @ b_16)}
         bandwidth = 3 * x.nbytes / _cpu_seconds(lambda: x + y)
         added = _added_seconds()
-        link = (4 << 21) / _gloo_seconds(_reduce, 1 << 21)  # it sends as much as there is
+        link = (4 << 21) / _gloo_seconds(_reduce, 1 << 21)  # in an all-reduce of two, a rank sends the tensor once
     gloo = Gloo(link, _gloo_seconds(_gather, 1 << 20) / (4 << 20), _gloo_seconds(_gather, 8, 200))
     network = min(link, 1e9)
     return ThisCpu("one CPU core", 4.0, rates["matmul"], rates, slowdown, bandwidth, added, link, network, 0.02, gloo)
@@ -157,7 +156,7 @@ def _gather(group: dist.ProcessGroupGloo, values: Tensor) -> None:
 
 
 def _gloo_seconds(act: Callable[[dist.ProcessGroupGloo, Tensor], None], numel: int, times: int = 6) -> float:
-    """Seconds of a rank's CPU for a collective of so many fp32 elements, between two ranks of this process."""
+    """CPU seconds of a rank for a collective of `numel` fp32 elements, between two ranks in this process."""
     store = dist.HashStore()
 
     def rank(number: int) -> None:
@@ -176,7 +175,7 @@ def _gloo_seconds(act: Callable[[dist.ProcessGroupGloo, Tensor], None], numel: i
 
 
 def _cpu_seconds(act: Callable[[], object], times: int = 5, rounds: int = 7, limit_s: float = 60.0) -> float:
-    """The median of a few CPU times of `act`, after one that isn't counted; fewer where they'd take too long."""
+    """Median CPU seconds of `act` after one warm-up call; fewer rounds if they would exceed `limit_s`."""
     act()
     taken: list[float] = []
     while len(taken) < rounds and (not taken or sum(taken) * times < limit_s):

@@ -1,4 +1,4 @@
-"""Time, money and failures: a step on stated hardware, and how often to save."""
+"""Forecast of the time of a step on given hardware, and of the best interval between checkpoints."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from sora_train.forecast.footprint import PERSISTENT, kept_gathered
 from sora_train.forecast.hardware import Hardware
 from sora_train.forecast.trace import Trace
 
-# Adam reads and writes an fp32 element's master and two moments and reads its gradient; an average is read and written.
+# Bytes per element: Adam reads and writes master and two moments and reads the gradient; an average reads the master.
 _ADAM_BYTES, _AVERAGE_BYTES = 28, 12
-_HOOK_S = 1e-4  # of Python, each time that ZeRO-3 looks after a module: before and after it, forwards and backwards
+_HOOK_S = 1e-4  # seconds of Python per ZeRO-3 hook; a module has four: before and after its forward and backward pass
 # 419 unexpected stops in 54 days on 16,384 GPUs (Llama 3, arXiv 2407.21783, section 3.3.4).
 DEVICE_HOURS_PER_FAILURE = 54 * 24 * 16384 / 419
-_STAGING = 8e9  # byte/s from device to host memory, which is all that training waits for
+_STAGING = 8e9  # byte/s from device to host memory, the only part of a save that training waits for
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step of one rank. Communication isn't taken to overlap with anything."""
+    """Seconds of one step of one rank. Communication is assumed not to overlap with computation."""
 
     compute: float
     update: float
@@ -28,7 +28,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Seconds of the whole step."""
         return self.compute + self.update + self.communication
 
 
@@ -36,7 +36,20 @@ def step_time(
     config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int, device: Hardware,
     per_node: int, share: float = 1.0, frozen: int = 0,
 ) -> StepTime:  # fmt: skip
-    """Time of a step whose passes cost `share` of the traced one; `frozen` parameters are only gathered."""
+    """Forecast the time of a step of one rank.
+
+    Args:
+        config: Configuration of the run.
+        parameters: Number of trained parameters.
+        traced: Trace of the heaviest pass.
+        ranks: Number of ranks.
+        passes: Forward passes per rank and step.
+        stage: ZeRO stage.
+        device: Hardware of a rank.
+        per_node: Ranks per machine.
+        share: Cost of a mean pass, as a share of the traced one.
+        frozen: Number of frozen parameters, which are gathered but not reduced.
+    """
     each = 2 if config.precision is Precision.bf16 else 4
     owned = -(-parameters // ranks) if stage else parameters
     wire = device.link if ranks <= per_node else min(device.link, device.network)
@@ -52,22 +65,22 @@ def step_time(
 
 
 def _moved(config: Config, parameters: int, owned: int, passes: int, stage: int, each: int, averages: int) -> float:
-    """Bytes of its own memory that a rank reads and writes for the gradients and the update beside the passes.
+    """Bytes of device memory that a rank reads and writes for gradients and the update, in addition to the passes.
 
-    Counted in DeepSpeed 0.19's code, like `footprint.py`: a copy is a read and a write.
+    Counted from the code of DeepSpeed 0.19, like `footprint.py`. A copy is a read and a write.
     """
     copy = 2 * each
     contiguous = config.deepspeed.get("zero_optimization", {}).get("contiguous_gradients", True)
-    sending = 2 * copy  # copied together, and divided by the number of ranks
+    sending = 2 * copy  # flattened, and divided by the number of ranks
     sending += copy if stage and contiguous else 0  # into the bucket
     taking = copy  # back into the gradient
     taking += copy if stage == 3 or (stage and contiguous) else 0  # out of the bucket
     times = passes if stage >= 2 else 1
-    norm = 2 * 8 + each if stage else each  # ZeRO takes it of a copy in fp64
-    norm += 2 * each if each == 2 and stage in (1, 2) else 0  # and bf16 is looked through for what isn't finite
+    norm = 2 * 8 + each if stage else each  # ZeRO computes it from a copy in fp64
+    norm += 2 * each if each == 2 and stage in (1, 2) else 0  # the check for non-finite values in bf16
     clip = 2 * 4
-    cast = (copy if stage else 0) + (each + 4 if each == 2 else 0)  # the gradient as Adam wants it
-    back = 4 + each if each == 2 or stage in (1, 2) else 0  # the new weights as the model wants them
+    cast = (copy if stage else 0) + (each + 4 if each == 2 else 0)  # gradient to fp32 for Adam
+    back = 4 + each if each == 2 or stage in (1, 2) else 0  # new weights to the model's precision
     update = norm + clip + cast + _ADAM_BYTES + _AVERAGE_BYTES * averages + back
     return times * (parameters * sending + owned * taking) + owned * update
 
@@ -76,7 +89,10 @@ def _exchange(
     config: Config, parameters: int, frozen: int, passes: int, stage: int, traced: Trace, share: float, wire: float,
     device: Hardware,
 ) -> float:  # fmt: skip
-    """Seconds of the collectives: what a rank sends (a share of all), and at ZeRO-3 the Python around them."""
+    """Seconds of a step's collectives, and of ZeRO-3's Python hooks.
+
+    `share` = (ranks - 1) / ranks is the share of all elements that a rank sends, `wire` the byte/s of its link.
+    """
     each = 2 if config.precision is Precision.bf16 else 4
     reduced, gathered = _travelling(config, parameters, frozen, passes, stage)
     if device.gloo is None:
@@ -89,10 +105,10 @@ def _exchange(
 
 
 def _travelling(config: Config, parameters: int, frozen: int, passes: int, stage: int) -> tuple[int, int]:
-    """Elements that are reduced and gathered, as shares (ranks - 1) / ranks of all: an all-reduce counts twice."""
+    """Elements that are reduced and gathered per step; an all-reduce counts twice (reduce-scatter and all-gather)."""
     if stage == 0:
         return 2 * parameters, 0
-    if stage < 3:  # ZeRO-1 and 2 all-reduce a bucket although each rank keeps its part of it, then gather new weights
+    if stage < 3:  # ZeRO-1 and 2 all-reduce buckets, although each rank keeps only a part, and gather new weights
         return 2 * parameters * (passes if stage == 2 else 1), parameters
     zero = config.deepspeed.get("zero_optimization", {})
     kept = kept_gathered(zero, parameters + frozen)
@@ -101,21 +117,27 @@ def _travelling(config: Config, parameters: int, frozen: int, passes: int, stage
 
 @dataclass(frozen=True)
 class SaveAdvice:
-    """How often to save, so that time spent on saves and work lost to failures together are least."""
+    """Interval between checkpoints that minimises the time lost to saves and to work repeated after failures."""
 
     checkpoint_bytes: int
-    failure_every_s: float
-    blocked_s: float  # what training waits for
-    written_s: float  # until it is on disk, in the background
+    failure_every_s: float  # mean time between failures of the job
+    blocked_s: float  # time that training waits for a save
+    written_s: float  # time until a checkpoint is on disk, in the background
     interval_s: float
-    lost: float  # share of the time, saves and repeated work together
+    lost: float  # share of time lost to saves and repeated work
 
 
 def save_advice(parameters: int, ranks: int, disk: float, hours_per_failure: float, averages: int = 1) -> SaveAdvice:
-    """The interval of Young 1974 (doi 10.1145/361147.361115), corrected by Daly 2006: sqrt(2 c M) - c for cost c, mean
-    time between failures M; never shorter than a write. `disk` is byte/s of all ranks together.
+    """Compute the best interval between checkpoints, sqrt(2 c M) - c for cost c and mean time between failures M.
 
-    Checkpoints hold fp32 masters, two moments and `averages` of the weights: with one, 16 bytes a parameter.
+    Young 1974 (doi 10.1145/361147.361115), with the correction of Daly 2006; never shorter than a write.
+
+    Args:
+        parameters: Number of trained parameters. A checkpoint holds fp32 master weights, two moments and the averages.
+        ranks: Number of ranks.
+        disk: Rate at which all ranks together write, byte/s.
+        hours_per_failure: Mean time between failures of one rank, hours.
+        averages: Number of averages of the weights.
     """
     size = (12 + 4 * averages) * parameters
     blocked, written = size / ranks / _STAGING, size / disk

@@ -1,8 +1,8 @@
-"""One pass of a configuration on tensors without memory: how many bytes live at once, what every operation does.
+"""Trace of one forward and backward pass with fake tensors: bytes alive over time, and FLOPs and bytes per operation.
 
-The real networks, learner and autograd run under torch's FakeTensorMode, so shapes, saved activations, recomputation
-and the frozen VAE are those of a run, whatever the model does inside; only the numbers are missing. The scratch memory
-of kernels isn't seen.
+The real networks, learner and autograd run under torch's FakeTensorMode. Shapes, saved activations, recomputation and
+the frozen VAE are therefore those of a run, for any model, but nothing is computed. Scratch memory of kernels isn't
+included.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from sora_train.methods.base import trained
 from sora_train.models.layers import ulysses
 
 Size = tuple[int, int, int]  # frames, height, width of a clip
-_CAPTION = " ".join(["word"] * 31)  # 32 tokens with the start token, as in cost.TEXT_TOKENS
+_CAPTION = " ".join(["word"] * 31)  # with the start token 32 tokens, as in core.cost.TEXT_TOKENS
 _SEPARATE = {"convolution": "convolution", "attention": "attention", "mm": "matmul", "bmm": "matmul"}
 
 
 @dataclass(frozen=True)
 class Like:
-    """A tensor by its shape."""
+    """Shape, stride and dtype of a tensor argument."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -43,9 +43,10 @@ class Like:
 
 @dataclass(frozen=True)
 class Call:
-    """How an operation was called, so that it can be tried: its arguments flat, tensors by their shape.
+    """An operation with its arguments, from which the call can be repeated for a measurement.
 
-    Lengths, which are real in a trace, are the tuple of their values.
+    Arguments are flattened as a pytree. Tensors are replaced by `Like`, and tensors of lengths, whose values are known
+    in a trace, by the tuple of their values.
     """
 
     function: Any
@@ -55,7 +56,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Operation:
-    """What one operation of a pass does."""
+    """Work of one operation of a pass."""
 
     kind: str  # matmul, attention, convolution or memory
     flops: int
@@ -66,33 +67,33 @@ class Operation:
 
 @dataclass(frozen=True)
 class Made:
-    """The moment when a weight's gradient is made; in the bytes alive it counts, earlier ones don't."""
+    """The moment when the gradient of a parameter is computed. Bytes include this gradient, but no earlier ones."""
 
-    most: int  # bytes alive since the gradient before
-    now: int
-    elements: int
+    most: int  # peak of bytes alive since the previous gradient
+    now: int  # bytes alive
+    elements: int  # of the parameter
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One pass: memory over what was there before it, and the work."""
+    """Memory (in addition to weights) and work of one pass."""
 
-    activations: int  # most bytes alive at once, gradients of the weights left out
-    made: tuple[Made, ...]  # in the order of backward
-    encoder: int  # most bytes alive while the clips are encoded and noised
-    encoder_weights: int  # of the frozen VAE
+    activations: int  # peak bytes alive, gradients of parameters excluded
+    made: tuple[Made, ...]  # gradients, in the order of the backward pass
+    encoder: int  # peak bytes alive while the clips are encoded and noised
+    encoder_weights: int  # bytes of the frozen networks
     operations: tuple[Operation, ...]
-    modules: int = 0  # of the network
-    exchanged: int = 0  # bytes that ranks which share a pack's tokens send each other
+    modules: int = 0  # number of modules of the trained networks
+    exchanged: int = 0  # bytes sent by a rank for sequence parallelism
 
     @property
     def flops(self) -> int:
-        """Operations of the pass, recomputation included."""
+        """FLOPs of the pass, recomputation included."""
         return sum(operation.flops for operation in self.operations)
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the bytes of storages that are alive, and lists operations."""
+    """Dispatch mode that counts the bytes of live storages, those of `ignore` excluded, and lists all operations."""
 
     def __init__(self, ignore: Sequence[Tensor] = ()) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def gradient(self, elements: int) -> None:
-        """A weight's gradient has been made."""
+        """Record that the gradient of a parameter of `elements` was computed."""
         self.made.append(Made(self._since, self.live, elements))
         self._since = 0
 
@@ -162,7 +163,7 @@ def _call(func: Any, args: Any, kwargs: Any) -> Call:
 
 
 class _Network:
-    """A trained network of a trace: an engine that computes gradients, and lets go of them."""
+    """Stand-in for an engine: runs the network and its backward pass, and updates nothing."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -171,26 +172,26 @@ class _Network:
         return self._module(*arguments)
 
     def backward(self, loss_sum: Tensor) -> None:
-        """Back-propagate."""
+        """Back-propagate the loss."""
         loss_sum.backward()
 
     def step(self) -> bool:
-        """Nothing is updated: the optimizer's share of memory and time is known without a trace."""
+        """Do nothing; memory and time of the optimizer are computed without a trace."""
         return True
 
 
 class _Networks(dict[str, _Network]):
-    """The engines of a trace; averages have the shapes of the weights, which is all that counts here."""
+    """Stand-in for `Engines`."""
 
     @contextmanager
     def averaged(self, *names: str) -> Iterator[None]:
-        """Run with averaged weights."""
+        """Do nothing, since averaged weights have the same shapes."""
         yield
 
 
 def trace(config: Config, sizes: Sequence[Size]) -> Trace:
     """Trace one forward and backward pass of a rank over a pack of clips of these sizes."""
-    # lengths of attention's groups are real, so that its operations can be counted
+    # lengths of attention's groups are real tensors, because the FLOPs depend on their values
     with _fresh_caches(), FakeTensorMode(allow_non_fake_inputs=True):
         learner = METHODS.get(config.method).planned(config)
         networks = learner.networks
@@ -204,7 +205,7 @@ def trace(config: Config, sizes: Sequence[Size]) -> Trace:
         recorder, encoder = Recorder([t for module in (*learning, *frozen) for t in _tensors(module)]), [0]
 
         def encoded(_: nn.Module, arguments: Any) -> None:
-            """What came before the first trained network ran was the encoder's."""
+            """Attribute the peak so far to the encoder, when the first trained network begins."""
             if not encoder[0]:
                 encoder[0], recorder.peak = recorder.peak, recorder.live
 
@@ -225,10 +226,10 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def _fresh_caches() -> Iterator[None]:
-    """Keep tensors that the models remember (positions, rotations) apart: those with memory and those without."""
+    """Context in which the models' caches (RoPE angles, masks) are empty, so that real and fake tensors don't mix."""
 
     def clear() -> None:
-        for name, module in sys.modules.copy().items():  # a finalizer that runs meanwhile may import
+        for name, module in sys.modules.copy().items():  # a copy, as a finalizer that runs meanwhile may import
             if name.startswith(("sora_train.models.", "sora_train.flow.", "sora_train.encoding.")):
                 for value in vars(module).copy().values():
                     if hasattr(value, "cache_clear"):
@@ -242,7 +243,7 @@ def _fresh_caches() -> Iterator[None]:
 
 
 def _let_go(recorder: Recorder) -> Callable[[Tensor], None]:
-    """Note a gradient when it is made, and drop it."""
+    """Make a hook that records a gradient and frees it."""
 
     def hook(parameter: Tensor) -> None:
         recorder.gradient(parameter.numel())
@@ -252,6 +253,7 @@ def _let_go(recorder: Recorder) -> Callable[[Tensor], None]:
 
 
 def clip_of(number: int, size: Size) -> Clip:
+    """Make a blank clip of a size, with a caption of typical length."""
     frames, height, width = size
     task = "image" if frames == 1 else "text_to_video"
     visit = Visit(number, 0, frames, 8.0, (height, width), (0, 0, height, width), task, 2 * number + 1)
