@@ -56,7 +56,7 @@ SETS = (("480p", 480, 854, 12), ("480p", 480, 854, 250), ("720p", 720, 1280, 12)
 
 @dataclass
 class Options:
-    """How much, and where."""
+    """Options: the amount of work, and its folder."""
 
     rounds: int = 10
     clips: int = 6  # of a set
@@ -151,7 +151,7 @@ def _decode(data: bytes, frames: list[int], resize: tuple[int, int]) -> np.ndarr
 
 
 class _Worker:
-    """What a worker does with a sample: all of its visits."""
+    """Work on one sample: all of its visits."""
 
     def __init__(self, wanted: dict[str, list[tuple[list[int], tuple[int, int]]]]) -> None:
         self.wanted = wanted

@@ -1,4 +1,4 @@
-"""What one large GPU makes of our step: attention back ends against the plain formula, then time, TFLOP/s and MFU.
+"""Our step on one large GPU: attention back ends against the plain formula, then time, TFLOP/s and MFU.
 
     python -m benchmarks.gpu_step [tiny=false] [seconds=450] [write=false] [out=gpu_step.json]
 

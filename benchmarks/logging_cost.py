@@ -1,4 +1,4 @@
-"""What all logging costs a step, against the same steps without any of it.
+"""Cost of all logging in a step, against the same steps without any of it.
 
     python -m benchmarks.logging_cost [rounds=36] [every=10] [model=demo]
 

@@ -1,4 +1,4 @@
-"""How each metric answers to damage: five kinds, five strengths each, on clips of the demo world.
+"""Response of each metric to damage: five kinds, five strengths each, on clips of the demo world.
 
     python -m benchmarks.metric_damage [clips=12] [metrics=[quick]]
 

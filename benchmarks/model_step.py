@@ -163,7 +163,7 @@ def seconds(call: Call) -> float:
 
 
 def added_mib(call: Call) -> float:
-    """What a call adds to the memory of the process at most."""
+    """Measure the most that a call adds to the memory of the process."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed doesn't count as there before
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew

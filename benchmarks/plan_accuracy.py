@@ -1,4 +1,4 @@
-"""What `plan` predicts against what a run takes: most bytes of tensors, and CPU time of a step.
+"""Predictions of `plan` against what a run takes: most bytes of tensors, and CPU time of a step.
 
     python -m benchmarks.plan_accuracy
 

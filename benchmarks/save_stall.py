@@ -1,4 +1,4 @@
-"""How long a save blocks the loop, against a memory copy of the same bytes, torch's asynchronous save and DeepSpeed's.
+"""Time for which a save blocks the loop, against a memory copy of the bytes, torch's asynchronous save and DeepSpeed's.
 
     python -m benchmarks.save_stall [mib=256] [rounds=5]
 
@@ -41,7 +41,7 @@ Way = Callable[[int], tuple[float, Finish]]  # number of the round: seconds that
 
 @dataclass
 class Options:
-    """How much is saved, and how often."""
+    """Options: bytes to save, and repeats."""
 
     mib: int = 256
     rounds: int = 5
@@ -82,7 +82,7 @@ def main() -> int:
 def _ways(
     state: dict[str, torch.Tensor], folder: Path, engine: Engine, steps: list[tuple[float, float]]
 ) -> dict[str, Way]:
-    """What is compared. `steps` takes how long a step took alone, and beside our save."""
+    """The ways to save that are compared. `steps` takes how long a step took alone, and beside our save."""
     copies = {key: torch.empty_like(values) for key, values in state.items()}
     ours = Checkpoints(folder / "ours", keep=1)
     pieces: Pieces = {key: (0, values) for key, values in state.items()}

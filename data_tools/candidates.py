@@ -25,7 +25,7 @@ _PART = re.compile(r"#[\d.e+-]+-([\d.e+]+|inf)$")  # at the end of the name of a
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """Where captions come from: a table, a folder of texts, `none`, or (None) what lies beside the files."""
+    """Sources of captions: a table, a folder of texts, `none`, or (None) what lies beside the files."""
 
     captions: str | None = None
     columns: Columns = field(default_factory=Columns)
@@ -45,11 +45,11 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """What tells the sample from all others of the folder."""
+        """Name that no other sample of the folder has."""
         return self.file if self.part is None else f"{self.file}#{self.part[0]:g}-{self.part[1]:g}"
 
     def group(self, source: str) -> str:
-        """What may not be split between training and validation: of the same file, folder, or value of a field."""
+        """Group that may not be split between training and validation: of one file, folder, or value of a field."""
         if source == "folder":
             return str(PurePosixPath(self.file).parent)
         return self.file if source == "file" else f"{source}={self.fields.get(source)}"

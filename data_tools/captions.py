@@ -101,7 +101,7 @@ class Names:
 
 
 def sidecar(path: Path, names: Names, encoding: str | None = None) -> dict[str, Any] | None:
-    """What stands beside a media file: its captions and fields as a sample's json has them, None if nothing does.
+    """Read the sidecar of a media file: its captions and fields as a sample's json has them, None if nothing does.
 
     Texts are `NAME.mp4.txt` or `NAME.txt` (or `.caption`); a `NAME.json` may hold `caption`, `captions`, or fields
     alone. Raises Refused for what can't be used.

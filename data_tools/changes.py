@@ -33,7 +33,7 @@ class Changes:
         )
 
     def done(self) -> str:
-        """What was done about them, as the end of a sentence."""
+        """Describe what was done about them, as the end of a sentence."""
         return f", {len(self.samples)} of changed files written anew" if self.samples else ""
 
 

@@ -44,7 +44,7 @@ class Columns:
         return Columns(told)
 
     def fit(self, header: Iterable[str]) -> bool:
-        """Whether a header has a column for the file and one for the caption."""
+        """Tell whether a header has a column for the file and one for the caption."""
         names = list(header)
         return all(self._in(names, what) for what in ("file", "caption"))
 

@@ -1,4 +1,4 @@
-"""What a configuration leaves out of shards and how it packs them, as a part of the page that `inspect` writes."""
+"""Samples that a configuration leaves out, and how it packs the others, as a part of the page that `inspect` writes."""
 
 from __future__ import annotations
 

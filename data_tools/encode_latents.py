@@ -57,7 +57,7 @@ _HEAD = 1 << 20  # bytes that a header is looked for in
 
 @dataclass
 class Options:
-    """What the command takes beside the configuration."""
+    """Options of the command beside the configuration."""
 
     out: str
     dtype: str = choice(tuple(_STORED), "fp32")
@@ -168,7 +168,7 @@ class Encoder:
         return [*members, ("json", json.dumps(fields).encode())]
 
     def _is_there(self, path: Path, about: dict[str, str]) -> bool:
-        """Whether a shard stands there with a sample that was made the same; raises InputError for another one."""
+        """Tell whether a shard stands there with a sample that was made the same; raises InputError for another one."""
         if not path.is_file():
             return False
         with path.open("rb") as file:

@@ -33,7 +33,7 @@ from sora_train.data.read.store import Store, scheme
 
 @dataclass
 class Options:
-    """What the command takes beside shards."""
+    """Options of the command beside shards."""
 
     consolidate: str | None = None
     side_table: list[str] = number([])

@@ -62,7 +62,7 @@ table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1.
 
 @dataclass
 class View:
-    """What a configuration makes of a sample."""
+    """View of a configuration on a sample."""
 
     fps: float = number(16.0, above=0)
     max_frames: int = number(81, least=1)
@@ -83,7 +83,7 @@ class Page:
 
 @dataclass(kw_only=True)
 class Options(Page, View):
-    """What the command takes beside shards, where no configuration is composed."""
+    """Options of the command beside shards, where no configuration is composed."""
 
     run_dir: str | None = None
 
@@ -132,7 +132,7 @@ def _write(out: Path, page: str, index: Index) -> None:
 
 
 def view_of(config: Config) -> View:
-    """What a configuration makes of a sample; in the first stage of training, where there are several."""
+    """View of a configuration on a sample; in the first stage of training, where there are several."""
     d, grid = config.data, geometry(config)
     stage = d.stages[0] if d.stages else StageConfig()
     return View(

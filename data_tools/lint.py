@@ -75,7 +75,7 @@ _EXECUTABLE = ("pkl", "pickle", "pyd", "pth", "pt", "ckpt", "dill", "joblib", "g
 
 @dataclass
 class Findings:
-    """What was found, by shard and cause."""
+    """Faults found, by shard and cause."""
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     examples: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -110,7 +110,7 @@ class Findings:
 
 @dataclass
 class Options:
-    """What the command takes beside shards."""
+    """Options of the command beside shards."""
 
     format: str = choice(("table", "json"), "table")
     examples: int = number(3, least=0)
@@ -156,7 +156,7 @@ def lint(shards: list[str], store: Store) -> Findings:
 
 
 def _members(shard: str, path: Path, found: Findings) -> None:
-    """What the names and the order of the members show."""
+    """Check the names and the order of the members."""
     finished: set[str] = set()
     current = ""
     with path.open("rb") as file:
@@ -187,12 +187,12 @@ def _split(member: Member) -> tuple[str, list[str]]:
 
 
 def _is_further(parts: list[str]) -> bool:
-    """Whether `KEY.ref0.mp4` is meant: one lower-case word before the extension."""
+    """Tell whether `KEY.ref0.mp4` is meant: one lower-case word before the extension."""
     return len(parts) == 2 and parts[0].isidentifier()
 
 
 def _rows(shard: str, rows: list[dict[str, Any]], found: Findings) -> None:
-    """What the samples themselves show."""
+    """Check the samples themselves."""
     found.samples += sum(bool(row["key"]) for row in rows)
     found.usable += sum(not row["refused"] for row in rows)
     if not any(row["key"] for row in rows):
@@ -212,7 +212,7 @@ def _rows(shard: str, rows: list[dict[str, Any]], found: Findings) -> None:
 
 
 def _index(shard: str, store: Store, rows: list[dict[str, Any]], found: Findings) -> None:
-    """Whether the index is of this shard, and every member what it says."""
+    """Tell whether the index is of this shard, and every member what it says."""
     try:
         current, there = is_current(shard, store), index_path(shard, store).is_file()
     except InputError as error:

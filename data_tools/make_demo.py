@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def _finished(out: Path, recipe: dict[str, int]) -> bool:
-    """Whether `out` holds this very data; if not, mark it as being made. InputError if it holds anything else."""
+    """Tell whether `out` holds this very data; if not, mark it as being made. InputError if it holds anything else."""
     done, begun = out / "demo.json", out / "demo-unfinished.json"
     try:
         out.mkdir(parents=True, exist_ok=True)

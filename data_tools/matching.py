@@ -1,4 +1,4 @@
-"""Which rows of a caption table belong to which file, wherever the table was written.
+"""Matching of the rows of a caption table to files, wherever the table was written.
 
 A path is followed from the folder, from the table and from where the command runs. Else it may come from another
 machine: it then is a file whose whole path it ends with, or that ends with it, whatever case, slashes and a missing

@@ -86,7 +86,7 @@ def find_media(folder: Path) -> Media:
 
 
 def extension_of(name: str) -> str:
-    """What a name ends with after its last dot, in lower case."""
+    """Extension of a name, in lower case."""
     return PurePosixPath(name).suffix[1:].lower()
 
 
@@ -121,5 +121,5 @@ def hash_of(path: Path) -> str:
 
 
 def digest(data: bytes) -> str:
-    """What tells a file or a caption from another one."""
+    """Hash of a file or a caption."""
     return hashlib.sha256(data).hexdigest()[:32]

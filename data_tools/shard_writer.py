@@ -17,7 +17,7 @@ Members = list[tuple[str, bytes]]  # of one sample: extension and bytes
 
 
 class Mark(NamedTuple):
-    """What tells whether a sample's file and caption are still those that are in a shard."""
+    """Mark by which a sample's file and caption are known to be still those that are in a shard."""
 
     size: int
     mtime_ns: int

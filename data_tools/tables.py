@@ -176,7 +176,7 @@ _TRUTH = {"true": True, "false": False}
 
 
 def _converter(cells: list[str]) -> Any:
-    """What makes values of all the cells, None where they are words. A number with a leading zero is a name."""
+    """Choose the type of all the cells, None where they are words. A number with a leading zero is a name."""
     if not cells:
         return None
     if all(_INTEGER.fullmatch(cell) for cell in cells):

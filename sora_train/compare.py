@@ -25,7 +25,7 @@ from sora_train.operations.side_by_side import plot, table
 
 @dataclass
 class Options:
-    """What the command takes beside run folders."""
+    """Options of the command beside run folders."""
 
     figures: list[str] = field(
         default_factory=lambda: ["loss", "validation_loss", "tokens_per_s", "mfu", "step_time", "samples", "goodput"]

@@ -27,7 +27,7 @@ from sora_train.core.world import World, from_environment
 
 @dataclass
 class Options:
-    """What the command takes."""
+    """Options of the command."""
 
     shards: list[str] = field(default_factory=list)
     run_dir: str = "runs"

@@ -1,4 +1,4 @@
-"""What a run will need and how its data packs, without a GPU, a process group or a trained VAE.
+"""Forecast of what a run will need and how its data packs, without a GPU, a process group or a trained VAE.
 
     python -m sora_train.plan experiment=demo world_size=64 hardware=h100 [key=value ...]
 
@@ -37,7 +37,7 @@ from sora_train.forecast.timing import DEVICE_HOURS_PER_FAILURE
 
 @dataclass
 class Options:
-    """What the command takes beside the configuration."""
+    """Options of the command beside the configuration."""
 
     world_size: int = number(1, least=1)
     hardware: str = "h100"

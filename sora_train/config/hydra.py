@@ -119,7 +119,7 @@ def as_typed(argument: str) -> str:
 
 
 def _is_text(key: str) -> bool:
-    """Whether a dotted key of the configuration holds text."""
+    """Tell whether a dotted key of the configuration holds text."""
     kind: Any = Config
     for part in key.split("."):
         hints = get_type_hints(kind) if is_dataclass(kind) else {}

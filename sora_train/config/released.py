@@ -18,7 +18,7 @@ ADAPTERS = "pytorch_lora_weights.safetensors"  # where diffusers and peft look f
 
 
 def is_released(path: str | Path) -> bool:
-    """Whether a folder is a whole diffusers pipeline."""
+    """Tell whether a folder is a whole diffusers pipeline."""
     return (Path(path) / "model_index.json").is_file()
 
 

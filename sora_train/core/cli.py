@@ -294,7 +294,7 @@ def _items(key: str, text: str) -> list[str]:
 
 
 def _unbracketed(text: str) -> str | None:
-    """What stands between the brackets around a list; None where the text isn't in brackets as a whole."""
+    """Text between the brackets around a list; None where the text isn't in brackets as a whole."""
     depth = 0
     for place, character in enumerate(text):
         depth += (character == "[") - (character == "]")

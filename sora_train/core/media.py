@@ -23,7 +23,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Coding:
-    """How frames become a file: container, encoder, its quality (lower is better) and key frames."""
+    """Encoding of frames to a file: container, encoder, its quality (lower is better) and key frames."""
 
     container: str = "mp4"
     encoder: str = "libx264"

@@ -16,7 +16,7 @@ from sora_train.data.read.encoded import TEXT, header
 
 
 class Encoded(NamedTuple):
-    """What stands in for the pixels of a clip, and for its captions where their encoder is frozen."""
+    """Precomputed latents of a clip, and embeddings of its captions where their encoder is frozen."""
 
     latents_CTHW: Tensor  # fp32, normalised
     texts: list[Tensor]  # (L, E) of each caption in the order of the json, then of no caption; may be empty

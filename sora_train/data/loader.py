@@ -30,7 +30,7 @@ Known = Mapping[
 
 @dataclass
 class Step:
-    """What one rank gets for one optimizer step: as many packs as every other rank, some perhaps without a clip."""
+    """One rank's packs for one optimizer step: as many packs as every other rank, some perhaps without a clip."""
 
     position: Position
     packs: list[Pack]
@@ -151,7 +151,7 @@ def first_clips(
 
 
 def draw_caption(names: list[str], weights: Sequence[tuple[str, float]], seed: int) -> int:
-    """Which of the captions with these names a visit uses: by weight, those without one never, unless none has one."""
+    """Choose one of the captions with these names for a visit, by weight; evenly where no name has a weight."""
     shares = np.cumsum([dict(weights).get(name, 0.0) for name in names])
     if not len(names) or shares[-1] == 0.0:
         return int(below(max(1, len(names)), seed, CAPTION))
@@ -166,14 +166,14 @@ class _Flying:
 
 @dataclass
 class _Request:
-    """What is on its way for one visit."""
+    """Pending reads of one visit."""
 
     content: Future[np.ndarray] | Future[Encoded]  # pixels, or what they were encoded to before
     captions: Future[tuple[list[str], dict[str, Any]]] | None  # none are read where none are wanted
 
 
 def refusals(index: Index) -> list[Refusal]:
-    """What the index itself refuses, tars that are damaged included."""
+    """Samples that the index itself refuses, tars that are damaged included."""
     return [refusal(index, int(row), index.refusal(int(row))) for row in np.flatnonzero(~index.usable)]
 
 

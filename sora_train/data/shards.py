@@ -93,7 +93,7 @@ class Shards:
 
 
 def plan_inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> PlanInputs:
-    """What the plan takes from a configuration, for shards with these filters."""
+    """Inputs of the plan from a configuration, for shards with these filters."""
     d = config.data
     weighted = tuple(sorted((task, weight) for task, weight in tasks.items() if weight > 0))
     return PlanInputs(

@@ -34,7 +34,7 @@ _STAGE = 0.1  # of all frames: the shortest appearance before or after a gap
 
 
 def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, bool]:
-    """Whether a uint8 RGB video `(T, H, W, 3)` shows what its scene (the sample's metadata) says, by measure.
+    """Tell whether a uint8 RGB video `(T, H, W, 3)` shows what its scene (the sample's metadata) says, by measure.
 
     Kind "one": colour, shape, direction. "image": colour, shape. "two": two_objects (colour and shape of both).
     "return": identity (right colour and shape before the object leaves and after it returns, absent in between).
@@ -85,14 +85,14 @@ def only_objects(seen: list[list[Sighting]]) -> list[Sighting]:
 
 
 def _both(seen: list[list[Sighting]], things: list[Thing]) -> bool:
-    """Whether most frames show exactly these things."""
+    """Tell whether most frames show exactly these things."""
     wanted = sorted((t["colour"], t["shape"]) for t in things)
     right = [f for f in seen if sorted((s.colour, s.shape) for s in f) == wanted]
     return len(right) >= _AGREE * len(seen)
 
 
 def _in_place(seen: list[list[Sighting]], things: list[Thing]) -> bool:
-    """Whether the first of two things is left of the other, or above it where they move sideways, in most frames."""
+    """Tell whether the first thing is left of the other, or above it where they move sideways, in most frames."""
     across = int(DIRECTIONS[things[0]["direction"]][1] == 0)  # the axis that they don't move along
     pairs = [[_largest(frame, thing["colour"]) for thing in things] for frame in seen]
     known = [(one, other) for one, other in pairs if one is not None and other is not None]
@@ -101,7 +101,7 @@ def _in_place(seen: list[list[Sighting]], things: list[Thing]) -> bool:
 
 
 def _in_turn(seen: list[list[Sighting]], things: list[Thing]) -> bool:
-    """Whether the first thing is seen alone, then the second alone, each for a while and the first never again."""
+    """Tell whether the first thing is seen alone, then the second alone, each for a while and the first never again."""
     colours = [{s.colour for s in frame} for frame in seen]
     first, second = ([i for i, found in enumerate(colours) if found == {thing["colour"]}] for thing in things)
     shortest = max(1.0, _STAGE * len(seen))
@@ -130,7 +130,7 @@ def _gap(seen: list[list[Sighting]]) -> tuple[int, int]:
 
 
 def _is_thing(stage: list[list[Sighting]], thing: Thing) -> bool:
-    """Whether the one object of these frames, where enough of it is visible, has the thing's colour and shape.
+    """Tell whether the one object of these frames, where enough of it is visible, has the thing's colour and shape.
 
     Frames that show an object whole are judged where there are any, and none in which much less is to be seen than in
     another: what is half out of sight may be anything.
@@ -145,7 +145,7 @@ def _is_thing(stage: list[list[Sighting]], thing: Thing) -> bool:
 
 
 def _passes_behind(seen: list[list[Sighting]], mover: Thing, cover: Thing) -> bool:
-    """Whether the mover vanishes behind the cover and comes out on the other side, and the cover stays."""
+    """Tell whether the mover vanishes behind the cover and comes out on the other side, and the cover stays."""
     covers = [_largest(frame, cover["colour"]) for frame in seen]
     stays = [s for s in covers if s is not None]
     clear = [s for s in stays if s.whole]  # nothing touches it

@@ -21,7 +21,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def coverage(shape: str, dy: np.ndarray, dx: np.ndarray, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers, 0 to 1, at offsets (dy, dx) from its centre; all in pixels.
+    """Share of each pixel that a shape covers, 0 to 1, at offsets (dy, dx) from its centre; all in pixels.
 
     Raises ValueError for an unknown shape.
     """

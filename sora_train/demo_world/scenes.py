@@ -150,7 +150,7 @@ def captions(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
 
 
 def describe(scene: Scene, texts: dict[str, str]) -> dict[str, Any]:
-    """What stands in a sample's json: captions by name, and the scene by its attributes, for evaluation."""
+    """Fields of a sample's json: captions by name, and the scene by its attributes, for evaluation."""
     keys = ("colour", "shape", "size", "direction", "speed")
     things = [{key: getattr(thing, key) for key in keys} for thing in scene.things]
     return {
@@ -263,7 +263,7 @@ def _name(thing: Thing) -> str:
 
 
 def _action(scene: Scene, rng: np.random.Generator) -> str:
-    """What happens, as words that follow the name of the first object."""
+    """Action of a scene, as words that follow the name of the first object."""
     first = scene.things[0]
     if scene.kind == "return":
         side = _SIDES[first.direction]

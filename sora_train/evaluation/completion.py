@@ -17,7 +17,7 @@ TASKS = ("image_to_video", "extension", "extension_backwards", "interpolation")
 
 
 def part_of(task: str, frames: int, stride: int) -> Part:
-    """What is given of a clip of `frames` at a VAE's temporal stride: an image, half of the latents, or both ends.
+    """Given part of a clip of `frames` at a VAE's temporal stride: an image, half of the latents, or both ends.
 
     Raises InputError for another task.
     """

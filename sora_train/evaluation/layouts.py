@@ -98,7 +98,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def check_layout(form: str, folder: str, every: Sequence[Wanted]) -> list[str]:
-    """What is wrong with a folder of a benchmark's videos; empty for a folder that can be handed in."""
+    """Faults of a folder of a benchmark's videos; empty for a folder that can be handed in."""
     top = Path(folder)
     if not top.is_dir():
         raise InputError(f"there is no folder {folder}")

@@ -23,7 +23,7 @@ Need = Literal["real", "caption", "fps", "scene", "part"]
 
 @dataclass(frozen=True)
 class Part:
-    """How many frames of a clip were given at its beginning and at its end; those between were made."""
+    """Numbers of frames of a clip that were given at its beginning and at its end; those between were made."""
 
     before: int
     after: int
@@ -48,7 +48,7 @@ class Sample:
     part: Part | None = None  # null: all frames were made
 
     def has(self, need: Need) -> bool:
-        """Whether it has something that a metric may ask for, beside the real video."""
+        """Tell whether it has something that a metric may ask for, beside the real video."""
         return {
             "caption": bool(self.caption), "fps": self.fps > 0, "scene": self.fields.get("scene") is not None,
             "part": self.part is not None, "real": True,

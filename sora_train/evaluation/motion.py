@@ -89,7 +89,7 @@ def changes(frames_THWC: np.ndarray) -> np.ndarray:
 
 
 def seam_jumps(every: np.ndarray, seams: Sequence[int]) -> tuple[float, float]:
-    """How the changes into the frames `seams` compare with all others: ratio of the medians, and of the largest.
+    """Changes into the frames `seams` against all others: ratio of the medians, and of the largest.
 
     `every` is what `changes` gives. 1 is a seam like any other place. NaN where there is no seam, `inf` where
     everything else stands still. Raises ValueError for a seam that has no frame before it.

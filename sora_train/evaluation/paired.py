@@ -45,7 +45,7 @@ def print_differences(places: list[str], metrics: str | list[str]) -> int:
 
 
 def read_evaluation(place: str) -> dict[str, Any]:
-    """What `evaluate` wrote, from a run folder or a JSON file. Raises InputError where there is nothing."""
+    """Read what `evaluate` wrote, from a run folder or a JSON file. Raises InputError where there is nothing."""
     path = Path(place) / "evaluation.json" if Path(place).is_dir() else Path(place)
     if not path.is_file():
         raise InputError(f"{place} has no evaluation; give python -m sora_train.evaluate run_dir={place} first")

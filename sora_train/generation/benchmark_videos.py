@@ -29,7 +29,7 @@ _OVERLAP = 2  # latent frames that a piece of a long video shares with the one b
 
 @dataclass(frozen=True)
 class Output:
-    """Where a benchmark's videos go and how they are made.
+    """Settings of a benchmark's videos and their folder.
 
     `seconds` of each video (null: the longest trained clip). `images`: folder of first frames, found by the first four
     characters of a video's name, as Physics-IQ's are.
@@ -99,7 +99,7 @@ def _image(config: Config, folder: str, one: Wanted, pool: Pool) -> Given:
 
 
 def seconds_of(form: str, seconds: float | None) -> float | None:
-    """How long a benchmark's videos are; Physics-IQ allows one length alone."""
+    """Length of a benchmark's videos; Physics-IQ allows one length alone."""
     if form == "physics_iq":
         return PHYSICS_SECONDS
     return seconds or (PHYSICS_SECONDS if form == "vbench_long" else None)

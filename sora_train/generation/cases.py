@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model: captions of held-out clips, the clips completed, or the prompts of a file."""
+"""Cases of an evaluation: captions of held-out clips, the clips completed, or the prompts of a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sora_train.generation.sampler import request_for
 
 @dataclass(frozen=True)
 class Case:
-    """What a sample is made for: what is known of it, its size (frames, height, width), and the real clip if any."""
+    """Case of an evaluation: facts of a sample, its size (frames, height, width), and the real clip if any."""
 
     sample: Sample
     size: Size
@@ -35,7 +35,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of a model: clips from their captions alone, or completed where `part` was made."""
+    """Task of an evaluation: clips from their captions alone, or completed where `part` was made."""
 
     name: str
     count: int
@@ -66,7 +66,7 @@ def cases(config: Config, plan: Plan, task: Task) -> Iterator[Case]:
 
 
 def _shows_its_scene(index: Index, visit: Visit, fields: Mapping[str, Any]) -> bool:
-    """Whether a clip is long enough to show what its demo scene says; other clips have no scene."""
+    """Tell whether a clip is long enough to show what its demo scene says; other clips have no scene."""
     if fields.get("scene") is None:
         return True
     stride = max(1, round(index.fps[visit.sample] / visit.fps)) if visit.fps else 1

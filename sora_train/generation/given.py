@@ -78,7 +78,7 @@ class Given:
 def fitted(
     source: tuple[int, int], target: tuple[int, int], fit: Fit
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """What to resize a picture to, and what to cut from that (top, left, height, width), for a size asked for."""
+    """Size to resize a picture to, and the part to cut from that (top, left, height, width), for a size asked for."""
     (height, width), (out_height, out_width) = source, target
     if fit is Fit.stretch:
         return target, (0, 0, *target)

@@ -79,7 +79,7 @@ def check_overlap(latents: int, overlap: int) -> None:
 
 @dataclass(frozen=True)
 class _Back:
-    """How the last piece of a loop comes back to the beginning."""
+    """Return of the last piece of a loop to the beginning."""
 
     held: Held  # what its end is held to
     skipped: int  # frames at the beginning that the last piece makes anew

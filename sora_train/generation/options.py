@@ -74,7 +74,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the JSON of `from=` says of the weights and the given files; only what wasn't given anew is held to it."""
+    """Facts in the JSON of `from=` about the weights and the given files; only what wasn't given anew is held to it."""
 
     path: str
     weights: str

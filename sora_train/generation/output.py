@@ -29,7 +29,7 @@ Video = np.ndarray | Iterable[np.ndarray]  # frames_THWC, whole or in pieces
 
 @dataclass(frozen=True)
 class Target:
-    """Where a sample goes: FOLDER/NAME with the suffix of its format."""
+    """Target of a sample: FOLDER/NAME with the suffix of its format."""
 
     folder: Path
     name: str
@@ -43,12 +43,12 @@ class Target:
 
     @property
     def json(self) -> Path:
-        """What it was made from."""
+        """Settings that it was made from."""
         return self.folder / f"{self.name}.json"
 
 
 def has_format(place: str | Path) -> bool:
-    """Whether the suffix of a name says which format it is."""
+    """Tell whether the suffix of a name says which format it is."""
     return Path(place).suffix.lower().removeprefix(".") in set(FORMATS) - {"frames"}
 
 
@@ -107,7 +107,7 @@ def save(target: Target, video: Video, fps: float, about: Mapping[str, object]) 
 
 
 def is_there(target: Target, about: Mapping[str, Any]) -> bool:
-    """Whether this very sample was made before: its video is there, and its JSON says what this one would say."""
+    """Tell whether this very sample was made before: its video is there, and its JSON says what this one would say."""
     try:
         found = json.loads(target.json.read_bytes())
     except (OSError, ValueError):

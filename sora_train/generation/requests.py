@@ -1,4 +1,4 @@
-"""What a clip is made from: captions with times, frames at either end, a video to start from; and what size it gets."""
+"""Inputs of a clip: captions with times, frames at either end, a video to start from; and what size it gets."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Prompt:
 
 
 def spans(shots: Sequence[Shot], frames: int, first: int, stride: int, fps: float) -> tuple[tuple[int, str], ...]:
-    """How many latent frames of a clip that begins at frame `first` each caption conditions; the last one goes on."""
+    """Latent frames that each caption conditions, of a clip that begins at frame `first`; the last one goes on."""
     ends = np.cumsum([shot.seconds for shot in shots])[:-1]
     at = [(first + max(0, 1 + (place - 1) * stride)) / fps for place in range(frames)]  # a latent's first frame
     which = np.searchsorted(ends, at, side="right")
@@ -146,7 +146,7 @@ def encode_end(vae: FrozenVae, frames_THWC: np.ndarray, latents: int, grid: Geom
 
 
 def inside(config: Config, prompt: Prompt, request: Request) -> tuple[int, int]:
-    """How many frames of what is given before and after a clip are part of it."""
+    """Numbers of given frames before and after a clip that are part of it."""
     stride = config.vae.temporal_stride
     held = {first: latents.shape[1] for first, latents in request.given}
     before = 0 if prompt.before is None else 1 + (held[0] - 1) * stride

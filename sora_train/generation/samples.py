@@ -43,7 +43,7 @@ class Sample:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether it is longer than a clip, or has to lead back to its beginning."""
+        """Tell whether it is longer than a clip, or has to lead back to its beginning."""
         o = self.options
         return o.loop or (self.size[0] > self.config.data.max_frames and not o.whole)
 
@@ -180,7 +180,7 @@ def _with_flow(config: Config, o: Options) -> Config:
 
 
 def _ends(sample: Sample) -> tuple[Given | None, Given | None, Given | None]:
-    """What is given before and after the clip, and the video that it is made anew from."""
+    """Files given before and after the clip, and the video that it is made anew from."""
     found = sample.given
     first, last = found.get("image") or found.get("video"), found.get("end_image") or found.get("end_video")
     return (first, last, None) if sample.options.strength == 1.0 else (None, last, first)

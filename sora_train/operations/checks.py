@@ -1,4 +1,4 @@
-"""What can be wrong with one machine before a run, checked by doing it: decode a clip, read a shard, write a file."""
+"""Checks of one machine before a run, made by doing it: decode a clip, read a shard, write a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WANDB = "https://api.wandb.ai"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. `value` is its figure, in the unit that `detail` names."""
+    """Result of one check. `value` is its figure, in the unit that `detail` names."""
 
     check: str
     status: str
@@ -114,7 +114,7 @@ def decoders() -> Iterator[Finding]:
 
 
 def shard_reads(patterns: list[str]) -> Iterator[Finding]:
-    """Whether the shards are there, and how fast the first, middle and last are read."""
+    """Tell whether the shards are there, and how fast the first, middle and last are read."""
     if not patterns:
         return
     try:
@@ -168,7 +168,7 @@ def build_locks() -> Iterator[Finding]:
 
 
 def _is_open(path: Path) -> bool:
-    """Whether any process that we may look at holds the file open."""
+    """Tell whether any process that we may look at holds the file open."""
     wanted = os.path.realpath(path)
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
@@ -204,7 +204,7 @@ def writable(run_dir: str) -> Iterator[Finding]:
 
 
 def wandb(timeout_s: float = 3.0) -> Iterator[Finding]:
-    """Whether the server answers; without it wandb writes offline."""
+    """Tell whether the server answers; without it wandb writes offline."""
     server = os.environ.get("WANDB_BASE_URL", _WANDB).split("://")[-1].split("/")[0]
     host, _, port = server.partition(":")
     try:

@@ -59,7 +59,7 @@ class RunLock:
             self._refuse(holder)
 
     def _moves(self, holder: dict[str, Any]) -> bool:
-        """Whether the heartbeat of a holder on another host goes on."""
+        """Tell whether the heartbeat of a holder on another host goes on."""
         end = time.monotonic() + 3 * self.beat_s
         while time.monotonic() < end:
             time.sleep(min(0.2, self.beat_s))

@@ -34,7 +34,7 @@ _FREE = ("model.activation_checkpointing", "vae.cache_mib")  # but these change 
 
 
 def changes(config: Config) -> list[str]:
-    """What is configured differently from the last start in this folder, a line each; empty for a new run.
+    """Changes of the configuration since the last start in this folder, a line each; empty for a new run.
 
     Raises InputError where the weights of its checkpoints would no longer fit what is trained, unless
     guard.accept_changes is set.
@@ -92,7 +92,7 @@ def usable(run_dir: Path) -> Iterator[None]:
 
 
 def surroundings() -> dict[str, str]:
-    """What must be the same on all ranks of any run, by name: versions, this package's code, variables."""
+    """Facts that must be the same on all ranks of any run, by name: versions, this package's code, variables."""
     packages = {}
     for name in _PACKAGES:
         try:
@@ -134,7 +134,7 @@ def require_agreement(mine: dict[str, str]) -> None:
 
 
 def differences(everyone: list[dict[str, str]]) -> list[str]:
-    """Which rank differs from the majority in what, a line each."""
+    """Differences of ranks from the majority, a line each."""
     lines = []
     for name in sorted(set().union(*everyone)):
         values = [facts.get(name, "absent") for facts in everyone]

@@ -1,4 +1,4 @@
-"""What a run left behind, read back: configuration, curves, samples, events. Needs no torch."""
+"""Records of a run, read back: configuration, curves, samples, events. Needs no torch."""
 
 from __future__ import annotations
 

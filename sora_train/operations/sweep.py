@@ -31,7 +31,7 @@ class Job:
     overrides: list[str]
 
     def command(self, ranks: int) -> list[str]:
-        """What starts it; given again, it goes on where it was."""
+        """Command that starts it; given again, it goes on where it was."""
         return [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
             "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", str(_SHUTDOWN_S),
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """How a job ended."""
+    """Outcome of a job."""
 
     code: int
     reason: str

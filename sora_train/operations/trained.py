@@ -26,7 +26,7 @@ EXPORTED = "model.safetensors"  # what `export` writes a video model's weights t
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights of a run or a folder to sample with, and in which precision."""
+    """Choice of the weights of a run or a folder to sample with, and their precision."""
 
     checkpoint: int | None = None  # its step; None: the newest intact one
     raw: bool = False  # the trained weights themselves instead of their moving average

@@ -47,7 +47,7 @@ class Listener:
         self.port = self._socket.getsockname()[1]
 
     def calls(self) -> int:
-        """How many have called since the last time."""
+        """Number of calls since the last time."""
         count = 0
         while True:
             try:
@@ -169,7 +169,7 @@ def _bad_treated(
 
 
 def _tars_explained(index: Index, shards: Sequence[int]) -> list[str]:
-    """What a damaged tar lost has a cause: with fewer than its four samples usable, something in it is refused."""
+    """Check that what a damaged tar lost has a cause: with fewer than four samples usable, something in it is refused."""
     wrong = []
     for shard in shards:
         mine = index.shard == shard

@@ -43,7 +43,7 @@ def _flip(data: bytes, rng: random.Random, first: int, last: int, count: int) ->
 
 
 def _box(data: bytes, name: bytes) -> tuple[int, int]:
-    """Where a box of an mp4 begins, and its size."""
+    """Offset and size of a box of an mp4."""
     at = data.index(name) - 4
     return at, int.from_bytes(data[at : at + 4], "big")
 

@@ -29,7 +29,7 @@ from tests.faults.small_data import Found, Row
 
 @dataclass
 class Options:
-    """How much of everything, and where."""
+    """Options: amounts, and the folder."""
 
     each: int = 20
     tars: int = 200

@@ -94,7 +94,7 @@ def _notes(config: Config) -> Iterator[Path]:
 
 
 def _clips(config: Config) -> dict[str, str]:
-    """What came of each sample: a hash of its pixels by key."""
+    """Result of each sample: a hash of its pixels by key."""
     lines = [json.loads(line) for path in _notes(config) for line in path.read_text().splitlines()]
     return {line["key"]: line["pixels"] for line in lines if "pixels" in line}
 

@@ -1,4 +1,4 @@
-"""Where faults are tried out: a tiny data set and model, and real ranks, forked from a warm process or by torchrun.
+"""Test bed for faults: a tiny data set and model, and real ranks, forked from a warm process or by torchrun.
 
 Forked ranks run `sora_train.train.train` as under torchrun, on gloo; only the imports are shared. A *sabotage* is a
 function that such a rank calls before it starts, to break something in itself. Longer than most files, as starting
@@ -109,7 +109,7 @@ class Bed:
         return [*self._base, f"run_dir={self.folder}/{name}"]
 
     def run_dir(self, name: str) -> Path:
-        """Where run `name` writes."""
+        """Run folder of run `name`."""
         return self.folder / name
 
 
@@ -149,7 +149,7 @@ class Job:
     stuck = 0  # ranks that didn't end by themselves after another had failed
 
     def poll(self) -> bool:
-        """Whether every rank has ended; collects the codes of those that have."""
+        """Tell whether every rank has ended; collects the codes of those that have."""
         for rank, pid in enumerate(self.pids):
             if rank not in self.codes:
                 done, status = os.waitpid(pid, os.WNOHANG)
@@ -259,7 +259,7 @@ class Launch:
             )  # fmt: skip
 
     def poll(self) -> bool:
-        """Whether torchrun has ended."""
+        """Tell whether torchrun has ended."""
         return self.process.poll() is not None
 
     def wait(self, timeout_s: float = 300.0) -> int:
@@ -294,7 +294,7 @@ def run(config: Config, ranks: int, sabotage: Sabotage | None = None) -> int:
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """What must be the same however often a run was disturbed: state, figures of each step, samples of each step."""
+    """Outcome of a run, the same however often it was disturbed: state, figures of each step, samples of each step."""
     newest = latest_intact(run_dir / "checkpoints")
     state = read_state(newest)
     tensors = {

@@ -83,7 +83,7 @@ class Campaign:
         self._references: dict[str, dict[str, Any]] = {}
 
     def reference(self, name: str, ranks: int, *overrides: str) -> dict[str, Any]:
-        """What an undisturbed run leaves; one that an earlier slice made is taken again."""
+        """Outcome of an undisturbed run; one that an earlier slice made is taken again."""
         if name not in self._references:
             config = self.bed.config(name, *overrides)
             done = self.bed.run_dir(name) / "exit.json"
@@ -93,7 +93,7 @@ class Campaign:
         return self._references[name]
 
     def plain(self) -> dict[str, Any]:
-        """What an undisturbed run of two ranks leaves, without further averages."""
+        """Outcome of an undisturbed run of two ranks, without further averages."""
         return self.reference("plain", 2, *trials.stage_for(2))
 
     def kinds(self) -> list[Kind]:

@@ -82,7 +82,7 @@ def _slip(rng: random.Random) -> tuple[str, str]:
 
 
 def _named(line: str, key: str, slipped: str) -> bool:
-    """Whether a line names the wrong key (or the group of it that is wrong), and the right one as the nearest."""
+    """Tell whether a line names the wrong key (or the group of it that is wrong), and the right one as the nearest."""
     wrong = re.search(r"there is no key '([\w.]+)'; did you mean '([\w.]+)'", line)
     if wrong is None or not f"{slipped}.".startswith(f"{wrong[1]}."):
         return False

@@ -82,7 +82,7 @@ class Forked:
             os.close(self._pidfd)
 
     def _ended(self, timeout: float | None) -> int | None:
-        """Whether it has; several threads of a pool may ask at once."""
+        """Tell whether it has; several threads of a pool may ask at once."""
         if self._pidfd is None or select.select([self._pidfd], [], [], timeout)[0]:
             self.returncode = -signal.SIGKILL  # the server's child: its code isn't ours to know
         return self.returncode

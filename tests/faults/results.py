@@ -63,7 +63,7 @@ def row(title: str, trials: Sequence[Made]) -> tuple[str, ...]:
 
 
 def remarks(trials: Sequence[Made]) -> str:
-    """What the trials found out beside their verdicts."""
+    """Facts that the trials found out beside their verdicts."""
     facts = [trial.facts for trial in trials]
     values: dict[str, list[Any]] = {}
     for each in facts:

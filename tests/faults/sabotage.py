@@ -1,4 +1,4 @@
-"""What a rank of a trial breaks in itself before it starts: in the classes and modules of its own process."""
+"""Faults that a rank of a trial plants in itself before it starts: in the classes and modules of its own process."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _REFUSED_S = 5.0
 
 @dataclass
 class Options:
-    """How far each number goes, and where."""
+    """Options: the range of each number, and the folder."""
 
     shards: int = 9
     ranks: int = 4
@@ -58,7 +58,7 @@ class Case:
     epoch: int
 
     def wrong(self, losses: dict[int, float]) -> str:
-        """What was not as it should be in its run; `losses` has the validation loss of each number of shards."""
+        """Faults found in its run; `losses` has the validation loss of each number of shards."""
         run_dir = Path(self.config.run_dir)
         try:
             code = json.loads((run_dir / "exit.json").read_text())["code"]
@@ -81,7 +81,7 @@ class Case:
 
 
 def refused(bed: Bed, command: bool) -> tuple[float, str]:
-    """How long a run without workers takes to be refused, and what was wrong with that; `command`: as a command."""
+    """Time until a run without workers is refused, and what was wrong with that; `command`: as a command."""
     began = time.monotonic()
     said = ""
     if command:

@@ -1,4 +1,4 @@
-"""What the trials of bad input share: small media, shards, damage behind an index, and the books of a run."""
+"""Shared parts of the trials of bad input: small media, shards, damage behind an index, and the books of a run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def unaccounted(run_dir: Path, index: Index, epoch: int = 0) -> tuple[Counter[in
 
 
 def steps_of_an_epoch(config: Config) -> int:
-    """How many steps the first epoch of a configuration has."""
+    """Number of steps in the first epoch of a configuration."""
     plan = Shards(config).plan(config).plans[0]
     return sum(len(plan.steps(0, w)) for w in range(len(plan.windows(0))))
 

@@ -52,7 +52,7 @@ _SETTINGS = (
 
 @dataclass
 class Options:
-    """How long, and where."""
+    """Options: duration and folder."""
 
     minutes: float = 60.0
     every_s: float = 120.0
@@ -63,7 +63,7 @@ class Options:
 
 @dataclass
 class Look:
-    """What one moment showed: seconds since the soak began and since the ranks did, and sums over rank 0 and 1."""
+    """Measurements of one moment: seconds since the soak began and since the ranks did, and sums over rank 0 and 1."""
 
     at: float
     age: float

@@ -18,7 +18,7 @@ from tests.faults.sabotage import signal_in
 
 
 def main() -> int:
-    """What the ranks run; torchrun is their parent, and hands its signals on to all of them."""
+    """Command of the ranks; torchrun is their parent, and hands its signals on to all of them."""
     asked = json.loads(sys.argv.pop(1))
     if from_environment().is_main:
         note = Path(asked["note"])

@@ -98,7 +98,7 @@ def kill(
 
 
 def _false_success(config: Config) -> str | None:
-    """What is wrong where exit.json says that a killed run is done: it may be, but then its last step is saved."""
+    """Check an exit.json that says a killed run is done: it may be, but then its last step is saved."""
     note, run_dir = Path(config.run_dir) / "exit.json", Path(config.run_dir)
     if not note.exists() or json.loads(note.read_text())["code"] != 0:
         return None
@@ -141,7 +141,7 @@ def elastic(
 
 
 def unlike(reference: Path, other: Path, tolerance: float = 1e-5, facts: dict[str, Any] | None = None) -> str | None:
-    """Where the samples of a step, or its loss by more than a relative tolerance, differ between two runs."""
+    """First difference between two runs in the samples of a step, or in its loss beyond a relative tolerance."""
     if samples_by_step(reference) != samples_by_step(other):
         return f"{other.name} took other samples than {reference.name}"
     ours, theirs = losses(reference), losses(other)

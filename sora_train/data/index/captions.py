@@ -67,12 +67,12 @@ def named_captions(value: object) -> dict[str, str]:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a value stands for none: null or NaN."""
+    """Tell whether a value stands for none: null or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def has_captions(fields: Mapping[str, Any]) -> bool:
-    """Whether a sample's json says anything that may be a caption, good or bad."""
+    """Tell whether a sample's json says anything that may be a caption, good or bad."""
     return any(_is_there(fields.get(name)) for name in CAPTION_FIELDS)
 
 
@@ -99,7 +99,7 @@ def parse_captions(data: bytes, extension: str) -> tuple[list[str], dict[str, An
 
 
 def with_captions(captions: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands in a sample's json: `caption` for one without a name, else `captions`, then the other fields."""
+    """Fields of a sample's json: `caption` for one without a name, else `captions`, then the other fields."""
     if set(captions) == {""}:
         return {"caption": captions[""], **fields}
     return {"captions": dict(captions), **fields}

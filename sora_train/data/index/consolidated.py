@@ -33,7 +33,7 @@ _OPEN_SHARDS = 256  # whose Parquet is kept in memory
 
 
 class Beside(NamedTuple):
-    """What a consolidated index holds of side tables: names of columns, and the hash of each file."""
+    """Side tables within a consolidated index: names of columns, and the hash of each file."""
 
     columns: tuple[str, ...] = ()
     hashes: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ _ALONE = Beside()
 
 
 class _ByRow:
-    """What looks like a column, made for one row at a time."""
+    """Sequence that looks like a column, made for one row at a time."""
 
     def __init__(self, length: int, of_row: Callable[[int], Any]) -> None:
         self._length, self._of_row = length, of_row

@@ -87,7 +87,7 @@ class Index:
         return DecodeError(str(self.columns["refused"][row]), str(self.columns["detail"][row]))
 
     def track(self, row: int) -> Track:
-        """What a decoder has to know of a video's pictures."""
+        """Track of a video: the facts that a decoder needs."""
         return Track.of({name: self.columns[name][row] for name in Track._fields})
 
     def captions(self, row: int) -> tuple[list[str], dict[str, Any]]:
@@ -110,7 +110,7 @@ class Index:
         return {extension: tuple(place) for extension, place in json.loads(text).items()} if text else {}
 
     def encoded(self) -> set[str]:
-        """What the samples were encoded with before, as `encoded.py` says; those that hold pixels have ''."""
+        """Settings that the samples were encoded with before, as `encoded.py` says; those that hold pixels have ''."""
         return set(self.columns["encoded"][self.usable].tolist()) if "encoded" in self.columns else {""}
 
     def read(self, shard: str, place: tuple[int, int], crc32: int, what: str) -> bytes:
@@ -284,7 +284,7 @@ def ignored_fields(shard: str, store: Store) -> dict[str, str]:
 
 
 def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Probe = Probe.packets) -> bool:
-    """Whether a shard has an index that was made from it as it is now, by this version (and with these limits).
+    """Tell whether a shard has an index that was made from it as it is now, by this version (and with these limits).
 
     With `probe=frame` it must be one for which pictures were decoded.
 
@@ -303,7 +303,7 @@ def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Pr
 
 
 def _is_of(known: dict[str, str], shard: str, store: Store, limits: Limits | None, probe: Probe) -> bool:
-    """Whether an index, known by its metadata, was made from a shard as it is here and now, and fits what is asked."""
+    """Tell whether an index, known by its metadata, was made from a shard as it is now, and fits what is asked."""
     if not _fits(known, limits, probe):
         return False
     if scheme(shard) is not None:
@@ -316,7 +316,7 @@ def _metadata(schema: pa.Schema) -> dict[str, str]:
 
 
 def _fits(known: dict[str, str], limits: Limits | None, probe: Probe) -> bool:
-    """Whether an index was made by this version, with these limits, and decoding what is asked for or more."""
+    """Tell whether an index was made by this version, with these limits, and decoding what is asked for or more."""
     return (
         known.get("sora_train.version") == str(VERSION)
         and (limits is None or known["sora_train.limits"] == json.dumps(limits))
@@ -329,7 +329,7 @@ def _mark_in(shard: str, store: Store, known: dict[str, str]) -> str:
 
 
 def shard_mark(shard: str, store: Store, headers: Sequence[int]) -> str:
-    """What tells a shard from another one and from what replaced it: its size and some of its member headers.
+    """Mark of a shard that changes when it is replaced: its size and some of its member headers.
 
     Headers, not contents: a shard whose videos were damaged later keeps its index, and with it its checksums.
     """

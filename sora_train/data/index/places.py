@@ -1,4 +1,4 @@
-"""Where the index of a shard lies: beside it, or in the node's cache."""
+"""Places of the indexes of shards: beside them, or in the node's cache."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class SideTables:
         return sorted(n for t in self._tables for n, column in t.columns.items() if not pa.types.is_string(column.type))
 
     def claims(self) -> list[np.ndarray]:
-        """Which shard uses each row of each table, -1 for none yet: no two shards may share one by a key of both."""
+        """Shard that uses each row of each table, -1 for none yet: no two shards may share one by a key of both."""
         return [np.full(len(table.keys), _UNUSED, dtype=np.int32) for table in self._tables]
 
     def values(self, index: Index, first_shard: int, claims: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -143,7 +143,7 @@ def _extended(kind: bytes, data: bytes) -> dict[str, str]:
 
 
 def _after_zeros(descriptor: int, at: int, end: int) -> int:
-    """Where the first block after `at` begins that isn't all zeros; `end` if there is none."""
+    """Offset of the first block after `at` that isn't all zeros; `end` if there is none."""
     while at < end:
         part = os.pread(descriptor, _SCAN, at)
         kept = part.lstrip(b"\0")

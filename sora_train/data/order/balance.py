@@ -1,4 +1,4 @@
-"""How a plan packs, in four figures."""
+"""Fill, balance and departure of a plan, in four figures."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Stages:
 
     @property
     def amendments(self) -> list[Amendment]:
-        """What is left out, from which epoch on."""
+        """Samples that are left out, and the epoch from which on."""
         return self.plans[0].amendments
 
     def stage(self, taken: int) -> int:

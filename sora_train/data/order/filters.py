@@ -169,7 +169,7 @@ class _Expression:
 
 
 class Filter(_Expression):
-    """Which samples pass; an empty expression passes everything."""
+    """Condition on samples; an empty expression passes everything."""
 
     otherwise = "; compare it with something"
 
@@ -178,7 +178,7 @@ class Filter(_Expression):
 
 
 class Weight(_Expression):
-    """How many visits a sample has per epoch."""
+    """Number of visits of a sample per epoch."""
 
     kind, noun, example = NUMBER, "weight", "score / 5"
 

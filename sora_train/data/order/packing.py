@@ -52,7 +52,7 @@ def pack(
 
 
 def departure(tokens: np.ndarray, costs: np.ndarray, step_of: np.ndarray, count: int) -> np.ndarray:
-    """How far each step's make-up is from the mix, in thousandths: the total-variation distance of its token share by
+    """Distance of each step's make-up from the mix, in thousandths: the total-variation distance of its token share by
     octave of item cost from that of all steps together."""
     octave = np.searchsorted(1 << np.arange(62), costs, side="right")
     table = np.zeros((count, int(octave.max()) + 1), dtype=np.int64)

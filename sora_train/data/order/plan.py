@@ -53,7 +53,7 @@ class Slots(Sequence[list[Visit]]):
 
 
 class Position(NamedTuple):
-    """Where a run is in its plan: the next step to take."""
+    """Position of a run in its plan: the next step to take."""
 
     epoch: int = 0
     window: int = 0
@@ -89,7 +89,7 @@ class PlanInputs:
     weight: str = ""  # visits of each sample per epoch, times its shard's; an expression, empty for one
 
     def cuts(self, index: Index, rows: np.ndarray) -> Cuts:
-        """How the visits of some rows of an index are cut."""
+        """Cuts of the visits of some rows of an index."""
         grid = self.geometry
         return cuts(index, rows, self.fps, self.max_frames, self.max_pixels, self.max_tokens, self.fit, grid.multiple,
                     grid.temporal_stride)  # fmt: skip
@@ -122,7 +122,7 @@ class Plan:
 
     @cached_property
     def filtered(self) -> int:
-        """How many samples that could be used the filters leave out."""
+        """Number of usable samples that the filters leave out."""
         return int(self.index.usable.sum() - self._selection.per_shard().sum()) if any(self.inputs.filters) else 0
 
     def windows(self, epoch: int) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ _MOST = 1000  # visits of a sample per epoch; a weight above is a wrong column, 
 
 
 class Selection:
-    """Which rows of an index may be used: those without a cause against them that pass their shard's filter.
+    """Rows of an index that may be used: those without a cause against them that pass their shard's filter.
 
     Args:
         index: With the columns that filters and weight name.
@@ -51,7 +51,7 @@ class Selection:
         return self._units(rows) / _UNIT
 
     def per_shard(self) -> np.ndarray:
-        """How many rows of each shard may be used."""
+        """Number of rows of each shard that may be used."""
         return self._sums(np.ones_like)
 
     def visits(self) -> np.ndarray:

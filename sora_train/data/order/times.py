@@ -1,4 +1,4 @@
-"""Which frames of a source a clip takes: those on the screen at each n / fps seconds, never whole strides.
+"""Choice of the frames of a clip: those of the source on the screen at each n / fps seconds, never whole strides.
 
 A clip begins in the middle of the time that its first frame is shown. Frame n of the clip is the one on the screen
 n / fps seconds later, so that what is seen is never more than half a source frame away from wall time; a source slower

@@ -53,7 +53,7 @@ class Visits:
 
 
 class Cuts(NamedTuple):
-    """What visits cut out of samples, whichever part they take of each."""
+    """Cuts of samples in time and space, whichever part they take of each."""
 
     fps: np.ndarray  # of a clip; 0 for an image
     available: np.ndarray  # frames of the whole sample at the clip's rate
@@ -69,7 +69,7 @@ def cuts(
     index: Any, rows: np.ndarray, fps: float, max_frames: int, max_pixels: int, max_tokens: int, fit: str,
     multiple: int, temporal_stride: int,
 ) -> Cuts:  # fmt: skip
-    """How samples (rows of an index) are cut, at `fps` frames a second, or their own rate where that is 0.
+    """Cut samples (rows of an index), at `fps` frames a second, or their own rate where that is 0.
 
     `multiple` is the side of a token in pixels.
     """

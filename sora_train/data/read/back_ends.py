@@ -30,7 +30,7 @@ from sora_train.data.read.decode import (
 
 
 class Options(NamedTuple):
-    """How videos are decoded, whatever is asked of them."""
+    """Settings of decoding that are the same for all requests."""
 
     decoders: Sequence[str] = ("decord", "pyav")
     limits: Limits = LIMITS

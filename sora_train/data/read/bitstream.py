@@ -23,7 +23,7 @@ Bytes = bytes | memoryview
 
 
 def units(codec: str, packet: Bytes, record: bytes) -> Iterator[tuple[int, int]]:
-    """Where each unit (NAL) of an H.264 or HEVC packet begins and ends; `record` is the decoder's extradata.
+    """Begin and end of each unit (NAL) of an H.264 or HEVC packet; `record` is the decoder's extradata.
 
     In mp4 and Matroska units have their lengths before them (ISO/IEC 14496-15, 5.3.2 and 8.3.2), elsewhere start codes.
     """
@@ -40,12 +40,12 @@ def units(codec: str, packet: Bytes, record: bytes) -> Iterator[tuple[int, int]]
 
 
 def is_slice(codec: str, first: int) -> bool:
-    """Whether a unit with this first byte holds (a part of) a picture."""
+    """Tell whether a unit with this first byte holds (a part of) a picture."""
     return first >> 1 & 63 < 32 if codec == "hevc" else 1 <= first & 31 <= 5
 
 
 def is_entry(codec: str, packet: Bytes, record: bytes) -> bool:
-    """Whether nothing that is shown from this packet on needs anything from before it.
+    """Tell whether nothing that is shown from this packet on needs anything from before it.
 
     Of a codec that isn't known here nothing is said, and a container's key packet is taken for one.
     """
@@ -54,12 +54,12 @@ def is_entry(codec: str, packet: Bytes, record: bytes) -> bool:
 
 
 def is_shown(codec: str, packet: Bytes) -> bool:
-    """Whether a frame comes out of a packet: VP8 has pictures that only serve others."""
+    """Tell whether a frame comes out of a packet: VP8 has pictures that only serve others."""
     return codec != "vp8" or len(packet) == 0 or bool(packet[0] & 16)
 
 
 def needs_first_packet(codec: str, pixel_format: str, first: Bytes) -> bool:
-    """Whether a decoder must have seen the first packet: there an old x264 says which of its faults to allow for."""
+    """Tell whether a decoder must have seen the first packet: an old x264 says there which faults to allow for."""
     found = _X264.search(first[:_SEARCHED]) if codec == "h264" else None
     version = int(found[1]) if found else 1 << 30
     return version <= 33 or (version < 151 and "444" in pixel_format)
@@ -77,7 +77,7 @@ def _h264(packet: Bytes, record: bytes) -> bool:
 
 
 def _recovers_at_once(messages: bytes) -> bool:
-    """Whether SEI messages hold a recovery point with no frame to wait for."""
+    """Tell whether SEI messages hold a recovery point with no frame to wait for."""
     data, at = messages.replace(b"\0\0\3", b"\0\0"), 0
     while at + 2 < len(data):
         numbers = []

@@ -23,7 +23,7 @@ _HELD = 16  # frames that H.264 may refer to
 
 
 class Complaints:
-    """What FFmpeg's demuxers and decoders report while this is open: errors, and that they made up what was missing."""
+    """Reports of FFmpeg's demuxers and decoders while this is open: errors, and that they made up what was missing."""
 
     def __enter__(self) -> Complaints:
         self._before, self._seen = av.logging.get_level(), 0
@@ -66,7 +66,7 @@ def read(
 
 
 def _numbers(line: Line, wanted: Sequence[float], track: Track, time_base: float) -> list[int]:
-    """Which of the frames, counted in the order that they are shown, are wanted."""
+    """Wanted frames, counted in the order that they are shown."""
     count = track.frames or int(line.shown.sum())
     if track.vfr:
         numbers = shown_at(times_of(line, count, time_base), wanted, track.fps)
@@ -158,7 +158,7 @@ class Source:
             yield from frames
 
     def _is_forgiven(self, start: int, place: int, said: str) -> bool:
-        """Whether a complaint is about frames from before the start, which nothing that is shown needs."""
+        """Tell whether a complaint is about frames from before the start, which nothing that is shown needs."""
         if place == len(self.packets):
             return False
         unreferenced = _UNREFERENCED in said and place - start <= _HELD

@@ -46,7 +46,7 @@ class Cache:
         return data
 
     def size(self, name: str) -> int | None:
-        """How many bytes are under a name; None if they aren't here."""
+        """Number of bytes under a name; None if they aren't here."""
         try:
             return self._path(name).stat().st_size
         except FileNotFoundError:

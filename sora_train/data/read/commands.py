@@ -18,7 +18,7 @@ _PIECE = 1 << 20
 
 
 def is_command(shard: str) -> bool:
-    """Whether a shard's name is a command."""
+    """Tell whether a shard's name is a command."""
     return shard.lower().startswith(PREFIX)
 
 
@@ -40,7 +40,7 @@ def words(shard: str, allowed: Sequence[str]) -> list[str]:
 
 
 def printed(command: Sequence[str], timeout_s: float) -> Iterator[bytes]:
-    """What a command prints, piece by piece. Raises OSError where it fails, or is silent for `timeout_s`."""
+    """Run a command and yield its output in pieces. Raises OSError where it fails, or is silent for `timeout_s`."""
     from webdataset.gopen import Pipe
 
     pipe = Pipe(list(command), mode="rb", bufsize=0, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

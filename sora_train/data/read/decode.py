@@ -39,7 +39,7 @@ class DecodeError(Exception):
 
 
 class Limits(NamedTuple):
-    """What a video or image may be at most; checked before anything is decoded."""
+    """Limits of a video or image; checked before anything is decoded."""
 
     pixels: int = 1 << 25  # of a frame; 8K UHD fits
     frames: int = 1 << 20
@@ -47,7 +47,7 @@ class Limits(NamedTuple):
 
 
 class Track(NamedTuple):
-    """What a decoder has to know of a video's pictures; the index stores it, and chose the stream."""
+    """Facts of a video's pictures that a decoder needs; the index stores it, and chose the stream."""
 
     fps: float = 0.0  # of the numbers that frames are asked by
     vfr: bool = False  # frames come at a variable rate
@@ -67,12 +67,12 @@ class Track(NamedTuple):
         return cls(**{name: kind(figures[name]) for name, kind in kinds.items()})
 
     def converted(self, conversion: Conversion) -> bool:
-        """Whether pictures are changed on the way, which PyAV alone does."""
+        """Tell whether pictures are changed on the way, which PyAV alone does."""
         return (conversion.deinterlace and self.interlaced) or (conversion.tone_map and bool(self.transfer))
 
 
 class Conversion(NamedTuple):
-    """What is changed of pictures that aren't meant for a screen of today; as they are stored by default."""
+    """Changes to pictures that aren't meant for a screen of today; as they are stored by default."""
 
     deinterlace: bool = False
     tone_map: bool = False
@@ -156,6 +156,6 @@ def on_white(picture_HWC: np.ndarray) -> np.ndarray:
 
 
 def shown_at(times: np.ndarray, frames: Sequence[float] | np.ndarray, fps: float) -> list[int]:
-    """Which frame is on the screen in the middle of each numbered interval; `times` are seconds, ascending."""
+    """Frames on the screen in the middle of each numbered interval; `times` are seconds, ascending."""
     middle = times[0] + (np.asarray(frames, dtype=np.float64) + 0.5) / fps
     return (np.searchsorted(times, middle, side="right") - 1).tolist()

@@ -120,7 +120,7 @@ class Server:
 
 
 class Overheard:
-    """What decoders write to stderr, where decord's FFmpeg reports damage that it hides: a file without a name.
+    """Output of decoders to stderr, where decord's FFmpeg reports damage that it hides: a file without a name.
 
     Not a pipe, which a decoder that writes more than it holds would wait at.
     """

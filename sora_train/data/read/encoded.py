@@ -29,7 +29,7 @@ _AGAIN = "encode again (data_tools.encode_latents), or set it back"
 
 
 def made_with(config: Config) -> dict[str, Any]:
-    """What decides the latents and embeddings of a sample, by the key that sets it."""
+    """Settings that decide the latents and embeddings of a sample, by the key that sets it."""
     d, vae, text = config.data, config.vae, config.text_encoder
     frozen = {} if text.path is None else {
         "text_encoder.path": weights_hash(folder_of(text.path, "text_encoder")),

@@ -126,7 +126,7 @@ def _runs(box: memoryview, count: int, signed: bool) -> np.ndarray:
 
 
 def _places(table: dict[bytes, list[memoryview]], sizes: np.ndarray, end: int) -> np.ndarray:
-    """Where each sample begins; all lie inside the file."""
+    """Offset of each sample; all lie inside the file."""
     wide = b"co64" in table
     chunks = _numbers(_one(table, b"co64" if wide else b"stco"), 1, ">u8" if wide else ">u4")[:, 0]
     runs = _numbers(_one(table, b"stsc"), 3)

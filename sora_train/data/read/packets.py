@@ -86,7 +86,7 @@ def judge(stamps: np.ndarray, keys: np.ndarray, entries: np.ndarray, hidden: np.
 
 
 def is_told(line: Line, out: list[int | None], file: Any) -> bool:
-    """Whether the packets tell when each frame is shown of those that come `out` of a decode from the start."""
+    """Tell whether the packets tell when each frame is shown of those that come `out` of a decode from the start."""
     stamps = np.sort(line.stamps[line.shown]).tolist()
     return out == stamps or (file.format.name == _UNTIMED and len(out) == len(stamps))
 

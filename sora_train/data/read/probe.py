@@ -1,4 +1,4 @@
-"""What the index says of a video: frames counted from packets, the time line, rotation, size, codec.
+"""Figures of a video for the index: frames counted from packets, the time line, rotation, size, codec.
 
 Runs in a decode child. Nothing the container claims is taken over where the packets can say it: size and pixel format
 are the decoder's, from the header of the first picture. Decoding that picture as well is a choice; with H.264 it costs
@@ -130,7 +130,7 @@ def _packets(file: Any, stream: Any) -> list[Any]:
 
 
 def _before_gap(times: np.ndarray, claimed: float) -> np.ndarray:
-    """What is shown before frames are missing at the end of a file that was cut."""
+    """Frames that are shown before some are missing at the end of a file that was cut."""
     steps = np.diff(times)
     if not len(steps):
         return times
@@ -167,7 +167,7 @@ def _shape(first: Any, stream: Any) -> dict[str, Any]:
 
 
 def _is_for_decord(file: Any, stream: Any, first: Any) -> bool:
-    """Whether decord reads this kind of file as it is shown: it chooses its stream by itself, and drops alpha."""
+    """Tell whether decord reads this kind of file as it is shown: it chooses its stream by itself, and drops alpha."""
     known = file.format.name.startswith(_ITS_CONTAINERS) and stream.codec_context.name in _DECORD
     return known and len(file.streams.video) == 1 and not any(c.is_alpha for c in first.format.components)
 

@@ -1,4 +1,4 @@
-"""Where shards come from: local files, and `https:// s3:// gs:// hf://` through fsspec, with a cache on the node.
+"""Sources of shards: local files, and `https:// s3:// gs:// hf://` through fsspec, with a cache on the node.
 
 Remote members are fetched by byte range, with retries, into a folder that all ranks of a node share (`cache.py`). Where
 there are no ranges to be had (a web server that ignores or refuses them, a `pipe:` command that the configuration
@@ -127,7 +127,7 @@ class Store:
             raise InputError(f"shard {shard}: {error}") from error
 
     def identity(self, shard: str) -> str:
-        """What changes when a remote shard is replaced, as far as its server says; empty for a file or a command."""
+        """Identity of a remote shard, which changes with it as far as its server says; empty for a file or a command."""
         if scheme(shard) in (None, PIPE):
             return ""
         try:

@@ -70,7 +70,7 @@ def read_adapters(path: str) -> dict[str, tuple[Tensor, Tensor, float | None]]:
 
 
 def _aliases(name: str) -> list[str]:
-    """What files of adapters call a layer of our DiT."""
+    """Names of a layer of our DiT in files of adapters."""
     try:
         theirs = wan_name(name).removesuffix(".weight")
     except KeyError:
