@@ -48,9 +48,7 @@ def test_a_folder_is_judged_beside_its_reference(
     assert good["figures"]["flicker"]["columns"]["real videos"]["value"] < 3
     assert bad["distances"]["random_kernel"]["samples"]["floor"]["n"] == 5
     text = (folders / "bad.html").read_text()
-    assert (
-        text.count("<video") >= 9 and "psnr_db: worst" in text and "://" not in text
-    )
+    assert text.count("<video") >= 9 and "psnr_db: worst" in text and "://" not in text
     capsys.readouterr()
     print_differences([str(folders / "bad.json"), str(folders / "good.json")], "all")
     printed = capsys.readouterr().out
