@@ -88,10 +88,13 @@ def prompt_cases(config: Config, rows: Mapping[str, Mapping[str, Any]], task: Ta
     for number, (name, row) in enumerate(rows.items()):
         height, width = (int(row.get(key) or 0) for key in ("height", "width"))
         shape = (height, width) if height and width else None
-        frames, *area = clip_size(config, shape, None, None, float(row["seconds"]) if row.get("seconds") else None)
+        frames, *area = clip_size(config, shape, None, None, None)
+        if row.get("seconds"):  # from the first frame to the last
+            stride = config.vae.temporal_stride
+            frames = min(frames, 1 + round(float(row["seconds"]) * config.data.made_fps) // stride * stride)
         fields = {key: value for key, value in row.items() if key != "caption"}
         sample = Sample(name, str(row["caption"]), config.data.made_fps, fields)
-        found.append(Case(sample, (min(frames, config.data.max_frames), area[0], area[1]), task.seed + number))
+        found.append(Case(sample, (frames, area[0], area[1]), task.seed + number))
     return found[: task.count]
 
 
