@@ -169,7 +169,7 @@ def _bad_treated(
 
 
 def _tars_explained(index: Index, shards: Sequence[int]) -> list[str]:
-    """Check that what a damaged tar lost has a cause: with fewer than four samples usable, something in it is refused."""
+    """Check that what a damaged tar lost has a cause: with fewer than four usable samples, something is refused."""
     wrong = []
     for shard in shards:
         mine = index.shard == shard

@@ -127,7 +127,7 @@ class Store:
             raise InputError(f"shard {shard}: {error}") from error
 
     def identity(self, shard: str) -> str:
-        """Identity of a remote shard, which changes with it as far as its server says; empty for a file or a command."""
+        """Identity of a remote shard, which changes with it as far as its server says; empty for files and commands."""
         if scheme(shard) in (None, PIPE):
             return ""
         try:
