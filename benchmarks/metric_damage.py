@@ -64,7 +64,7 @@ def clips(count: int) -> list[tuple[np.ndarray, Sample]]:
     rng = np.random.default_rng(5)
     found: list[tuple[np.ndarray, Sample]] = []
     while len(found) < count:
-        scene = make_scene(rng, False, "one")
+        scene = make_scene(rng, "train", "one")
         if scene.height == scene.width:
             scene = replace(scene, height=64, width=64, frames=17, fps=8)
             found.append((render(scene), Sample(str(len(found)), "a caption", 8.0, describe(scene, {}))))

@@ -1,10 +1,12 @@
-"""Make the demo data: a world of moving shapes as captioned H.264 shards, with a held-out split.
+"""Make the demo data: a world of moving shapes as captioned H.264 shards, in three splits.
 
     python -m data_tools.make_demo out=DIR [clips=3000] [held_out=384] [seed=0] [shard_clips=250] [workers=null]
 
-Writes `train-*.tar`, `val-*.tar` (movements of a colour and shape that training never shows), an index beside each,
-and `demo.json`. Every clip is a real mp4 (or png or jpg) of its own resolution, aspect ratio, frame rate and duration,
-with four captions. The same options give the same bytes; to go on after an interruption, give the command again.
+Writes `train-*.tar`, `val-*.tar`, `test-*.tar`, an index beside each, and `demo.json`. `held_out` is the number of
+samples in each of val, to choose by, and test, to report: both show movements of a colour and shape that training
+never shows, and neither shows one of the other's. Every clip is a real mp4 (or png or jpg) of its own resolution,
+aspect ratio, frame rate and duration, with four captions. The same options give the same bytes; to go on after an
+interruption, give the command again.
 """
 
 from __future__ import annotations
@@ -29,8 +31,7 @@ from sora_train.data.index.index import index_shards
 from sora_train.demo_world import scenes as shapes_world
 from sora_train.demo_world.render import render
 
-VERSION = 3  # of the world and the way it is written; a change here changes the bytes
-_SPLITS = ("train", "val")
+VERSION = 4  # of the world and the way it is written; a change here changes the bytes
 
 
 @dataclass
@@ -65,12 +66,15 @@ def main() -> int:
         print(f"{out} already holds this demo data; nothing to do")
         return 0
     shards = _shards(out, asked)
-    with progress(asked.clips + asked.held_out, "making demo clips") as advance:
+    with progress(asked.clips + 2 * asked.held_out, "making demo clips") as advance:
         _write_all([s for s in shards if not s.path.exists()], asked.workers, advance)
     index_shards([str(s.path) for s in shards], asked.workers)
     (out / "demo-unfinished.json").replace(out / "demo.json")
     size = sum(s.path.stat().st_size for s in shards)
-    print(f"{out}: {asked.clips} training and {asked.held_out} held-out samples, {len(shards)} shards, {size:,} bytes")
+    print(
+        f"{out}: {asked.clips} training samples, {asked.held_out} to choose by, {asked.held_out} to report, "
+        f"{len(shards)} shards, {size:,} bytes"
+    )
     return 0
 
 
@@ -98,7 +102,7 @@ def _finished(out: Path, recipe: dict[str, int]) -> bool:
 def _shards(out: Path, asked: Options) -> list[Shard]:
     return [
         Shard(out / f"{split}-{number:06d}.tar", split, first, min(first + asked.shard_clips, total), asked.seed)
-        for split, total in zip(_SPLITS, (asked.clips, asked.held_out), strict=True)
+        for split, total in zip(shapes_world.SPLITS, (asked.clips, asked.held_out, asked.held_out), strict=True)
         for number, first in enumerate(range(0, total, asked.shard_clips))
     ]
 
@@ -134,12 +138,12 @@ def write_shard(shard: Shard) -> None:
 
 def make_sample(split: str, number: int, seed: int) -> tuple[str, str, bytes, dict[str, object]]:
     """Key, extension, media bytes and json fields of one sample; depends on its arguments alone."""
-    rng = np.random.default_rng([seed, _SPLITS.index(split), number])
-    scene = shapes_world.make_scene(rng, held_out=split == "val")
+    rng = np.random.default_rng([seed, shapes_world.SPLITS.index(split), number])
+    scene = shapes_world.make_scene(rng, split)
     fields = shapes_world.describe(scene, shapes_world.captions(scene, rng))
     frames = render(scene)
     key = f"{split}_{number:06d}"
-    if scene.kind != "image":
+    if scene.fps:
         return key, "mp4", encode_mp4(frames, scene.fps), fields
     extension, form = ("png", "PNG") if rng.random() < 0.5 else ("jpg", "JPEG")
     picture = io.BytesIO()

@@ -76,7 +76,7 @@ def _from_demo(kind: str) -> Make:
 
     def make(rng: np.random.Generator, degree: int) -> tuple[Scene, str]:
         while True:
-            scene = make_scene(rng, degree > 0, kind)
+            scene = make_scene(rng, "test" if degree else "train", kind)
             if scene.frames == FRAMES:
                 return scene, captions(scene, rng)["plain"]
 
@@ -155,7 +155,7 @@ def _draw(rng: np.random.Generator, objects: int, degree: int, together: bool = 
         held = rng.permutation([True] * degree + [False] * (objects - degree))
         whats: list[Combination] = []
         for is_held in held:
-            choices = [c for c in combinations(bool(is_held)) if int(DIRECTIONS[c[2]][1] != 0) == axis]
+            choices = [c for c in combinations("test" if is_held else "train") if int(DIRECTIONS[c[2]][1] != 0) == axis]
             choices = [c for c in choices if c[0] not in {w[0] for w in whats}]
             if together and whats:
                 choices = [c for c in choices if c[2] == whats[0][2]]

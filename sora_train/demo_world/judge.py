@@ -54,7 +54,7 @@ def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, boo
         return {**_looks(seen, things[0]), "direction": direction == things[0]["direction"]}
     if kind == "image":
         return _looks(seen, things[0])
-    if kind == "two":
+    if kind in ("two", "pair"):
         return {"two_objects": _both(seen, things)}
     if kind in ("three", "count"):
         return {"three_objects" if kind == "three" else "count": _both(seen, things)}

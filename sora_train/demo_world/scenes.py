@@ -2,7 +2,7 @@
 
 Lengths are in shorter sides of the frame, so a scene looks the same at any resolution. What a scene shows of
 (colour, shape, direction) is split by colour, shape and *axis* of movement, because an object that leaves and comes
-back moves both ways along its axis.
+back moves both ways along its axis: no movement of a split's objects occurs in another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("ring", "square", "triangle", "cross")  # a disc is too near to a square for small models
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-KINDS = {"one": 0.7, "two": 0.08, "behind": 0.06, "return": 0.08, "image": 0.08}  # share of the scenes
+SPLITS = ("train", "val", "test")  # to learn from, to choose by, to report
+# shares of the scenes in training, and in a held-out split, where there are enough of each to judge
+KINDS = {"one": 0.7, "two": 0.08, "behind": 0.06, "return": 0.08, "image": 0.04, "pair": 0.04}
+HELD_OUT_KINDS = {"one": 0.45, "two": 0.2, "behind": 0.15, "return": 0.15, "image": 0.05}
 SIZES = {"small": 0.22, "large": 0.32}  # radius
 SPEEDS = {"slow": 0.14, "quick": 0.24}  # shorter sides a second
 BACKGROUNDS = {"dark": 28, "grey": 118, "light": 225}
@@ -32,7 +35,8 @@ FRAMES = ((9, 8), (17, 8), (17, 8), (33, 16))  # frames, frames a second
 STILL = "still"  # direction and speed of what doesn't move
 
 _GAP = 0.03  # between objects, and between an object and the frame's edge
-_HELD_OUT_EVERY = 6  # one in this many combinations is only in the held-out split
+_HELD_OUT_EVERY = 6  # one in this many combinations is only in the val split, and another only in the test split
+_REMAINDER = {"val": 0, "test": 3}  # of a combination's number; every colour, shape and direction is in all splits
 _TWO_SECONDS = ((17, 8), (33, 16))  # for what must be seen from beginning to end
 _SPREAD = 0.1  # share of its free room over which an object's place varies; the rest is kept on both sides
 _AWAY = (0.3, 0.7)  # an object that returns, or passes behind another, is out of sight between these parts of the clip
@@ -87,25 +91,29 @@ class Scene:
         return (self.frames - 1) / self.fps if self.fps else 0.0
 
 
-def combinations(held_out: bool) -> list[Combination]:
+def combinations(split: str) -> list[Combination]:
     """(colour, shape, direction) of one split; both directions along an axis are in the same split."""
+    split_of = {remainder: name for name, remainder in _REMAINDER.items()}
     indexed = product(enumerate(COLOURS), enumerate(SHAPES), DIRECTIONS)
     return [
         (colour, shape, direction)
         for (i, colour), (j, shape), direction in indexed
-        if ((i + 2 * j + 3 * _axis(direction)) % _HELD_OUT_EVERY == 0) == held_out
+        if split_of.get((i + 2 * j + 3 * _axis(direction)) % _HELD_OUT_EVERY, "train") == split
     ]
 
 
-def make_scene(rng: np.random.Generator, held_out: bool, kind: str | None = None) -> Scene:
+def make_scene(rng: np.random.Generator, split: str, kind: str | None = None) -> Scene:
     """Draw a scene of `kind` (of any kind if None); every movement in it belongs to the split asked for."""
-    kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
+    shares = KINDS if split == "train" else HELD_OUT_KINDS
+    kind = kind or str(rng.choice(list(shares), p=list(shares.values())))
     oblong = [(height, width) for height, width in FRAME_SIZES if height != width]
     height, width = _pick(rng, oblong if kind == "behind" else FRAME_SIZES)
-    frames, fps = (1, 0) if kind == "image" else _pick(rng, _TWO_SECONDS if kind in ("behind", "return") else FRAMES)
+    frames, fps = _pick(rng, _TWO_SECONDS if kind in ("behind", "return") else FRAMES)
+    if kind in ("image", "pair"):
+        frames, fps = 1, 0
     scene = Scene(kind, _pick(rng, list(BACKGROUNDS)), height, width, frames, fps, ())
     area = np.array([height, width]) / min(height, width)
-    choices = combinations(held_out)
+    choices = combinations(split)
     if kind == "behind":  # there is room beside a large object along the longer side only
         choices = [c for c in choices if _axis(c[2]) == int(width > height)]
     first = _pick(rng, choices)
@@ -116,7 +124,7 @@ def make_scene(rng: np.random.Generator, held_out: bool, kind: str | None = None
         things = _behind(rng, area, first, second[0], scene.seconds)
     elif kind == "return":
         things = _returning(rng, area, first)
-    elif kind == "two":
+    elif kind in ("two", "pair"):
         things = _two(rng, area, first, second, scene.seconds)
     else:
         things = _one(rng, area, first, scene.seconds)
@@ -131,13 +139,15 @@ def captions(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
     and not with ones among them that left the background out.
     """
     first, ground = scene.things[0], _GROUNDS[scene.background]
-    if scene.kind == "image":
-        name = _name(first)
+    if scene.kind in ("image", "pair"):
+        name, other = _name(first), ""
+        if scene.kind == "pair":
+            other = f" and {_beside(scene)} a {_name(scene.things[1])}"
         return {
-            "plain": f"a picture of a {name} {_pick(rng, ground)}",
-            "scene_first": f"{_pick(rng, ground)}, a {name}",
-            "described": f"a still image: one {first.colour} {first.shape}, {first.size}, {_pick(rng, ground)}",
-            "note": f"{name}, {_pick(rng, ground)}",
+            "plain": f"a picture of a {name}{other} {_pick(rng, ground)}",
+            "scene_first": f"{_pick(rng, ground)}, a {name}{other}",
+            "described": f"a still image: a {first.colour} {first.shape}, {first.size},{other} {_pick(rng, ground)}",
+            "note": f"{name}{other}, {_pick(rng, ground)}",
         }
     actions = [_action(scene, rng) for _ in range(4)]
     return {
@@ -196,6 +206,16 @@ def _crossing(
     return _straight(what, size, speed, start, end)
 
 
+def _resting(
+    rng: np.random.Generator, area: np.ndarray, what: Combination, seconds: float, size: str, across: float
+) -> Thing:
+    """An object of an image in its lane."""
+    axis, place = _axis(what[2]), np.full(2, across)
+    margin = SIZES[size] + _GAP
+    place[axis] = margin + _near_middle(rng) * (area[axis] - 2 * margin)
+    return _straight((what[0], what[1], STILL), size, STILL, place, place)
+
+
 def _one(rng: np.random.Generator, area: np.ndarray, what: Combination, seconds: float) -> tuple[Thing, ...]:
     size = _pick(rng, list(SIZES))
     margin = SIZES[size] + _GAP
@@ -206,7 +226,7 @@ def _one(rng: np.random.Generator, area: np.ndarray, what: Combination, seconds:
 def _two(
     rng: np.random.Generator, area: np.ndarray, first: Combination, second: Combination, seconds: float
 ) -> tuple[Thing, ...]:
-    """Two objects along one axis, each in a lane of its own, so that they never meet."""
+    """Two objects along one axis, each in a lane of its own, so that they never meet; at rest in an image."""
     across = area[1 - _axis(first[2])]
     sizes = [(a, b) for a, b in product(SIZES, SIZES) if 2 * (SIZES[a] + SIZES[b]) + 3 * _GAP <= across]
     lanes = list(zip((first, second), _pick(rng, sizes), strict=True))
@@ -217,7 +237,8 @@ def _two(
     edge = _GAP
     for place, shift in zip(order, extra, strict=True):
         what, size = lanes[place]
-        things.append(_crossing(rng, area, what, seconds, size, edge + shift + SIZES[size]))
+        lane = edge + shift + SIZES[size]
+        things.append((_crossing if seconds else _resting)(rng, area, what, seconds, size, lane))
         edge += 2 * SIZES[size] + _GAP
     return tuple(things[int(i)] for i in np.argsort(order))
 
@@ -273,5 +294,15 @@ def _action(scene: Scene, rng: np.random.Generator) -> str:
         return f"{action} and passes behind a {_name(scene.things[1])}"
     if scene.kind == "two":
         second = scene.things[1]
-        action += f" while a {_name(second)} {_pick(rng, _VERBS[second.speed])} {_pick(rng, _WAYS[second.direction])}"
+        action += f" while {_beside(scene)} a {_name(second)}"
+        action += f" {_pick(rng, _VERBS[second.speed])} {_pick(rng, _WAYS[second.direction])}"
     return action
+
+
+def _beside(scene: Scene) -> str:
+    """Where the second of two objects is, seen from the first."""
+    (_, y, x), (_, other_y, other_x) = (thing.path[0] for thing in scene.things)
+    lanes = {thing.direction for thing in scene.things}
+    if lanes & {"left", "right"} or (lanes == {STILL} and abs(other_y - y) > abs(other_x - x)):
+        return "below it" if other_y > y else "above it"
+    return "to the right of it" if other_x > x else "to the left of it"

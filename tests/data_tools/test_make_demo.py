@@ -23,9 +23,9 @@ from sora_train.demo_world.scenes import COLOURS, DIRECTIONS, SHAPES
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
-def scenes(kind: str | None, held_out: bool, count: int, seed: int = 0) -> list[world.Scene]:
+def scenes(kind: str | None, split: str, count: int, seed: int = 0) -> list[world.Scene]:
     rng = np.random.default_rng(seed)
-    return [world.make_scene(rng, held_out, kind) for _ in range(count)]
+    return [world.make_scene(rng, split, kind) for _ in range(count)]
 
 
 def movements(scene: world.Scene) -> set[world.Combination]:
@@ -41,30 +41,31 @@ def make(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_splits_share_no_movement() -> None:
-    train = set().union(*map(movements, scenes(None, False, 3000)))
-    val = set().union(*map(movements, scenes(None, True, 1000)))
-    assert val == set(world.combinations(held_out=True))
-    assert train == set(world.combinations(held_out=False))
-    assert not train & val
-    assert len(train | val) == len(COLOURS) * len(SHAPES) * len(DIRECTIONS)
-    assert {c for c, _, _ in val} == set(COLOURS)
-    assert {s for _, s, _ in val} == set(SHAPES)
-    assert {d for _, _, d in val} == set(DIRECTIONS)
+    shown = {split: set().union(*map(movements, scenes(None, split, 3000))) for split in world.SPLITS}
+    assert shown == {split: set(world.combinations(split)) for split in world.SPLITS}
+    assert sum(map(len, shown.values())) == len(set().union(*shown.values()))
+    assert sum(map(len, shown.values())) == len(COLOURS) * len(SHAPES) * len(DIRECTIONS)
+    for combinations in shown.values():
+        assert {c for c, _, _ in combinations} == set(COLOURS)
+        assert {s for _, s, _ in combinations} == set(SHAPES)
+        assert {d for _, _, d in combinations} == set(DIRECTIONS)
 
 
 def test_kinds_and_rates_have_the_shares_they_should() -> None:
-    drawn = scenes(None, False, 3000)
-    for kind, share in world.KINDS.items():
-        assert sum(s.kind == kind for s in drawn) / len(drawn) == pytest.approx(share, abs=0.03)
+    for split, shares in (("train", world.KINDS), ("val", world.HELD_OUT_KINDS), ("test", world.HELD_OUT_KINDS)):
+        drawn = scenes(None, split, 3000)
+        assert {s.kind for s in drawn} == set(shares)
+        for kind, share in shares.items():
+            assert sum(s.kind == kind for s in drawn) / len(drawn) == pytest.approx(share, abs=0.03)
     videos = [s for s in drawn if s.kind != "image"]
     assert {s.frames for s in videos} == {9, 17, 33}
     assert 0.1 < sum(s.fps == 16 for s in videos) / len(videos) < 0.35
     assert {(s.height, s.width) for s in drawn} == set(world.FRAME_SIZES)
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_one_object_stays_whole_and_goes_its_way_at_its_speed(held_out: bool) -> None:
-    for scene in scenes("one", held_out, 60):
+@pytest.mark.parametrize("split", world.SPLITS)
+def test_one_object_stays_whole_and_goes_its_way_at_its_speed(split: str) -> None:
+    for scene in scenes("one", split, 40):
         frames = render(scene)
         (thing,) = scene.things
         seen = [sight(frame) for frame in (frames[0], frames[-1])]
@@ -77,7 +78,7 @@ def test_one_object_stays_whole_and_goes_its_way_at_its_speed(held_out: bool) ->
 
 
 def test_two_objects_never_overlap() -> None:
-    for scene in scenes("two", False, 40):
+    for scene in scenes("two", "train", 40):
         alone = [render(replace_things(scene, (thing,))) for thing in scene.things]
         ground = render(replace_things(scene, ()))
         touched = [(a != ground).any(-1) for a in alone]
@@ -86,7 +87,7 @@ def test_two_objects_never_overlap() -> None:
 
 
 def test_mover_passes_below_the_cover() -> None:
-    for scene in scenes("behind", False, 10):
+    for scene in scenes("behind", "train", 10):
         mover, cover = scene.things
         frames = render(scene)
         for frame in (frames[0], frames[-1]):
@@ -100,7 +101,7 @@ def test_mover_passes_below_the_cover() -> None:
 
 
 def test_object_leaves_fully_and_comes_back_where_it_was() -> None:
-    for scene in scenes("return", True, 20):
+    for scene in scenes("return", "val", 20):
         frames = render(scene)
         ground = render(replace_things(scene, ()))
         assert (frames[scene.frames // 2] == ground[0]).all()
@@ -114,7 +115,7 @@ def replace_things(scene: world.Scene, things: tuple[world.Thing, ...]) -> world
 
 def test_captions_name_what_is_shown() -> None:
     rng = np.random.default_rng(0)
-    for scene in scenes(None, False, 200):
+    for scene in scenes(None, "train", 200):
         texts = world.captions(scene, rng)
         assert len(set(texts.values())) == len(texts) == 4
         for text in texts.values():
@@ -128,10 +129,10 @@ def test_shards_read_with_plain_webdataset_and_agree_with_their_json(
     arguments = ("clips=22", "held_out=6", "shard_clips=12")
     assert make(monkeypatch, f"out={tmp_path / 'a'}", *arguments, "workers=2") == 0
     shards = sorted(p.name for p in (tmp_path / "a").glob("*.tar"))
-    assert shards == ["train-000000.tar", "train-000001.tar", "val-000000.tar"]
-    assert len(list((tmp_path / "a").glob("*.index.parquet"))) == 3
+    assert shards == ["test-000000.tar", "train-000000.tar", "train-000001.tar", "val-000000.tar"]
+    assert len(list((tmp_path / "a").glob("*.index.parquet"))) == 4
     samples = [s for name in shards for s in wds.WebDataset(str(tmp_path / "a" / name), shardshuffle=False)]
-    assert len({s["__key__"] for s in samples}) == 28
+    assert len({s["__key__"] for s in samples}) == 34
     for sample in samples:
         check_sample(sample)
 
@@ -144,7 +145,7 @@ def test_shards_read_with_plain_webdataset_and_agree_with_their_json(
     # An interrupted run: a finished shard is kept, the rest is made again; the end is the same, byte for byte.
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "demo-unfinished.json").write_bytes((tmp_path / "a" / "demo.json").read_bytes())
-    (tmp_path / "b" / shards[0]).write_bytes((tmp_path / "a" / shards[0]).read_bytes())
+    (tmp_path / "b" / shards[1]).write_bytes((tmp_path / "a" / shards[1]).read_bytes())
     (tmp_path / "b" / "train-000001.tar.tmp").write_bytes(b"half a shard")
     assert make(monkeypatch, f"out={tmp_path / 'b'}", *arguments, "workers=1") == 0
     for path in (tmp_path / "a").iterdir():
@@ -160,14 +161,14 @@ def check_sample(sample: dict[str, Any]) -> None:
         assert fps == fields["fps"]
     else:
         frames = np.asarray(Image.open(io.BytesIO(sample.get("png") or sample["jpg"])))[None]
-        assert fields["scene"]["kind"] == "image"
+        assert fields["scene"]["kind"] in ("image", "pair")
     assert frames.shape == (fields["frames"], fields["height"], fields["width"], 3)
-    held_out = sample["__key__"].startswith("val")
+    split = sample["__key__"].partition("_")[0]
     for thing in fields["scene"]["things"]:
         assert set(thing) == {"colour", "shape", "size", "direction", "speed"}
         if thing["direction"] != world.STILL:
             combination = (thing["colour"], thing["shape"], thing["direction"])
-            assert combination in world.combinations(held_out)
+            assert combination in world.combinations(split)
     assert {s.colour for s in sight(frames[0])} == {t["colour"] for t in fields["scene"]["things"]}
 
 

@@ -18,7 +18,7 @@ KINDS = ("one", "two", "behind", "return", "image")
 
 def scenes(kind: str, count: int) -> list[Scene]:
     rng = np.random.default_rng(11)
-    return [make_scene(rng, True, kind) for _ in range(count)]
+    return [make_scene(rng, "val", kind) for _ in range(count)]
 
 
 def small(video_THWC: np.ndarray, scene: Scene) -> np.ndarray:

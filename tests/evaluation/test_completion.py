@@ -35,7 +35,7 @@ def test_another_task_is_answered_with_the_nearest() -> None:
 
 def test_a_completion_is_judged_by_its_made_part_alone() -> None:
     """The real clip is right; one whose made part goes back again is wrong, and off by twice the way."""
-    scene = replace(make_scene(np.random.default_rng(4), True, "one"), height=64, width=64, frames=9, fps=4)
+    scene = replace(make_scene(np.random.default_rng(4), "val", "one"), height=64, width=64, frames=9, fps=4)
     real, part = render(scene), Part(5, 0)
     sample = Sample("clip", "a caption", 4.0, {"scene": asdict(scene)}, part)
     judges = choose(["completion"], {})

@@ -2,7 +2,7 @@
 
 One function, `packed_attention`, with three back ends:
 
-    sdpa    torch's fused attention, one call per group (or run of equal groups); any device
+    sdpa    torch's fused attention, batch by batch of groups; any device
     varlen  FlashAttention over all groups in one call; CUDA, bf16 or fp16. Uses FlashAttention-4 or 3 if such a
             package is installed, else the FlashAttention-2 that is built into torch
     flex    FlexAttention with a block mask (`torch.nn.attention.flex_attention`), compiled; CUDA
@@ -13,9 +13,8 @@ Hence a new layout of the pack causes neither recompilation nor a synchronisatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sora_train.core.batch import send
 from sora_train.core.cli import InputError
+from sora_train.models.layers.batches import batches
 
 BACKENDS = ("auto", "sdpa", "varlen", "flex")
 _ALL_KEYS = {"window_size_left": -1, "window_size_right": -1}  # no sliding window
@@ -135,24 +135,28 @@ def _forward(
         bounds = _bounds(tuple(q_list), tuple(k_list), q.device)
         out, lse, *_ = _aten._flash_attention_forward(q, k, v, *bounds, 0.0, False, False, **_ALL_KEYS)
         return out, lse
-    outs, lses = [torch.empty_like(q[:0])], [q.new_empty((q.shape[1], 0), dtype=torch.float32)]
-    for q_part, k_part, count in _runs(q_list, k_list):
-        if q_part.start == q_part.stop:
-            continue
-        qs, ks, vs = _split(q, q_part, count), _split(k, k_part, count), _split(v, k_part, count)
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _statistics(q)
+    for batch in batches(q_list, k_list, padding=q.device.type == "cpu"):
+        qs, ks, vs = batch.queries.take(q), batch.keys.take(k), batch.keys.take(v)
         if q.device.type == "cpu":
-            out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(qs, ks, vs)
+            bias = batch.bias(q)
+            o, s = _aten._scaled_dot_product_flash_attention_for_cpu(qs, ks, vs, 0.0, False, attn_mask=bias)
         else:
-            out, lse, *_ = _aten._scaled_dot_product_efficient_attention(qs, ks, vs, None, True)
-        outs.append(_join(out))
-        lses.append(lse[..., : qs.shape[2]].transpose(0, 1).flatten(1))
-    return _end_to_end(outs), _end_to_end(lses, dim=1)
+            o, s, *_ = _aten._scaled_dot_product_efficient_attention(qs, ks, vs, None, True)
+        batch.queries.put(o, out)
+        batch.queries.put(s[..., : qs.shape[2], None], lse.T[..., None])
+    return out, lse
+
+
+def _statistics(q: Tensor) -> Tensor:
+    """Room for the log-sum-exp of each query's scores."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((q.shape[1], q.shape[0]), dtype=dtype)
 
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=statistics)
+    return q.new_empty(q.shape), _statistics(q)
 
 
 @torch.library.custom_op("sora_train::packed_attention_backward", mutates_args=())
@@ -169,26 +173,25 @@ def _backward(
             grad, q, k, v, out, lse, *bounds, 0.0, False, rng, unused, **_ALL_KEYS
         )
         return dq, dk, dv
-    found = [tuple(torch.zeros_like(x[:0]) for x in (q, k, v))]
-    for q_part, k_part, count in _runs(q_list, k_list):
-        qs, gs, os = (_split(x, q_part, count) for x in (q, grad, out))
-        ks, vs = _split(k, k_part, count), _split(v, k_part, count)
-        lses = lse[:, q_part].unflatten(1, (count, -1)).transpose(0, 1)
-        if q_part.start == q_part.stop:
-            dq, dk, dv = (torch.zeros_like(x) for x in (qs, ks, vs))
-        elif q.device.type == "cpu":
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for batch in batches(q_list, k_list, padding=q.device.type == "cpu"):
+        qs, ks, vs = batch.queries.take(q), batch.keys.take(k), batch.keys.take(v)
+        gs, os = batch.queries.without_padding(batch.queries.take(grad)), batch.queries.take(out)
+        ls = batch.queries.take(lse.T[..., None]).squeeze(3)
+        if q.device.type == "cpu":
             exact = lse.dtype if ks.shape[2] <= _FEW_KEYS else q.dtype
             gs, qs, ks, vs, os = (x.to(exact) for x in (gs, qs, ks, vs, os))
-            grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(gs, qs, ks, vs, os, lses, 0.0, False)
-            dq, dk, dv = (x.to(q.dtype) for x in grads)
-        else:
-            lses = F.pad(lses, (0, -lses.shape[-1] % 32), value=float("inf"))  # the kernel's alignment
-            seed = torch.zeros((), dtype=torch.int64, device=q.device)
-            dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-                gs, qs, ks, vs, None, os, lses, seed, seed, 0.0, [True, True, True, False]
+            grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gs, qs, ks, vs, os, ls, 0.0, False, attn_mask=batch.bias(qs)
             )
-        found.append((_join(dq), _join(dk), _join(dv)))
-    dq, dk, dv = (_end_to_end(parts) for parts in zip(*found, strict=True))
+        else:
+            ls = F.pad(ls, (0, -ls.shape[-1] % 32), value=float("inf"))  # the kernel's alignment
+            seed = torch.zeros((), dtype=torch.int64, device=q.device)
+            *grads, _ = _aten._scaled_dot_product_efficient_attention_backward(
+                gs, qs, ks, vs, None, os, ls, seed, seed, 0.0, [True, True, True, False]
+            )
+        for rows, part, whole in zip((batch.queries, batch.keys, batch.keys), grads, (dq, dk, dv), strict=True):
+            rows.put(part.to(q.dtype), whole)
     return dq, dk, dv
 
 
@@ -223,36 +226,6 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def _runs(q_list: list[int], k_list: list[int]) -> Iterator[tuple[slice, slice, int]]:
-    """Find runs of consecutive groups of equal lengths, which are computed as one batch.
-
-    Yields the slice of queries, the slice of keys, and the number of groups of each run.
-    """
-    q_at = k_at = 0
-    for (q_length, k_length), run in groupby(zip(q_list, k_list, strict=True)):
-        count = len(list(run))
-        q_end, k_end = q_at + count * q_length, k_at + count * k_length
-        yield slice(q_at, q_end), slice(k_at, k_end), count
-        q_at, k_at = q_end, k_end
-
-
-def _split(x_NKd: Tensor, part: slice, count: int) -> Tensor:
-    return x_NKd[part].unflatten(0, (count, -1)).transpose(1, 2)
-
-
-def _join(x_BKnd: Tensor) -> Tensor:
-    return x_BKnd.transpose(1, 2).flatten(0, 1)
-
-
-def _end_to_end(parts: Iterable[Tensor], dim: int = 0) -> Tensor:
-    """Concatenate the outputs of all runs, contiguous as announced to the compiler.
-
-    The first part is an empty tensor, for packs without queries. A single part beside it is not copied.
-    """
-    parts = tuple(parts)
-    return (parts[1] if len(parts) == 2 else torch.cat(parts, dim)).contiguous()
 
 
 @lru_cache(maxsize=64)

@@ -28,6 +28,8 @@ LENGTHS = {
     "clips of one token": ([1, 1, 4, 1], [1, 1, 4, 1]),
     "cross": ([6, 6, 2, 2], [3, 3, 1, 8]),
     "equal queries, unequal keys": ([4, 4, 4], [2, 5, 2]),
+    "unequal groups in one padded batch": ([9, 2, 9, 3, 2, 30], [4, 7, 1, 7, 2, 30]),
+    "a group too large to pad others to": ([3, 200, 2, 3], [3, 200, 2, 3]),
     "keys that nobody asks for": ([0, 4, 0, 0, 3], [2, 5, 2, 1, 1]),
 }
 
@@ -78,7 +80,7 @@ def test_a_caption_of_few_tokens_is_differentiated_in_full_precision() -> None:
 def test_the_compiler_sees_one_operation_whatever_the_lengths() -> None:
     q = torch.randn(9, 2, 8, requires_grad=True)
     lengths = torch.tensor([4, 4, 1])
-    for n in (lengths, torch.tensor([3, 3, 3])):  # equal ones run as one batch, whose output is laid out otherwise
+    for n in (lengths, torch.tensor([3, 3, 3])):  # padded in a batch, and equal
         torch.library.opcheck(torch.ops.sora_train.packed_attention.default, (q, q, q, n, n, "sdpa"))
     graphs: list[list[str]] = []
 

@@ -27,7 +27,7 @@ def test_no_two_words_of_the_demo_share_both_rows(compose_tree: Callable[..., Di
     """With one row a word `triangle` was a comma, and the shape was never learned."""
     config = compose_tree("experiment=demo").text_encoder
     rng = np.random.default_rng(0)
-    scenes = [shapes_world.make_scene(rng, held_out) for held_out in 500 * (False, True)]
+    scenes = [shapes_world.make_scene(rng, split) for split in 400 * shapes_world.SPLITS]
     captions = " ".join(text for scene in scenes for text in shapes_world.captions(scene, rng).values())
     words = sorted(set(re.findall(r"\w+|,|:", captions)))
     rows = {word: tokenize(word, config.buckets, 2)[1] for word in words}
