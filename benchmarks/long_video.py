@@ -81,7 +81,9 @@ def make(run_dir: str, seconds: float, overlap: int) -> dict[str, float]:
     watch = _Watch()
     with TemporaryDirectory() as folder:
         loaded, start = _peak_mib(), time.process_time()
-        save_sample(Path(folder), "long", watch.pieces(_pieces(config, sampler, seconds, overlap)), config.data.fps, {})
+        save_sample(
+            Path(folder), "long", watch.pieces(_pieces(config, sampler, seconds, overlap)), config.data.made_fps, {}
+        )
         spent = time.process_time() - start
     every, stride = np.array(watch.changes), config.vae.temporal_stride
     median, largest = seam_jumps(every, watch.seams)
@@ -91,7 +93,7 @@ def make(run_dir: str, seconds: float, overlap: int) -> dict[str, float]:
         "frames": watch.frames, "pieces": 1 + len(watch.seams), "loaded_mib": loaded, "peak_mib": _peak_mib(),
         "median_ratio": median, "latent_ratio": latent, "worst_place": worst_place(between, seams),
         "largest_ratio": largest, "red": watch.right / watch.frames, "cpu_s": spent,
-        **_told(watch.seen, watch.side, config.data.fps),
+        **_told(watch.seen, watch.side, config.data.made_fps),
     }  # fmt: skip
 
 

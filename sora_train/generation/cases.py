@@ -69,7 +69,7 @@ def _shows_its_scene(index: Index, visit: Visit, fields: Mapping[str, Any]) -> b
     """Tell whether a clip is long enough to show what its demo scene says; other clips have no scene."""
     if fields.get("scene") is None:
         return True
-    stride = max(1, round(index.fps[visit.sample] / visit.fps)) if visit.fps else 1
+    stride = float(index.fps[visit.sample]) / visit.fps if visit.fps else 1.0
     whole = visit.frames * stride + stride * 4 > index.frames[visit.sample]
     return bool(whole) or fields["scene"]["kind"] not in ("return", "behind")
 
