@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in their configurations, where their curves ended, and their curves.
+"""Compare runs: differences of their configurations, last values, and curves.
 
 python -m sora_train.compare RUN RUN ... [figures=[loss,mfu]] [html=compare.html] [png=compare.png]
 python -m sora_train.compare RUN                     writes RUN/report.html
@@ -22,7 +22,7 @@ from sora_train.operations.side_by_side import plot, table
 
 @dataclass
 class Options:
-    """What the command takes beside run folders."""
+    """Command-line options, in addition to the run folders."""
 
     figures: list[str] = field(
         default_factory=lambda: ["loss", "validation_loss", "tokens_per_s", "mfu", "step_time", "samples", "goodput"]
@@ -32,7 +32,7 @@ class Options:
 
 
 def main() -> int:
-    """Compare the runs that the command line names."""
+    """Compare the runs on the command line."""
     folders = [a for a in sys.argv[1:] if "=" not in a and not a.startswith("-")]
     sys.argv[1:] = [a for a in sys.argv[1:] if a not in folders]
     wanted = options(Options, __doc__)
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _told_apart(records: list[Record]) -> list[Record]:
-    """Runs of one name are called by their whole path."""
+    """Rename runs of equal names to their paths."""
     names = [record.name for record in records]
     return [
         Record(str(r.folder), r.folder, r.config, r.curves, r.end, r.quarantine) if names.count(r.name) > 1 else r

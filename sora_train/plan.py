@@ -1,4 +1,4 @@
-"""What a run will need and how its data packs, without a GPU, a process group or a trained VAE.
+"""Forecast memory, time and packing of a run, without a GPU, a process group or a trained VAE.
 
     python -m sora_train.plan experiment=demo world_size=64 hardware=h100 [key=value ...]
 
@@ -10,9 +10,9 @@
     device_hours=50676   hours that one device runs between failures
     rehearse=true        besides, take one real step of one rank here, the others missing; needs that rank's memory
 
-Prints parameters, batch arithmetic, FLOPs, checkpoint advice; with shards at hand steps per epoch, packing and balance;
-memory by part and step time for ZeRO 0 to 3, and by the number of ranks that share a pack; and says which setting fits.
-How far off it is: docs/planning.md.
+Prints parameters, batch arithmetic, FLOPs and checkpoint advice; if the shards exist, steps per epoch, packing and
+balance; memory by part and step time for ZeRO 0 to 3 and by degree of sequence parallelism; and suggests a setting.
+docs/planning.md has its accuracy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sora_train.forecast.timing import DEVICE_HOURS_PER_FAILURE
 
 @dataclass
 class Options:
-    """What the command takes beside the configuration."""
+    """Command-line options, in addition to the configuration."""
 
     world_size: int = 1
     hardware: str = "h100"
@@ -53,7 +53,7 @@ class Options:
 
 
 def main() -> int:
-    """Plan the run that the command line describes."""
+    """Print the forecast for the command line."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
@@ -82,7 +82,7 @@ def plan(config: Config, options: Options) -> int:
 
 
 def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
-    """The forecast of a configuration, with its plan where there are shards."""
+    """Compute the forecast of a configuration; `data` is its plan if there are shards."""
     device = measure_cpu() if options.hardware == "cpu" else hardware(options.hardware)
     if options.price is not None:
         device = replace(device, dollars_per_hour=options.price)
@@ -95,7 +95,7 @@ def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
 
 
 def _data(config: Config) -> tuple[Plan | None, str]:
-    """The plan of the shards, where they are there and indexed; else why not."""
+    """Build the plan if the shards exist and are indexed; else return the reason."""
     try:
         return Shards(config).plan(config).plans[0], ""
     except InputError as error:
@@ -103,7 +103,7 @@ def _data(config: Config) -> tuple[Plan | None, str]:
 
 
 def take(arguments: list[str]) -> Options:
-    """Take our own options out of a command line, before Hydra sees it. Raises InputError for a wrong value."""
+    """Remove our own options from a command line, before Hydra parses it. Raises InputError for a wrong value."""
     known = asdict(Options())
     mine = [a for a in arguments[1:] if a.partition("=")[0] in known]
     arguments[1:] = [a for a in arguments[1:] if a not in mine]

@@ -9,9 +9,9 @@
 
 Without a prompt, held-out captions are sampled into run_dir/samples/held_out. `image` or `video` is the beginning,
 `end_image` or `end_video` the end, and both together are joined; with `strength` below 1, `video` is made anew instead.
-More `seconds` than the model was trained on are made piece by piece, or at once with `whole=true`. Beside each video
-stand a contact sheet (PNG) and what it was made from (JSON). Under torchrun all ranks share the tokens of each clip,
-for clips too long for one. See docs/sampling.md.
+Videos longer than the trained length are made piece by piece, or at once with `whole=true`. A contact sheet (PNG) and
+the settings (JSON) are written beside each video. Under torchrun all ranks share the tokens of each clip (sequence
+parallelism), for clips that are too long for one. See docs/sampling.md.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class Options:
     video: str | None = None
     end_image: str | None = None
     end_video: str | None = None
-    strength: float = 1.0  # below 1: share of noise that `video` starts from
-    loop: bool = False  # the end leads back to the beginning
+    strength: float = 1.0  # below 1: noise level from which `video` is made anew
+    loop: bool = False  # make the end continue into the beginning
     whole: bool = False  # attend over the whole length at once, however long
-    overlap: int = 2  # latent frames that a piece shares with the one before
+    overlap: int = 2  # latent frames that a piece shares with the previous one
     seconds: float | None = None  # of the whole clip; default: the longest trained clip
     height: int | None = None  # default: a square of the trained area
     width: int | None = None
@@ -83,7 +83,7 @@ class Options:
 
 
 def main() -> int:
-    """Sample what the options ask for, and say where it is."""
+    """Sample videos as the options say, and print their paths."""
     o = options(Options, __doc__)
     config = load(o.run_dir)
     for key, value in (("guidance", o.guidance), ("sampling_steps", o.steps), ("solver", o.solver)):
@@ -120,7 +120,7 @@ def main() -> int:
 
 
 def _sharing(config: Config) -> World:
-    """This process's place among the ranks, which share every clip's tokens. Raises InputError for too many."""
+    """World in which all ranks share the tokens of a clip. Raises InputError if they don't divide the heads."""
     world = from_environment()
     if config.model.heads % world.size:
         raise InputError(f"{world.size} ranks can't share {config.model.heads} heads (model.heads); start fewer")
@@ -142,7 +142,10 @@ def _sampler(config: Config, run_dir: str, world: World) -> Sampler:
 def _keep(
     world: World, folder: Path, name: str, video: Video, fps: float, about: dict[str, object], note: str = ""
 ) -> None:
-    """Write a video and say where. Every rank has it; the others only go through its pieces, to make them together."""
+    """Write a video and print its path, on the main rank. Other ranks consume the pieces, whose sampling is collective.
+
+    Every rank has the video; `note` is printed behind the path.
+    """
     if world.is_main:
         print(f"{save_sample(folder, name, video, fps, about)}  {note}".rstrip())
     elif not isinstance(video, np.ndarray):
@@ -151,7 +154,7 @@ def _keep(
 
 
 def _stretch(config: Config, o: Options) -> None:
-    """Take over how far places are stretched for this sample."""
+    """Set RoPE scaling from the options. Raises InputError if the model family has none."""
     for key in ("rope_scaling", "rope_factors"):
         if getattr(o, key) is not None:
             if not hasattr(config.model, key):
@@ -160,7 +163,7 @@ def _stretch(config: Config, o: Options) -> None:
 
 
 def _read(config: Config, o: Options) -> tuple[list[Shot], dict[str, np.ndarray | None]]:
-    """Captions and frames of the options, before the model is loaded."""
+    """Read captions and frames of the options, before the model is loaded."""
     for one, other in (("image", "video"), ("end_image", "end_video")):
         if getattr(o, one) and getattr(o, other):
             raise InputError(f"give {one}=... or {other}=..., not both")
@@ -179,14 +182,14 @@ def _read(config: Config, o: Options) -> tuple[list[Shot], dict[str, np.ndarray 
 
 
 def _short(config: Config, sampler: Sampler, prompt: Prompt, size: Size, o: Options) -> Iterator[Video]:
-    """Videos of one clip each; what is given before its beginning and after its end goes along."""
+    """Yield videos of one clip each, joined with the given videos before and after it."""
     requests = [prompt.request(config, sampler.vae, size, o.seed + n) for n in range(o.count or 1)]
     for request, video in zip(requests, sampler.in_batches(requests), strict=True):
         yield around(config, prompt, request, video)
 
 
 def _long(config: Config, sampler: Sampler, prompt: Prompt, size: Size, o: Options) -> Iterator[Video]:
-    """Videos made piece by piece, each written while it is made."""
+    """Yield long videos, whose pieces are written as they are sampled."""
     piece = (min(size[0], config.data.max_frames), *size[1:])
     for n in range(o.count or 1):
         made = in_pieces(config, sampler, prompt, piece, size[0], o.seed + n, o.overlap, o.loop)

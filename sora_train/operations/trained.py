@@ -1,4 +1,4 @@
-"""Trained weights, read back: from a run's checkpoint or from an export, into a sampler or another run."""
+"""Loading of trained weights, from a run's checkpoint or an export, for a sampler or another run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sora_train.training.state.checkpoint import latest_intact, load_full, netwo
 
 
 def trained_weights(run_dir: str | Path, network: str | None = None) -> dict[str, Tensor]:
-    """The averaged weights of a network (the main one) in a run's newest intact checkpoint, by parameter name."""
+    """Load the averaged weights of a network (default: the main one) from a run's newest intact checkpoint."""
     return load_full(latest_intact(Path(run_dir) / "checkpoints"), "ema", network)
 
 
 def load_sampler(config: Config, run_dir: str | Path, device: torch.device) -> Sampler:
-    """A sampler with a run's averaged weights. Raises InputError for a run that isn't a video model's."""
+    """Build a sampler with a run's averaged weights. Raises InputError if the run trained no video model."""
     if not METHODS.get(config.method).makes_videos:
         raise InputError(f"{run_dir} holds a {config.method} run; samples come from a video model (experiment=demo)")
     network = build_video_model(config)
@@ -35,13 +35,13 @@ def load_sampler(config: Config, run_dir: str | Path, device: torch.device) -> S
 
 
 def load_starting_weights(networks: Mapping[str, Network], source: str) -> None:
-    """Start trained networks with the averaged weights of a run folder, or with an export's.
+    """Copy the averaged weights of a run folder, or the weights of an export, into trained networks.
 
-    A run's networks are matched by name; an export holds the main network. Names and shapes must be the same, data and
-    resolution needn't be.
+    Networks of a run are matched by name; an export holds the main network. Parameter names and shapes must agree;
+    data and resolution may differ.
 
     Raises:
-        InputError: where `source` holds neither, lists what is missing, left over or of another shape.
+        InputError: `source` is neither, or parameters are missing, superfluous or of another shape.
     """
     names = [name for name, _ in trained(networks)]
     for name, weights in _weights_by_network(Path(source), names).items():
