@@ -4,11 +4,10 @@
         [probe=frame]
 
 Captions come from a table (`captions=`: .csv, .tsv or .jsonl with a file and a caption column; other columns are kept)
-or from `NAME.txt` beside `NAME.mp4`. Media bytes are copied as they are. Of every file the first
-frame is decoded before it is accepted (`probe=packets`: its headers are read only); what is refused stands in
-`refused.jsonl` with its reason. `shard_size` is in MiB. Names that begin with a dot
-are left out. Give the same command again to go on after an interruption, or to append files added since;
-`build.jsonl` records what is in which shard.
+or from `NAME.txt` beside `NAME.mp4`. Media bytes are copied unchanged. The first frame of every file is decoded before
+it is accepted (`probe=packets` reads headers only). Refused files are listed in `refused.jsonl` with the reason.
+`shard_size` is in MiB. Files whose names begin with a dot are ignored. Give the same command again to resume after an
+interruption, or to append new files; `build.jsonl` records the contents of each shard.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Captions for a folder of media: from `NAME.txt` beside a file, or from a table (CSV, TSV, JSONL) with a row each."""
+"""Captions of a folder of media, from `NAME.txt` beside each file or from a table (CSV, TSV, JSONL) with a row each."""
 
 from __future__ import annotations
 

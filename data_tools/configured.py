@@ -1,4 +1,4 @@
-"""What a configuration leaves out of shards and how it packs them, as a part of the page that `inspect` writes."""
+"""Section of the page of `inspect` about a configuration: the samples it leaves out, and how it packs the others."""
 
 from __future__ import annotations
 
