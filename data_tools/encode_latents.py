@@ -1,4 +1,4 @@
-"""Encode shards once, so that training decodes no video and runs no VAE, and no text encoder where that is frozen.
+"""Precompute latents and text embeddings, so that training decodes no video and runs no VAE or frozen text encoder.
 
     python -m data_tools.encode_latents experiment=demo out=FOLDER [dtype=fp32] [key=value ...]
     torchrun --nproc-per-node N -m data_tools.encode_latents experiment=demo out=FOLDER ...
@@ -8,10 +8,10 @@ samples that pass the configuration's filters: KEY.latent.safetensors (stored as
 KEY.text.safetensors where text_encoder.path is set, and the captions and fields as KEY.json. Then train with
 data.sources.NAME.shards=[OUT/NAME/*.tar] and otherwise the same command.
 
-What is encoded doesn't change from epoch to epoch: the middle of the picture, as in training, and as many clips as
-cover the whole video, evenly spread from its first frame to its last (KEY, KEY+1, ...; all of them in every epoch). A
-run whose VAE, text encoder, rate, sizes or code are others is refused. Shards that are there are left as they are, so
-that a stopped command goes on where it was. What couldn't be decoded stands in NNNNNN.refused.jsonl beside the shard.
+The clips are the same in every epoch: the centre of the picture, as in training, and as many clips as cover the whole
+video, evenly spaced from its first frame to its last (KEY, KEY+1, ...). A run with another VAE, text encoder, frame
+rate, size or code is refused. Existing shards aren't encoded again, so that a stopped command resumes where it was.
+Samples that couldn't be decoded are listed in NNNNNN.refused.jsonl beside the shard.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@
     python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER [side_table=FILES ...]
 
 Shards are paths, globs ('data/*.tar'), brace ranges ('{000..012}.tar') or URLs (https, s3, gs, hf). Those whose index
-is current are left as they are, so that an interrupted command goes on where it was. Of every video and image the
-frames are counted, the headers read and the checksum taken; `probe=frame` also decodes each video's first frame and
-each image: it takes several times longer, and finds some of the damage that training would leave out and count.
+is current aren't indexed again, so that an interrupted command resumes where it was. The frames of every video and
+image are counted, its headers read and its checksum computed. `probe=frame` also decodes each image and each video's
+first frame: this takes several times longer, and finds some of the damage that training would otherwise refuse.
 
-The index of a remote shard stands in the node's cache. With `upload=true` it is written beside the shard too (s3, gs,
-hf), and every other node takes it from there.
+The index of a remote shard is stored in the node's cache. With `upload=true` it is also written beside the shard (s3,
+gs, hf), from where every other node takes it.
 With `consolidate` the columns that plans and filters need are also written to one memory-mapped index (19 bytes a
 sample) for data.index=FOLDER; name the shards in the order in which data.sources does. Each entry of data.side_tables
 is given as a side_table= of its own; its numbers are written too (8 bytes a sample each), its text is not.

@@ -1,13 +1,13 @@
-"""Look at shards: one HTML page with pictures, captions, histograms, and what a configuration would make of them.
+"""Inspect shards: one HTML page with pictures, captions and histograms, and their use by a configuration.
 
     python -m data_tools.inspect SHARD [SHARD ...] out=page.html [run_dir=RUN] [samples=48]
         [fps=16 max_frames=81 max_pixels=102400 multiple=16 temporal_stride=4]
     python -m data_tools.inspect [SHARD ...] out=page.html experiment=NAME [key=value ...] [samples=48]
 
-The page needs no network and no other file. Tokens and cuts are those of the run at `run_dir`, or of the figures given:
-`multiple` is the side of a token in pixels, `temporal_stride` the frames of a latent frame. With `experiment=NAME` they
-are those of that configuration, any key of which can be overridden, and the page also says what it leaves out of each
-source, with which causes, and how it packs the rest; the shards are its own where none are named. Shards without an
+The page needs no network and no other file. Tokens and cuts are those of the run at `run_dir`, or of the given values:
+`multiple` is the side of a token in pixels, `temporal_stride` the frames per latent frame. With `experiment=NAME` they
+are those of that configuration, any key of which can be overridden. The page then also shows the samples that it leaves
+out of each source, with the causes, and how it packs the others; by default the shards are its own. Shards without an
 index are indexed first.
 """
 

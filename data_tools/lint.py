@@ -1,4 +1,4 @@
-"""Check shards: every fault of the tar, the names, the media, the captions and the index, counted by cause.
+"""Check shards for faults of the tar, the names, the media, the captions and the index, counted by cause.
 
     python -m data_tools.lint SHARD [SHARD ...] [format=table|json] [examples=3]
 

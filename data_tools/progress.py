@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, a plain line now and then in a log file."""
+"""Progress of a command: a bar on a terminal, or a plain line every few seconds in a log file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards that appear whole or not at all, and the journal of what is in them."""
+"""Atomic writer of shards, and the journal of their contents."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Hydra launcher `torchrun`: every job of a sweep is a torchrun of its own. Hydra finds plugins in this package only.
+"""Hydra launcher `torchrun`: runs every job of a sweep under a torchrun of its own.
+
+It is in this package because Hydra searches `hydra_plugins` for plugins.
 
 python -m sora_train.train -m hydra/launcher=torchrun experiment=demo run_dir=runs/sweep optim.lr=1e-3,3e-3
 """
 
-# Without postponed annotations: Hydra's scan loads this file outside sys.modules, where dataclasses can't resolve them.
+# Annotations aren't postponed: Hydra loads this file outside sys.modules, where dataclasses couldn't resolve them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,22 +27,22 @@ class TorchrunLauncherConf:
     """Keys under hydra.launcher."""
 
     _target_: str = "hydra_plugins.torchrun_launcher.TorchrunLauncher"
-    nproc: int = 0  # ranks of a job; 0: every GPU, or 2 on a CPU
-    jobs: int = 1  # at a time; 0: as many as there are GPUs for
-    metric: str = "validation_loss"  # what a sweeper is told; "loss" where a run has none; a failed job is inf
+    nproc: int = 0  # ranks of a job; 0: one per GPU, or 2 on a CPU
+    jobs: int = 1  # jobs that run at the same time; 0: as many as the GPUs suffice for
+    metric: str = "validation_loss"  # figure returned to the sweeper; "loss" if a run has none; inf for a failed job
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="torchrun", node=TorchrunLauncherConf, provider="sora_train")
 
 
 class TorchrunLauncher(Launcher):
-    """Runs jobs as processes, and tells the sweeper their figures."""
+    """Runs jobs as processes, and returns their figures to the sweeper."""
 
     def __init__(self, nproc: int, jobs: int, metric: str) -> None:
         self.nproc, self.jobs, self.metric = nproc, jobs, metric
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra hands over what a launcher needs."""
+        """Store the context, job function and configuration that Hydra passes."""
         self.context, self.task, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -48,7 +50,7 @@ class TorchrunLauncher(Launcher):
         root = Path(str(self.config.run_dir))
         jobs = [self._job(root, initial_job_idx + place, list(line)) for place, line in enumerate(job_overrides)]
         results = run_jobs(jobs, self.nproc, self.jobs, self.metric)
-        codes: list[int] = self.task.codes  # type: ignore[attr-defined]  # of compose.run_hydra
+        codes: list[int] = self.task.codes  # type: ignore[attr-defined]  # set by config.hydra.run_hydra
         codes += [result.code for result in results]
         summary(root, jobs, results)
         return [_returned(result.figure, job.overrides) for job, result in zip(jobs, results, strict=True)]

@@ -1,4 +1,4 @@
-# What the launch scripts share. Source it; it does nothing by itself but find the environment.
+# Functions shared by the launch scripts. Sourcing it only finds the Python environment.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${SORA_VENV:-$root/.venv}
@@ -16,23 +16,23 @@ enter_venv() {
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
 }
 
-# An active environment is the user's choice. Otherwise take ours, if setup.sh has finished it, or else what is on PATH.
+# Use an active environment, else ours if setup.sh has finished it, else the Python on PATH.
 if [[ -z ${VIRTUAL_ENV:-} && -f $venv/.sora-setup ]]; then
     enter_venv
 fi
 
-# The checkout's code is what runs, wherever the command is given.
+# Run this checkout's code from any working directory.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-# Ops that DeepSpeed compiles are for this machine's processor, so each machine has its own folder.
+# DeepSpeed compiles ops for this machine's processor, so each machine has a folder of its own.
 use_private_extensions() {
     if [[ -z ${TORCH_EXTENSIONS_DIR:-} && -n ${VIRTUAL_ENV:-} ]]; then
         export TORCH_EXTENSIONS_DIR=$VIRTUAL_ENV/torch_extensions/$(uname -n)
     fi
 }
 
-# A start that is killed while an op compiles leaves a lock, and every later start waits for it for ever, without a word.
-# The compiling process keeps its lock open: a lock of ours that no process has open is stale.
+# A process that is killed while it compiles an op leaves a lock, for which every later start would silently wait.
+# A compiling process keeps its lock open, so a lock of ours that no process has open is stale.
 remove_stale_build_locks() {
     local lock holder
     [[ -n ${TORCH_EXTENSIONS_DIR:-} ]] || return 0
@@ -46,7 +46,7 @@ remove_stale_build_locks() {
     done
 }
 
-# How many processes this machine should run: one per GPU, or two on a CPU.
+# Print the number of processes for this machine: one per GPU, or two on a CPU.
 processes_here() {
     local gpus=0
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
@@ -57,7 +57,7 @@ processes_here() {
     if ((gpus > 0)); then echo "$gpus"; else echo 2; fi
 }
 
-# Without a limit every process starts a thread per core, and all together fight over the cores. $1: processes here.
+# Limit the CPU threads of a process; by default each would start a thread per core. $1: processes on this machine.
 limit_threads() {
     local threads=$(($(nproc) / $1))
     ((threads >= 1)) || threads=1
@@ -65,22 +65,22 @@ limit_threads() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 }
 
-# What NCCL, gloo and the allocator are told; anything that is set already stays.
+# Set variables of NCCL, gloo and the allocator, unless they are set already.
 network_and_memory() {
-    # errors of the network with their reason in the log, and nothing else
+    # log only warnings and errors of the network, with their reason
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-    # keep the last collectives of every rank, and write them down when one runs into its time limit: who waits for whom
+    # record the last collectives of every rank, and dump them after a time-out, to show which rank was waited for
     export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-    # packs differ from step to step: growing segments keep the GPU's memory from falling into pieces
+    # packs differ in size from step to step: expandable segments avoid fragmentation of GPU memory
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-    # the first interface that is found may be a management network, or lead nowhere
+    # the interface that is chosen by default may be a management network, or have no route
     if [[ -n ${INTERFACE:-} ]]; then
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
     fi
 }
 
-# The run_dir=... among the arguments, or nothing.
+# Print the value of run_dir=... among the arguments, or nothing.
 run_dir_of() {
     local argument found=
     for argument in "$@"; do
@@ -91,13 +91,13 @@ run_dir_of() {
     printf '%s' "$found"
 }
 
-# Tells one exit.json of run folder $1 from the next. Not by comparing clocks: a file server's differs from ours.
+# Print an identity of exit.json in run folder $1, to notice a new one. Clocks aren't compared: a file server's may differ.
 exit_mark() {
     if [[ -n $1 ]]; then stat -c '%i %.Y' "$1/exit.json" 2>/dev/null || true; fi
 }
 
-# torchrun turns every code into 1; the run's own code is in exit.json. $1: run folder, $2: its exit_mark before the start,
-# $3: the code to use if the run has written no exit.json since.
+# Print the run's exit code from exit.json, as torchrun turns every code into 1. $1: run folder, $2: its exit_mark before
+# the start, $3: the code to use if the run has written no exit.json since.
 final_code() {
     local code=
     if [[ -n $1 && -f $1/exit.json && $(exit_mark "$1") != "$2" ]]; then
@@ -106,11 +106,11 @@ final_code() {
     echo "${code:-$3}"
 }
 
-# Run a command, hand the first stop signal on to it, and wait until it has really ended. Leaves its code in $status and
-# the name of the signal in $stopped_by.
+# Run a command, forward the first stop signal to it, and wait until it has ended. Sets $status to its code and
+# $stopped_by to the name of the signal.
 # - The command gets a session of its own: Ctrl-C and `timeout` signal the whole process group, and a signal that reaches
 #   torchrun twice or three times cuts the save short. Repeated signals are dropped here for the same reason.
-# - Ctrl-C is handed on as SIGTERM, because a command that a script starts in the background ignores SIGINT.
+# - Ctrl-C is forwarded as SIGTERM, because a command that a script starts in the background ignores SIGINT.
 run_and_forward() {
     child= stopped_by= interrupted=
     trap 'forward TERM' TERM INT HUP
@@ -125,13 +125,13 @@ run_and_forward() {
         [[ -n $interrupted ]] || break
     done
     trap - TERM INT HUP USR1
-    # 143, 138: it died of our signal before it could handle it, so before it had begun
+    # 143, 138: our signal killed it before it installed its handlers, so before training began
     if [[ -n $stopped_by && ($status == 143 || $status == 138) ]]; then
         status=75
     fi
 }
 
-# After torchrun's traceback, say in one line what a stop means.
+# Explain exit code 75 in one line after torchrun's traceback.
 explain() {
     if [[ $1 == 75 ]]; then say "stopped: give the same command again to go on"; fi
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several machines. Start it on every one of them, with the same settings:
+# Train on several machines. Start it on each of them with the same settings:
 #
 #   NNODES=4 MASTER_ADDR=node-0 RUN_ID=first-try ./launch/multinode.sh experiment=... run_dir=/shared/runs/x key=value ...
 #
@@ -7,10 +7,10 @@
 #   MASTER_ADDR       one of the machines, by a name or address that all can reach
 #   MASTER_PORT       a free port on it (29400)
 #   RUN_ID            a name for this launch, the same on all machines, another one for the next launch
-#   MAX_RESTARTS      how often to start all processes again after a failure, or after a machine has left or joined (0)
-#   NPROC             processes per machine: one per GPU, or 2 on a CPU
-#   LOCAL_ADDR        this machine's address, where its host name does not resolve on the others
-#   INTERFACE         the network interface to talk over, e.g. eth0, where the first one found is the wrong one
+#   MAX_RESTARTS      restarts of all processes after a failure, or after a machine has left or joined (0)
+#   NPROC             processes per machine (one per GPU, or 2 on a CPU)
+#   LOCAL_ADDR        this machine's address, if the others can't resolve its host name
+#   INTERFACE         network interface, e.g. eth0, if the one that is found by default is wrong
 #   SHUTDOWN_TIMEOUT  seconds that a stop signal leaves for the save (300)
 #
 # run_dir must be in a folder that all machines share. Exit codes are those of torchrun.sh. A stop signal need reach only one
@@ -27,8 +27,8 @@ done
 processes=${NPROC:-$(processes_here)}
 limit_threads "$processes"
 network_and_memory
-# By default agents keep the store of their first round, and the first agent doesn't announce it again: a machine that comes
-# back waits for the address in vain, and the run ends with a time-out
+# By default agents share the store of their first rendezvous, whose address isn't announced again: a machine that comes
+# back would wait for it until the run ends with a time-out
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 use_private_extensions
 remove_stale_build_locks

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to a trained text-to-video model: set up, make the demo data, train VAE and DiT (on latents encoded once), sample, evaluate.
+# Train a demo text-to-video model from scratch: set up, make the demo data, train a VAE, encode latents, train a DiT,
+# sample, evaluate.
 #
 #   ./launch/quickstart.sh
 #
-# It can be stopped at any time; give the command again and it goes on where it stopped.
+# It can be stopped at any time; the same command resumes it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
@@ -13,7 +14,7 @@ if (($# > 0)); then
     exit 2
 fi
 
-# Every command is repeatable: what is done already takes only seconds.
+# Every command may be repeated: finished work is skipped within seconds.
 step() {
     local started=$SECONDS
     say ""

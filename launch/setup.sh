@@ -3,8 +3,8 @@
 #
 #   ./launch/setup.sh
 #
-# Safe to call at any time: it returns at once when there is nothing to do, waits for a second call of itself, and makes an
-# environment anew that an earlier call could not finish.
+# Safe to call at any time: it returns at once if there is nothing to do, waits for another call that is running, and
+# rebuilds an environment that an earlier call could not finish.
 #   SORA_PYTHON  the interpreter to use, 3.11 or newer (python3)
 #   SORA_VENV    where to put the environment (.venv)
 set -euo pipefail
@@ -12,10 +12,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${SORA_PYTHON:-python3}
 venv=${SORA_VENV:-$PWD/.venv}
-stamp=$venv/.sora-setup           # what the finished environment was made from
-unfinished=$venv/.sora-unfinished # there while we work on it
+stamp=$venv/.sora-setup           # hash of the inputs of the finished environment
+unfinished=$venv/.sora-unfinished # exists while the environment is being built
 
-# The folder counts too, because an environment keeps absolute paths and does not survive being moved.
+# The path is part of the hash, because an environment contains absolute paths and can't be moved.
 wanted=$( (echo "$PWD $venv" && cat pyproject.toml constraints.txt) | sha256sum)
 up_to_date() { [[ -f $stamp && $(<"$stamp") == "$wanted" && -x $venv/bin/python ]]; }
 
@@ -49,7 +49,7 @@ run() {
     "$@"
 }
 
-# A killed pip can leave half a package that looks whole. Keep only the lock, which we hold.
+# A killed pip can leave a partial package that seems complete. Delete everything but the lock, which we hold.
 if [[ -f $unfinished ]]; then
     echo "$venv was left unfinished; making it anew" >&2
     find "$venv" -mindepth 1 -maxdepth 1 ! -name .sora-lock ! -name "$(basename "$unfinished")" -exec rm -rf {} +
@@ -60,7 +60,7 @@ rm -f "$stamp"
 [[ -x $venv/bin/python ]] || run "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
 
-# PyTorch first and alone: what is installed after it then keeps the build (CPU or CUDA) that it finds.
+# Install PyTorch first and alone, so that later installs keep its build (CPU or CUDA).
 run "${pip[@]}" torch setuptools wheel
 
 # On a CPU, DeepSpeed compiles one op at the first start. Build it into the package here: the first start is then quick, and

@@ -11,7 +11,7 @@ enter_venv
 use_private_extensions
 remove_stale_build_locks
 limit_threads 2                            # the multi-rank tests run two ranks
-export WANDB_MODE=${WANDB_MODE:-offline} # a test never waits for a server
+export WANDB_MODE=${WANDB_MODE:-offline} # tests must not wait for a server
 
 run() {
     show "$@"

@@ -3,13 +3,13 @@
 #
 #   ./launch/torchrun.sh [NPROC=2] [MAX_RESTARTS=3] experiment=demo run_dir=runs/demo key=value ...
 #
-# The settings can also stand in the environment:
-#   NPROC             processes: one per GPU, or 2 on a CPU
-#   MAX_RESTARTS      how often to start again after a failure (0); a wrong configuration is never tried again
+# The settings can also be environment variables:
+#   NPROC             processes (one per GPU, or 2 on a CPU)
+#   MAX_RESTARTS      restarts after a failure (0); a wrong configuration is never tried again
 #   SHUTDOWN_TIMEOUT  seconds that a stop signal leaves for the save (300)
 #   SORA_RUN_ID       a name for this launch, the same in all processes
 #
-# Stop it with Ctrl-C, SIGTERM or SIGUSR1: it saves and exits with 75; give the same command again to go on.
+# Stop it with Ctrl-C, SIGTERM or SIGUSR1: it saves and exits with 75; the same command resumes it.
 # Exit codes: 0 done, 2 wrong configuration or input, 75 stopped after saving, 1 anything else.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -25,7 +25,7 @@ use_private_extensions
 export SORA_RUN_ID=${SORA_RUN_ID:-$(date -u +%Y%m%d-%H%M%S)-$$}
 run_dir=$(run_dir_of "$@")
 
-# Restarts are counted here, not by torchrun, which would also start a wrong configuration again.
+# We restart here instead of torchrun, which would restart a wrong configuration too.
 command=(torchrun --standalone --nproc-per-node "$processes" --max-restarts 0
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "${SHUTDOWN_TIMEOUT:-300}"
     -m sora_train.train "$@")
@@ -34,7 +34,7 @@ restarts=0
 while true; do
     remove_stale_build_locks
     before=$(exit_mark "$run_dir")
-    export SORA_RESTARTS=$restarts # restarts that bring no new checkpoint end with code 2
+    export SORA_RESTARTS=$restarts # restarts without a new checkpoint end with code 2 after a few
     show "${command[@]}"
     run_and_forward "${command[@]}"
     code=$(final_code "$run_dir" "$before" "$status")

@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in their configurations, where their curves ended, and their curves.
+"""Compare runs: differences of their configurations, last values, and curves.
 
 python -m sora_train.compare RUN RUN ... [figures=[loss,mfu]] [html=compare.html] [png=compare.png]
 python -m sora_train.compare RUN                     writes RUN/report.html
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _told_apart(records: list[Record]) -> list[Record]:
-    """Runs of one name are called by their whole path."""
+    """Rename runs of equal names to their paths."""
     names = [record.name for record in records]
     return [
         Record(str(r.folder), r.folder, r.config, r.curves, r.end, r.quarantine) if names.count(r.name) > 1 else r

@@ -1,4 +1,4 @@
-"""Is this machine, or are all machines of a job, fit for a run?
+"""Check that this machine, or all machines of a job, are ready for a run.
 
     python -m sora_train.doctor [shards=[my/*.tar]] [run_dir=runs/x] [json=report.json]
     torchrun --nnodes 4 ... -m sora_train.doctor ...      the same on every machine, and the links between them
@@ -35,7 +35,7 @@ class Options:
 
 
 def main() -> int:
-    """Check, report, and answer by exit code."""
+    """Run the checks and report them; returns the exit code."""
     wanted = options(Options, __doc__)
     if wanted.json and not Path(wanted.json).absolute().parent.is_dir():
         raise InputError(f"json={wanted.json}: there is no folder {Path(wanted.json).absolute().parent}; make it first")
@@ -51,9 +51,9 @@ def main() -> int:
 
 
 def _everywhere(world: World, mine: dict[str, Any], path: str) -> dict[str, Any]:
-    """The findings of all machines, and those between them; reported before any rank ends.
+    """Gather the findings of all machines, run the checks between them, and report before any rank exits.
 
-    Were they reported later, torchrun would end the main rank in the middle of it, as soon as another one ends with 1.
+    As soon as a rank exits with 1, torchrun kills the others, the main rank in the middle of its report too.
     """
     import torch.distributed as dist
 
@@ -79,7 +79,7 @@ def _everywhere(world: World, mine: dict[str, Any], path: str) -> dict[str, Any]
 
 
 def _report(found: dict[str, Any], path: str) -> None:
-    """Tables, and under them what fails and where: of many machines the tables alone are too long to look through."""
+    """Print the findings as tables, and the failures below them, since tables of many machines are long."""
     _show(found)
     for host, findings in found.items():
         for finding in findings:

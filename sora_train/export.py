@@ -86,14 +86,14 @@ def main() -> int:
 
 
 def _of_length(run_dir: Path, length: float) -> dict[str, torch.Tensor]:
-    """The weights averaged over any length, from snapshots."""
+    """Compute the weights averaged over any length, from snapshots."""
     weights, step, error = combined(run_dir, length)
     print(f"the average of length {length:g} at step {step}; its weighting is met to {error:.2%}")
     return weights
 
 
 def _check_for_diffusers(config: Config, o: Options) -> None:
-    """Raise InputError for a run that diffusers has no form for."""
+    """Raise InputError if diffusers has no format for the run."""
     if not METHODS.get(config.method).makes_videos:
         raise InputError(f"format={o.format} writes video models; diffusers knows no VAE of ours")
     if config.flow.prediction is not Prediction.velocity:
@@ -108,7 +108,7 @@ def _check_for_diffusers(config: Config, o: Options) -> None:
 
 
 def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path) -> None:
-    """The transformer in the form of diffusers; around it a `WanPipeline` where its other parts are released ones."""
+    """Write the transformer in diffusers' format, as a `WanPipeline` if VAE and text encoder are released ones."""
     family = FAMILIES.get(config.model.family)
     family.save(transformer_weights(weights), config.model, config.text_encoder.width, out / "transformer")
     if config.vae.class_name is None or config.text_encoder.path is None:
@@ -135,7 +135,7 @@ def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path) -> No
 
 
 def _class_of(folder: Path) -> str:
-    """The class that transformers wrote a model or a tokenizer from."""
+    """Name of the class with which transformers saved a model or a tokenizer."""
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file() and folder.name == "tokenizer":
         return str(json.loads(tokenizer.read_text())["tokenizer_class"])
@@ -144,7 +144,7 @@ def _class_of(folder: Path) -> str:
 
 @torch.no_grad()
 def _measure(vae: VideoVAE, config: Config) -> None:
-    """Set the latents' mean and deviation per channel, from training clips."""
+    """Set the mean and standard deviation of the VAE's latents per channel, measured on training clips."""
     plan = Shards(config).plan(config)
     latents: list[torch.Tensor] = []
     with Pool.of(config.data) as pool:
@@ -160,7 +160,7 @@ def _measure(vae: VideoVAE, config: Config) -> None:
     values = torch.cat(latents, dim=1)
     std = values.std(1)
     vae.latents_mean.copy_(values.mean(1))
-    vae.latents_std.copy_(std.clamp(min=0.1 * std.max()))  # a channel that hardly varies isn't blown up
+    vae.latents_std.copy_(std.clamp(min=0.1 * std.max()))  # limit the amplification of channels that hardly vary
 
 
 if __name__ == "__main__":

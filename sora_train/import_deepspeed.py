@@ -1,13 +1,13 @@
-"""Begin a run from a checkpoint that DeepSpeed's own `engine.save_checkpoint` wrote.
+"""Start a run from a checkpoint written by DeepSpeed's own `engine.save_checkpoint`.
 
     python -m sora_train.import_deepspeed checkpoint=old/checkpoints run_dir=runs/x [tag=global_step1000] [prefix=...]
         [network=video]
 
-ZeRO 1, 2 and 3 at any number of ranks, and universal checkpoints: fp32 weights, Adam's moments and the step count
-become a checkpoint of `run_dir`, by parameter name (`prefix` is taken off the names) of `network`, which is vae for an
-autoencoder. `sora_train.train` goes on from it at any number of ranks and any stage; it refuses names or sizes that
-aren't its network's. The averages begin as the weights, and the data at its beginning: DeepSpeed's files hold neither.
-Nothing in them is executed.
+Reads ZeRO 1, 2 and 3 from any number of ranks, and universal checkpoints. fp32 weights, Adam's moments and the step
+count become a checkpoint in `run_dir`, under the parameter names without `prefix`, for `network` (vae for an
+autoencoder). `sora_train.train` resumes from it at any number of ranks and any stage, and refuses names or sizes that
+aren't its network's. DeepSpeed's files hold neither averages nor the position in the data: averages start as the
+weights, and the data at its beginning. No code in the files is executed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Options:
 
 
 def main() -> int:
-    """Read, convert, write."""
+    """Read, convert and write the checkpoint."""
     o = options(Options, __doc__)
     folder, run_dir = Path(o.checkpoint), Path(o.run_dir)
     if not folder.is_dir():

@@ -10,9 +10,9 @@
     device_hours=50676   hours that one device runs between failures
     rehearse=true        besides, take one real step of one rank here, the others missing; needs that rank's memory
 
-Prints parameters, batch arithmetic, FLOPs, checkpoint advice; with shards at hand steps per epoch, packing and balance;
-memory by part and step time for ZeRO 0 to 3, and by the number of ranks that share a pack; and says which setting fits.
-How far off it is: docs/planning.md.
+Prints parameters, batch arithmetic, FLOPs and checkpoint advice; if the shards exist, steps per epoch, packing and
+balance; memory by part and step time for ZeRO 0 to 3 and by degree of sequence parallelism; and suggests a setting.
+docs/planning.md has its accuracy.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def plan(config: Config, options: Options) -> int:
 
 
 def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
-    """The forecast of a configuration, with its plan where there are shards."""
+    """Compute the forecast of a configuration; `data` is its plan if there are shards."""
     device = measure_cpu() if options.hardware == "cpu" else hardware(options.hardware)
     if options.price is not None:
         device = replace(device, dollars_per_hour=options.price)
@@ -86,7 +86,7 @@ def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
 
 
 def _data(config: Config) -> tuple[Plan | None, str]:
-    """The plan of the shards, where they are there and indexed; else why not."""
+    """Build the plan if the shards exist and are indexed; else return the reason."""
     try:
         return Shards(config).plan(config).plans[0], ""
     except InputError as error:

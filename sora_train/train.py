@@ -4,7 +4,7 @@
     torchrun --nproc-per-node N -m sora_train.train experiment=demo run_dir=runs/x ...
     python -m sora_train.train -m experiment=demo run_dir=runs/sweep optim.lr=1e-3,3e-3
 
-The same command goes on where a stopped or killed run was. Exit codes: 0 done, 2 wrong configuration or input,
+The same command resumes a stopped or killed run. Exit codes: 0 done, 2 wrong configuration or input,
 75 stopped by a signal after saving (give the command again), 1 anything else.
 """
 
@@ -28,7 +28,7 @@ from sora_train.training.state.mirror import Mirror
 
 
 def train(config: Config) -> int:
-    """One rank's part in a run, from a checked configuration to an exit code (also left in run_dir/exit.json)."""
+    """Run training on one rank; returns the exit code, which is written to run_dir/exit.json too."""
     world = from_environment().with_sequence(config.parallel.sequence)
     code, reason = 1, "failed; see the logs"
     try:
@@ -37,7 +37,7 @@ def train(config: Config) -> int:
         code, reason = BAD_INPUT, str(error)
         raise
     finally:
-        told = (Path(config.run_dir) / "exit.json").exists()  # by the rank that failed first, and knows why
+        told = (Path(config.run_dir) / "exit.json").exists()  # written by the rank that failed first, with the reason
         if code == BAD_INPUT or (world.is_main and not (code == 1 and told)):
             write_exit(config.run_dir, code, reason)
         if world.is_main and code != BAD_INPUT:
@@ -46,7 +46,7 @@ def train(config: Config) -> int:
 
 
 def _report(run_dir: Path) -> None:
-    """Leave report.html; whatever is wrong with it, the run has ended as it has."""
+    """Write report.html. A failure is logged and doesn't change the exit code."""
     if not (run_dir / "metrics.jsonl").is_file():
         return
     from sora_train.operations.records import read
@@ -59,11 +59,15 @@ def _report(run_dir: Path) -> None:
 
 
 def _start(config: Config, world: World) -> tuple[int, str]:
-    """Do what costs no import: shards, the lock, what changed; then train. Returns the exit code and its reason."""
+    """Run the checks that need no slow import (shards, lock, changed keys), then train.
+
+    Returns:
+        The exit code and its reason.
+    """
     for patterns in (*(source.shards for source in config.data.sources.values()), config.data.validation):
-        expand([p for p in patterns if scheme(p) is None])  # a missing shard is answered now, before slow imports
+        expand([p for p in patterns if scheme(p) is None])  # reports missing shards now, before slow imports
         for command in filter(is_command, patterns):
-            words(command, config.data.commands)  # and so is a command that isn't allowed
+            words(command, config.data.commands)  # reports commands that aren't allowed
     for table in (t for t in config.data.side_tables if scheme(t) is None):
         expand([table], None, "side table", "data.side_tables")
     if not world.is_main:

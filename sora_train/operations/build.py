@@ -1,4 +1,4 @@
-"""Put a run together: configuration to plan, networks, engines and trainer."""
+"""Build a run from its configuration: plan, networks, engines and trainer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from sora_train.training.trainer import Trainer
 
 
 def build_trainer(config: Config, world: World, device: torch.device, shards: Shards, pool: Pool) -> Trainer:
-    """Everything of one rank's part in a run. The process group is up and the shards are indexed."""
+    """Build one rank's trainer. Collective; the process group must exist and the shards must be indexed."""
     d, logging, run_dir = config.data, config.logging, Path(config.run_dir)
     passes = passes_of_rank(d.slots, world.data_rank, world.data_size, config.parallel.accumulation)
     plan, held_out = shards.plan(config), shards.held_out(config)
@@ -53,7 +53,7 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
         run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
         plan.share(run, owner=world.local_rank == 0)
     ledger = Ledger(run_dir, world.rank)
-    if world.is_main:  # before the engines' first collective, so that no rank has refused anything yet
+    if world.is_main:  # before the engines' first collective, hence before any rank refuses a sample
         indexes = [plan.index, *([held_out.index] if held_out else [])]
         ledger.refused_before([r for index in indexes for r in refusals(index)])
     if logging.memory_history:
@@ -77,7 +77,7 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     def validation() -> Iterator[Pack]:
         return validation_packs(held_out, pool, passes, logging.validation_clips, group) if held_out else iter(())
 
-    # a plan of its own: the run's is shared by the ranks of this machine, and goes on
+    # previews of training clips need a plan of their own: the run's is shared by the ranks and moves on
     source = (lambda: held_out) if logging.previews is Previews.held_out else partial(shards.plan, config)
     previews = PreviewClips(source, pool, logging.sample_clips, group)
 
@@ -98,7 +98,7 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
 
 
 def build_learner(config: Config, world: World, device: torch.device, group: ulysses.Group) -> Learner:
-    """The networks of a run on this rank's device, from the seed or from `init_from`."""
+    """Build the networks of a run on this rank's device, initialised from the seed or from `init_from`."""
     torch.manual_seed(config.seed)
     learner: Learner = METHODS.get(config.method).learner(config, device)
     if config.init_from is not None:

@@ -39,12 +39,12 @@ class Finding:
     value: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to a dictionary for JSON."""
         return asdict(self)
 
 
 def machine(shards: list[str], run_dir: str) -> list[Finding]:
-    """Every check of this machine. Nothing here needs another one."""
+    """Run all checks of this machine, which don't involve any other."""
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "versions": versions, "GPUs": gpus, "decoder": decoders, "shards": lambda: shard_reads(shards),
         "space": lambda: space(run_dir), "limits": limits, "build locks": build_locks,
@@ -54,7 +54,7 @@ def machine(shards: list[str], run_dir: str) -> list[Finding]:
 
 
 def _tried(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A check's findings; that it breaks is one too: this machine must still report, and the others wait for it."""
+    """Run a check. An exception in it becomes a finding, because the other machines wait for this one's report."""
     try:
         yield from check()
     except Exception as error:
@@ -63,7 +63,7 @@ def _tried(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Findin
 
 
 def versions() -> Iterator[Finding]:
-    """Python and the packages that a run stands on."""
+    """Report the versions of Python and of required packages."""
     yield Finding("python", OK, f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} CPUs")
     found, missing = [], []
     for name in _PACKAGES:
@@ -77,7 +77,7 @@ def versions() -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
-    """The GPUs that torch can use, each by a small product on it."""
+    """Check every GPU that torch can use by a small matrix product, and its free memory."""
     if not torch.cuda.is_available():
         yield Finding("GPUs", WARNING, "none that torch can use; training runs on the CPU", 0)
         return
@@ -91,7 +91,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def decoders() -> Iterator[Finding]:
-    """Decode a made clip in the child process that training uses, and look at the pixels."""
+    """Decode a synthetic clip in a child process as training does, and compare its pixels."""
     shade = np.arange(0, 250, 25, dtype=np.uint8)
     clip = np.broadcast_to(shade[:, None, None, None], (len(shade), 64, 96, 3)).copy()
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"sora_train-doctor-{os.getpid()}.mp4"
@@ -126,7 +126,7 @@ def shard_reads(patterns: list[str]) -> Iterator[Finding]:
     for path in sorted({paths[0], paths[len(paths) // 2], paths[-1]}):
         try:
             with Path(path).open("rb", buffering=0) as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the disk's speed, not the page cache's
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # measure the disk, not the page cache
                 while done < _READ_BYTES and (part := file.read(4 << 20)):
                     done += len(part)
         except OSError as error:
@@ -137,7 +137,7 @@ def shard_reads(patterns: list[str]) -> Iterator[Finding]:
 
 
 def space(run_dir: str) -> Iterator[Finding]:
-    """Room for checkpoints, and for decoded frames in shared memory."""
+    """Check the free space for checkpoints on disk, and for decoded frames in shared memory."""
     existing = next(p for p in (Path(run_dir).resolve(), *Path(run_dir).resolve().parents) if p.exists())
     for name, path, least in (("disk", existing, 10.0), ("shared memory", Path("/dev/shm"), 1.0)):
         if not path.exists():
@@ -148,7 +148,7 @@ def space(run_dir: str) -> Iterator[Finding]:
 
 
 def limits() -> Iterator[Finding]:
-    """Limits that end long runs: open files, and locked memory where RDMA needs it."""
+    """Check the limits on open files, and on locked memory if there is InfiniBand."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     enough = files == resource.RLIM_INFINITY or files >= 4096
     yield Finding("open files", OK if enough else WARNING, f"{files} allowed (ulimit -n); 4096 are wanted", files)
@@ -158,7 +158,7 @@ def limits() -> Iterator[Finding]:
 
 
 def build_locks() -> Iterator[Finding]:
-    """Locks of op builds that were killed: every later start would wait for them without a word."""
+    """Find locks of killed builds of torch extensions, for which every later start would wait silently."""
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
     stale = [lock for lock in folder.glob("**/lock") if not _is_open(lock)]
     if stale:
@@ -174,13 +174,13 @@ def _is_open(path: Path) -> bool:
         try:
             if str(descriptor.readlink()) == wanted:
                 return True
-        except OSError:  # it ended, or isn't ours
+        except OSError:  # the process ended, or belongs to another user
             continue
     return False
 
 
 def writable(run_dir: str) -> Iterator[Finding]:
-    """Write, sync, rename and remove a file where checkpoints go."""
+    """Write, sync, rename and delete a file in the folder of checkpoints."""
     folder = Path(run_dir) / "checkpoints"
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     probe = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
@@ -197,7 +197,7 @@ def writable(run_dir: str) -> Iterator[Finding]:
         yield Finding("checkpoint folder", FAILURE, f"{folder}: {error.strerror}")
         return
     speed = 8 * 1.048576 / max(time.monotonic() - start, 1e-9)
-    for path in made:  # leave nothing behind; another machine may be using it still
+    for path in made:  # delete the folders that we created, unless another machine uses them
         if path.exists() and not any(path.iterdir()):
             path.rmdir()
     yield Finding("checkpoint folder", OK, f"{folder} written at {speed:.0f} MB/s", speed)

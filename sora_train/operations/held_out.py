@@ -1,4 +1,4 @@
-"""Held-out clips in a run: packs for the validation loss, and previews for people."""
+"""Validation packs and preview clips of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Group = ulysses.Group
 
 
 def validation_packs(plan: Plan, pool: Pool, passes: list[list[int]], clips: int, group: Group) -> Iterator[Pack]:
-    """This rank's packs of the first steps that together hold at least `clips` clips, as many on every rank."""
+    """Yield this rank's packs of the first steps with at least `clips` clips in all; the same number on every rank."""
     steps, count = 0, 0
     for position, slots in plan.from_position(Position()):
         if count >= clips or position.epoch > 0:
@@ -34,14 +34,14 @@ def validation_packs(plan: Plan, pool: Pool, passes: list[list[int]], clips: int
 
 
 class PreviewClips:
-    """The clips that previews show: the first of a plan that move, the same on every rank. Read once, then kept."""
+    """The clips of previews: the first videos (not images) of a plan, the same on every rank. Read once and cached."""
 
     def __init__(self, source: Callable[[], Plan | Stages | None], pool: Pool, count: int, group: Group) -> None:
         self._source, self._pool, self._count, self._group = source, pool, count, group
         self._clips: list[Clip] | None = None
 
     def get(self) -> list[Clip]:
-        """The clips; fewer than asked for where the plan's first steps have no more. All ranks together."""
+        """Read the clips, or return the cached ones; fewer if the plan's first steps have fewer. Collective."""
         if self._clips is None:
             plan = self._source()
             moving = (lambda clip: clip.visit.frames > 1) if plan else None
@@ -58,10 +58,20 @@ def write_previews(
     world: World,
     break_off: Callable[[], bool],
 ) -> dict[str, Path]:
-    """Write a preview of every clip, the work shared out over the data-parallel groups; returns the videos by caption.
+    """Write a preview of every clip. Collective.
 
-    Every rank runs the network equally often, because a partitioned network needs all of them. `break_off` is asked
-    before each preview, by all ranks together; then the rest is left, and no video returned.
+    The data-parallel groups share the clips. Every rank runs the network equally often, as ZeRO-3 needs all ranks.
+
+    Args:
+        preview: Generates the frames of a clip.
+        clips: The clips.
+        folder: Folder of the results.
+        fps: Frames per second of clips that have none (images).
+        world: This rank.
+        break_off: Called by all ranks before each preview; if it returns True, the rest is skipped.
+
+    Returns:
+        Video files by caption; none if it was broken off.
     """
     paths = {}
     for number in range(-(-len(clips) // world.data_size)):

@@ -1,9 +1,9 @@
-"""The index on every node of a cluster: each node makes its share of what is missing, and hands it to the others.
+"""Indexing on a cluster: each node indexes a share of the shards and sends the indexes to the other nodes.
 
-A node keeps the indexes of remote shards in a cache of its own, so one node's work doesn't help the next by itself. The
-first rank of each node adopts what lies beside the shards; what then is missing on all of them is shared out over the
-nodes, indexed once, and sent to those that lack it. Indexing may take hours, so the ranks wait in a group whose
-time-out is days: a rank that fails is noticed by its closed connection.
+Indexes of remote shards are stored in a cache on each node. The first rank of each node adopts indexes that lie beside
+the shards. Shards that are then without an index on all nodes are divided among the nodes, indexed once, and every
+index is sent to the nodes that lack it. Indexing may take hours, so ranks wait in a process group with a time-out of
+days; a rank that dies is noticed by its closed connection.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _log = logging.getLogger(__name__)
 
 
 def index_everywhere(wanted: Wanted, world: World) -> None:
-    """Have an index of every shard on every node. All ranks together, in a process group.
+    """Make sure that every node has the index of every shard. Collective.
 
-    Raises InputError on all ranks where a shard can't be read on one node, or is another one there.
+    Raises InputError, on all ranks, if a shard can't be read on a node, or differs between nodes.
     """
     if world.size == 1:
         wanted.make(wanted.shards)
@@ -49,13 +49,13 @@ def index_everywhere(wanted: Wanted, world: World) -> None:
 
 
 def share_out(lacking: Mapping[int, Sequence[str]]) -> dict[str, int]:
-    """Choose the node that gives its index of each shard to the others.
+    """Choose the node that provides the index of each shard.
 
     Args:
-        lacking: Of the first rank of each node, the shards whose index it lacks.
+        lacking: Shards without an index on each node, by the node's first rank.
 
     Returns:
-        Of each shard that any node lacks: the first rank of a node that has it, or else of the one that is to make it.
+        For each shard that a node lacks, the first rank of a node that has its index, or that shall make it.
     """
     sets = {rank: set(shards) for rank, shards in sorted(lacking.items())}
     owners: dict[str, int] = {}
@@ -66,14 +66,14 @@ def share_out(lacking: Mapping[int, Sequence[str]]) -> dict[str, int]:
 
 
 class _Nodes:
-    """The nodes of a run, each spoken for by its first rank."""
+    """Collective operations of the nodes of a run; the first rank of a node acts for it."""
 
     def __init__(self, wanted: Wanted, world: World, every: Any) -> None:
         self.wanted, self.world, self.every = wanted, world, every
         self.leads = world.local_rank == 0
 
     def lacking(self, shards: Sequence[str]) -> dict[int, list[str]]:
-        """Of the first rank of each node, those of some shards that have no index there."""
+        """Find the shards without an index on each node, by the node's first rank."""
         found: list[str] = []
         _together(lambda: found.extend(self.wanted.missing(shards) if self.leads else []), self.every)
         told: list[Any] = [None] * self.world.size
@@ -81,10 +81,10 @@ class _Nodes:
         return {rank: missing for rank, missing in enumerate(told) if missing is not None}
 
     def hand_over(self, lacking: Mapping[int, Sequence[str]]) -> None:
-        """Send each index that a node lacks from a node that has it."""
+        """Send indexes from the nodes that have them to the nodes that lack them."""
         leaders, owners, w = sorted(lacking), share_out(lacking), self.wanted
         group = dist.new_group(leaders, backend="gloo", timeout=_PATIENCE)
-        refused: list[InputError] = []  # raised at the end: the others count on every broadcast
+        refused: list[InputError] = []  # raised after the loop, since every rank must take part in every broadcast
 
         def send() -> None:
             for shard, owner in owners.items() if self.leads else ():
@@ -104,7 +104,7 @@ class _Nodes:
 
 
 def _together(work: Callable[[], None], group: Any) -> None:
-    """Do it on every rank, and raise on all what went wrong on any."""
+    """Call `work` on every rank; if it raises InputError on any, raise it on all."""
     said = ""
     try:
         work()

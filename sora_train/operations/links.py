@@ -1,4 +1,4 @@
-"""Between machines: versions and variables, bandwidth of every pair and of all together, how far clocks are apart."""
+"""Checks between machines: versions and variables, bandwidth of each pair and of an all-reduce, and clock skew."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sora_train.operations.checks import FAILURE, OK, WARNING, Finding
 from sora_train.operations.preflight import differences, surroundings
 
 _BYTES = 16 << 20
-_SLOW = 0.5  # of the median of all pairs
-_SKEW_S = 0.5
+_SLOW = 0.5  # share of the median speed below which a pair is slow
+_SKEW_S = 0.5  # clock skew from which a warning is given, seconds
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Every pair of `count` once, in rounds in which nobody is in two pairs (the circle method of tournaments)."""
+    """Yield all pairs of `count` members once, in rounds of disjoint pairs (circle method of round-robin schedules)."""
     places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     for _ in range(len(places) - 1):
         half = len(places) // 2
@@ -30,11 +30,11 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def between(world: World, device: torch.device) -> list[Finding]:
-    """All checks between ranks; every rank calls it, and every rank gets the same findings."""
+    """Run all checks between ranks. Collective; every rank gets the same findings."""
     hosts: list[str] = [""] * world.size
     dist.all_gather_object(hosts, socket.gethostname())
     nodes = list(range(0, world.size, world.local_size))
-    speakers = nodes if len(nodes) > 1 else list(range(world.size))  # on one machine: its ranks
+    speakers = nodes if len(nodes) > 1 else list(range(world.size))  # on a single machine, test pairs of its ranks
     names = [f"{hosts[r]} (rank {r})" for r in speakers]
     speeds = _pairs(speakers, world.rank, device)
     return [*_alike(world), *judge(speeds, names), _together(world, device), _clocks(speakers, hosts, world)]
@@ -49,7 +49,7 @@ def _alike(world: World) -> list[Finding]:
 
 
 def judge(speeds: dict[tuple[int, int], float], names: Sequence[str]) -> list[Finding]:
-    """Findings on pair speeds in byte/s: slow pairs by name, and who is in most of them."""
+    """Evaluate pair speeds in byte/s: report slow pairs, and the machine that is in most of them."""
     middle = statistics.median(speeds.values())
     slow = sorted((speed, pair) for pair, speed in speeds.items() if speed < _SLOW * middle)
     found = [Finding("pairs", OK, f"{len(speeds)} pair(s), median {middle / 1e9:.2f} GB/s each way", middle / 1e9)]
@@ -65,7 +65,7 @@ def judge(speeds: dict[tuple[int, int], float], names: Sequence[str]) -> list[Fi
 
 
 def _pairs(speakers: list[int], rank: int, device: torch.device) -> dict[tuple[int, int], float]:
-    """Byte/s each way while both of a pair send to each other, by place in `speakers`."""
+    """Measure each pair's speed in byte/s and direction, both sending at once; by indices into `speakers`."""
     out = torch.ones(_BYTES // 4, device=device)
     into = torch.empty_like(out)
     mine: dict[tuple[int, int], float] = {}
@@ -95,11 +95,11 @@ def _pairs(speakers: list[int], rank: int, device: torch.device) -> dict[tuple[i
 
 
 def _together(world: World, device: torch.device) -> Finding:
-    """Bus bandwidth of an all-reduce over all ranks: 2 (n - 1) / n of the bytes in the time it takes."""
+    """Measure the bus bandwidth of an all-reduce over all n ranks: 2 (n - 1) / n of its bytes / time."""
     values = torch.empty(_BYTES // 4, device=device)
     best, right = float("inf"), True
     for _ in range(3):
-        values.fill_(1.0)  # anew each time: a power of the ranks would soon be more than fp32 can count
+        values.fill_(1.0)  # reset, or repeated sums would soon exceed the integers that fp32 represents
         dist.barrier()
         start = time.monotonic()
         dist.all_reduce(values)
@@ -115,7 +115,7 @@ def _together(world: World, device: torch.device) -> Finding:
 
 
 def _clocks(speakers: list[int], hosts: list[str], world: World) -> Finding:
-    """Spread of the clocks right after a barrier; the barrier's own spread counts as skew, so it is an upper bound."""
+    """Measure the clock skew after a barrier. An upper bound, as ranks don't leave the barrier at the same time."""
     least = float("inf")
     place = (0, 0)
     for _ in range(3):

@@ -1,8 +1,8 @@
-"""One run per folder: a lock that the kernel lets go of however its holder ends, and that says who holds it.
+"""Lock of a run folder against a second run, released by the kernel however its holder ends.
 
-`run_dir/lock.json` is locked with flock for as long as the run lives. Some shared file systems keep flock to one
-machine; there the heartbeat in the file tells whether a holder on another host lives. No clocks are compared: the
-heartbeat is a counter, and it is watched for a while to see whether it moves.
+`run_dir/lock.json` is locked with flock while the run lives. On shared file systems where flock doesn't work between
+machines, a heartbeat in the file shows whether a holder on another host is alive. The heartbeat is a counter that is
+observed for a few seconds, so clocks need not agree.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 from sora_train.core.cli import InputError
 
-_BEAT_S = 5.0
+_BEAT_S = 5.0  # seconds between heartbeats
 
 
 class RunLock:
-    """Taken by the main rank before anything is written; raises InputError while another run holds it."""
+    """The lock, taken on creation by the main rank. Raises InputError if another run holds it."""
 
     def __init__(self, run_dir: Path, beat_s: float = _BEAT_S) -> None:
         self.path, self.beat_s = run_dir / "lock.json", beat_s
@@ -41,7 +41,7 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Let go."""
+        """Release the lock."""
         self._end.set()
         self._thread.join()
         self._mine["released"] = True
@@ -82,12 +82,12 @@ class RunLock:
 
     def _write(self) -> None:
         text = json.dumps(self._mine).encode()
-        os.pwrite(self._descriptor, text.ljust(512) + b"\n", 0)  # one length, so that nothing older is left at its end
+        os.pwrite(self._descriptor, text.ljust(512) + b"\n", 0)  # fixed length, to overwrite the old text completely
 
     def _beat(self) -> None:
         while not self._end.wait(self.beat_s):
             self._mine["heartbeat"] += 1
             try:
                 self._write()
-            except OSError:  # a full disk; the lock itself holds on
+            except OSError:  # e.g. a full disk; the flock isn't affected
                 continue

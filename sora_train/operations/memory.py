@@ -1,4 +1,4 @@
-"""Running out of memory, as one line instead of a traceback."""
+"""Report of running out of memory as one line of advice instead of a traceback."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sora_train.training.report.profiling import dump_memory
 
 @dataclass
 class Whereabouts:
-    """Tells where a run stands; `where` is the trainer's, once there is one."""
+    """Source of the current step and phase of a run; `where` is set to the trainer's method once there is one."""
 
     where: Callable[[], Place] = lambda: Place(0, "start")
 
 
 @contextmanager
 def out_of_memory(config: Config, world: World) -> Iterator[Whereabouts]:
-    """Turn running out of memory into an InputError that says where, and what should fit.
+    """Context that turns out-of-memory errors into an InputError with the place and a setting that should fit.
 
-    Where it is a GPU's memory, a snapshot of it is left in run_dir/logs.
+    For GPU memory a snapshot is written to run_dir/logs.
     """
     known = Whereabouts()
     try:

@@ -1,4 +1,4 @@
-"""Checks between a command and its first step: what changed since the last start, and whether all ranks agree.
+"""Checks at the start of a run: changes since the last start, useless restarts, and agreement of all ranks.
 
 `changes` and `count_restart` need no torch and run before any process group.
 """
@@ -29,15 +29,14 @@ _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "decord", "av", "webd
 _VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "WORLD_SIZE")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
-_OWN = ("run_dir", "guard.accept_changes")  # keys whose change is no change of the run
-_FREE = ("model.activation_checkpointing", "vae.cache_mib")  # but these change nothing that is learnt
+_OWN = ("run_dir", "guard.accept_changes")  # keys that aren't compared
+_FREE = ("model.activation_checkpointing", "vae.cache_mib")  # keys of fixed sections that don't affect the weights
 
 
 def changes(config: Config) -> list[str]:
     """Changes of the configuration since the last start in this folder, a line each; empty for a new run.
 
-    Raises InputError where the weights of its checkpoints would no longer fit what is trained, unless
-    guard.accept_changes is set.
+    Raises InputError if a key that the method declares as fixed changed, unless guard.accept_changes is set.
     """
     run_dir = Path(config.run_dir)
     if not (run_dir / "config.yaml").is_file() or not any((run_dir / "checkpoints").glob("step-*")):
@@ -57,9 +56,9 @@ def changes(config: Config) -> list[str]:
 
 
 def count_restart(config: Config, world: World) -> None:
-    """Count automatic restarts that brought no new checkpoint; raises InputError when there are too many.
+    """Count consecutive automatic restarts without a new checkpoint. Raises InputError if there are too many.
 
-    A start by hand begins a new count. The main rank calls it.
+    A manual start resets the count. Called by the main rank.
     """
     run_dir, limit = Path(config.run_dir), config.guard.max_futile_restarts
     path = run_dir / "starts.json"
@@ -79,7 +78,7 @@ def count_restart(config: Config, world: World) -> None:
 
 @contextmanager
 def usable(run_dir: Path) -> Iterator[None]:
-    """Turn a full disk, and files that may not be written or are in a folder's place, into an InputError."""
+    """Context that turns errors of a full disk, missing permissions or misplaced files into an InputError."""
     try:
         yield
     except OSError as error:
@@ -108,7 +107,7 @@ def surroundings() -> dict[str, str]:
 
 
 def facts(config: Config, device: str, fingerprint: str) -> dict[str, str]:
-    """Everything that must be the same on all ranks, by name. `fingerprint` is that of the data set's index."""
+    """Everything that must be the same on all ranks, by name; `fingerprint` identifies the data set's index."""
     return {
         **surroundings(),
         "device": device,
@@ -118,7 +117,7 @@ def facts(config: Config, device: str, fingerprint: str) -> dict[str, str]:
 
 
 def require_agreement(mine: dict[str, str]) -> None:
-    """Compare every rank's facts; raises InputError on all of them where a rank differs. All ranks together."""
+    """Compare the facts of all ranks. Collective; raises InputError on all ranks if one differs."""
     import torch.distributed as dist
 
     ranks = dist.get_world_size()
@@ -145,7 +144,7 @@ def differences(everyone: list[dict[str, str]]) -> list[str]:
 
 
 def code_hash() -> str:
-    """SHA-256 over the source files of sora_train."""
+    """SHA-256 over the source files of sora_train, 16 hex digits."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

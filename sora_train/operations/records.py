@@ -17,13 +17,13 @@ from sora_train.core.cli import InputError
 from sora_train.core.lines import entries
 
 Curve = list[tuple[int, float]]
-_STRETCHES = 500  # of a curve: more than a figure has pixels
-_EVENTS = 100  # first ones, and last ones
+_STRETCHES = 500  # intervals of a thinned curve; more than a figure has pixels
+_EVENTS = 100  # number of first and of last events that are kept
 
 
 @dataclass(frozen=True)
 class Record:
-    """One run folder."""
+    """Contents of a run folder."""
 
     name: str
     folder: Path
@@ -33,13 +33,13 @@ class Record:
     quarantine: Mapping[str, int]  # refused samples by cause
 
     def last(self, figure: str) -> float | None:
-        """The last value of a figure."""
+        """Last value of a figure, if there is one."""
         curve = self.curves.get(figure)
         return curve[-1][1] if curve else None
 
 
 def read(folder: str | Path) -> Record:
-    """Read a run folder; a torn last line is left out. Raises InputError if it holds no run."""
+    """Read a run folder. Incomplete lines are skipped. Raises InputError if it holds no run."""
     path = Path(folder)
     if not (path / "config.yaml").is_file():
         raise InputError(f"{folder} holds no run (there is no {path / 'config.yaml'}); give run folders")
@@ -56,7 +56,7 @@ def read(folder: str | Path) -> Record:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted key; lists stay whole."""
+    """Flatten nested dictionaries to one with dotted keys; lists are values."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -67,14 +67,14 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(records: list[Record]) -> dict[str, list[Any]]:
-    """The keys in which runs differ, each with its value in every run ("" where it has none); run_dir aside."""
+    """Find the keys in which runs differ, with their values in every run ("" if missing); run_dir excluded."""
     keys = sorted({key for record in records for key in record.config} - {"run_dir"})
     rows = {key: [record.config.get(key, "") for record in records] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values[1:])}
 
 
 def samples(folder: Path) -> dict[int, list[tuple[str, Path]]]:
-    """Sample videos and images by step: caption and file."""
+    """Find sample videos and images: caption and file of each, by step."""
     found: dict[int, list[tuple[str, Path]]] = {}
     for about in sorted(folder.glob("samples/step-*/*.json")):
         media = next((m for m in (about.with_suffix(".mp4"), about.with_suffix(".png")) if m.is_file()), None)
@@ -85,9 +85,9 @@ def samples(folder: Path) -> dict[int, list[tuple[str, Path]]]:
 
 
 def events(folder: Path) -> list[tuple[str, str]]:
-    """When, and what was out of the ordinary: resumes, skipped steps, warnings and errors of the main rank's log.
+    """Extract date and text of notable events from the main rank's log: resumes, skipped steps, warnings, errors.
 
-    Of very many the first and the last ones.
+    If there are very many, the first and the last ones.
     """
     log = folder / "logs" / "rank-0.log"
     if not log.is_file():
@@ -109,7 +109,7 @@ def events(folder: Path) -> list[tuple[str, str]]:
 
 
 def _curves(path: Path) -> dict[str, Curve]:
-    """The curves in metrics.jsonl, each thinned to what a picture can show."""
+    """Read the curves in metrics.jsonl, thinned for plots."""
     points: dict[str, tuple[array[int], array[float]]] = {}
     for line in entries(path):
         for key, value in line.items():
@@ -121,7 +121,7 @@ def _curves(path: Path) -> dict[str, Curve]:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> Curve:
-    """At most about a thousand points of a curve: its ends, and the lowest and highest of each stretch between."""
+    """Thin a curve to about a thousand points: its ends, and minimum and maximum of each interval."""
     if len(steps) > 2 * _STRETCHES:
         stretch = np.arange(len(steps)) * _STRETCHES // len(steps)
         starts = np.flatnonzero(np.diff(stretch, prepend=-1))

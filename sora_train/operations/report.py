@@ -1,4 +1,4 @@
-"""A run, or several side by side, as one HTML file that needs nothing else: curves, samples, configuration, events."""
+"""HTML page of one or several runs, self-contained: curves, samples, configuration and events."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sora_train.operations.records import Curve, Record, differences, events, sa
 
 _COLOURS = ("#4269d0", "#d9782d", "#3a9b63", "#c2415b", "#8b5cc7", "#2b9aa8", "#8a6d3b", "#666666")
 _SIZE = (420, 190)
-_MEDIA_BYTES = 24 << 20  # of samples in one page; later ones are named, not shown
+_MEDIA_BYTES = 24 << 20  # bytes of embedded samples; beyond it only file names are shown
 _FIRST = ("loss", "validation_loss", "tokens_per_s", "mfu", "data_wait", "step_time", "grad_norm", "lr")
 
 
 def page(title: str, records: Sequence[Record]) -> str:
-    """The whole page."""
+    """Generate the page."""
     parts = [f"<h1>{html.escape(title)}</h1>", _legend(records), _ends(records)]
     parts += ["<h2>Curves</h2><div class=grid>", *(_figure(name, records) for name in _names(records)), "</div>"]
     if len(records) > 1:
@@ -41,7 +41,7 @@ def page(title: str, records: Sequence[Record]) -> str:
 
 
 def write_report(record: Record) -> Path:
-    """Write `report.html` into a run folder."""
+    """Write `report.html` to a run folder."""
     path = record.folder / "report.html"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(page(record.name, [record]), encoding="utf-8")
@@ -102,12 +102,12 @@ def _figure(name: str, records: Sequence[Record]) -> str:
 
 
 def finite(curve: Curve) -> Curve:
-    """The points of a curve that can be drawn."""
+    """Drop the points of a curve that aren't finite."""
     return [(step, value) for step, value in curve if math.isfinite(value)]
 
 
 def _samples(record: Record, room: int) -> tuple[str, int]:
-    """Players for the samples, newest step first; returns the bytes that are left too."""
+    """Players for the samples, newest step first, within `room` bytes; returns the remaining bytes too."""
     parts = []
     for step, clips in sorted(samples(record.folder).items(), reverse=True):
         parts.append(f"<h3>step {step}</h3><div class=grid>")

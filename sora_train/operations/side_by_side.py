@@ -1,4 +1,4 @@
-"""Several runs in one table and one picture."""
+"""Comparison of several runs in a table on the terminal and in a plot."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sora_train.operations.report import finite
 
 
 def table(records: Sequence[Record], figures: Sequence[str]) -> None:
-    """Print differences and last values."""
+    """Print the differing keys and the last values of figures."""
     shown = Table(title="differences, then last values")
-    shown.add_column("", no_wrap=True)  # a key that is cut short says nothing
+    shown.add_column("", no_wrap=True)  # abbreviated keys would be useless
     for record in records:
         shown.add_column(record.name, justify="right", overflow="fold")
     for key, values in differences(list(records)).items():
@@ -50,6 +50,6 @@ def plot(records: Sequence[Record], figures: Sequence[str], path: Path) -> None:
 
 
 def last_values(records: Sequence[Record], figures: Sequence[str]) -> Mapping[str, list[float | None]]:
-    """The last value of each figure in every run, figures without any left out."""
+    """Last value of each figure in every run; figures without any value are left out."""
     rows = {name: [record.last(name) for record in records] for name in figures}
     return {name: values for name, values in rows.items() if any(value is not None for value in values)}

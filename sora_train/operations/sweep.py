@@ -1,4 +1,4 @@
-"""The jobs of a sweep, each a torchrun in a run folder of its own: so many at a time, on GPUs of their own."""
+"""Jobs of a sweep: each runs under a torchrun of its own, in its own run folder and on its own GPUs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 from sora_train.core.cli import STOPPED
 from sora_train.operations.records import read
 
-_SHUTDOWN_S = 300  # what a stopped job may take to save
+_SHUTDOWN_S = 300  # seconds that a stopped job has to save
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Result:
 
     code: int
     reason: str
-    figure: float  # inf where there is none
+    figure: float  # last value of the metric; inf if there is none
 
 
 class _Stop:
-    """Hands a stop signal on to the jobs that run, and keeps others from starting."""
+    """Signal handler that stops the running jobs and starts no others."""
 
     def __init__(self) -> None:
         self.asked, self.running, self.lock = False, set[subprocess.Popen[bytes]](), threading.Lock()
@@ -60,7 +60,7 @@ class _Stop:
             process.send_signal(signal.SIGTERM)
 
     def run(self, command: list[str], environment: dict[str, str], log: Path) -> int | None:
-        """Run a command to its end; None if the sweep was stopped before."""
+        """Run a command and return its exit code; None if the sweep was stopped before it started."""
         with log.open("ab") as out:
             with self.lock:
                 if self.asked:
@@ -75,7 +75,17 @@ class _Stop:
 
 
 def run_jobs(jobs: Sequence[Job], ranks: int, together: int, metric: str) -> list[Result]:
-    """Run all jobs, `together` at a time, each on its own GPUs (0: as many as fit); results in the jobs' order."""
+    """Run all jobs.
+
+    Args:
+        jobs: The jobs.
+        ranks: Ranks of each job; 0: one per GPU, or 2 on a CPU.
+        together: Jobs that run at the same time, each on its own GPUs; 0: as many as the GPUs suffice for.
+        metric: Figure of the results; the training loss stands in if a run doesn't have it.
+
+    Returns:
+        Results in the order of the jobs.
+    """
     gpus = _gpus()
     ranks = ranks or len(gpus) or 2
     together = together or max(1, len(gpus) // ranks)
@@ -86,7 +96,7 @@ def run_jobs(jobs: Sequence[Job], ranks: int, together: int, metric: str) -> lis
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def work(job: Job) -> Result:
-        """Run one job on the next free place of this machine."""
+        """Run one job on the next free set of GPUs."""
         place = places.get()
         try:
             mine = gpus[place * ranks : (place + 1) * ranks]
@@ -108,7 +118,7 @@ def run_jobs(jobs: Sequence[Job], ranks: int, together: int, metric: str) -> lis
 
 
 def _gpus() -> list[str]:
-    """Names of the GPUs that jobs may use."""
+    """List the GPUs that jobs may use, as entries of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip()]
@@ -118,7 +128,7 @@ def _gpus() -> list[str]:
 
 
 def _result(job: Job, code: int | None, metric: str) -> Result:
-    """torchrun turns every code into 1: the run's own stands in exit.json."""
+    """Read a job's result. Its exit code is taken from exit.json, because torchrun turns every code into 1."""
     if code is None:
         return Result(STOPPED, "not started: the sweep was stopped", math.inf)
     note = job.run_dir / "exit.json"
@@ -134,7 +144,7 @@ def _result(job: Job, code: int | None, metric: str) -> Result:
 
 
 def summary(root: Path, jobs: Sequence[Job], results: Sequence[Result]) -> None:
-    """Print the table of all jobs of a sweep, write `sweep.html` and `sweep.png`, and name what failed."""
+    """Print the table of all jobs of a sweep, write `sweep.html` and `sweep.png`, and print failed jobs."""
     from sora_train.operations.report import page
     from sora_train.operations.side_by_side import plot, table
 

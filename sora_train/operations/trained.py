@@ -1,4 +1,4 @@
-"""Trained weights, read back: from a run's checkpoint or from an export, into a sampler or another run."""
+"""Loading of trained weights, from a run's checkpoint or an export, for a sampler or another run."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def _load_exported(network: nn.Module, path: Path) -> None:
 
 
 def load_starting_weights(networks: Mapping[str, Network], source: str) -> None:
-    """Start trained networks with the averaged weights of a run folder, or with an export's.
+    """Copy the averaged weights of a run folder, or the weights of an export, into trained networks.
 
-    A run's networks are matched by name; an export holds the main network. Names and shapes must be the same, data and
-    resolution needn't be.
+    Networks of a run are matched by name; an export holds the main network. Parameter names and shapes must agree;
+    data and resolution may differ.
 
     Raises:
-        InputError: where `source` holds neither, lists what is missing, left over or of another shape.
+        InputError: `source` is neither, or parameters are missing, superfluous or of another shape.
     """
     names = [name for name, _ in trained(networks)]
     for name, weights in _weights_by_network(Path(source), names).items():
