@@ -168,7 +168,7 @@ class TextEncoderConfig:
     path: str | None = None  # a T5 or umT5 folder of transformers (or a pipeline folder); its width rules
     pad_to: int = 0  # zeros after a released encoder's embeddings up to this many tokens; Wan's weights want 512
     width: int = 128
-    depth: int = 1
+    depth: int = 2
     heads: int = 4
     buckets: int = 2048  # rows of the table of words; each word is the sum of two
     max_tokens: int = 128

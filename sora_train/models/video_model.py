@@ -47,7 +47,7 @@ def build_video_model(config: Config) -> VideoModel:
     if config.model.compile:
         for block in family.blocks(dit):
             block.compile()
-    own = TextEncoder(t.width, t.depth, t.heads, t.buckets, t.max_tokens) if t.path is None else None
+    own = TextEncoder(t.width, t.depth, t.heads, t.buckets) if t.path is None else None
     return VideoModel(dit, own, family)
 
 
