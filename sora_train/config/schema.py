@@ -269,8 +269,20 @@ class FlowConfig:
 
 
 @dataclass
+class MuonConfig:
+    """Muon, where `optim.matrices` asks for it."""
+
+    lr: float = 0.02  # an update's elements have a root mean square of 0.2 of it
+    momentum: float = 0.95
+    weight_decay: float = 0.0
+
+
+@dataclass
 class OptimConfig:
-    """AdamW, its schedule, and the moving average of the weights."""
+    """AdamW (and Muon), the schedule, and the moving average of the weights."""
+
+    matrices: str = "adamw"  # what moves the matrices of blocks: adamw, muon; all else is moved by AdamW
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     lr: float = 1e-3
     text_lr_scale: float = 1.0  # learning rate of the text encoder relative to the rest

@@ -31,12 +31,15 @@ class Network:
 
     `rates` are the parts that the optimizer moves, each with a factor on the learning rate; None freezes the network.
     An average of the weights is kept where `ema` is set. `passes` backward passes go through it for each pack.
+    `matrices` are the modules in which Muon may move the weights of linear layers: blocks, never what embeds,
+    modulates or projects to the output.
     """
 
     module: nn.Module
     rates: list[tuple[nn.Module, float]] | None
     ema: bool = True
     passes: int = 1
+    matrices: Sequence[nn.Module] = ()
 
     @property
     def trained(self) -> bool:

@@ -35,6 +35,10 @@ class VideoModel(nn.Module):
         """The transformer's blocks: the unit of compile, recomputation and ZeRO-3."""
         return self.family.blocks(self.dit)
 
+    def matrices(self) -> Sequence[nn.Module]:
+        """The modules whose linear layers are inner ones: the blocks of the transformer, and of our text encoder."""
+        return [*self.blocks(), *(self.text.layers if self.text is not None else ())]
+
     def split_sequence(self, others: ulysses.Neighbours) -> None:
         """Share the tokens of every pack with other ranks (sequence parallelism)."""
         ulysses.apply(self, [block.self_attention for block in self.blocks()], others)
