@@ -43,7 +43,7 @@ def reference(conf: Path) -> str:
         (configuration.SourceConfig, "`data.sources.NAME`"), (configuration.StageConfig, "an entry of `data.stages`"),
         (configuration.LimitsConfig, "`data.limits`"), (configuration.CacheConfig, "`data.cache`"),
         (configuration.TileConfig, "`vae.tile`"), (configuration.PerceptualConfig, "`vae.perceptual`"),
-        (configuration.LoraConfig, "`model.lora`"),
+        (configuration.LoraConfig, "`model.lora`"), (configuration.MuonConfig, "`optim.muon`"),
     ):  # fmt: skip
         parts.append(_table(where[0].upper() + where[1:], schema, comments))
     common = {f.name for f in dataclasses.fields(configuration.ModelConfig)}

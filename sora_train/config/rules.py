@@ -59,6 +59,7 @@ def check(config: Config) -> None:
     require(sequence > 0, f"parallel.sequence={sequence} must be above 0")
     _check_text(config.text_encoder)
     _check_mirror(config.checkpoint.mirror)
+    _check_muon(config)
     lengths = config.optim.ema_lengths
     require(all(0.0 < length < 0.28 for length in lengths) and len(set(lengths)) == len(lengths),
              f"optim.ema_lengths={lengths} must be different numbers in (0, 0.28), e.g. [0.05, 0.1]")  # fmt: skip
@@ -180,3 +181,19 @@ def require(condition: bool, message: str) -> None:
     """Raise InputError with `message` unless the condition holds."""
     if not condition:
         raise InputError(message)
+
+
+def _check_muon(config: Config) -> None:
+    optim = config.optim
+    known = ["adamw", "muon"]
+    require(optim.matrices in known, f"optim.matrices={optim.matrices}; {nearest(optim.matrices, known)}")
+    if optim.matrices == "adamw":
+        return
+    require(optim.muon.lr > 0, f"optim.muon.lr={optim.muon.lr} must be above 0")
+    require(0.0 <= optim.muon.momentum < 1.0, f"optim.muon.momentum={optim.muon.momentum} must be in [0, 1)")
+    require(config.model.lora.rank == 0, "optim.matrices=muon is for whole matrices, not for adapters; use adamw")
+    offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+    require(
+        offload.get("device", "none") in ("none", "cpu"),
+        "optim.matrices=muon needs the optimizer's state in memory; take offload_optimizer.device=nvme out",
+    )

@@ -175,7 +175,7 @@ class TextEncoderConfig:
     path: str | None = None  # transformers folder of a T5 or umT5 (or a pipeline folder); its width overrides `width`
     pad_to: int = 0  # tokens to which a released encoder's embeddings are padded with zeros; Wan's weights need 512
     width: int = 128
-    depth: int = 1  # layers
+    depth: int = 2  # layers
     heads: int = 4
     buckets: int = 2048  # rows of the word embedding table; each word is the sum of two
     max_tokens: int = 128  # longer captions are cut off
@@ -284,8 +284,20 @@ class FlowConfig:
 
 
 @dataclass
+class MuonConfig:
+    """Muon, where `optim.matrices` asks for it."""
+
+    lr: float = 0.02  # an update's elements have a root mean square of 0.2 of it
+    momentum: float = 0.95
+    weight_decay: float = 0.0
+
+
+@dataclass
 class OptimConfig:
-    """AdamW, the learning rate schedule, and averages (EMA) of the weights."""
+    """AdamW (or Muon), the learning rate schedule, and averages (EMA) of the weights."""
+
+    matrices: str = "adamw"  # optimizer of the blocks' matrices: adamw, muon; all else is moved by AdamW
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     lr: float = 1e-3
     text_lr_scale: float = 1.0  # learning rate of the text encoder relative to the rest

@@ -34,12 +34,15 @@ class Network:
         rates: The submodules that are optimised, each with a factor on the learning rate. None: the network is frozen.
         ema: Keep an exponential moving average of the weights.
         passes: Backward passes through the network per pack.
+        matrices: The modules in which Muon may move the weights of linear layers: blocks, never embeddings, modulation
+            or the output projection.
     """
 
     module: nn.Module
     rates: list[tuple[nn.Module, float]] | None
     ema: bool = True
     passes: int = 1
+    matrices: Sequence[nn.Module] = ()
 
     @property
     def trained(self) -> bool:

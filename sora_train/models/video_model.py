@@ -38,6 +38,10 @@ class VideoModel(nn.Module):
         """Blocks of the transformer; see `Family.blocks`."""
         return self.family.blocks(self.dit)
 
+    def matrices(self) -> Sequence[nn.Module]:
+        """The modules whose linear layers are inner ones: the blocks of the transformer, and of our text encoder."""
+        return [*self.blocks(), *(self.text.layers if self.text is not None else ())]
+
     def split_sequence(self, others: ulysses.Neighbours) -> None:
         """Divide the tokens of every pack among the ranks of a sequence-parallel group."""
         ulysses.apply(self, [block.self_attention for block in self.blocks()], others)
@@ -50,7 +54,7 @@ def build_video_model(config: Config) -> VideoModel:
     if config.model.compile:
         for block in family.blocks(dit):
             block.compile()
-    own = TextEncoder(t.width, t.depth, t.heads, t.buckets, t.max_tokens) if t.path is None else None
+    own = TextEncoder(t.width, t.depth, t.heads, t.buckets) if t.path is None else None
     return VideoModel(dit, own, family)
 
 

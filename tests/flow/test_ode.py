@@ -131,7 +131,7 @@ def test_rescaled_guidance_has_the_deviation_of_the_conditional_velocity() -> No
 @pytest.fixture(scope="module")
 def model() -> VideoModel:
     torch.manual_seed(0)
-    network = VideoModel(DiT(16, 24, 2, 2, 48, 16), TextEncoder(16, 1, 2, 64, 32), WAN)
+    network = VideoModel(DiT(16, 24, 2, 2, 48, 16), TextEncoder(16, 1, 2, 64), WAN)
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))

@@ -77,7 +77,10 @@ def _learner(config: Config, network: VideoModel, vae: FrozenVae, cache_bytes: i
     rates: list[tuple[nn.Module, float]] = [(network.dit, 1.0)]
     if network.text is not None:
         rates.append((network.text, config.optim.text_lr_scale))
-    networks = {DiffusionLearner.name: Network(network, rates), "vae": Network(vae.vae, None)}
+    networks = {
+        DiffusionLearner.name: Network(network, rates, matrices=network.matrices()),
+        "vae": Network(vae.vae, None),
+    }
     objective = FlowObjective(config.flow, geometry(config), config.vae.channels)
     encoder = Encoder(vae.encode, tokenizer(config, device), device, cache_bytes)
 

@@ -65,6 +65,13 @@ def rotations(
     return angles.cos(), angles.sin()
 
 
+def line_rotations(lengths: Sequence[int], head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same for tokens in lines, `(L, head_dim / 2)` fp32, every line counted from its own beginning."""
+    places = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
+    angles = send(places[:, None] * _axis_frequencies(head_dim, theta, "none", 1.0), device).float()
+    return angles.cos(), angles.sin()
+
+
 def rotate(x_NKd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair of adjacent channels of every head by its token's angle.
 

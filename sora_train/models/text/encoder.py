@@ -2,7 +2,8 @@
 
 The embedding of a word is the sum of two rows of a table, chosen by two hashes (hash embeddings, Svenstrup et al.
 2017). With one row per word, collisions are likely even for a hundred words in a few thousand rows, and a word that
-shares its row with a frequent one is never learned.
+shares its row with a frequent one is never learned. Positions enter by rotation (RoPE) alone: which adjective belongs
+to which noun depends on how far apart they are, not on where in the caption they stand.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from sora_train.core.batch import send
-from sora_train.models.layers.attention import packed_attention
+from sora_train.models.layers.attention import host_lengths, packed_attention
+from sora_train.models.layers.fused import SquaredRelu
+from sora_train.models.layers.rope import line_rotations, rotate
 
 # A word of letters, a single digit, a single character of a script written without spaces, or a punctuation mark.
 _WORDS = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\d|[^\w\s]"
 )
+_THETA = 100.0  # base of RoPE's frequencies; captions are short
 _START = (0, 0)  # rows of the start token of every caption, which gives the empty caption a token too
 
 
@@ -48,21 +51,20 @@ def tokenize_captions(captions: Sequence[str], buckets: int, max_tokens: int) ->
 class TextEncoder(nn.Module):
     """A pre-norm transformer over packed captions."""
 
-    def __init__(self, width: int, depth: int, heads: int, buckets: int, max_tokens: int) -> None:
+    def __init__(self, width: int, depth: int, heads: int, buckets: int) -> None:
         super().__init__()
+        self.head_dim = width // heads
         self.words = nn.Embedding(buckets, width)
-        self.places = nn.Embedding(max_tokens, width)
         self.layers = nn.ModuleList(TextLayer(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.words.weight, std=0.35)
-        nn.init.normal_(self.places.weight, std=0.1)
 
     def forward(self, ids_L2: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Encode packed captions to features `(L, E)`; `lengths` are the tokens of each caption."""
-        places = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
-        x_LE = self.words(ids_L2).sum(1) + self.places(send(places, ids_L2.device))
+        x_LE = self.words(ids_L2).sum(1)
+        rope, groups = line_rotations(lengths, self.head_dim, _THETA, x_LE.device), host_lengths(lengths)
         for layer in self.layers:
-            x_LE = layer(x_LE, lengths)
+            x_LE = layer(x_LE, groups, rope)
         return self.norm(x_LE)
 
 
@@ -76,13 +78,14 @@ class TextLayer(nn.Module):
         self.q_norm, self.k_norm = nn.RMSNorm(width // heads, 1e-6), nn.RMSNorm(width // heads, 1e-6)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         mlp_out = nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), mlp_out)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), SquaredRelu(), mlp_out)
         for last in (self.out, mlp_out):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, x_LE: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Apply the layer, `(L, E)` to `(L, E)`."""
+    def forward(self, x_LE: Tensor, lengths: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Apply the layer, `(L, E)` to `(L, E)`; `lengths` on the host, `rope` the cos and sin of each word."""
         q, k, v = self.qkv(self.attention_norm(x_LE)).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        x_LE = x_LE + self.out(packed_attention(self.q_norm(q), self.k_norm(k), v, lengths, lengths).flatten(1))
+        q, k = (rotate(x, *rope) for x in (self.q_norm(q), self.k_norm(k)))
+        x_LE = x_LE + self.out(packed_attention(q, k, v, lengths, lengths).flatten(1))
         return x_LE + self.mlp(self.mlp_norm(x_LE))

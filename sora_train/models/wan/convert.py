@@ -140,6 +140,8 @@ def require_wan(model: WanConfig, form: str) -> None:
     """Raise InputError for a model with options that Wan doesn't have; `form` is the export format for the message."""
     if model.rope_scaling != "none":
         raise InputError(f"format={form}: diffusers' Wan has no model.rope_scaling={model.rope_scaling}; train without")
+    if model.activation != "gelu":
+        raise InputError(f"format={form} is for Wan transformers: train with model.activation=gelu")
     if model.absolute_positions or model.pooled_text or model.rope_theta != ROPE_THETA:
         raise InputError(
             f"format={form} is for Wan transformers: train with model.absolute_positions=false, "

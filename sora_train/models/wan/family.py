@@ -12,7 +12,7 @@ from sora_train.core.cli import nearest
 from sora_train.core.cost import AdapterCost, Cost, Shapes
 from sora_train.models.wan.cost import adapter_cost, cost
 from sora_train.models.wan.released import transformer_shape
-from sora_train.models.wan.settings import ROPE_SCALINGS, WanConfig
+from sora_train.models.wan.settings import ACTIVATIONS, ROPE_SCALINGS, WanConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,8 +29,12 @@ class Wan:
     )  # fmt: skip
 
     def rules(self, config: Config) -> None:
-        """Check the keys of RoPE scaling."""
+        """Check the activation and the keys of RoPE scaling."""
         model = _own(config.model)
+        require(
+            model.activation in ACTIVATIONS,
+            f"model.activation={model.activation}; {nearest(model.activation, list(ACTIVATIONS))}",
+        )
         scaling = model.rope_scaling
         require(scaling in ROPE_SCALINGS, f"model.rope_scaling={scaling}; {nearest(scaling, list(ROPE_SCALINGS))}")
         factors = list(model.rope_factors)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from sora_train.core.batch import Layout
 from sora_train.core.cost import Shapes
 from sora_train.models.layers.attention import host_lengths, packed_attention
-from sora_train.models.layers.fused import Gelu, gated_sum, modulated_norm, normed_heads
+from sora_train.models.layers.fused import ACTIVATIONS, gated_sum, modulated_norm, normed_heads
 from sora_train.models.layers.rope import PLACE_FEATURES, UNSCALED, Factors, place_features, rotations
 from sora_train.models.wan.settings import WanConfig
 
@@ -52,6 +52,7 @@ class DiT(nn.Module):
         eps: float = 1e-6,
         rope_scaling: str = "none",
         rope_factors: Factors = UNSCALED,
+        activation: str = "gelu",
     ) -> None:
         super().__init__()
         self.rope_scaling, self.rope_factors = rope_scaling, rope_factors
@@ -59,12 +60,12 @@ class DiT(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.patch_in = nn.Linear(patch_features, width)
         self.place_in = nn.Linear(PLACE_FEATURES, width) if absolute_positions else None
-        self.text_in = nn.Sequential(nn.Linear(text_width, width), Gelu(), nn.Linear(width, width))
+        self.text_in = nn.Sequential(nn.Linear(text_width, width), ACTIVATIONS[activation](), nn.Linear(width, width))
         self.text_pool = nn.Linear(text_width, width) if pooled_text else None
         self.time_in = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         modulation = nn.Linear(width, 6 * width)
         self.time_modulation = nn.Sequential(nn.SiLU(), modulation)
-        block = partial(Block, width, heads, ffn, gate_init, eps, attention, mlp_chunk)
+        block = partial(Block, width, heads, ffn, gate_init, eps, attention, mlp_chunk, activation)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.out = Head(width, patch_features, eps)
         nn.init.zeros_(modulation.weight)
@@ -118,14 +119,15 @@ class Block(nn.Module):
     """Transformer block: self-attention, cross-attention and MLP; self-attention and MLP are modulated (adaLN)."""
 
     def __init__(
-        self, width: int, heads: int, ffn: int, gate_init: float, eps: float, attention: str, mlp_chunk: int
-    ) -> None:
+        self, width: int, heads: int, ffn: int, gate_init: float, eps: float, attention: str, mlp_chunk: int,
+        activation: str,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.eps, self.mlp_chunk = eps, mlp_chunk
         self.self_attention = Attention(width, heads, eps, attention)
         self.cross_norm = nn.LayerNorm(width, eps)
         self.cross_attention = Attention(width, heads, eps, attention)
-        self.mlp = nn.Sequential(nn.Linear(width, ffn), Gelu(), nn.Linear(ffn, width))
+        self.mlp = nn.Sequential(nn.Linear(width, ffn), ACTIVATIONS[activation](), nn.Linear(ffn, width))
         gates = torch.tensor([0.0, 0.0, gate_init, 0.0, 0.0, gate_init])  # shift, scale, gate of attention, then of MLP
         self.modulation = nn.Parameter(gates.unsqueeze(1).repeat(1, width))
 
@@ -252,4 +254,5 @@ def build_dit(config: WanConfig, shapes: Shapes) -> DiT:
         shapes.patch_features, m.width, m.depth, m.heads, m.ffn, shapes.text_width, m.frequencies, m.rope_theta,
         m.gate_init, m.absolute_positions, m.pooled_text, m.activation_checkpointing, m.mlp_chunk, m.attention,
         rope_scaling=m.rope_scaling, rope_factors=(m.rope_factors[0], m.rope_factors[1], m.rope_factors[2]),
+        activation=m.activation,
     )  # fmt: skip

@@ -37,6 +37,7 @@ def transformer_shape(path: str | Path) -> dict[str, Any]:
         "width": c["num_attention_heads"] * c["attention_head_dim"], "depth": c["num_layers"],
         "heads": c["num_attention_heads"], "ffn": c["ffn_dim"], "patch": height, "frequencies": c["freq_dim"],
         "rope_theta": ROPE_THETA, "absolute_positions": False, "pooled_text": False,
+        "activation": "gelu",
         "channels": c["in_channels"],
         "text_width": c["text_dim"],
     }  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from sora_train.config.schema import Config
 from sora_train.methods.base import Network, trained
 from sora_train.training.engine.ema import Ema
-from sora_train.training.engine.optim import adamw
+from sora_train.training.engine.optim import optimizer_of
 from sora_train.training.engine.power_ema import PowerEmas
 from sora_train.training.engine.zero import Engine, Fragment, OnItsWay, Pace
 
@@ -29,8 +29,7 @@ class Engines:
     def __init__(self, networks: Mapping[str, Network], packs: int, config: Config, whole: bool = True) -> None:
         self._engines: dict[str, Engine] = {}
         for name, network in trained(networks):
-            assert network.rates is not None
-            optimizer = adamw(network.rates, config.optim)
+            optimizer = optimizer_of(network, config.optim)
             passes = packs * network.passes
             self._engines[name] = Engine(name, network.module, optimizer, passes, config, whole)
         self._with_average = {name for name, network in trained(networks) if network.ema}

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from sora_train.config.schema import Config, Precision
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
+from sora_train.training.engine.muon import Flat, MatrixOptimizer, Piece, Sharing
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam; Muon has the first
 _TIMEOUT = timedelta(minutes=30)
 
 
@@ -133,9 +134,12 @@ class Engine:
             "steps_per_print": 1 << 62,
             "bf16": {"enabled": not self.fp32},
             "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
             **options,
         }
         self.module = network
+        groups = optimizer.param_groups
+        self._matrices = {self.names[p] for group in groups if group.get("muon") for p in group["params"]}
         self.engine, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -143,6 +147,8 @@ class Engine:
         self._create_moments()
         self.fragments = sorted(self._fragments(), key=lambda f: f.name)
         self._check_fragments(whole)
+        if isinstance(optimizer, MatrixOptimizer):
+            optimizer.orthogonal = Sharing(self._flats(), whole=self.stage == 0)
         self._own_loss = torch.zeros((), dtype=torch.float64, device=next(iter(self.names)).device)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -268,17 +274,52 @@ class Engine:
         z, inner = self.engine.optimizer, self._inner
         for parameter in self.names if self.stage == 0 and not self.fp32 else ():
             self._master_of(parameter).data.copy_(parameter.data)
-        for p in self._masters():
-            zeros = {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in MOMENTS}
+        for p, parameters in self._masters():
+            moments = self._moments(parameters[0])
+            zeros = {moment: torch.zeros_like(p.data, dtype=torch.float32) for moment in moments}
             inner.state[p] |= {"step": torch.zeros((), dtype=torch.float32, device=p.device), **zeros}
         if self.stage in (1, 2) and hasattr(z, "_lazy_init_hp_params_optimizer_state"):
             z._lazy_init_hp_params_optimizer_state()
 
-    def _masters(self) -> list[Tensor]:
-        """The tensors that Adam updates."""
-        if self.stage == 3:  # DeepSpeed empties the optimizer's groups between steps
-            return self.engine.optimizer.fp32_partitioned_groups_flat
-        return [p for group in self._inner.param_groups for p in group["params"]]
+    def _masters(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
+        """The tensors that the optimizer itself works on, each with the parameters of which it holds pieces."""
+        z = self.engine.optimizer
+        if self.stage == 3:  # its groups stand empty between steps
+            return list(zip(z.fp32_partitioned_groups_flat, z.fp16_groups, strict=True))
+        if self.stage in (1, 2):
+            return list(zip(self._partitions(), z.bit16_groups, strict=True))
+        return [(p if self.fp32 else self._master_of(p), [p]) for p in self.names]
+
+    def _partitions(self) -> list[Tensor]:
+        """This rank's part of each group's fp32 masters, at stages 1 and 2."""
+        z = self.engine.optimizer
+        return getattr(z, "single_partition_of_fp32_groups", None) or z.fp32_groups_flat_partition
+
+    def _moments(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """The states that the optimizer keeps of a parameter: Muon has no second moment."""
+        return MOMENTS[:1] if self.names[parameter] in self._matrices else MOMENTS
+
+    def _flats(self) -> dict[int, Flat]:
+        """Where the pieces of matrices are that Muon moves, by the id of the tensor that holds them."""
+        mine = {f.name: f for f in self.fragments}
+        found = {}
+        for flat, parameters in self._masters():
+            names = [self.names[p] for p in parameters]
+            if names[0] not in self._matrices:
+                continue
+            pieces = [
+                Piece(number, mine[name].start, self._place(mine[name].master, flat), mine[name].master.numel())
+                for number, name in enumerate(names)
+                if name in mine
+            ]
+            shapes = tuple((self.shapes[name][0], self.shapes[name][1]) for name in names)
+            found[id(flat)] = Flat(shapes, tuple(pieces))
+        return found
+
+    @staticmethod
+    def _place(part: Tensor, flat: Tensor) -> int:
+        """The element of a flat tensor at which a view of it begins."""
+        return (part.data_ptr() - flat.data_ptr()) // flat.element_size()
 
     def _fragments(self) -> Iterator[Fragment]:
         for p, name in self.names.items():
@@ -289,7 +330,7 @@ class Engine:
             else:
                 master = p if self.fp32 else self._master_of(p)
                 state = self._inner.state[master]
-                yield Fragment(name, 0, master.data.view(-1), {m: state[m].view(-1) for m in MOMENTS})
+                yield Fragment(name, 0, master.data.view(-1), {m: state[m].view(-1) for m in self._moments(p)})
 
     def _master_of(self, p: nn.Parameter) -> Tensor:
         """The fp32 copy of a bf16 parameter at stage 0."""
@@ -301,14 +342,13 @@ class Engine:
         raise RuntimeError(f"DeepSpeed keeps no fp32 copy of {self.names[p]}")
 
     def _flat_fragment(self, p: Any, name: str) -> Iterator[Fragment]:
-        z, place = self.engine.optimizer, p._hp_mapping
+        place = p._hp_mapping
         if place is None:  # another rank's
             return
-        flats = getattr(z, "single_partition_of_fp32_groups", None) or z.fp32_groups_flat_partition
-        flat, at = flats[place.param_group_index], place.hp_fragment_address
-        state = self._inner.state[flat]
-        master, *states = (t.data.narrow(0, at.start, at.numel) for t in (flat, *(state[m] for m in MOMENTS)))
-        yield Fragment(name, place.lp_fragment_address.start, master, dict(zip(MOMENTS, states, strict=True)))
+        flat, at = self._partitions()[place.param_group_index], place.hp_fragment_address
+        state, moments = self._inner.state[flat], self._moments(p)
+        master, *states = (t.data.narrow(0, at.start, at.numel) for t in (flat, *(state[m] for m in moments)))
+        yield Fragment(name, place.lp_fragment_address.start, master, dict(zip(moments, states, strict=True)))
 
     def _partition_fragment(self, p: Any, name: str) -> Iterator[Fragment]:
         z = self.engine.optimizer
@@ -318,9 +358,9 @@ class Engine:
             return
         master, *states = (
             z._get_fp32_opt_state_partition(p, release_swap_buffers=True, optim_state_key=key)[0].data[:numel]
-            for key in (None, *MOMENTS)
+            for key in (None, *self._moments(p))
         )
-        yield Fragment(name, start, master, dict(zip(MOMENTS, states, strict=True)))
+        yield Fragment(name, start, master, dict(zip(self._moments(p), states, strict=True)))
 
     def _check_fragments(self, whole: bool) -> None:
         """Check that master weights equal their parts of the parameters, and, with `whole`, that they cover all.

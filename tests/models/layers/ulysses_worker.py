@@ -29,7 +29,7 @@ LAYOUTS = (Layout(((3, 2, 3), (1, 3, 3), (2, 2, 2)), (4, 1, 6)), Layout(((2, 3, 
 
 def make_network() -> VideoModel:
     torch.manual_seed(0)
-    network = VideoModel(DiT(8, 32, 2, 4, 64, 16, absolute_positions=True), TextEncoder(16, 1, 2, 64, 16), WAN)
+    network = VideoModel(DiT(8, 32, 2, 4, 64, 16, absolute_positions=True), TextEncoder(16, 1, 2, 64), WAN)
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))

@@ -61,7 +61,7 @@ def test_captions_are_packed_end_to_end() -> None:
 
 def test_captions_in_one_pack_know_nothing_of_each_other_and_order_matters() -> None:
     torch.manual_seed(0)
-    encoder = TextEncoder(16, 2, 2, 64, 32)
+    encoder = TextEncoder(16, 2, 2, 64)
     with torch.no_grad():
         for p in encoder.parameters():
             p.add_(0.2 * torch.randn_like(p))

@@ -169,7 +169,12 @@ def test_transformers_of_another_kind_are_refused(tmp_path: Path, change: dict[s
         transformer_shape(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"absolute_positions": True}, {"pooled_text": True}, {"rope_theta": 100.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"absolute_positions": True}, {"pooled_text": True}, {"rope_theta": 100.0}, {"activation": "relu2"},
+    ],
+)  # fmt: skip
 def test_a_model_that_wan_does_not_know_is_not_written(tmp_path: Path, change: dict[str, Any]) -> None:
     model = WanConfig(width=24, depth=2, heads=2, ffn=48, **change)
     with pytest.raises(InputError, match="format=diffusers is for Wan"):

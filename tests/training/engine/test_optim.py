@@ -27,8 +27,8 @@ def test_matrices_decay_and_nothing_else_does() -> None:
     dit = decaying(DiT(8, 24, 1, 2, 48, 16))
     assert {name for name, yes in dit.items() if yes} == {n for n in dit if n.endswith("weight") and "norm" not in n}
     assert not dit["blocks.0.modulation"] and not dit["out.modulation"]
-    text = decaying(TextEncoder(16, 1, 2, 64, 8))
-    assert not text["words.weight"] and not text["places.weight"] and text["layers.0.qkv.weight"]
+    text = decaying(TextEncoder(16, 1, 2, 64))
+    assert not text["words.weight"] and text["layers.0.qkv.weight"]
     vae = decaying(VideoVAE(4, 4, [8, 8], [0, 1], [(4, 1)]))
     assert (
         vae["encoder.layers.0.weight"]
