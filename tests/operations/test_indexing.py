@@ -42,8 +42,6 @@ def server(own_corpus: list[str]) -> Iterator[WebServer]:
 
 
 def _rank(rank: int, local: tuple[int, ...], folder: str, shards: list[str], slow_s: float, answers: Any) -> None:
-    if dist.is_initialized():  # forked from a process that other tests gave a group of one
-        dist.destroy_process_group()
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", None, len(local), rank)
     dist.distributed_c10d._set_pg_timeout(SHORT)
     node = sum(number == 0 for number in local[: rank + 1])
@@ -72,7 +70,7 @@ def ranks(tmp_path: Path, local: tuple[int, ...], shards: list[str], slow_s: flo
     """Start ranks with these numbers on their nodes; of each, what it indexed and the index or error that it has."""
     with mp.Manager() as manager:
         answers = manager.dict()
-        mp.start_processes(_rank, (local, str(tmp_path), shards, slow_s, answers), len(local), start_method="fork")
+        mp.start_processes(_rank, (local, str(tmp_path), shards, slow_s, answers), len(local), start_method="spawn")
         return [answers[rank] for rank in range(len(local))]
 
 

@@ -30,7 +30,7 @@ def test_every_kind_of_bad_input_goes_through_training_at_two_ranks(tmp_path: Pa
     assert rows["playlist"] == ["1", "1", "0", "0"] and rows["pickle"] == ["1", "0", "0", "1"]
     assert rows["behind the index: one bit"] == ["2", "0", "2", "0"]
     assert rows["decoder: all crash"] == ["1", "0", "1", "0"] and rows["decoder: crash"] == ["1", "0", "0", "1"]
-    assert len(rows) == 1 + 43 + 10 + 6 + 2 + 1
+    assert len(rows) == 1 + 44 + 10 + 6 + 2 + 1
 
 
 @pytest.mark.timeout(3600)

@@ -287,7 +287,8 @@ class Engine:
         if self.stage == 3:  # its groups stand empty between steps
             return list(zip(z.fp32_partitioned_groups_flat, z.fp16_groups, strict=True))
         if self.stage in (1, 2):
-            return list(zip(self._partitions(), z.bit16_groups, strict=True))
+            groups = getattr(z, "bit16_groups", None) or z.bf16_groups
+            return list(zip(self._partitions(), groups, strict=True))
         return [(p if self.fp32 else self._master_of(p), [p]) for p in self.names]
 
     def _partitions(self) -> list[Tensor]:

@@ -132,7 +132,7 @@ def test_what_a_decoder_conceals_is_refused_and_what_is_whole_comes(tmp_path: Pa
         try:
             results.append(ask(first))
         except DecodeError as error:
-            assert error.cause == "damaged" and "h264" in error.detail
+            assert error.cause == "short" or (error.cause == "damaged" and "h264" in error.detail), error
             results.append(None)
     assert any(result is None for result in results) and np.array_equal(results[0], before[0])
     assert len([result for result in results if result is not None]) >= 3

@@ -100,7 +100,8 @@ def test_damaged_tables_say_what_ffmpeg_says_or_nothing(tmp_path: Path) -> None:
         except (av.error.FFmpegError, DecodeError, AttributeError):  # the last: without a codec that is known
             continue
         read += frame_times(bytes(data), 1000) is not None
-        assert our_careful == careful and len(ours) == len(theirs)
+        assert our_careful >= careful, "more careful than need be costs time alone"
+        assert len(ours) == len(theirs)
         assert np.abs((ours - ours[0]) - (theirs - theirs[0])).max() < 1e-6
     assert read > 100, "the damage is not always in what is read here"
 
