@@ -119,6 +119,7 @@ def test_the_reduction_bucket_counts(config: Config) -> None:
 
 def test_a_trace_counts_the_operations_of_the_cost_model(config: Config) -> None:
     config.model.depth = 4  # or the text encoder, which isn't in the cost model, would be an eighth of the work
+    config.text_encoder.depth = 1
     sizes = [(9, 48, 48)] * 2
     traced = trace(config, sizes)
     expected = training_cost(config).training([geometry(config).tokens(*size) for size in sizes])
@@ -200,7 +201,7 @@ def test_every_operation_of_a_pass_can_be_replayed(config: Config, monkeypatch: 
     core = _core()
     assert core.seconds(traced.operations) == 3.0 + 0.5 * len(traced.operations)
     expected = Counter(operation.call.function for operation in traced.operations if operation.call is not None)
-    assert expected[torch.ops.aten.mm.default] > 20 and expected[torch.ops.aten.gelu.default] > 0
+    assert expected[torch.ops.aten.mm.default] > 20 and expected[torch.ops.aten.native_layer_norm.default] > 0
     assert {function: count[function] for function in expected} == expected
 
 
