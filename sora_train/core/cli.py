@@ -295,12 +295,18 @@ def _items(key: str, text: str) -> list[str]:
 
 def _unbracketed(text: str) -> str | None:
     """Text between the brackets around a list; None where the text isn't in brackets as a whole."""
-    depth = 0
+    depth, quote, before = 0, "", ""
     for place, character in enumerate(text):
-        depth += (character == "[") - (character == "]")
-        if depth == 0:
-            return text[1:-1] if place == len(text) - 1 and place > 0 else None
-    return None
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'" and before in ("[", ","):
+            quote = character
+        else:
+            depth += (character == "[") - (character == "]")
+            if depth == 0:
+                return text[1:-1] if place == len(text) - 1 and place > 0 else None
+        before = character if character.strip() else before
+    return text[1:-1] if quote and text.endswith("]") else None
 
 
 def _shown(value: Any) -> str:
