@@ -121,8 +121,9 @@ def _writers(config: Config, step: int) -> Writers:
     run_id = re.sub(r"[^\w.-]+", "-", run_dir.name) + "-" + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
     logging = config.logging
     return Writers(
-        run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step, logging.group,
-        logging.tags, logging.prometheus_port, logging.wandb_finish_s,
+        run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step,
+        group=logging.group, tags=logging.tags, prometheus_port=logging.prometheus_port,
+        wandb_finish_s=logging.wandb_finish_s,
     )  # fmt: skip
 
 

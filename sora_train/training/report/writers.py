@@ -75,6 +75,7 @@ class Writers:
         steps: int,
         project: str,
         resume_step: int,
+        *,
         group: str = "",
         tags: Sequence[str] = (),
         prometheus_port: int = 0,
@@ -90,7 +91,7 @@ class Writers:
         if "wandb" in names:
             about = {**config, "total_steps": steps}
             place = group or run_dir.parent.name
-            self._start("wandb", lambda: _Wandb(run_dir, run_id, about, project, place, tags, wandb_finish_s))
+            self._start("wandb", lambda: _Wandb(run_dir, run_id, about, project, place, tags, finish_s=wandb_finish_s))
         if "prometheus" in names:
             self._start("prometheus", lambda: _prometheus(run_dir, prometheus_port))
 
@@ -199,7 +200,7 @@ class _Wandb:
 
     def __init__(
         self, run_dir: Path, run_id: str, config: dict[str, Any], project: str, group: str, tags: Sequence[str],
-        finish_s: float,
+        *, finish_s: float,
     ) -> None:  # fmt: skip
         import wandb
 
