@@ -33,6 +33,7 @@ def check(config: Config) -> None:
         "checkpoint.snapshot_every": config.checkpoint.snapshot_every,
         "checkpoint.snapshots": config.checkpoint.snapshots,
         "checkpoint.every_steps": config.checkpoint.every_steps, "checkpoint.keep": config.checkpoint.keep,
+        "logging.evaluate_clips": config.logging.evaluate_clips,
         "logging.every_steps": config.logging.every_steps, "flow.shift": flow.shift,
         "flow.sampling_steps": flow.sampling_steps,
         "text_encoder.buckets": config.text_encoder.buckets - 1, "data.max_bad_fraction": data.max_bad_fraction,
@@ -48,7 +49,7 @@ def check(config: Config) -> None:
         "guard.spike": config.guard.spike, "guard.leave_out_before": config.guard.leave_out_before,
         "guard.max_rollbacks": config.guard.max_rollbacks,
         "guard.max_futile_restarts": config.guard.max_futile_restarts, "vae.tile.overlap": vae.tile.overlap,
-        "flow.shift_tokens": flow.shift_tokens,
+        "flow.shift_tokens": flow.shift_tokens, "logging.evaluate_every": config.logging.evaluate_every,
     }.items():  # fmt: skip
         require(count >= 0, f"{key}={count} must not be below 0")
     require(bool(data.sources), "data.sources is empty; name shards, e.g. +data.sources.mine.shards=[my/*.tar]")
@@ -60,6 +61,7 @@ def check(config: Config) -> None:
     _check_text(config.text_encoder)
     _check_mirror(config.checkpoint.mirror)
     _check_muon(config)
+    _check_evaluation(config)
     lengths = config.optim.ema_lengths
     require(all(0.0 < length < 0.28 for length in lengths) and len(set(lengths)) == len(lengths),
              f"optim.ema_lengths={lengths} must be different numbers in (0, 0.28), e.g. [0.05, 0.1]")  # fmt: skip
@@ -175,6 +177,17 @@ def _check_mixing(data: DataConfig) -> None:
     for key, values in named:
         require(min(values.values()) >= 0 and sum(values.values()) > 0,
                  f"{key}: no weight may be below 0, and one must be above")  # fmt: skip
+
+
+def _check_evaluation(config: Config) -> None:
+    every, best = config.logging.evaluate_every, config.checkpoint.best
+    require(best is None or every > 0, f"checkpoint.best={best} needs evaluations; set logging.evaluate_every")
+    if every == 0:
+        return
+    require(METHODS.get(config.method).makes_videos,
+             f"logging.evaluate_every: method={config.method} makes no videos; set it to 0")  # fmt: skip
+    require(bool(config.data.validation), "logging.evaluate_every needs held-out clips; name shards in data.validation")
+    require(bool(config.logging.metrics), "logging.evaluate_every needs logging.metrics, e.g. [quick]")
 
 
 def require(condition: bool, message: str) -> None:

@@ -33,8 +33,8 @@ class StepTime:
 
 
 def step_time(
-    config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int, device: Hardware,
-    per_node: int, *, share: float = 1.0, frozen: int = 0,
+    config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int, *, device: Hardware,
+    per_node: int, share: float = 1.0, frozen: int = 0,
 ) -> StepTime:  # fmt: skip
     """Forecast the time of a step of one rank.
 

@@ -42,7 +42,7 @@ from sora_train.config.load import build
 from sora_train.config.schema import VAE_USE, Config
 from sora_train.core.cli import InputError
 from sora_train.core.media import encode_mp4
-from sora_train.data.index.index import index_shards
+from sora_train.data.index.make import index_shards
 from sora_train.models.video_vae.model import build_vae
 from sora_train.train import train
 from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of, read_state

@@ -29,7 +29,7 @@ from sora_train.config.hydra import store_schema
 from sora_train.config.registry import load_plugins
 from sora_train.config.schema import Config
 from sora_train.core.media import encode_mp4
-from sora_train.data.index.index import index_shards
+from sora_train.data.index.make import index_shards
 from sora_train.methods.diffusion.learner import DiffusionLearner
 from sora_train.training.engine.power_ema import combined
 from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of
