@@ -186,7 +186,6 @@ def _check_evaluation(config: Config) -> None:
         return
     require(METHODS.get(config.method).makes_videos,
              f"logging.evaluate_every: method={config.method} makes no videos; set it to 0")  # fmt: skip
-    require(bool(config.data.validation), "logging.evaluate_every needs held-out clips; name shards in data.validation")
     require(bool(config.logging.metrics), "logging.evaluate_every needs logging.metrics, e.g. [quick]")
 
 

@@ -17,6 +17,7 @@ from sora_train.config.load import to_dict
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, Previews
 from sora_train.core.batch import Pack, Refusal
+from sora_train.core.cli import InputError
 from sora_train.core.world import World
 from sora_train.data.left_out import left_out
 from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
@@ -124,8 +125,10 @@ def build_learner(config: Config, world: World, device: torch.device, group: uly
 
 def _evaluation(config: Config, held_out: Plan | None, clips: PreviewClips) -> RunEvaluation | None:
     """The evaluation of a run's samples, if there is to be one; metrics that can't be had are refused at the start."""
-    if not config.logging.evaluate_every or held_out is None:
+    if not config.logging.evaluate_every:
         return None
+    if held_out is None:
+        raise InputError("logging.evaluate_every needs held-out clips; name shards in data.validation, or set it to 0")
     return RunEvaluation(clips, held_out, choose(config.logging.metrics, {}), config.checkpoint.best)
 
 

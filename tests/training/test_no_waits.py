@@ -174,12 +174,12 @@ _CASES = {
     "ranks that share a pack": ("parallel.sequence=2",),
     "places scaled": ("model.rope_scaling=ntk", "model.rope_factors=[2.0,1.0,1.0]"),
 }
-_SLOW = "encoding in tiles"
+_ALWAYS = ("as configured", "bf16", "recomputing all but attention", "adapters", "ranks that share a pack")
 
 
 def _cases() -> list[Any]:
     campaign = pytest.mark.campaign
-    return [pytest.param(keys, id=name, marks=campaign if name == _SLOW else ()) for name, keys in _CASES.items()]
+    return [pytest.param(keys, id=n, marks=() if n in _ALWAYS else campaign) for n, keys in _CASES.items()]
 
 
 @pytest.mark.parametrize("overrides", _cases())
