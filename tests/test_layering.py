@@ -38,7 +38,14 @@ HEAVY = {
     "wandb": {"sora_train/training/report/writers.py"},
     "hydra": {"sora_train/config/hydra.py"},
     "diffusers": {"sora_train/models/video_vae/released.py"},
-    "transformers": {"sora_train/models/text/released.py", "sora_train/evaluation/networks.py"},
+    "transformers": {
+        "sora_train/models/text/released.py",
+        "sora_train/evaluation/networks.py",
+        "data_tools/curation/caption_folder.py",
+    },
+    "scenedetect": {"data_tools/curation/look.py"},
+    "ray": {"data_tools/curation/on_ray.py"},
+    "httpx": {"data_tools/curation/caption_server.py"},
     "peft": {"sora_train/models/wan/lora.py"},
 }
 
