@@ -1,7 +1,7 @@
 """Turn raw footage into shards: films are cut into clips, which are scored, deduplicated, captioned and licensed.
 
     python -m data_tools.curate videos=DIR out=DIR [captions=none|beside|URL|FOLDER] [licences=FILE | licence=NAME]
-        [keep="motion >= 0.002 and ..."] [until=scores] [forbidden=FILE] [min_seconds=2] [max_seconds=20] [trim=0.25]
+        [keep="motion >= 0.001 and ..."] [until=scores] [forbidden=FILE] [min_seconds=2] [max_seconds=20] [trim=0.25]
         [short_side=256] [max_side=null] [cut_threshold=3] [near=8] [review=12] [crf=18] [gop=24] [model=NAME]
         [stills=8] [requests=8] [shard_size=256] [workers=null] [engine=pool|ray] [strict=false]
 

@@ -1,4 +1,8 @@
-"""Black borders of a shot: rows and columns that are dark in all of its pictures."""
+"""Black borders of a shot: rows and columns that are black in all of its pictures, alike at both sides.
+
+A dark scene is no border: what is cut off is black through and through, ends at a sharp edge, and is as broad at the
+other side.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-_DARK = 24  # level of 255 that a border stays below
-_BRIGHT = 48  # level that the picture reaches somewhere: a dark shot tells nothing of its borders
-_SLACK = 0.98  # of a row or column that is dark
+_BLACK = 12  # level of 255 that a border stays below
+_BRIGHT = 40  # level that the picture reaches next to it
+_SLACK = 0.98  # of a row or column that is black
+_EDGE = 3  # rows of the small pictures within which it gets bright
+_ALIKE = 3  # rows of the small pictures by which both sides may differ
 _LEAST = 0.02  # of a side: thinner ones are left
 _MARGIN = 2  # pixels cut off beside what was found, as it was found in small pictures
-_MOST = 0.4  # of the picture that a border may take
+_MOST = 0.75  # of the picture that a border may take
 
 
 class Border(NamedTuple):
@@ -29,24 +35,27 @@ def border_of(small_SHW: np.ndarray, height: int, width: int) -> Border:
     if not len(small_SHW):
         return Border()
     brightest = small_SHW.max(axis=0)
-    if np.quantile(brightest, _SLACK) < _BRIGHT:
-        return Border()
-    rows = np.quantile(brightest, _SLACK, axis=1) > _DARK
-    columns = np.quantile(brightest[rows] if rows.any() else brightest, _SLACK, axis=0) > _DARK
+    rows = np.quantile(brightest, _SLACK, axis=1)
+    inner = brightest[rows > _BLACK] if (rows > _BLACK).any() else brightest
     top, bottom = _ends(rows, height)
-    left, right = _ends(columns, width)
+    left, right = _ends(np.quantile(inner, _SLACK, axis=0), width)
     left_over = (height - top - bottom) * (width - left - right)
     return Border(top, bottom, left, right, left_over < (1 - _MOST) * height * width)
 
 
-def _ends(bright: np.ndarray, pixels: int) -> tuple[int, int]:
-    """Pixels before the first bright entry and behind the last, of a side of so many pixels."""
-    places = np.flatnonzero(bright)
-    if not len(places):
+def _ends(levels: np.ndarray, pixels: int) -> tuple[int, int]:
+    """Pixels of the border before and behind the picture, by the levels of its rows, of a side of so many pixels."""
+    bright = np.flatnonzero(levels > _BLACK)
+    if not len(bright):
         return 0, 0
-    shares = places[0] / len(bright), (len(bright) - 1 - places[-1]) / len(bright)
-    before, behind = (_even(share * pixels + _MARGIN) if share >= _LEAST else 0 for share in shares)
-    return before, behind
+    first, last = int(bright[0]), int(bright[-1])
+    before, behind = first, len(levels) - 1 - last
+    sharp = (
+        levels[first : first + _EDGE].max() >= _BRIGHT and levels[max(0, last - _EDGE + 1) : last + 1].max() >= _BRIGHT
+    )
+    if abs(before - behind) > _ALIKE or not sharp or min(before, behind) < _LEAST * len(levels):
+        return 0, 0
+    return _even(before / len(levels) * pixels + _MARGIN), _even(behind / len(levels) * pixels + _MARGIN)
 
 
 def _even(value: float) -> int:

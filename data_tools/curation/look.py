@@ -34,7 +34,7 @@ _THUMBNAIL = 96  # pixels of the short side
 _REORDERED = 16  # frames that a decoder may have held back when it reported damage
 _SHARP_SIDE = 256  # short side that sharpness is measured at, so that it doesn't depend on a film's size
 _FPS = 24.0  # of a film that doesn't say
-_PARTNER_S = 1 / 24  # seconds between the two pictures that motion is measured from
+_PARTNER_S = 1 / 12  # seconds between the two pictures that motion is measured from
 _READS = (
     "path", "sha256", "stream", "height", "width", "duration", "claimed", "rotation", "mirrored",
 )  # fmt: skip

@@ -160,7 +160,7 @@ def _histogram(name: str, clips: Sequence[Item], thresholds: Mapping[str, Sequen
     place = (lambda value: np.log10(np.maximum(value, floor))) if log else np.asarray
     spread = place(np.concatenate([values, told]))
     low, high = float(spread.min()), float(spread.max())
-    high = high if high > low else low + 1e-9
+    high = high if high > low else low + 0.1 * max(1.0, abs(low))
     counts = np.histogram(place(values), _BINS, (low, high))[0]
     step, room = _WIDTH / _BINS, _HEIGHT - 18
     bars = [

@@ -15,7 +15,7 @@ from data_tools.curation.scores import COLUMNS
 from sora_train.core.cli import InputError
 from sora_train.data.order.filters import Filter
 
-DEFAULT = "motion >= 0.002 and black <= 0.1 and white <= 0.1 and frozen <= 0.5"
+DEFAULT = "motion >= 0.001 and black <= 0.1 and white <= 0.1 and frozen <= 0.5"
 
 
 class Rule:

@@ -27,7 +27,6 @@ COLUMNS = ("motion", "sharpness", "noise", "luma", "black", "white", "frozen", "
 _BLACK, _WHITE, _NEARLY = 24, 232, 0.98
 _EDGE = 40.0  # of a gradient's size, levels a pixel
 _MOVES = 0.02  # diagonals a second: with less, every edge stays
-_STILL = 0.25  # levels of 255 by which tiny pictures of one and the same frame may differ
 _LEAST = 4  # pictures from which overlays can be told
 _READS = ("look", "shots", "height", "width")
 _MODULES = ("data_tools.curation.scores", "data_tools.curation.hashes")
@@ -56,7 +55,7 @@ def _of_shot(shot: Item, seen: Mapping[str, np.ndarray], item: Item) -> Item:
         "luma": float(small_SHW.mean() / 255),
         "black": float(np.mean([np.quantile(one, _NEARLY) <= _BLACK for one in small_SHW])),
         "white": float(np.mean([np.quantile(one, 1 - _NEARLY) >= _WHITE for one in small_SHW])),
-        "frozen": float((np.abs(np.diff(tiny_THW, axis=0)).mean(axis=(1, 2)) <= _STILL).mean()),
+        "frozen": float((np.abs(np.diff(tiny_THW, axis=0)).max(axis=(1, 2)) == 0).mean()),
         "overlay": _overlay(small_SHW) if values["motion"] >= _MOVES and len(small_SHW) >= _LEAST else np.nan,
     }
     pictures = [_without_border(one, shot["border"], item) for one in small_SHW]

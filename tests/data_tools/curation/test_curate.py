@@ -77,7 +77,7 @@ def test_everything_is_kept_dropped_or_failed_once_and_the_reasons_are_named(out
         "own/three.mp4": "copy", "own/tiny.mp4": "too small",
     }  # fmt: skip
     reasons = Counter(e["reason"] for e in entries if e["unit"] == "clip")
-    assert reasons == {"near duplicate": 1, "not motion >= 0.002": 1}
+    assert reasons == {"near duplicate": 1, "not motion >= 0.001": 1}
     used = {e["film"] for e in lines(out / "sources.jsonl")}
     assert used == {"own/copy.mp4", "own/boxed.mp4", "bought/again.mp4"}
     assert not used & set(of_films) and len(used) + len(of_films) == 8
@@ -93,7 +93,7 @@ def test_scores_are_a_side_table_that_filters(out: Path) -> None:
     passing = Filter("motion >= 0.002 and sharpness > 0")(lambda name: joined.columns[name], len(joined))
     assert passing.all() and not Filter("motion > 5")(lambda name: joined.columns[name], len(joined)).any()
     table = pq.read_table(out / "scores.parquet").to_pydict()
-    assert len(table["key"]) == len(index) + 2 and min(table["motion"]) < 0.002
+    assert len(table["key"]) == len(index) + 2 and min(table["motion"]) < 0.001
 
 
 def test_the_report_shows_kept_and_dropped(out: Path) -> None:
