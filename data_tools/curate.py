@@ -26,20 +26,27 @@ New films are added; OUT/report.html, OUT/dropped.jsonl and OUT/sources.jsonl sa
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_tools.candidates import say
-from data_tools.curation.engine import Engine, ProcessPool
-from data_tools.curation.licences import read_licences
-from data_tools.curation.pipeline import REPORT, Curated, Pipeline
-from data_tools.curation.report import write_report
 from data_tools.curation.settings import Settings
 from sora_train.core.cli import InputError, options, run
+
+if TYPE_CHECKING:
+    from data_tools.curation.engine import Engine
+    from data_tools.curation.pipeline import Curated
 
 Options = Settings
 
 
 def main() -> int:
-    """Curate the films that the command line describes."""
+    """Curate the films that the command line describes.
+
+    Worker processes import this module, so what they don't need (torch, by way of webdataset) is imported in here.
+    """
+    from data_tools.curation.licences import read_licences
+    from data_tools.curation.pipeline import REPORT, Pipeline
+    from data_tools.curation.report import write_report
+
     asked = options(Settings, __doc__)
     folder, out = Path(asked.videos), Path(asked.out)
     if not folder.is_dir():
@@ -67,10 +74,15 @@ def _engine(asked: Settings) -> Engine:
         from data_tools.curation.on_ray import RayEngine
 
         return RayEngine(asked.workers)
+    from data_tools.curation.engine import ProcessPool
+
     return ProcessPool(asked.workers_or_all)
 
 
 def _say(asked: Settings, out: Path, done: Curated) -> int:
+    from data_tools.candidates import say
+    from data_tools.curation.pipeline import REPORT
+
     for alarm in done.books.alarms:
         say(f"note: {alarm}")
     failed = sum(line.failed.total() for line in done.books.yields)

@@ -63,7 +63,11 @@ class Server:
         self._client = httpx.Client(timeout=timeout_s, headers=headers, trust_env=False)
         self._errors: Any = httpx.HTTPError
         self._silent, self._lock = 0, threading.Lock()
-        self.model = self._model(model)
+        try:
+            self.model = self._model(model)
+        except InputError:
+            self.close()
+            raise
 
     def ask(self, prompt: str, pictures: Sequence[bytes], temperature: float, max_tokens: int) -> Reply:
         """The model's answer to a prompt with JPEG pictures; raises ServerError."""

@@ -49,6 +49,16 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def out(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one run with two workers."""
+    place = tmp_path_factory.mktemp("curated") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["curate", f"videos={footage}", f"out={place}", *SMALL, "workers=2"])
+        assert curate.main() == 0
+    return place
+
+
 @pytest.fixture
 def curated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Give the command."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import webdataset as wds
 
-SMALL = ("short_side=64", "min_seconds=1", "trim=0.1", "crf=12")
+SMALL = ("short_side=64", "min_seconds=1", "trim=0.1", "crf=12", "shard_size=0.1")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from data_tools.curation.caption_text import BadCaption, checked, read_answer
 from data_tools.curation.engine import take_through
 from data_tools.curation.ledger import Ledger
 from sora_train.core.cli import InputError
+from tests.data_tools.curation import films
 from tests.data_tools.curation.caption_stub import GOOD, serve
 from tests.data_tools.curation.outputs import lines, samples
 
@@ -114,12 +115,13 @@ def test_answers_are_read_and_checked() -> None:
             read_answer(text)
 
 
-def test_clips_get_the_captions_of_a_server(footage: Path, tmp_path: Path, curated: Callable[..., int]) -> None:
+def test_clips_get_the_captions_of_a_server(tmp_path: Path, curated: Callable[..., int]) -> None:
     out = tmp_path / "out"
+    films.write(tmp_path / "raw/film.mp4", films.joined([films.shot(50, 30), films.shot(51, 30)]).frames_THWC)
     with serve(["503", "garbage", "refusal"]) as stub:
-        assert curated(footage, out, f"captions={stub.url}", "stills=3") == 0
+        assert curated(tmp_path / "raw", out, f"captions={stub.url}", "stills=3", "licence=CC0-1.0") == 0
         assert all(len(body["messages"][0]["content"]) == 4 for body in stub.requests)
     found = samples(out)
-    assert len(found) == 5 and all(s["json"]["captions"]["short"] == GOOD["short"] for s in found)
+    assert len(found) == 2 and all(s["json"]["captions"]["short"] == GOOD["short"] for s in found)
     assert all(s["json"]["about_camera"] == GOOD["camera"] and s["json"]["source"] for s in found)
     assert not list((out / "work/cut").iterdir())

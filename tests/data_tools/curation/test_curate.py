@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,6 @@ from tests.data_tools.curation import films, odd_work
 from tests.data_tools.curation.outputs import SMALL, lines, samples, shards_of
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def out(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The output of one run with two workers."""
-    from data_tools import curate
-
-    place = tmp_path_factory.mktemp("curated") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["curate", f"videos={footage}", f"out={place}", *SMALL, "workers=2"])
-        assert curate.main() == 0
-    yield place
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:

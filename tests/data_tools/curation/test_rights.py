@@ -109,12 +109,12 @@ def run_takedown(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_a_takedown_leaves_nothing_and_names_the_checkpoints(
-    footage: Path, tmp_path: Path, curated: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    out: Path, footage: Path, tmp_path: Path, curated: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    folder, out, run = tmp_path / "footage", tmp_path / "out", tmp_path / "run"
-    shutil.copytree(footage, folder)
-    assert curated(folder, out, "shard_size=0.1") == 0
+    run, original = tmp_path / "run", out
+    out = tmp_path / "out"
+    shutil.copytree(original, out)
     before = samples(out)
     gone = next(s for s in before if s["json"]["source"] == "theirs")
     place = [s["__key__"] for s in before].index(gone["__key__"])
@@ -146,7 +146,7 @@ def test_a_takedown_leaves_nothing_and_names_the_checkpoints(
     assert key.decode() not in pq.read_table(out / "scores.parquet")["key"].to_pylist()
     assert [s["__key__"] for s in wds.WebDataset(str(latents), shardshuffle=False)] == ["another+1"]
 
-    assert curated(folder, out, "shard_size=0.1") == 0  # it doesn't come back
+    assert curated(footage, out) == 0  # it doesn't come back
     assert all(s["json"]["source"] == "ours" for s in samples(out))
     assert {e["film"] for e in lines(out / "dropped.jsonl") if e["reason"] == "taken down"} == {
         "bought/again.mp4", "bought/cut.mp4", "bought/page.mp4",
