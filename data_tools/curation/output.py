@@ -18,7 +18,8 @@ from data_tools.progress import progress
 from data_tools.shard_writer import Journal, Mark, ShardWriter
 from sora_train.config.schema import Probe
 from sora_train.data.index.captions import with_captions
-from sora_train.data.index.index import index_shards, load_rows
+from sora_train.data.index.index import load_rows
+from sora_train.data.index.make import index_shards
 from sora_train.data.read.store import Store
 
 SCORES, SOURCES = "scores.parquet", "sources.jsonl"

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from sora_train.core.cli import InputError
 from sora_train.core.lines import entries
-from sora_train.data.index.index import expand, load_index
+from sora_train.data.index.index import load_index
+from sora_train.data.index.patterns import expand
 from sora_train.data.read.store import Store
 
 _STEP = re.compile(r"step-(\d+)")
