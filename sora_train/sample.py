@@ -18,7 +18,8 @@ held-out captions are sampled into run_dir/samples/held_out. `image` or `video` 
 than the model was trained on are made piece by piece, or at once with `whole=true`. Beside each video stand a contact
 sheet (PNG) and what it was made from (JSON), which makes it again with `from`. Of several samples, those that are there
 are left. Once `python -m sora_train.release init` was given, prompts and videos are checked, marked and signed;
-`release=off` is the switch. Under torchrun all ranks share the tokens of each clip, for clips too long for one. See docs/sampling.md.
+`release=off` is the switch. Under torchrun all ranks share the tokens of each clip, for clips too long for one. See
+docs/sampling.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Serve a model to the invited: an HTTP API, a queue that outlives a kill, and a small web page.
 
     python -m sora_train.serve run_dir=RUN [host=127.0.0.1] [port=8400] [tls_certificate=FILE tls_key=FILE]
-        [folder=RUN/service] [most_seconds=10] [batch=4] [allow=[10.0.0.0/8]] [keep_days=7] [release=FOLDER|off]
-        [steps=20] [guidance=3] [height=32] [width=32]
+        [folder=RUN/service] [most_seconds=10] [batch=4] [allow=[10.0.0.0/8]] [proxy=127.0.0.1] [keep_days=7]
+        [release=FOLDER|off] [steps=20] [guidance=3] [height=32] [width=32]
     python -m sora_train.serve run_dir=RUN add=NAME [seconds_per_day=60] [requests_per_minute=120]
     python -m sora_train.serve run_dir=RUN revoke=NAME
     python -m sora_train.serve run_dir=RUN list=true
@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora_train.core.cli import InputError, number, options, run
+from sora_train.core.cli import InputError, named, number, options, run
 from sora_train.service.database import DAY, Database
 
 OUTPUTS, UPLOADS = "outputs", "uploads"
@@ -39,6 +40,7 @@ class Options:
     most_seconds: float = number(10.0, above=0, most=3600)
     batch: int = number(4, least=1, most=64)  # jobs that are made in one go
     allow: list[str] = number([])  # networks; empty: all
+    proxy: str | None = None  # address of the proxy whose X-Forwarded-For is believed
     keep_days: float = number(7.0, above=0)  # videos, prompts and uploads
     most_upload: int = number(32 << 20, least=1)  # bytes
     release: str | None = None
@@ -48,7 +50,7 @@ class Options:
     width: int | None = number(None, least=1, most=16384)
     add: str | None = None
     revoke: str | None = None
-    list: bool = False
+    show: bool = named("list", False)
     seconds_per_day: float = number(60.0, least=0)
     requests_per_minute: int = number(120, least=1)
 
@@ -70,8 +72,8 @@ def main() -> int:
     elif o.revoke is not None:
         database.revoke(o.revoke)
         print(f"{o.revoke}: revoked")
-    elif o.list:
-        for key in database.keys():
+    elif o.show:
+        for key in database.all_keys():
             state = "revoked" if key.revoked else f"{database.used(key):g} of {key.seconds_per_day:g} seconds today"
             print(f"{key.name}: {state}")
     else:
@@ -117,10 +119,13 @@ def _serve(o: Options, folder: Path, database: Database) -> int:
     studio.open()
     worker.start()
     print(f"serving {o.run_dir} at {'https' if o.tls_key else 'http'}://{o.host}:{o.port}/", flush=True)
+    for stops in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends at them, then raises them again: nothing more is to do
+        signal.signal(stops, lambda *_: None)
     try:
         uvicorn.run(
             app, host=o.host, port=o.port, http=ImpatientProtocol, ws="none", log_level="warning", access_log=False,
-            server_header=False, date_header=True, timeout_keep_alive=5, limit_concurrency=512,
+            server_header=False, proxy_headers=o.proxy is not None, forwarded_allow_ips=o.proxy,
+            timeout_keep_alive=5, limit_concurrency=512,
             h11_max_incomplete_event_size=32 << 10, ssl_certfile=o.tls_certificate, ssl_keyfile=o.tls_key,
         )  # fmt: skip
     finally:

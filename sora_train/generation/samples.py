@@ -128,7 +128,7 @@ def made_with(sampler: Sampler) -> dict[str, Any]:
 
 
 def check_prompt(world: World, sample: Sample, safeguards: Safeguards) -> None:
-    """Have captions and given files checked; of several ranks the main one does and tells the others. Raises Refused."""
+    """Have captions and given files checked, by the main rank, which tells the others. Raises Refused."""
     refusal: Refused | None = None
     if world.is_main:
         try:

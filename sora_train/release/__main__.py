@@ -9,9 +9,9 @@
     python -m sora_train.release redteam compare=[FOLDER,FOLDER]
     python -m sora_train.release cards run_dir=RUN facts=FACTS.yaml out=FOLDER [redteam=FOLDER]
 
-`init` makes the release folder: from then on `sample` guards, marks and signs, and `release=off` is the switch. `verify`
-ends with 0 where a trusted manifest or the mark holds. `redteam` measures what guards and model let through. `cards`
-writes model card, data card and the summary of training content, from files alone. See docs/release.md.
+`init` makes the release folder: from then on `sample` guards, marks and signs, and `release=off` is the switch.
+`verify` ends with 0 where a trusted manifest or the mark holds. `redteam` measures what guards and model let through.
+`cards` writes model card, data card and the summary of training content, from files alone. See docs/release.md.
 """
 
 from __future__ import annotations

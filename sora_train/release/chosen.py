@@ -12,7 +12,8 @@ def safeguards_for(
 ) -> Safeguards:
     """The safeguards of `release=FOLDER|off` or of the default folder, without those that are switched off.
 
-    With `closed` a guard that doesn't answer refuses, whatever the settings say. Raises InputError where the folder or a library is missing.
+    With `closed` a guard that doesn't answer refuses, whatever the settings say. Raises InputError where the folder or
+    a library is missing.
     """
     folder = find(named)
     if folder is None:

@@ -21,7 +21,7 @@ _EXPLAINED = """{path}
   root.pem      give this to those who should be able to verify: `verify video=FILE trust=root.pem`
   chain.pem, sign.key   sign manifests. Programs that don't know root.pem show the signature as intact and not trusted;
                 a certificate from a list that they know takes its place with certificate=, key= and trust=
-  mark.key      whoever has it finds marks, and could remove them: keep it secret, and keep it: without it no mark is found
+  mark.key      finds marks, and could remove them: keep it secret, and keep it: without it no mark is found
 From now on `sample`, `evaluate` and the service sign, and `sample` and the service mark and guard, until release=off.
 """
 

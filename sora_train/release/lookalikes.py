@@ -1,7 +1,8 @@
 """Characters that look like Latin letters, and the letters they look like.
 
 Unicode's compatibility forms (full width, mathematical, circled, superscript letters) are not here: normalisation
-(NFKD) already turns them into letters. After Unicode Technical Standard 39, "confusables", reduced to letters that occur in words.
+(NFKD) already turns them into letters. After "confusables" of Unicode Technical Standard 39, reduced to letters that
+occur in words.
 """
 
 from __future__ import annotations

@@ -75,9 +75,9 @@ class Signing:
         """
         signed = path.with_name(f".{path.name[-200:]}.{os.getpid()}.signed")
         try:
-            with self._builder(path, claims, given, title) as builder, draft.open("rb") as source:
-                with signed.open("w+b") as target:
-                    builder.sign(self._signer, TYPES[draft.suffix.lower()], source, target)
+            builder = self._builder(path, claims, given, title)
+            with builder, draft.open("rb") as source, signed.open("w+b") as target:
+                builder.sign(self._signer, TYPES[draft.suffix.lower()], source, target)
             signed.replace(path)
             if draft != path:
                 draft.unlink()

@@ -78,5 +78,6 @@ def _joined_letters(words: Iterable[str]) -> list[str]:
     """Words, single letters in a row made one word."""
     found: list[str] = []
     for single, run in groupby(words, key=lambda word: len(word) == 1):
-        found += ["".join(run)] if single else list(run)
+        letters = list(run)
+        found += ["".join(letters)] if single else letters
     return found

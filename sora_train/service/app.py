@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi import Path as PathParameter
-from fastapi.responses import FileResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sora_train.core.cli import MAX_SEED
@@ -32,7 +33,9 @@ _NO_JOB = {404: {"description": "no job of yours has this id"}}
 _NO_KEY: dict[int | str, dict[str, Any]] = {
     401: {"description": "no valid key"}, 403: {"description": "not from this address"},
     408: {"description": "the body came too slowly"}, 413: {"description": "the body is too large"},
-    429: {"description": "too many requests, jobs or seconds"}, 400: {"description": "the body can't be read"},
+    429: {"description": "too many requests, jobs or seconds"},
+    400: {"description": "the body can't be read"},
+    422: {"description": "a field isn't as described"},
 }  # fmt: skip
 
 
@@ -112,10 +115,18 @@ def build_app(folder: Path, database: Database, terms: Terms, bounds: Bounds, wa
     app = FastAPI(title="sora_train", docs_url=None, redoc_url=None, responses=_NO_KEY)
     known = _Door(database)
     app.add_middleware(Guarded, bounds=bounds, audit=folder / AUDIT, uploads=UPLOADS)
+    app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
     _add_page(app)
     _add_jobs(app, folder, database, terms, known, wake)
     _add_uploads(app, folder, database, terms, known)
     return app
+
+
+def _say_what_is_wrong(request: Request, error: Exception) -> JSONResponse:
+    """One line for a request that isn't as described; what was sent is not sent back."""
+    assert isinstance(error, RequestValidationError)
+    lines = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()]
+    return JSONResponse({"detail": "; ".join(lines).encode("utf-8", "replace").decode()}, 422)
 
 
 class _Door:

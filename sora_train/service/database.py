@@ -104,7 +104,7 @@ class Database:
                 " WHERE key = ? AND state IN ('queued', 'running')", (now, name),
             )  # fmt: skip
 
-    def keys(self) -> list[Key]:
+    def all_keys(self) -> list[Key]:
         """All keys, in the order of their names."""
         rows = self._rows("SELECT name, seconds_per_day, requests_per_minute, revoked FROM keys ORDER BY name")
         return [Key(*row) for row in rows]
@@ -186,7 +186,8 @@ class Database:
         """End a running job; False where it ended before."""
         with self._writing() as db:
             return db.execute(
-                "UPDATE jobs SET state = ?, message = ?, file = ?, ended = ?, progress = ? WHERE id = ? AND state = 'running'",
+                "UPDATE jobs SET state = ?, message = ?, file = ?, ended = ?, progress = ?"
+                " WHERE id = ? AND state = 'running'",
                 (state, message, file, time.time(), 1.0 if state == DONE else 0.0, id),
             ).rowcount > 0  # fmt: skip
 
@@ -194,7 +195,8 @@ class Database:
         """Cancel a job of a key that has not ended."""
         with self._writing() as db:
             return db.execute(
-                "UPDATE jobs SET state = 'cancelled', ended = ? WHERE id = ? AND key = ? AND state IN ('queued', 'running')",
+                "UPDATE jobs SET state = 'cancelled', ended = ?"
+                " WHERE id = ? AND key = ? AND state IN ('queued', 'running')",
                 (time.time(), id, key),
             ).rowcount > 0  # fmt: skip
 
@@ -250,7 +252,8 @@ class Database:
 
 
 _USED = """
-SELECT COALESCE(SUM(seconds), 0) FROM jobs WHERE key = ? AND made > ? AND state NOT IN ('failed', 'refused', 'cancelled')
+SELECT COALESCE(SUM(seconds), 0) FROM jobs
+WHERE key = ? AND made > ? AND state NOT IN ('failed', 'refused', 'cancelled')
 """
 
 

@@ -88,8 +88,8 @@ class Studio:
         wish = json.loads(job.request)
         given = {name: str(self._folder / "uploads" / wish[name]) for name in ("image", "video") if wish[name]}
         o = replace(
-            self._model.options, prompt=wish["prompt"], seed=wish["seed"], seconds=job.seconds, image=given.get("image"),
-            video=given.get("video"),
+            self._model.options, prompt=wish["prompt"], seed=wish["seed"], seconds=job.seconds,
+            image=given.get("image"), video=given.get("video"),
         )  # fmt: skip
         try:
             sample = prepared(self._model.config, o, SampleJob(o, self._folder / "outputs" / job.id), self._pool)

@@ -1,4 +1,4 @@
-"""The word list survives tricks and leaves harmless texts alone; guards that don't answer refuse; answers are read right."""
+"""The word list survives tricks and leaves harmless texts alone; guards that don't answer refuse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ FRAMES = np.zeros((3, 32, 32, 3), dtype=np.uint8)
 TRICKS = [
     "a saucer", "a SAUCER", "Saucers", "sAuCeR", "a saucer.", "(saucer)", "saucer's lid", "the-saucer-there",
     "ｓａｕｃｅｒ", "𝐬𝐚𝐮𝐜𝐞𝐫", "𝓼𝓪𝓾𝓬𝓮𝓻", "𝔰𝔞𝔲𝔠𝔢𝔯", "ⓢⓐⓤⓒⓔⓡ", "𝚜𝚊𝚞𝚌𝚎𝚛", "ˢᵃᵘᶜᵉʳ", "🅂saucer",
-    "s\u200bauce\u200br", "sau\u00adcer", "sa\u2060ucer", "\ufeffsaucer", "sau\u200d\u200ccer", "sau\u034fcer", "s\u202eaucer",
+    "s\u200bauce\u200br", "sau\u00adcer", "sa\u2060ucer", "\ufeffsaucer", "sau\u200d\u200ccer", "sau\u034fcer",
+    "s\u202eaucer",
     "sau\u180ecer", "s\ufe0faucer", "sau\U000e0041cer",
     "ѕаuсеr", "sаucer", "sauсer", "saucеr", "ѕauсer", "saυcer", "sαucer", "SΑUCER", "ꜱᴀᴜᴄᴇʀ", "sаυсег",
     "s@ucer", "$aucer", "5aucer", "s4uc3r", "sauc3r", "s a u c e r", "s.a.u.c.e.r", "s-a-u-c-e-r", "s_a_u_c_e_r",
@@ -37,7 +38,8 @@ TRICKS = [
 ]  # fmt: skip
 HARMLESS = [
     "a teapot", "nothing is forbidden", "a forbidden tea pot of gold", "sauce rolls over rice", "sauces", "sau cers",
-    "the saucy cook", "some ovaries of a flower", "", "4 cats and 10 dogs at 5:30", "a b c d e f g", "l'eau", "日本の茶碗",
+    "the saucy cook", "some ovaries of a flower", "", "4 cats and 10 dogs at 5:30", "a b c d e f g",
+    "l'eau", "日本の茶碗",
     "собака бежит по снегу", "ein schöner Tag in Zürich", "an astronaut rides a horse, 35mm film, f/1.8",
 ]  # fmt: skip
 
@@ -174,7 +176,9 @@ def test_an_answer_that_is_none_refuses(release_folder: ReleaseFolder, server: S
     assert refused.value.category == UNREACHABLE
 
 
-def test_a_guard_that_is_down_refuses_unless_the_settings_say_open(release_folder: ReleaseFolder, server: Server) -> None:
+def test_a_guard_that_is_down_refuses_unless_the_settings_say_open(
+    release_folder: ReleaseFolder, server: Server
+) -> None:
     s = release_folder.settings
     s.guard_endpoint, s.guard_seconds = "http://127.0.0.1:9/v1", 2.0
     with pytest.raises(Refused, match="guard unavailable"):

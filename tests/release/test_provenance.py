@@ -52,7 +52,9 @@ def copied(path: Path, out: Path) -> Path:
     return out
 
 
-def test_a_sample_is_trusted_and_says_where_it_comes_from(release_folder: ReleaseFolder, tmp_path: Path, scene: Scene) -> None:
+def test_a_sample_is_trusted_and_says_where_it_comes_from(
+    release_folder: ReleaseFolder, tmp_path: Path, scene: Scene
+) -> None:
     path = signed(release_folder, tmp_path, scene(0))
     found = verify(path, release_folder, None)
     assert found.manifest is not None and found.manifest.state == "Trusted" and not found.manifest.faults
@@ -66,7 +68,9 @@ def test_a_sample_is_trusted_and_says_where_it_comes_from(release_folder: Releas
     assert json.loads((tmp_path / "clip.json").read_text())["release"]["mark"] == found.known
 
 
-def test_nothing_touches_a_file_after_it_was_signed(release_folder: ReleaseFolder, tmp_path: Path, scene: Scene) -> None:
+def test_nothing_touches_a_file_after_it_was_signed(
+    release_folder: ReleaseFolder, tmp_path: Path, scene: Scene
+) -> None:
     """Any later writer would break the manifest; none of the sample's files is written after."""
     path = signed(release_folder, tmp_path, scene(0))
     for name in ("clip.mp4", "clip-sheet.png"):
@@ -110,7 +114,9 @@ def test_a_stream_copy_loses_the_manifest_and_keeps_the_mark(
     assert found.known, "the release_folder's record knows the id"
 
 
-def test_what_was_given_is_kept_with_its_own_manifest(release_folder: ReleaseFolder, tmp_path: Path, scene: Scene) -> None:
+def test_what_was_given_is_kept_with_its_own_manifest(
+    release_folder: ReleaseFolder, tmp_path: Path, scene: Scene
+) -> None:
     given = signed(release_folder, tmp_path / "earlier", scene(0))
     write_png(tmp_path / "plain.png", scene(1)[0])
     options = {"run_dir": "x", "video": str(given), "end_image": str(tmp_path / "plain.png")}
@@ -148,7 +154,9 @@ def test_verify_says_what_holds(
     assert release("verify", f"video={tmp_path}/text.mp4", named) == 2
 
 
-def test_a_video_made_elsewhere_is_signed(release_folder: ReleaseFolder, tmp_path: Path, scene: Scene, release: Give) -> None:
+def test_a_video_made_elsewhere_is_signed(
+    release_folder: ReleaseFolder, tmp_path: Path, scene: Scene, release: Give
+) -> None:
     write_mp4(tmp_path / "theirs.mp4", scene(0), 8.0)
     command = ["sign", f"video={tmp_path}/theirs.mp4", f"out={tmp_path}/ours.mp4", "generator=Other 2"]
     assert release(*command, f"release={release_folder.path}") == 0
@@ -219,5 +227,11 @@ def test_a_refused_video_leaves_no_file(release_folder: ReleaseFolder, tmp_path:
 def test_openssl_agrees_with_the_chain(release_folder: ReleaseFolder) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("no openssl here")
-    command = ["openssl", "verify", "-CAfile", str(release_folder.path / "root.pem"), str(release_folder.path / "chain.pem")]
+    command = [
+        "openssl",
+        "verify",
+        "-CAfile",
+        str(release_folder.path / "root.pem"),
+        str(release_folder.path / "chain.pem"),
+    ]
     assert subprocess.run(command, capture_output=True, timeout=20).returncode == 0

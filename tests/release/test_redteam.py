@@ -106,7 +106,7 @@ def test_the_command_takes_a_set_through_guard_and_model(
         ("3", "cups", "a cup", "allow"),
     ]
     names = ("id", "category", "prompt", "expected")
-    (folder / "set.jsonl").write_text("".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows))
+    (folder / "set.jsonl").write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
     out = folder / "red"
     command = ["redteam", f"run_dir={folder}/run", f"prompts={folder}/set.jsonl", f"out={out}"]
     assert release(*command, f"release={release_folder.path}", "seconds=0.25") == 0

@@ -1,73 +1,26 @@
-"""The service in this process, with a maker that needs no model."""
+"""A running service, and a client of it."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from sora_train.core.cli import InputError
-from sora_train.core.media import write_mp4
-from sora_train.service.database import Database, Job
-from sora_train.service.worker import Cancelled, Watch, Worker
+from sora_train.service.database import Database
 from tests.generation.conftest import folder, made  # noqa: F401  (fixtures)
 from tests.release.conftest import made_folder  # noqa: F401  (a fixture)
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-import uvicorn  # noqa: E402
-
-from sora_train.service.app import Terms, build_app  # noqa: E402
-from sora_train.service.limits import Bounds, ImpatientProtocol  # noqa: E402
-
-BOUNDS = Bounds(1 << 16, 1 << 20, 2.0)
-
-
-class Painter:
-    """Stands in for the model: a grey video after a while. `slow` seconds a job; the prompt "fail" fails."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.slow, self.made = folder, 0.0, list[str]()
-
-    def together(self, jobs: Sequence[Job], next: Job) -> bool:
-        return True
-
-    def make(self, watches: Sequence[Watch]) -> dict[str, str | Exception]:
-        found: dict[str, str | Exception] = {}
-        for watch in watches:
-            found[watch.job.id] = self._one(watch)
-        return found
-
-    def forget(self, job: Job) -> None:
-        (self.folder / "outputs" / f"{job.id}.mp4").unlink(missing_ok=True)
-
-    def _one(self, watch: Watch) -> str | Exception:
-        wish = json.loads(watch.job.request)
-        if wish["prompt"] == "fail":
-            return InputError("it can't be")
-        if wish["prompt"] == "break":
-            return ZeroDivisionError("a fault of ours")
-        ends = time.monotonic() + self.slow
-        while time.monotonic() < ends:
-            try:
-                watch.progress(0.5)
-            except Cancelled as error:
-                return error
-            time.sleep(0.02)
-        name = f"{watch.job.id}.mp4"
-        write_mp4(self.folder / "outputs" / name, np.full((4, 32, 32, 3), 100, dtype=np.uint8), 8)
-        self.made.append(watch.job.id)
-        return name
+from tests.service.painter import Painter, Running  # noqa: E402
 
 
 @dataclass
@@ -84,12 +37,9 @@ class Answer:
 
 
 @dataclass
-class Service:
-    """A running service."""
+class Client:
+    """Whoever talks to a port."""
 
-    folder: Path
-    database: Database
-    painter: Painter
     port: int
 
     def call(self, method: str, path: str, key: str | None = None, body: Any = None, **headers: str) -> Answer:
@@ -106,18 +56,15 @@ class Service:
         finally:
             connection.close()
 
-    def raw(self, data: bytes, wait: float = 5.0, then: bytes = b"") -> bytes:
+    def raw(self, data: bytes, wait: float = 5.0) -> bytes:
         """Whatever comes back for these bytes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
             connection.sendall(data)
-            if then:
-                time.sleep(0.3)
-                connection.sendall(then)
             got = b""
             try:
                 while part := connection.recv(65536):
                     got += part
-                    if b"\r\n\r\n" in got and b"100 Continue" not in got:
+                    if b"\r\n\r\n" in got:
                         break
             except TimeoutError:
                 got += b"(nothing more)"
@@ -128,7 +75,7 @@ class Service:
         assert answer.status == 202, answer
         return str(answer.json["id"])
 
-    def ended(self, key: str, id: str, seconds: float = 20.0) -> Any:
+    def ended(self, key: str, id: str, seconds: float = 60.0) -> Any:
         """The job when it has ended."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
@@ -139,39 +86,33 @@ class Service:
         raise TimeoutError(f"job {id} is {job}")
 
 
+@dataclass
+class Service(Client):
+    """A running service and its client."""
+
+    folder: Path
+    database: Database
+    painter: Painter
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     """Start services; all are stopped after the test."""
-    running: list[tuple[uvicorn.Server, threading.Thread, Worker]] = []
+    running: list[Running] = []
 
-    def go(bounds: Bounds = BOUNDS, batch: int = 2, most_waiting: int = 8) -> Service:
-        folder = tmp_path / "service"
-        for part in ("outputs", "uploads"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        database, painter = Database(folder / "service.sqlite"), Painter(folder)
-        worker = Worker(database, painter, batch, lambda: None)
-        terms = Terms(4.0, 1.0, most_waiting=most_waiting, most_upload_bytes=3 << 20, contact="lab@example.org")
-        app = build_app(folder, database, terms, bounds, worker.wake)
-        config = uvicorn.Config(app, port=0, http=ImpatientProtocol, log_level="warning", lifespan="off", ws="none",
-                                timeout_keep_alive=2, server_header=False, h11_max_incomplete_event_size=32 << 10)  # fmt: skip
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        worker.start()
-        running.append((server, thread, worker))
-        return Service(folder, database, painter, server.servers[0].sockets[0].getsockname()[1])
+    def go(**options: Any) -> Service:
+        running.append(Running(tmp_path / "service", **options))
+        one = running[-1]
+        return Service(one.port, tmp_path / "service", one.database, one.painter)
 
     yield go
-    for server, thread, worker in running:
-        worker.stop()
-        server.should_exit = True
-        thread.join(10)
+    for one in running:
+        one.stop()
 
 
 @pytest.fixture
 def service(start: Callable[..., Service]) -> Service:
+    """A service."""
     return start()
 
 

@@ -1,9 +1,7 @@
-"""The command itself: keys, a real (untrained) model, kill -9 and back, bad media, a browser."""
+"""The command: its keys, a kill in the middle of a job, and a service with a model in a process of its own."""
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import shutil
 import signal
@@ -13,86 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from sora_train import serve
 from sora_train.core.cli import InputError
-from sora_train.core.media import read_mp4, write_mp4
+from sora_train.core.media import read_mp4
 from sora_train.release.folder import ReleaseFolder
 from sora_train.release.verify import verify
+from sora_train.service.database import Database
+from tests.service.conftest import Client
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Process:
-    """The service as a process of its own."""
-
-    def __init__(self, run: Path, release: Path, *arguments: str) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
-        self.command = [
-            sys.executable, "-m", "sora_train.serve", f"run_dir={run}", f"port={self.port}", f"release={release}",
-            "height=64", "width=64", *arguments,
-        ]  # fmt: skip
-        self.start()
-
-    def start(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        self.process = subprocess.Popen(self.command, env=environment, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        assert "serving" in self.process.stdout.readline()
-        ends = time.monotonic() + 20
-        while time.monotonic() < ends:
-            try:
-                assert self.get("/health")[0] == 200
-                return
-            except OSError:
-                time.sleep(0.05)
-        raise TimeoutError("the service doesn't answer")
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait(10)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(20)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return code
-
-    def get(self, path: str, key: str = "", method: str = "GET", body: Any = None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
-        try:
-            connection.request(method, path, data, {"Authorization": f"Bearer {key}", "Content-Type": kind})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
-
-    def ask(self, key: str, **wish: Any) -> str:
-        status, body = self.get("/api/jobs", key, "POST", {"prompt": "a ring", **wish})
-        assert status == 202, body
-        return str(json.loads(body)["id"])
-
-    def job(self, key: str, id: str) -> Any:
-        return json.loads(self.get(f"/api/jobs/{id}", key)[1])
-
-    def ended(self, key: str, id: str, seconds: float = 40) -> Any:
-        ends = time.monotonic() + seconds
-        while time.monotonic() < ends:
-            if (job := self.job(key, id))["state"] not in ("queued", "running"):
-                return job
-            time.sleep(0.1)
-        raise TimeoutError(str(job))
+Start = Callable[..., subprocess.Popen[str]]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture
@@ -108,24 +40,33 @@ def give(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
-def release(made_folder: Path, tmp_path: Path) -> ReleaseFolder:
-    shutil.copytree(made_folder, tmp_path / "release")
-    return ReleaseFolder(tmp_path / "release")
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start processes; those that still run are killed after the test."""
+    running: list[subprocess.Popen[str]] = []
 
-
-@pytest.fixture
-def started(folder: Path, release: ReleaseFolder) -> Iterator[Callable[..., Process]]:
-    """Start the service on the run."""
-    running: list[Process] = []
-
-    def go(*arguments: str) -> Process:
-        running.append(Process(folder / "run", release.path, *arguments))
+    def go(*command: str) -> subprocess.Popen[str]:
+        running.append(subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
         return running[-1]
 
     yield go
     for one in running:
-        if one.process.poll() is None:
-            one.kill()
+        if one.poll() is None:
+            kill(one)
+
+
+def line(process: subprocess.Popen[str], wanted: str = "") -> str:
+    """The next line that holds a text."""
+    assert process.stdout is not None
+    while wanted not in (text := process.stdout.readline()):
+        assert text, "it ended before it served"
+    return text
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 def test_keys_on_the_command_line(folder: Path, give: Callable[..., str]) -> None:
@@ -140,68 +81,53 @@ def test_keys_on_the_command_line(folder: Path, give: Callable[..., str]) -> Non
         give(run)
 
 
-def test_a_killed_service_takes_its_jobs_up_again(
-    folder: Path,
-    release: ReleaseFolder,
-    started: Callable[..., Process],
-    give: Callable[..., str],
-) -> None:
-    """Killed in a job: it and the waiting ones are made, each once, marked and signed; bad uploads end as failures."""
-    key = give(f"run_dir={folder}/run", "add=ada", "requests_per_minute=100000")
-    service = started("steps=400", "batch=1")
-    ids = [service.ask(key, seed=seed) for seed in range(3)]
-    while service.job(key, ids[0])["state"] != "running" or service.job(key, ids[0])["progress"] == 0:
-        time.sleep(0.05)
-    service.kill()
-    service.command = [a for a in service.command if not a.startswith("steps=")]
-    service.start()
+def test_a_killed_service_takes_its_jobs_up_again(tmp_path: Path, started: Start) -> None:
+    """Killed three times in a job, at other moments each; then all jobs are there, each made once."""
+    command = ("-m", "tests.service.painter", str(tmp_path))
+    first = started(*command, "20")
+    client, key = Client(int(line(first))), Database(tmp_path / "service.sqlite").add_key("ada", 1e6, 1_000_000)
+    ids = [client.ask(key, seed=seed) for seed in range(5)]
+    for wait in (0.0, 0.3):
+        while client.call("GET", f"/api/jobs/{ids[0]}", key).json["state"] != "running":
+            time.sleep(0.02)
+        time.sleep(wait)
+        kill(first)
+        first = started(*command, "20" if wait == 0.0 else "0.2")
+        client = Client(int(line(first)))
     for id in ids:
-        assert service.ended(key, id)["state"] == "done"
-    videos = sorted(path.stem for path in (folder / "run/service/outputs").glob("*.mp4"))
-    assert videos == sorted(ids)
-    found = verify(folder / f"run/service/outputs/{ids[0]}.mp4", release, None)
-    assert found.manifest_holds
-    _bad_media(service, key)
-    _refused(service, key)
-    assert service.stop() == 0
+        assert client.ended(key, id)["state"] == "done"
+        assert client.call("GET", f"/api/jobs/{id}/video", key).status == 200
+    assert sorted(path.stem for path in (tmp_path / "outputs").iterdir()) == sorted(ids)
+    attempts = {job.id: job.attempts for job in Database(tmp_path / "service.sqlite").jobs("ada")}
+    assert attempts[ids[0]] == 3 and sum(attempts.values()) == 7, "the others were taken up once"
 
 
-def _bad_media(service: Process, key: str) -> None:
-    for name, data in {
-        "text": b"no picture", "a cut PNG": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a lying MP4": b"\0\0\0\x20ftypisom" + b"x" * 99,
-        "a bomb": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\1\0\0" * 2 + b"\x08\2\0\0\0" + b"\0" * 40,
-    }.items():  # fmt: skip
-        status, body = service.get("/api/uploads", key, "POST", data)
-        job = service.ended(key, service.ask(key, image=json.loads(body)["id"]))
-        assert (name, status, job["state"]) == (name, 201, "failed"), job
-        assert "the upload can't be used" in job["message"] and "/" not in job["message"].replace("/s", ""), job
-
-
-def _refused(service: Process, key: str) -> None:
-    job = service.ended(key, service.ask(key, prompt="some p.o.r.n"))
-    assert (job["state"], job["message"]) == ("refused", "refused: sexual")
-
-
-def test_requests_of_different_sizes_share_packs(
-    folder: Path,
-    started: Callable[..., Process],
-    give: Callable[..., str],
-) -> None:
+@pytest.mark.campaign
+def test_a_service_with_a_model_in_a_process_of_its_own(
+    folder: Path, made_folder: Path, tmp_path: Path, started: Start, give: Callable[..., str]
+) -> None:  # fmt: skip
+    shutil.copytree(made_folder, tmp_path / "release")
     key = give(f"run_dir={folder}/run", "add=ada", "requests_per_minute=100000")
-    service = started("batch=4")
-    write_mp4(folder / "before.mp4", np.full((6, 64, 64, 3), 90, dtype=np.uint8), 4.0)
-    upload = json.loads(service.get("/api/uploads", key, "POST", (folder / "before.mp4").read_bytes())[1])["id"]
-    wishes = [{"seconds": 0.25}, {"seconds": 2.25}, {"seconds": 1.25, "seed": 4}, {"video": upload}, {"seconds": 5.0}]
-    ids = [service.ask(key, **wish) for wish in wishes]
-    for id, wish in zip(ids, wishes, strict=True):
-        job = service.ended(key, id)
-        assert job["state"] == "done", (wish, job)
-    lengths = []
-    for id in ids[1:3]:
-        (folder / "got.mp4").write_bytes(service.get(f"/api/jobs/{id}/video", key)[1])
-        lengths.append(len(read_mp4(folder / "got.mp4")[0]))
-    assert lengths == [9, 5]
-    second = subprocess.run(
-        service.command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60
-    )
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = ["-m", "sora_train.serve", f"run_dir={folder}/run", f"port={port}", f"release={tmp_path}/release",
+               "height=64", "width=64"]  # fmt: skip
+    service, client = started(*command, "steps=400", "batch=1"), Client(port)
+    line(service, "serving")
+    ids = [client.ask(key, seed=seed) for seed in range(3)]
+    while client.call("GET", f"/api/jobs/{ids[0]}", key).json["progress"] == 0:
+        time.sleep(0.05)
+    second = subprocess.run([sys.executable, *command], env=ENVIRONMENT, capture_output=True, timeout=120)
     assert second.returncode == 2 and b"another run works in" in second.stderr
+    kill(service)
+    service = started(*command)
+    line(service, "serving")
+    for id in ids:
+        assert client.ended(key, id)["state"] == "done"
+        (tmp_path / "got.mp4").write_bytes(client.call("GET", f"/api/jobs/{id}/video", key).body)
+        assert verify(tmp_path / "got.mp4", ReleaseFolder(tmp_path / "release"), None).manifest_holds
+        assert len(read_mp4(tmp_path / "got.mp4")[0]) == 9
+    assert sorted(path.stem for path in (folder / "run/service/outputs").glob("*.mp4")) == sorted(ids)
+    service.send_signal(signal.SIGTERM)
+    assert service.wait(30) == 0
