@@ -41,7 +41,9 @@ HEAVY = {
     "hydra": {"sora_train/config/hydra.py"},
     "diffusers": {"sora_train/models/video_vae/released.py"},
     "transformers": {
-        "sora_train/models/text/released.py", "sora_train/evaluation/networks.py", "sora_train/release/local_guard.py",
+        "sora_train/models/text/released.py",
+        "sora_train/evaluation/networks.py",
+        "sora_train/release/local_guard.py",
     },
     "c2pa": {"sora_train/release/provenance.py"},
     "cryptography": {"sora_train/release/certificates.py"},

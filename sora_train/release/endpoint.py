@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sora_train.release.guard import Unavailable, Verdict
+from sora_train.release.verdict import Unavailable, Verdict
 
 KEY = "SORA_TRAIN_GUARD_KEY"
 _SIDE = 512  # pixels of a frame that is sent

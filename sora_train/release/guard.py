@@ -14,23 +14,11 @@ import numpy as np
 
 from sora_train.core.cli import InputError
 from sora_train.release.folder import ReleaseFolder
+from sora_train.release.verdict import Unavailable, Verdict
 from sora_train.release.words import WordList, read_words
 
 UNREACHABLE = "guard unavailable"  # category of a refusal because of a guard that doesn't answer
 _SHOWN = 8  # frames of a piece that a guard is shown
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A finding against a text or a video."""
-
-    category: str
-    by: str  # the guard that found it
-    score: float = 1.0
-
-
-class Unavailable(Exception):
-    """A guard gave no answer."""
 
 
 class Checker(Protocol):
@@ -46,7 +34,7 @@ class Checker(Protocol):
         """A finding against frames."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Words:
     """The word list as a guard."""
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import pipeline
 
 from sora_train.core.cli import InputError
-from sora_train.release.guard import Unavailable, Verdict
+from sora_train.release.verdict import Unavailable, Verdict
 
 
 class LocalGuard:

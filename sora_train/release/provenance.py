@@ -134,7 +134,9 @@ def read_manifest(path: Path, trusted: str = "") -> Manifest | None:
         raise InputError(f"{path} can't be read: {error.strerror}") from error
     active = store["manifests"][store["active_manifest"]]
     signature = active.get("signature_info", {})
-    claims = next((a["data"] for a in active.get("assertions", []) if a["label"].startswith(ASSERTION)), {})
+    claims: dict[str, Any] = next(
+        (a["data"] for a in active.get("assertions", []) if a["label"].startswith(ASSERTION)), {}
+    )
     ingredients = [str(one.get("title", "")) for one in active.get("ingredients", [])]
     signer = " / ".join(filter(None, (signature.get("issuer"), signature.get("common_name"))))
     return Manifest(

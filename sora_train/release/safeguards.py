@@ -21,10 +21,11 @@ from sora_train.generation.safeguards import Refused, Safeguards, Write
 from sora_train.generation.video import Video, pieces_of
 from sora_train.release.folder import ReleaseFolder
 from sora_train.release.frames import read_frames
-from sora_train.release.guard import Guard, Verdict, guard_of
+from sora_train.release.guard import Guard, guard_of
 from sora_train.release.mark import BITS, STRENGTHS, WELL_PRESENT
 from sora_train.release.marks import Mark, mark_of
 from sora_train.release.provenance import Signing, can_sign
+from sora_train.release.verdict import Verdict
 
 REFUSALS, MARKS = "refusals.jsonl", "marks.jsonl"  # records in the release folder
 

@@ -209,7 +209,7 @@ def test_a_refused_video_leaves_no_file(release_folder: ReleaseFolder, tmp_path:
             return None
 
         def frames(self, frames: np.ndarray) -> object:
-            from sora_train.release.guard import Verdict
+            from sora_train.release.verdict import Verdict
 
             return Verdict("anything", "stub")
 
