@@ -62,6 +62,18 @@ NOT_RUN = {
     "pip install torch --index-url https://download.pytorch.org/whl/cpu": "fetches what is installed",
     "kubectl apply -f": "wants a cluster; tests/test_k8s.py checks the files",
     "sysctl net.ipv4.tcp_retries2=8": "changes the machine; tests/runs/test_two_machines.py does it in a namespace",
+    'python -m sora_train.release init provider="Example Lab" contact=safety@example.org': (
+        "writes into the user's own folder; tests/release does it elsewhere"
+    ),
+    "python -m sora_train.release verify video=clip.mp4": "wants a release folder; tests/release has one",
+    "python -m sora_train.release verify video=clip.mp4 trust=root.pem release=off": "the same",
+    'python -m sora_train.release sign video=theirs.mp4 out=signed.mp4 generator="Model X"': "the same",
+    "python -m sora_train.release redteam run_dir=RUN prompts=FILE.jsonl out=FOLDER": "the same",
+    "python -m sora_train.release redteam compare=[FOLDER,FOLDER]": "the same",
+    "python -m sora_train.release cards run_dir=RUN facts=facts.yaml out=FOLDER": "wants facts; tests/release has some",
+    "python -m sora_train.serve run_dir=RUN": "runs for ever; tests/service starts and ends it",
+    "python -m sora_train.serve run_dir=RUN add=ada seconds_per_day=60": "wants the key that it made; tests/service",
+    "python -m sora_train.serve run_dir=RUN revoke=ada": "the same",
     "wandb sync": "wants a server; tests/test_dashboards.py reads what would be sent",
     "wandb sync RUN/wandb/*": "wants a server; tests/test_dashboards.py reads what would be sent",
 }

@@ -18,6 +18,7 @@ FILES = ("image", "video", "end_image", "end_video")
 _PATHS = ("run_dir", "vae", *FILES)  # recorded as absolute paths
 _OF_THE_COMMAND = {  # the same for all rows of a file of prompts
     "from", "prompts", "run_dir", "vae", "checkpoint", "weights", "lora", "dtype", "rope_scaling", "rope_factors",
+    "release", "release.sign", "release.mark", "release.guard",
 }  # fmt: skip
 
 
@@ -61,6 +62,10 @@ class Options:
     dtype: str = choice(("fp32", "bf16"), "fp32")
     lora: list[str] = number([])  # adapters, each FILE or FILE:WEIGHT
     vae: str | None = None  # where the VAE is, if it has been moved
+    release: str | None = None  # the release folder, or off; default: that of this user, if `release init` made one
+    sign: bool = named("release.sign", True)
+    mark: bool = named("release.mark", True)
+    guard: bool = named("release.guard", True)
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def record(o: Options) -> dict[str, Any]:
     """The options of one sample as its JSON has them: all that aren't absent, by key, files with their whole paths."""
     names = keys(Options)
     values = {names[name]: value for name, value in asdict(o).items() if value is not None}
-    for key in ("from", "prompts", "count", "out"):
+    for key in ("from", "prompts", "count", "out", "release", "release.sign", "release.mark", "release.guard"):
         values.pop(key, None)
     for key in _PATHS:
         if key in values:
