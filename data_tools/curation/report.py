@@ -35,7 +35,7 @@ footage kept{% endif %}. Rule: <code>{{ rule }}</code></p>
 <h2>Scores</h2><div class=grid>
 {% for h in histograms %}<figure><svg viewBox="0 0 {{ width }} {{ height }}" width={{ width }} height={{ height }}
 role=img aria-label="{{ h.name }}">
-{% for bar in h.bars %}<rect x={{ bar.x }} y={{ bar.y }} width={{ bar.w }} height={{ bar.h }}/>
+{% for bar in h.bars %}<rect x={{ bar.x }} y={{ bar.y }} width={{ bar.w }} height={{ bar.h }} />
 {% endfor %}
 {% for x in h.thresholds %}<line x1={{ x }} x2={{ x }} y1=0 y2={{ height - 16 }} stroke="#e4572e" stroke-width=1.6 />
 {% endfor %}<text x=2 y={{ height - 3 }}>{{ h.low }}</text>
