@@ -56,6 +56,7 @@ SMALLER = {
     r"benchmarks\.faults": (
         "kills=1 terms=1 damages=2 starts=1 nans=1 spikes=0 hangs=0 doubles=1 skews=0 disks=0 elastics=0 configs=1"
     ),
+    r"benchmarks\.release_marks": "clips=2 unmarked=20",
     r"benchmarks\.soak": "minutes=0.5 every_s=10",
     r"benchmarks\.model_step": "rounds=1 batches=1",
     r"^tensorboard": "--port 0",

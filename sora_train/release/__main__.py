@@ -52,10 +52,11 @@ def _command(name: str) -> tuple[Any, Callable[[Any], int]]:
         return cards.Options, cards.main
     from sora_train.release import commands
 
-    return {
+    its: dict[str, tuple[Any, Callable[[Any], int]]] = {
         "init": (commands.Init, commands.init), "sign": (commands.Sign, commands.sign),
         "verify": (commands.Verify, commands.check),
-    }[name]  # fmt: skip
+    }  # fmt: skip
+    return its[name]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from sora_train.config.load import load
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.lines import entries
-from sora_train.data.index.index import expand, load_index
+from sora_train.data.index.index import load_index
+from sora_train.data.index.patterns import expand
 from sora_train.data.read.store import Store
 from sora_train.evaluation.intervals import Estimate
 from sora_train.evaluation.results import SAMPLES, cell

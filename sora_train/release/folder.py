@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def write_secret(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def append_line(path: Path, entry: dict[str, object]) -> None:
+def append_line(path: Path, entry: Mapping[str, object]) -> None:
     """Append a JSON object as one line to a file that its owner alone can read."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:

@@ -28,6 +28,7 @@ from sora_train.generation.options import Job
 from sora_train.generation.options import Options as SampleOptions
 from sora_train.generation.output import save
 from sora_train.generation.safeguards import Refused
+from sora_train.generation.sampler import Sampler
 from sora_train.generation.samples import check_prompt, made, made_with, prepared
 from sora_train.operations.source import Source
 from sora_train.release.chosen import safeguards_for
@@ -162,7 +163,8 @@ def compared(folders: Sequence[Path]) -> Table:
 
 def _through_the_model(source: Source, named: str | None, folder: Path, pool: Pool) -> Try:
     """Attempts with the model itself, which is loaded when the first prompt gets as far."""
-    safeguards, opened = safeguards_for(named), []
+    safeguards = safeguards_for(named)
+    opened: list[Sampler] = []
 
     def attempt(case: Case) -> str:
         o = replace(source.options, prompt=case.prompt)

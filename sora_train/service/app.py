@@ -29,7 +29,7 @@ _SCHEME = "Bearer "
 UPLOADS = "/api/uploads"
 AUDIT, REPORTS = "audit.jsonl", "reports.jsonl"
 Id = Annotated[str, PathParameter(pattern="^[0-9a-f]{32}$")]
-_NO_JOB = {404: {"description": "no job of yours has this id"}}
+_NO_JOB: dict[int | str, dict[str, Any]] = {404: {"description": "no job of yours has this id"}}
 _NO_KEY: dict[int | str, dict[str, Any]] = {
     401: {"description": "no valid key"}, 403: {"description": "not from this address"},
     408: {"description": "the body came too slowly"}, 413: {"description": "the body is too large"},

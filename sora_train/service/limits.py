@@ -105,7 +105,8 @@ class Guarded:
                 "time": round(time.time(), 3), "address": address, "method": scope["method"],
                 "path": scope["path"][:200], "status": status, **facts,
             }  # fmt: skip
-            append_line(self.audit, entry)
+            if scope["path"].startswith("/api/"):
+                append_line(self.audit, entry)
 
     def _may_come(self, scope: Mapping[str, Any]) -> bool:
         if not self.bounds.allow:

@@ -177,7 +177,8 @@ def test_guessing_keys_by_time_learns_nothing(service: Service, ada: str) -> Non
 def test_only_allowed_addresses(start: Callable[..., Service]) -> None:
     import ipaddress
 
-    service = start(Bounds(1 << 16, 1 << 20, 2.0, (ipaddress.ip_network("10.0.0.0/8"),)))
+    bounds = Bounds(1 << 16, 1 << 20, 2.0, (ipaddress.ip_network("10.0.0.0/8"),))
+    service = start(bounds=bounds)
     assert service.call("GET", "/").status == 403
     assert service.call("GET", "/", None, None, X_Forwarded_For="10.0.0.1").status == 403
 
