@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_train.data.read.bitstream import is_entry, is_shown, needs_first_packet
+from sora_train.data.read.bitstream import is_entry, is_intact, is_shown, needs_first_packet
 from sora_train.data.read.decode import DecodeError, Track
 from sora_train.data.read.pool import Pool
 from tests.data import damaged_clips, random_clips
@@ -98,6 +98,19 @@ def test_entries_are_told_from_key_packets() -> None:
     assert is_shown("vp8", b"\x11") and not is_shown("vp8", b"\x01") and is_shown("h264", b"\x01")
     assert is_entry("mpeg4", b"\0\0\1\xb6\x10", b"") and not is_entry("mpeg4", b"\0\0\1\xb6\x50", b"")
     assert is_entry("prores", b"anything", b"")
+
+
+def test_damage_that_ffmpeg_takes_for_the_end_of_a_unit_is_seen_in_the_packets() -> None:
+    avcc = bytes([1, 100, 0, 30, 0xFF])
+    packet = (6).to_bytes(4, "big") + b"\x41slice" + (5).to_bytes(4, "big") + b"\x41more"
+    whole = b"head" + packet + b"tail"
+
+    def intact(data: bytes, record: bytes = avcc) -> bool:
+        return is_intact("h264", data, 4, 4 + len(packet), record)
+
+    assert intact(whole) and intact(whole.replace(b"slice", b"sli\0\0")), "zeros at the end of a unit are padding"
+    assert not intact(whole.replace(b"slice", b"\0\0\0ce")) and not intact(whole.replace(b"\6\x41", b"\7\x41"))
+    assert intact(whole.replace(b"slice", b"\0\0\0ce"), b""), "without lengths zeros are part of the start codes"
 
 
 def test_an_old_x264_has_to_be_heard_first() -> None:
