@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from sora_train.data.read.decode import DecodeError, container, first_line
+from sora_train.data.read.back_ends import first_line
+from sora_train.data.read.decode import DecodeError, container
 from sora_train.data.read.decode_child import shut_in
 from sora_train.data.read.packets import Line, choose_stream, read_line, read_packets
 
