@@ -29,6 +29,7 @@ from data_tools.configured import report
 from sora_train.config.cost import geometry
 from sora_train.config.hydra import run_hydra
 from sora_train.config.load import load
+from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, DataConfig, SourceConfig, StageConfig, clip_rate
 from sora_train.core.cli import InputError, choice, number, options_and_overrides, options_and_paths, run
 from sora_train.data.index.index import Index, expand, index_shards, load_index
@@ -101,9 +102,12 @@ def main() -> int:
     store = Store.of(DataConfig())
     shards = expand(patterns, store)
     index_shards(shards, None, store)
-    index = load_index(shards, store)
+    config = load(o.run_dir) if o.run_dir is not None else None
+    captioned = config is None or METHODS.get(config.method).reads_captions
+    view = View(**{field.name: getattr(o, field.name) for field in fields(View)}) if config is None else view_of(config)
+    index = load_index(shards, store, captioned=captioned)
     with Pool(store=store) as pool:
-        _write(Path(o.out), render(index, _view(o), pool, o.samples), index)
+        _write(Path(o.out), render(index, view, pool, o.samples), index)
     return 0
 
 
@@ -116,7 +120,8 @@ def _inspect(config: Config, patterns: list[str], out: Path, samples: int) -> in
             stage.weights = {}
     shards = Shards(config)
     shards.index()
-    index = SideTables(config.data.side_tables, shards.store).join(load_index(shards.training, shards.store))
+    index = load_index(shards.training, shards.store, captioned=shards.captioned)
+    index = SideTables(config.data.side_tables, shards.store).join(index)
     part = report(config, index, shards.source_of, shards.filters)
     with Pool.of(config.data, shards.store) as pool:
         _write(out, render(index, view_of(config), pool, samples, part), index)
@@ -139,12 +144,6 @@ def view_of(config: Config) -> View:
         clip_rate(stage.fps or d.fps), stage.max_frames or d.max_frames, stage.max_pixels or d.max_pixels,
         grid.multiple, grid.temporal_stride, d.fit.value, d.max_tokens,
     )  # fmt: skip
-
-
-def _view(o: Options) -> View:
-    if o.run_dir is not None:
-        return view_of(load(o.run_dir))
-    return View(**{field.name: getattr(o, field.name) for field in fields(View)})
 
 
 def seen(index: Index, view: View) -> dict[str, np.ndarray]:
@@ -207,8 +206,7 @@ def histogram(values: np.ndarray, bins: int = 24) -> str:
 
 
 def _dropped(index: Index, view: View, made: dict[str, np.ndarray], seconds: np.ndarray, moving: np.ndarray) -> str:
-    causes = Counter(index.columns["refused"].tolist())
-    causes.pop("", None)
+    causes = Counter(index.columns["refused"][~index.usable].tolist())
     details = {str(c): str(d) for c, d in zip(index.columns["refused"], index.columns["detail"], strict=True)}
     refused = "".join(
         f"<tr><td class=bad>{html.escape(cause)}</td><td>{count}</td><td>{html.escape(details[cause][:160])}</td></tr>"
@@ -242,7 +240,7 @@ def _card(index: Index, row: int, pool: Pool) -> str:
         if extension != LATENT:  # which have no picture
             picture = pool.decode(path, extension, member, wanted, size, (0, 0, *size), index.track(row)).result()[0]
             image = _picture(picture)
-        captions, _ = index.captions(row)
+        captions = [] if index.columns["refused"][row] else index.captions(row)[0]  # usable without one: a VAE's
     except DecodeError as error:
         return f"<div class=card><p class=bad>{html.escape(str(error))}</p><small>{key}</small></div>"
     said = "<br>".join(html.escape(caption) for caption in captions)
