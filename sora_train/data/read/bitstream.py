@@ -42,8 +42,8 @@ def units(codec: str, packet: Bytes, record: bytes) -> Iterator[tuple[int, int]]
 def is_intact(codec: str, data: bytes, start: int, end: int, record: bytes) -> bool:
     """Tell whether the units of an H.264 or HEVC packet, data[start:end], fill it, with no three zeros in a row.
 
-    An encoder escapes those inside a unit. FFmpeg takes them for the unit's end and says nothing, though they are damage
-    where units have their lengths before them. Of other streams nothing is said.
+    An encoder escapes those inside a unit. FFmpeg takes them for the unit's end and says nothing, though they are
+    damage where units have their lengths before them. Of other streams nothing is said.
     """
     place = LENGTHS.get(codec)
     if place is None or len(record) <= place or record[0] != 1:
