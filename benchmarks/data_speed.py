@@ -42,7 +42,8 @@ from sora_train.core.batch import Visit
 from sora_train.core.cli import options, run
 from sora_train.core.cost import Cost, Geometry
 from sora_train.core.media import encode_mp4
-from sora_train.data.index.index import index_shards, load_index
+from sora_train.data.index.index import load_index
+from sora_train.data.index.make import index_shards
 from sora_train.data.index.scan import scan_shard
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Plan, PlanInputs, Position

@@ -102,7 +102,7 @@ def _pieces(config: Config, sampler: Sampler, seconds: float, overlap: int) -> I
     shots = [Shot(_SHOT_S, _CAPTION.format(way=_WAYS[n % 2])) for n in range(count)]
     whole = clip_size(config, None, None, None, seconds)
     piece = (min(whole[0], config.data.max_frames), *whole[1:])
-    return in_pieces(config, sampler, Prompt(shots), piece, whole[0], 0, overlap, loop=False)
+    return in_pieces(config, sampler, Prompt(shots), piece, whole[0], 0, overlap=overlap, loop=False)
 
 
 class _Watch:

@@ -149,7 +149,12 @@ def _worker(out: Path) -> None:
             for _ in range(_ROUNDS):
                 took = statistics.median(run.step() for _ in range(_STEPS))
                 core = measure_cpu()
-                rounds.append((took, step_time(config, run.parameters, traced, world.size, 1, stage, core, 8).total))
+                rounds.append(
+                    (
+                        took,
+                        step_time(config, run.parameters, traced, world.size, 1, stage, device=core, per_node=8).total,
+                    )
+                )
             del run
             results.append((name, stage, peak, planned, rounds))
     if world.is_main:

@@ -34,7 +34,8 @@ from sora_train.core.batch import Refusal, Visit
 from sora_train.core.cli import InputError, choice, options_and_overrides, run
 from sora_train.core.pixels import to_video
 from sora_train.core.world import from_environment
-from sora_train.data.index.index import Index, index_shards, load_index
+from sora_train.data.index.index import Index, load_index
+from sora_train.data.index.make import index_shards
 from sora_train.data.index.side_tables import SideTables
 from sora_train.data.index.tar import Member, walk
 from sora_train.data.latents import texts_to_bytes, to_bytes
@@ -147,7 +148,7 @@ class Encoder:
         for key, visit in fixed_visits(index, inputs):
             track = index.track(visit.sample)
             frames = source_frames(visit, track.fps, track.vfr)
-            pixels = self.pool.decode(*index.member(visit.sample), frames, visit.resize, visit.crop, track)
+            pixels = self.pool.decode(*index.member(visit.sample), frames, visit.resize, visit.crop, track=track)
             waiting.append((key, visit, pixels))
             if len(waiting) > _AHEAD:
                 yield waiting.pop(0)

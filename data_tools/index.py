@@ -27,7 +27,10 @@ from data_tools.progress import progress
 from sora_train.config.schema import DataConfig, Probe
 from sora_train.core.cli import InputError, number, options_and_paths, run
 from sora_train.data.index.consolidated import consolidate
-from sora_train.data.index.index import expand, ignored_fields, index_path, index_shards, upload_index
+from sora_train.data.index.files import ignored_fields, upload_index
+from sora_train.data.index.make import index_shards
+from sora_train.data.index.patterns import expand
+from sora_train.data.index.places import index_path
 from sora_train.data.read.store import Store, scheme
 
 

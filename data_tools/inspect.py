@@ -14,7 +14,6 @@ index are indexed first.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from data_tools.configured import report
@@ -31,8 +31,12 @@ from sora_train.config.hydra import run_hydra
 from sora_train.config.load import load
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, DataConfig, SourceConfig, StageConfig, clip_rate
+from sora_train.core.charts import histogram
 from sora_train.core.cli import InputError, choice, number, options_and_overrides, options_and_paths, run
-from sora_train.data.index.index import Index, expand, index_shards, load_index
+from sora_train.core.page import page
+from sora_train.data.index.index import Index, load_index
+from sora_train.data.index.make import index_shards
+from sora_train.data.index.patterns import expand
 from sora_train.data.index.side_tables import SideTables
 from sora_train.data.order.visits import cuts
 from sora_train.data.read.decode import DecodeError
@@ -42,22 +46,21 @@ from sora_train.data.read.store import Store
 from sora_train.data.shards import Shards
 
 _SIDE = 192  # pixels of a thumbnail's longer side
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #6b7280; --line: #e3e5e8; --bar: #4f7cac; --bad: #b3452f;
-  --page: #fbfbfa; --card: #fff }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e6e3; --soft: #9aa0a6; --line: #33363b; --bar: #7aa5d2;
-  --bad: #e08a76; --page: #17181a; --card: #1f2124 } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
-  max-width: 72rem; padding: 0 1rem }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 2rem 0 .6rem } p, small { color: var(--soft) }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem; overflow: hidden }
-.card img { width: 100%; border-radius: 4px; display: block; image-rendering: auto }
-.card p { margin: .5rem 0 .2rem; color: var(--ink); overflow-wrap: anywhere; max-height: 6em; overflow: auto }
-svg { width: 100%; height: 7rem } svg.wide { height: auto }
-svg rect { fill: var(--bar) } svg text { fill: var(--soft); font-size: 9px }
-table { border-collapse: collapse } td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line) } .bad { color: var(--bad) }
+_TEMPLATE = """
+<p>{{ videos }} videos ({{ hours }} hours), {{ images }} images, {{ mib }} MiB of media</p>
+<h2>Distributions</h2><div class=grid>{% for chart in charts %}{{ chart }}{% endfor %}</div>
+<h2>With this configuration</h2><p>{{ view }}</p><table>
+<tr><td>samples that can't be used</td><td>{{ unusable }}</td><td></td></tr>
+{% for cause, count, detail in refused %}
+<tr><td class=bad>{{ cause }}</td><td>{{ count }}</td><td>{{ detail }}</td></tr>{% endfor %}
+{% for name, value, detail in uses %}<tr><td>{{ name }}</td><td>{{ value }}</td><td>{{ detail }}</td></tr>{% endfor %}
+</table>
+{{ part }}
+<h2>Samples</h2><div class=grid>{% for card in cards %}<figure>
+{% if card.picture %}<img alt="" src="{{ card.picture }}">{% endif %}
+{% if card.refused %}<p class=bad>{{ card.refused }}</p>{% endif %}
+<figcaption>{% for line in card.lines %}{{ line }}<br>{% endfor %}</figcaption></figure>
+{% endfor %}</div>
 """
 
 
@@ -92,10 +95,10 @@ class Options(Page, View):
 def main() -> int:
     """Write the page that the command line asks for."""
     if any(argument.startswith("experiment=") for argument in sys.argv[1:]):
-        page = options_and_overrides(Page, __doc__, "runs/inspected")
+        asked = options_and_overrides(Page, __doc__, "runs/inspected")
         named = [argument for argument in sys.argv[1:] if "=" not in argument]
         sys.argv[1:] = [argument for argument in sys.argv[1:] if "=" in argument]
-        return run_hydra(lambda config: _inspect(config, named, Path(page.out), page.samples), need_vae=False)
+        return run_hydra(lambda config: _inspect(config, named, Path(asked.out), asked.samples), need_vae=False)
     o, patterns = options_and_paths(Options, __doc__)
     if not patterns:
         raise InputError("give shards or experiment=NAME; --help shows the rest")
@@ -128,9 +131,9 @@ def _inspect(config: Config, patterns: list[str], out: Path, samples: int) -> in
     return 0
 
 
-def _write(out: Path, page: str, index: Index) -> None:
+def _write(out: Path, text: str, index: Index) -> None:
     try:
-        out.write_text(page, encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write out={out}: {error.strerror}") from error
     print(f"wrote {out}: {int(index.usable.sum())} usable samples of {len(index)}")
@@ -154,105 +157,73 @@ def seen(index: Index, view: View) -> dict[str, np.ndarray]:
 
 
 def render(index: Index, view: View, pool: Pool, samples: int, part: str = "") -> str:
-    """The page; `part` is what `configured.report` says."""
+    """The page; `part` is the HTML that `configured.report` gives."""
     rows = np.flatnonzero(index.usable)
     made = seen(index, view)
     moving = index.fps[rows] > 0
     c = {name: index.columns[name][rows] for name in ("duration", "width", "height", "fps", "caption_chars")}
-    charts = [
-        ("duration of videos, seconds", c["duration"][moving]),
-        ("frames a second", c["fps"][moving]),
-        ("height, pixels", c["height"]),
-        ("width, pixels", c["width"]),
-        ("longest caption, characters", c["caption_chars"]),
-        ("tokens of a clip", made["tokens"]),
-    ]
-    hours = c["duration"].sum() / 3600
-    head = (
-        f"<h1>{len(index.shards)} shard{'s' * (len(index.shards) != 1)}, {len(rows):,} usable samples</h1>"
-        f"<p>{int(moving.sum()):,} videos ({hours:.2f} hours), {int((~moving).sum()):,} images, "
-        f"{index.size[rows].sum() / 2**20:,.1f} MiB of media</p>"
-    )
+    charts = {
+        "duration of videos, seconds": c["duration"][moving], "frames a second": c["fps"][moving],
+        "height, pixels": c["height"], "width, pixels": c["width"],
+        "longest caption, characters": c["caption_chars"], "tokens of a clip": made["tokens"],
+    }  # fmt: skip
     chosen = rows[np.linspace(0, len(rows) - 1, min(samples, len(rows))).astype(int)]
-    body = [
-        head,
-        "<h2>Distributions</h2><div class=row>",
-        *(f"<div class=card><small>{title}</small>{histogram(values)}</div>" for title, values in charts),
-        "</div>",
-        _dropped(index, view, made, c["duration"], moving),
-        part,
-        "<h2>Samples</h2><div class=row>",
-        *(_card(index, int(row), pool) for row in chosen),
-        "</div>",
-    ]
-    title = "<!doctype html><html lang=en><meta charset=utf-8><title>shards</title>"
-    return f"{title}<meta name=viewport content='width=device-width'><style>{_STYLE}</style>{''.join(body)}</html>\n"
-
-
-def histogram(values: np.ndarray, bins: int = 24) -> str:
-    """A bar chart as SVG, with its extremes and median."""
-    if not len(values):
-        return "<p>none</p>"
-    low, high = float(values.min()), float(values.max())
-    counts, _ = np.histogram(values, bins, (low, high if high > low else low + 1))
-    bars = "".join(
-        f"<rect x={10 * n} y={80 - 78 * count / counts.max():.1f} width=9 height={78 * count / counts.max():.1f}>"
-        f"<title>{count}</title></rect>"
-        for n, count in enumerate(counts)
-    )
-    text = f"<text x=0 y=94>{low:,.4g}</text><text x={10 * bins} y=94 text-anchor=end>{high:,.4g}</text>"
-    middle = f"<text x={5 * bins} y=94 text-anchor=middle>median {float(np.median(values)):,.4g}</text>"
-    return f"<svg viewBox='0 0 {10 * bins} 98' preserveAspectRatio=none role=img>{bars}{text}{middle}</svg>"
-
-
-def _dropped(index: Index, view: View, made: dict[str, np.ndarray], seconds: np.ndarray, moving: np.ndarray) -> str:
     causes = Counter(index.columns["refused"][~index.usable].tolist())
     details = {str(c): str(d) for c, d in zip(index.columns["refused"], index.columns["detail"], strict=True)}
-    refused = "".join(
-        f"<tr><td class=bad>{html.escape(cause)}</td><td>{count}</td><td>{html.escape(details[cause][:160])}</td></tr>"
-        for cause, count in causes.most_common()
-    )
+    values = {
+        "videos": f"{int(moving.sum()):,}", "images": f"{int((~moving).sum()):,}",
+        "hours": f"{c['duration'].sum() / 3600:.2f}", "mib": f"{index.size[rows].sum() / 2**20:,.1f}",
+        "charts": [histogram(name, values) for name, values in charts.items()],
+        "view": ", ".join(f"{key} {value}" for key, value in asdict(view).items()),
+        "unusable": f"{causes.total():,} of {len(index):,}",
+        "refused": [(cause, count, details[cause][:160]) for cause, count in causes.most_common()],
+        "uses": _uses(made, c["duration"], moving), "part": Markup(part),  # noqa: S704  (escaped where it was made)
+        "cards": [_card(index, int(row), pool) for row in chosen],
+    }  # fmt: skip
+    shards = f"{len(index.shards)} shard{'s' * (len(index.shards) != 1)}"
+    return page(f"{shards}, {len(rows):,} usable samples", _TEMPLATE, values)
+
+
+def _uses(made: dict[str, np.ndarray], seconds: np.ndarray, moving: np.ndarray) -> list[tuple[str, str, str]]:
+    """Shares of the samples that the view uses: name, value, detail."""
     total = seconds[moving].sum()
     kept = (seconds * made["share"])[moving].sum() / total if total else 1.0
     whole = float((made["share"][moving] == 1).mean()) if moving.any() else 1.0
-    figures = ", ".join(f"{key} {value}" for key, value in asdict(view).items())
-    return (
-        f"<h2>With this configuration</h2><p>{html.escape(figures)}</p><table>"
-        f"<tr><td>samples that can't be used</td><td>{causes.total():,} of {len(index):,}</td><td></td></tr>{refused}"
-        f"<tr><td>seconds of video in one visit of each</td><td>{kept:.1%}</td>"
-        f"<td>{whole:.1%} of the videos whole</td></tr>"
-        f"<tr><td>videos that become one frame</td><td>{int((made['frames'][moving] == 1).sum()):,}</td><td></td></tr>"
-        f"<tr><td>tokens of an epoch</td><td>{int(made['tokens'].sum()):,}</td><td></td></tr></table>"
-    )
+    return [
+        ("seconds of video in one visit of each", f"{kept:.1%}", f"{whole:.1%} of the videos whole"),
+        ("videos that become one frame", f"{int((made['frames'][moving] == 1).sum()):,}", ""),
+        ("tokens of an epoch", f"{int(made['tokens'].sum()):,}", ""),
+    ]
 
 
-def _card(index: Index, row: int, pool: Pool) -> str:
-    """A sample: the frame in its middle, what it is, and its captions."""
+def _card(index: Index, row: int, pool: Pool) -> dict[str, Any]:
+    """A sample: the frame in its middle, its captions, and what it is."""
     names = ("frames", "fps", "width", "height", "duration", "codec")
     c: dict[str, Any] = {name: index.columns[name][row] for name in names}
-    key = html.escape(str(index.key[row]))
+    key, picture = str(index.key[row]), ""
     scale = min(1.0, _SIDE / max(c["width"], c["height"]))
     size = max(1, round(c["height"] * scale)), max(1, round(c["width"] * scale))
-    image = ""
     try:
         path, extension, member = index.member(row)
         wanted = [int(c["frames"]) // 2]
         if extension != LATENT:  # which have no picture
-            picture = pool.decode(path, extension, member, wanted, size, (0, 0, *size), index.track(row)).result()[0]
-            image = _picture(picture)
+            pixels = pool.decode(path, extension, member, wanted, size, (0, 0, *size), track=index.track(row)).result()[
+                0
+            ]
+            picture = _picture(pixels)
         captions = [] if index.columns["refused"][row] else index.captions(row)[0]  # usable without one: a VAE's
     except DecodeError as error:
-        return f"<div class=card><p class=bad>{html.escape(str(error))}</p><small>{key}</small></div>"
-    said = "<br>".join(html.escape(caption) for caption in captions)
-    about = f"{key}<br>{c['width']}x{c['height']}, {c['frames']} frames, {html.escape(str(c['codec']))}"
+        return {"picture": "", "refused": str(error), "lines": [key]}
+    about = f"{c['width']}x{c['height']}, {c['frames']} frames, {c['codec']}"
     about += f", {c['fps']:.4g} fps, {c['duration']:.2f} s" if c["fps"] else ""
-    return f"<div class=card>{image}<p>{said}</p><small>{about}</small></div>"
+    return {"picture": picture, "refused": "", "lines": [*captions, key, about]}
 
 
 def _picture(pixels_HWC: np.ndarray) -> str:
+    """A picture as a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(pixels_HWC).save(buffer, "JPEG", quality=80)
-    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ from data_tools.progress import progress
 from sora_train.config.schema import DataConfig
 from sora_train.core.cli import InputError, choice, number, options_and_paths, run
 from sora_train.data.index.captions import CAPTIONS
-from sora_train.data.index.index import expand, index_path, is_current, load_rows
+from sora_train.data.index.files import is_current
+from sora_train.data.index.index import load_rows
+from sora_train.data.index.patterns import expand
+from sora_train.data.index.places import index_path
 from sora_train.data.index.scan import scan_shard
 from sora_train.data.index.tar import Fault, Member, walk
 from sora_train.data.read.decode import IMAGES, VIDEOS

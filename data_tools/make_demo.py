@@ -27,11 +27,11 @@ from PIL import Image
 from data_tools.progress import progress
 from sora_train.core.cli import MAX_SEED, InputError, number, options, run
 from sora_train.core.media import encode_mp4
-from sora_train.data.index.index import index_shards
+from sora_train.data.index.make import index_shards
 from sora_train.demo_world import scenes as shapes_world
 from sora_train.demo_world.render import render
 
-VERSION = 4  # of the world and the way it is written; a change here changes the bytes
+VERSION = 5  # of the world and the way it is written; a change here changes the bytes
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pathlib import Path
 from sora_train.core.cli import InputError, options_and_paths, run
 from sora_train.evaluation.paired import print_differences
 from sora_train.operations.records import Record, read
-from sora_train.operations.report import page, write_report
+from sora_train.operations.report import runs_page, write_report
 from sora_train.operations.side_by_side import plot, table
 
 
@@ -47,7 +47,7 @@ def main() -> int:
     if len(records) == 1:
         print(write_report(records[0]))
     if wanted.html:
-        Path(wanted.html).write_text(page("Comparison of runs", records), encoding="utf-8")
+        Path(wanted.html).write_text(runs_page("Comparison of runs", records), encoding="utf-8")
     if wanted.png:
         plot(records, wanted.figures, Path(wanted.png))
     return 0

@@ -86,8 +86,8 @@ def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
     figures = estimate(config, data, options.world_size)
     sizes, share = heaviest_pass(config, data, options.world_size)
     return forecast(
-        config, figures, sizes, share, device, options.per_node, options.disk_gb_s * 1e9, options.device_hours,
-        degrees(config, data, options.world_size),
+        config, figures, sizes, share, device, options.per_node, disk=options.disk_gb_s * 1e9,
+        hours_per_failure=options.device_hours, degrees=degrees(config, data, options.world_size),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from sora_train.config.load import to_yaml
 from sora_train.config.schema import Config
 from sora_train.core.cli import BAD_INPUT, InputError, run
 from sora_train.core.world import World, from_environment, threads_here
-from sora_train.data.index.index import expand
+from sora_train.data.index.patterns import expand
 from sora_train.data.read.commands import is_command, words
 from sora_train.data.read.store import scheme
 from sora_train.operations.inputs import check_inputs

@@ -28,7 +28,9 @@ text_encoder: {width: 16, heads: 2}
 vae: {widths: [4, 4], blocks: [0, 0]}
 data: {max_pixels: 576, workers: 1}
 flow: {sampling_steps: 2}
-logging: {every_steps: 1, validate_every: 3, validation_clips: 4, sample_every: 3, sample_clips: 1, peak_tflops: 1}
+logging:
+  {every_steps: 1, validate_every: 3, validation_clips: 4, sample_every: 3, sample_clips: 1, evaluate_clips: 4,
+   peak_tflops: 1}
 """
 # As Slurm: the job runs here, on one node.
 PROGRAMS = {

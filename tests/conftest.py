@@ -19,7 +19,7 @@ from PIL import Image
 
 from sora_train.core.batch import Clip, Visit
 from sora_train.core.media import encode_mp4
-from sora_train.data.index.index import index_shards
+from sora_train.data.index.make import index_shards
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

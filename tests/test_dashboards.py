@@ -65,7 +65,7 @@ def test_the_dashboard_asks_for_what_the_exporter_emits(tmp_path: Path) -> None:
     """Each panel's metric, what it selects by and what its legend shows, against the text that Prometheus reads."""
     parser = pytest.importorskip("prometheus_client.parser")
     checkpoint(tmp_path / "run")
-    writers = Writers(tmp_path / "run", "id", {}, ["prometheus"], 10, "p", 0)
+    writers = Writers(tmp_path / "run", "id", {}, ["prometheus"], 10, "p", resume_step=0)
     writers.scalars(7, {name.replace("/B", "/0.7"): 1.0 for name in logged() - {"checkpoint_age"}})
     writers.close()
     emitted: dict[str, set[str]] = {}
@@ -101,7 +101,7 @@ def checkpoint(run_dir: Path) -> None:
 def test_prometheus_gets_a_file(tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client")
     checkpoint(tmp_path / "run")
-    writers = Writers(tmp_path / "run", "id", {}, ["prometheus"], 10, "p", 0)
+    writers = Writers(tmp_path / "run", "id", {}, ["prometheus"], 10, "p", resume_step=0)
     writers.scalars(7, FIGURES)
     writers.scalars(8, {"validation_loss": 1.5})
     writers.close()
@@ -123,7 +123,7 @@ def test_prometheus_reads_a_port(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    writers = Writers(tmp_path / "run", "id", {}, ["prometheus"], 10, "p", 0, prometheus_port=port)
+    writers = Writers(tmp_path / "run", "id", {}, ["prometheus"], 10, "p", resume_step=0, prometheus_port=port)
     writers.scalars(7, FIGURES)
     text = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10).read().decode()
     assert 'sora_train_mfu{run="run"} 0.3' in text and "checkpoint_age" not in text

@@ -64,7 +64,7 @@ def pods(tree: Any) -> Iterator[dict[str, Any]]:
             yield from pods(value)
 
 
-@pytest.mark.parametrize("document", documents(), ids=lambda d: d["kind"])
+@pytest.mark.parametrize("document", list(documents()), ids=lambda d: d["kind"])
 def test_what_the_schemas_require_is_there(document: dict[str, Any]) -> None:
     assert document["apiVersion"] == VERSIONS[document["kind"]]
     for path, kind in REQUIRED[document["kind"]].items():

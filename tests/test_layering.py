@@ -27,7 +27,7 @@ MAY_IMPORT = {  # beside themselves
     "methods": {*PARTS, "encoding", "generation"},
     "training": {*BASE, "methods"},  # what it is given: it imports none of those below methods
     "forecast": {*PARTS, "methods", "training"},
-    "operations": {*PARTS, "encoding", "generation", "methods", "training", "forecast"},
+    "operations": {*PARTS, "encoding", "evaluation", "generation", "methods", "training", "forecast"},
     "top": {*PARTS, "encoding", "generation", "methods", "training", "forecast", "operations", "evaluation",
             "demo_world"},
     "data_tools": {*PARTS, "encoding", "demo_world"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from sora_train.config.schema import Config
@@ -18,7 +19,8 @@ _ABOVE_0 = (
     "flow.std", "flow.shift", "flow.sampling_steps", "optim.lr", "optim.eps", "optim.clip",
     "parallel.accumulation", "parallel.sequence", "checkpoint.every_steps", "checkpoint.keep",
     "checkpoint.snapshot_every", "checkpoint.snapshots", "guard.max_bad_steps", "guard.spike_steps",
-    "guard.spike_window", "guard.timeout_s", "guard.slow_timeout_s", "logging.every_steps", "logging.wandb_finish_s",
+    "guard.spike_window", "guard.timeout_s", "guard.slow_timeout_s", "logging.every_steps", "logging.evaluate_clips",
+    "logging.wandb_finish_s",
     "logging.peak_tflops",
 )  # fmt: skip
 _AT_LEAST_0 = (
@@ -26,9 +28,10 @@ _AT_LEAST_0 = (
     "text_encoder.pad_to", "flow.shift_tokens", "flow.guidance", "optim.text_lr_scale", "optim.rates",
     "optim.weight_decay", "optim.muon.weight_decay", "optim.warmup_steps", "checkpoint.keep_every", "guard.spike",
     "guard.leave_out_before", "guard.max_rollbacks", "guard.hash_every", "guard.max_futile_restarts",
+    "logging.evaluate_every",
     "logging.validate_every", "logging.validation_clips", "logging.sample_every", "logging.sample_clips",
 )  # fmt: skip
-_RANGES = {
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(_ABOVE_0, ("must be above 0", lambda value: value > 0)),
     **dict.fromkeys(_AT_LEAST_0, ("must not be below 0", lambda value: value >= 0)),
     **dict.fromkeys(

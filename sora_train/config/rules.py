@@ -33,6 +33,7 @@ def check(config: Config) -> None:
     _check_text(config.text_encoder)
     _check_mirror(config.checkpoint.mirror)
     _check_muon(config)
+    _check_evaluation(config)
     optim = config.optim
     require(len(optim.betas) == 2, f"optim.betas={list(optim.betas)} must be two numbers, e.g. [0.9, 0.99]")
     require(optim.schedule in SCHEDULES, f"optim.schedule={optim.schedule}; {nearest(optim.schedule, list(SCHEDULES))}")
@@ -156,6 +157,16 @@ def _check_mixing(data: DataConfig) -> None:
     for key, values in named:
         require(min(values.values()) >= 0 and sum(values.values()) > 0,
                  f"{key}: no weight may be below 0, and one must be above")  # fmt: skip
+
+
+def _check_evaluation(config: Config) -> None:
+    every, best = config.logging.evaluate_every, config.checkpoint.best
+    require(best is None or every > 0, f"checkpoint.best={best} needs evaluations; set logging.evaluate_every")
+    if every == 0:
+        return
+    require(METHODS.get(config.method).makes_videos,
+             f"logging.evaluate_every: method={config.method} makes no videos; set it to 0")  # fmt: skip
+    require(bool(config.logging.metrics), "logging.evaluate_every needs logging.metrics, e.g. [quick]")
 
 
 def require(condition: bool, message: str) -> None:

@@ -331,6 +331,7 @@ class CheckpointConfig:
     every_steps: int = 200
     keep: int = 3  # number of newest checkpoints that are kept
     keep_every: int = 0  # checkpoints at multiples of this step are never deleted; 0: none
+    best: str | None = None  # figure of logging.metrics; the checkpoint that is best by it is kept too; null: none
     snapshot_every: int = 1000  # steps between snapshots of optim.ema_lengths' averages in run_dir/snapshots
     snapshots: int = 64  # largest number of snapshots, spread evenly over the run
     mirror: str | None = None  # remote folder for copies of this run's checkpoints, e.g. s3://bucket/runs/x; null: none
@@ -364,6 +365,9 @@ class LoggingConfig:
     sample_clips: int = 4
     previews: Previews = Previews.held_out
     prompts: list[str] = field(default_factory=list)  # captions to sample instead of those of clips
+    evaluate_every: int = 0  # steps between evaluations by metrics of samples for held-out clips; 0: none
+    evaluate_clips: int = 16  # held-out videos of an evaluation, always the same
+    metrics: list[str] = field(default_factory=lambda: ["quick"])  # names or groups of metrics of an evaluation
     writers: list[str] = field(default_factory=lambda: ["tensorboard", "wandb"])  # in addition to metrics.jsonl
     project: str = ""  # of the wandb run; empty: WANDB_PROJECT, or sora_train
     group: str = ""  # of the wandb run; empty: WANDB_RUN_GROUP, or the folder that holds the run folder

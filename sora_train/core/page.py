@@ -19,7 +19,8 @@ figcaption { font-size: .85rem; max-width: 420px }
 table { border-collapse: collapse; font-size: .88rem } td, th { padding: .15rem .7rem .15rem 0; text-align: left;
 vertical-align: top; border-bottom: 1px solid var(--line) }
 video, img.sample { width: 200px; image-rendering: pixelated }
-svg text { fill: currentColor; font-size: 11px }
+svg text { fill: currentColor; font-size: 11px } svg rect { fill: #4269d0 }
+.bad { color: #c2415b }
 .key { display: inline-block; width: 1em; height: .7em; margin: 0 .3em }
 """
 

@@ -74,6 +74,7 @@ class Loader:
         start: Position,
         prefetch_steps: int,
         known: Known | None = None,
+        *,
         pin: bool = False,
         taken: int = 0,
     ) -> None:
@@ -105,7 +106,7 @@ class Loader:
             return _Request(self.pool.submit(read, self.index, visit.sample), captions)
         track = self.index.track(visit.sample)
         frames = source_frames(visit, track.fps, track.vfr)
-        pixels = self.pool.decode(path, extension, member, frames, visit.resize, visit.crop, track)
+        pixels = self.pool.decode(path, extension, member, frames, visit.resize, visit.crop, track=track)
         return _Request(pixels, captions)
 
     def _land(self, flying: _Flying) -> Step:

@@ -9,7 +9,9 @@ from sora_train.config.cost import cost, geometry
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, Probe, clip_rate
 from sora_train.data.index.consolidated import load_consolidated
-from sora_train.data.index.index import Index, expand, index_shards, load_index, missing_index
+from sora_train.data.index.index import Index, load_index
+from sora_train.data.index.make import index_shards, missing_index
+from sora_train.data.index.patterns import expand
 from sora_train.data.index.side_tables import SideTables
 from sora_train.data.order.curriculum import Stages, build_stages
 from sora_train.data.order.filters import Filter, Weight, both

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sora_train.core.charts import COLOURS, curve_chart
 from sora_train.core.page import embedded, page
 from sora_train.evaluation.outcome import Outcome
 from sora_train.evaluation.results import Judged, Row, cell
@@ -14,7 +14,6 @@ from sora_train.evaluation.results import Judged, Row, cell
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # figure -> (step, value)
 _EACH = 3  # samples at either end
 _MEDIA_BYTES = 24 << 20  # of videos in one page; later ones are named, not shown
-_WIDTH, _HEIGHT = 300, 120
 
 _TEMPLATE = """
 <p>{% for key, value in about.items() if value %}
@@ -30,12 +29,8 @@ _TEMPLATE = """
 {% for column, figures in distances.items() %}{% for f in figures %}<tr><td>{{ f.name }}</td><td>{{ column }}</td>
 <td>{{ spread(f.made) }}</td><td>{{ spread(f.floor) }}</td><td>{{ f.made.n }}</td></tr>{% endfor %}{% endfor %}
 </table>{% endif %}
-{% if curves %}<h2>Over checkpoints</h2><div class=grid>
-{% for name, lines in curves.items() %}<figure><svg viewBox="0 0 {{ width }} {{ height }}" width={{ width }}
-height={{ height }} role=img aria-label="{{ name }}"><text x=4 y=12>{{ lines.high }}</text>
-<text x=4 y={{ height - 4 }}>{{ lines.low }}</text><text x={{ width - 4 }} y={{ height - 4 }} text-anchor=end>step
-{{ lines.last }}</text><polyline fill=none stroke="#4269d0" stroke-width=1.6 points="{{ lines.points }}"/></svg>
-<figcaption>{{ name }}</figcaption></figure>{% endfor %}</div>{% endif %}
+{% if charts %}<h2>Over checkpoints</h2><div class=grid>{% for chart in charts %}{{ chart }}{% endfor %}</div>
+{% endif %}
 {% for end in ends %}<h2>{{ end.title }}</h2><div class=grid>
 {% for video in end.videos %}<figure>
 {% if video.src %}<video controls loop muted playsinline src="{{ video.src }}"></video>
@@ -68,8 +63,8 @@ def evaluation_page(outcome: Outcome, files: Mapping[str, Path], curves: Curves 
     values = {
         "about": outcome.about, "columns": list(outcome.columns), "rows": outcome.rows, "cell": cell, "ends": ends,
         "arrows": {"up": " \u2191", "down": " \u2193", None: ""}, "distances": outcome.distances, "spread": _spread,
-        "curves": {name: _line(curve) for name, curve in (curves or {}).items() if len(curve) > 1},
-        "width": _WIDTH, "height": _HEIGHT, "skipped": outcome.skipped,
+        "charts": [curve_chart(name, [(COLOURS[0], sorted(c))]) for name, c in (curves or {}).items() if len(c) > 1],
+        "skipped": outcome.skipped,
     }  # fmt: skip
     return page(outcome.title, _TEMPLATE, values)
 
@@ -95,15 +90,3 @@ def _ends(row: Row, judged: Sequence[Judged], media: _Media) -> list[dict[str, o
 
 def _spread(value: object) -> str:
     return f"{value.value:.4g} ({value.low:.3g} to {value.high:.3g})"  # type: ignore[attr-defined]
-
-
-def _line(curve: Sequence[tuple[int, float]]) -> dict[str, object]:
-    known = [(step, value) for step, value in sorted(curve) if math.isfinite(value)]
-    steps, values = [s for s, _ in known], [v for _, v in known]
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    span_x, span_y = max(1, max(steps, default=0) - min(steps, default=0)), (high - low) or 1.0
-    points = " ".join(
-        f"{4 + (s - steps[0]) / span_x * (_WIDTH - 8):.1f},{_HEIGHT - 20 - (v - low) / span_y * (_HEIGHT - 38):.1f}"
-        for s, v in known
-    )
-    return {"points": points, "low": f"{low:.4g}", "high": f"{high:.4g}", "last": max(steps, default=0)}

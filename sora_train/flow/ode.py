@@ -77,6 +77,7 @@ def generate(
     channels: int,
     patch: int,
     tokenize: Tokenize,
+    *,
     device: torch.device,
 ) -> list[Tensor]:
     """Generate a batch of clips. The result of a request doesn't depend on the others of the batch.

@@ -110,7 +110,7 @@ def stage_of(config: Config) -> int:
 
 
 def memory(
-    config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int, frozen: int = 0,
+    config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int, *, frozen: int = 0,
     gloo: bool = False,
 ) -> Memory:  # fmt: skip
     """Forecast the memory of one rank.

@@ -45,7 +45,7 @@ class Forecast:
 
 
 def forecast(
-    config: Config, figures: Estimate, sizes: list[Size], share: float, device: Hardware, per_node: int, disk: float,
+    config: Config, figures: Estimate, sizes: list[Size], share: float, device: Hardware, per_node: int, *, disk: float,
     hours_per_failure: float, degrees: Mapping[int, Degree] | None = None,
 ) -> Forecast:  # fmt: skip
     """Trace the heaviest pass, and forecast memory and time at every stage.
@@ -84,8 +84,19 @@ def _stages(
     count, ranks, passes = figures.parameters - figures.frozen, figures.ranks, figures.passes
     found = {}
     for stage in range(METHODS.get(config.method).highest_stage + 1):
-        needs = memory(config, count, traced, ranks, passes, stage, figures.frozen, bool(device.gloo))
-        time = step_time(config, count, traced, ranks, passes, stage, device, per_node, share, figures.frozen)
+        needs = memory(config, count, traced, ranks, passes, stage, frozen=figures.frozen, gloo=bool(device.gloo))
+        time = step_time(
+            config,
+            count,
+            traced,
+            ranks,
+            passes,
+            stage,
+            device=device,
+            per_node=per_node,
+            share=share,
+            frozen=figures.frozen,
+        )
         found[stage] = StageForecast(needs, time, needs.peak <= _USABLE * device.memory_gib * 2**30)
     return found
 

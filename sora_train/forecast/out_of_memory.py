@@ -61,7 +61,7 @@ def peak_bytes(config: Config, ranks: int) -> int:
     parameters, frozen = count_parameters(config)
     sizes, _ = heaviest_pass(config, None, ranks)
     traced, passes = trace(config, sizes), passes_per_rank(config, ranks)
-    return memory(config, parameters - frozen, traced, ranks, passes, stage_of(config), frozen).peak
+    return memory(config, parameters - frozen, traced, ranks, passes, stage_of(config), frozen=frozen).peak
 
 
 def _smaller(config: Config, ranks: int) -> Iterator[str]:

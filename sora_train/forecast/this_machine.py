@@ -123,12 +123,13 @@ def measure_cpu() -> ThisCpu:
         video, kernel = torch.randn(1, 24, 5, 16, 16), torch.randn(48, 24, 3, 3, 3)
         x, y = torch.randn(1 << 22), torch.randn(1 << 22)  # 16 MiB: beyond the caches
         a_16, b_16 = a.bfloat16(), b.bfloat16()
+        half, single = _cpu_seconds(lambda: a_16 @ b_16), _cpu_seconds(lambda: a @ b)
         rates = {
-            "matmul": 2 * 1024 * 384 * 1536 / _cpu_seconds(lambda: a_16 @ b_16),
+            "matmul": 2 * 1024 * 384 * 1536 / half,
             "attention": 4 * q.numel() * 512 / _cpu_seconds(lambda: F.scaled_dot_product_attention(q, q, q)),
             "convolution": 2 * 27 * 24 * 48 * 5 * 256 / _cpu_seconds(lambda: F.conv3d(video, kernel, padding=1)),
         }
-        slowdown = {"matmul": _cpu_seconds(lambda: a @ b) / _cpu_seconds(lambda: a_16 @ b_16)}
+        slowdown = {"matmul": single / half}
         bandwidth = 3 * x.nbytes / _cpu_seconds(lambda: x + y)
         added = _added_seconds()
         link = (4 << 21) / _gloo_seconds(_reduce, 1 << 21)  # in an all-reduce of two, a rank sends the tensor once
@@ -174,9 +175,11 @@ def _gloo_seconds(act: Callable[[dist.ProcessGroupGloo, Tensor], None], numel: i
     return (time.process_time() - start) / 2 / times
 
 
-def _cpu_seconds(act: Callable[[], object], times: int = 5, rounds: int = 7, limit_s: float = 60.0) -> float:
-    """Median CPU seconds of `act` after one warm-up call; fewer rounds if they would exceed `limit_s`."""
+def _cpu_seconds(act: Callable[[], object], times: int = 5, rounds: int = 7, limit_s: float = 1.0) -> float:
+    """Median CPU seconds of `act` after one warm-up call; fewer calls if they would exceed `limit_s`."""
+    start = time.process_time()
     act()
+    times = max(1, min(times, int(limit_s / rounds / max(time.process_time() - start, 1e-9))))
     taken: list[float] = []
     while len(taken) < rounds and (not taken or sum(taken) * times < limit_s):
         start = time.process_time()

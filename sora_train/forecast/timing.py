@@ -33,7 +33,7 @@ class StepTime:
 
 
 def step_time(
-    config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int, device: Hardware,
+    config: Config, parameters: int, traced: Trace, ranks: int, passes: int, stage: int, *, device: Hardware,
     per_node: int, share: float = 1.0, frozen: int = 0,
 ) -> StepTime:  # fmt: skip
     """Forecast the time of a step of one rank.
@@ -59,12 +59,15 @@ def step_time(
     exchanged = traced.exchanged * passes * share * (sequence - 1) / sequence / near
     return StepTime(
         device.seconds(traced.operations) * passes * share,
-        _moved(config, parameters, owned, passes, stage, each, averages) / device.bandwidth,
-        _exchange(config, parameters, frozen, passes, stage, traced, (ranks - 1) / ranks, wire, device) + exchanged,
+        _moved(config, parameters, owned, passes, stage, each=each, averages=averages) / device.bandwidth,
+        _exchange(
+            config, parameters, frozen, passes, stage, traced, share=(ranks - 1) / ranks, wire=wire, device=device
+        )
+        + exchanged,
     )
 
 
-def _moved(config: Config, parameters: int, owned: int, passes: int, stage: int, each: int, averages: int) -> float:
+def _moved(config: Config, parameters: int, owned: int, passes: int, stage: int, *, each: int, averages: int) -> float:
     """Bytes of device memory that a rank reads and writes for gradients and the update, in addition to the passes.
 
     Counted from the code of DeepSpeed 0.19, like `footprint.py`. A copy is a read and a write.
@@ -86,8 +89,8 @@ def _moved(config: Config, parameters: int, owned: int, passes: int, stage: int,
 
 
 def _exchange(
-    config: Config, parameters: int, frozen: int, passes: int, stage: int, traced: Trace, share: float, wire: float,
-    device: Hardware,
+    config: Config, parameters: int, frozen: int, passes: int, stage: int, traced: Trace, *, share: float,
+    wire: float, device: Hardware,
 ) -> float:  # fmt: skip
     """Seconds of a step's collectives, and of ZeRO-3's Python hooks.
 

@@ -83,7 +83,7 @@ def _video(sampler: Sampler, prompt: str, frames: int | None, seed: int, given: 
     asked = Prompt([Shot(float("inf"), prompt)], before)
     if whole <= most:
         return sampler.videos([asked.request(config, sampler.vae, (whole, *size[1:]), seed)])[0][:count]
-    pieces = in_pieces(config, sampler, asked, (most, *size[1:]), whole, seed, _OVERLAP, False)
+    pieces = in_pieces(config, sampler, asked, (most, *size[1:]), whole, seed, overlap=_OVERLAP, loop=False)
     made = np.concatenate(list(islice(pieces, whole)))
     return made[:count] if asked.before is None else np.concatenate((asked.before, made))[:count]
 

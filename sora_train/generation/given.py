@@ -54,7 +54,9 @@ class Given:
             raise InputError(f"{self.path} is {self.width}x{self.height}: too long and thin for {size[1]}x{size[0]}")
         wanted = self._numbers(first, count)
         try:
-            return self.pool.decode(self._file, self.kind, (0, -1, None), wanted, resize, crop, self.track).result()
+            return self.pool.decode(
+                self._file, self.kind, (0, -1, None), wanted, resize, crop, track=self.track
+            ).result()
         except DecodeError as error:
             raise InputError(f"{self.path} can't be used: {error}") from error
 

@@ -30,7 +30,7 @@ from sora_train.generation.sampler import Sampler
 
 
 def in_pieces(
-    config: Config, sampler: Sampler, prompt: Prompt, size: Size, frames: int, seed: int, overlap: int, loop: bool
+    config: Config, sampler: Sampler, prompt: Prompt, size: Size, frames: int, seed: int, *, overlap: int, loop: bool
 ) -> Iterator[np.ndarray]:
     """frames_THWC uint8, `frames` of them in all, a piece at a time; `size` is a piece's.
 
@@ -47,7 +47,7 @@ def in_pieces(
     closing = (latents - 1 - overlap) * stride - 1 if loop else 0
     while made < frames - closing or (loop and made == 0):
         begins = replace(prompt, before=None if piece else prompt.before, most=overlap)
-        request = _request(config, sampler.vae, begins, size, seed, piece, made, past.held)
+        request = _request(config, sampler.vae, begins, size, seed, piece, made=made, held=past.held)
         (whole_CTHW,) = sampler.latents([request])
         new_CTHW = whole_CTHW[:, _known(request) :]
         more = new_CTHW.shape[1] * stride - (stride - 1 if past.shown_CTHW is None else 0)
@@ -58,13 +58,15 @@ def in_pieces(
         past = past.then(sampler.vae, new_CTHW, video, whole_CTHW, noise_CTHW, overlap)
         video = video if loop else video[: frames - made]
         if loop and back is None:
-            back = _back(sampler.vae, prompt, whole_CTHW, noise_CTHW, video, overlap, grid)
+            back = _back(sampler.vae, prompt, whole_CTHW, noise_CTHW, video, overlap, grid=grid)
             yield video[back.skipped :]
         else:
             yield video
         made, piece = made + len(video), piece + 1
     if back is not None:
-        request = _request(config, sampler.vae, replace(prompt, before=None), size, seed, piece, made, past.held)
+        request = _request(
+            config, sampler.vae, replace(prompt, before=None), size, seed, piece, made=made, held=past.held
+        )
         (whole_CTHW,) = sampler.latents([replace(request, held_end=back.held)])
         yield past.decoded(sampler.vae, whole_CTHW[:, 1 : latents - back.repeated], stride)[: back.last]
 
@@ -89,7 +91,7 @@ class _Back:
 
 def _back(
     vae: FrozenVae, prompt: Prompt, whole_CTHW: Tensor, noise_CTHW: Tensor, video_THWC: np.ndarray, overlap: int,
-    grid: Geometry,
+    *, grid: Geometry,
 ) -> _Back:  # fmt: skip
     """The way back to a loop's beginning, whose first piece is `whole_CTHW`.
 
@@ -132,7 +134,7 @@ class _Past:
 
 
 def _request(
-    config: Config, vae: FrozenVae, prompt: Prompt, size: Size, seed: int, piece: int, made: int, held: Held | None
+    config: Config, vae: FrozenVae, prompt: Prompt, size: Size, seed: int, piece: int, *, made: int, held: Held | None
 ) -> Request:
     """The request for a piece, whose first frame is the last one made."""
     own_seed = int(hash64(seed, piece)) >> 1 if piece else seed

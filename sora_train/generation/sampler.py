@@ -29,7 +29,7 @@ class Sampler:
     def latents(self, requests: Sequence[Request]) -> list[Tensor]:
         """Normalised latents `(C, T, H, W)` of each request, sampled together as one pack."""
         patch, channels = self.config.model.patch, self.config.vae.channels
-        return generate(self.network, requests, self.config.flow, channels, patch, self.tokenize, self.device)
+        return generate(self.network, requests, self.config.flow, channels, patch, self.tokenize, device=self.device)
 
     def _decode(self, latents_CTHW: Tensor, request: Request) -> np.ndarray:
         """A clip's frames. A given end is decoded as it was encoded: after a frame of its own, not after a made one."""

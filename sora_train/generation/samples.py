@@ -125,7 +125,7 @@ def made(sampler: Sampler, sample: Sample) -> Video:
     )
     if sample.in_pieces:
         piece = (min(size[0], config.data.max_frames), *sides)
-        pieces = in_pieces(config, sampler, prompt, piece, size[0], o.seed, o.overlap, o.loop)
+        pieces = in_pieces(config, sampler, prompt, piece, size[0], o.seed, overlap=o.overlap, loop=o.loop)
         return pieces if before is None else chain(before.pieces(0, before.frames, sides), pieces)
     request = prompt.request(config, sampler.vae, size, o.seed)
     (video,) = sampler.videos([request])

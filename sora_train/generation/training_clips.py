@@ -11,7 +11,9 @@ from rich.progress import track
 
 from sora_train.core.cli import InputError
 from sora_train.core.media import read_mp4
-from sora_train.data.index.index import Index, expand, index_shards, load_index
+from sora_train.data.index.index import Index, load_index
+from sora_train.data.index.make import index_shards
+from sora_train.data.index.patterns import expand
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.encoded import LATENT
 from sora_train.data.read.store import Store

@@ -17,25 +17,28 @@ from sora_train.config.load import to_dict
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, Previews
 from sora_train.core.batch import Pack, Refusal
+from sora_train.core.cli import InputError
 from sora_train.core.world import World
 from sora_train.data.left_out import left_out
 from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
 from sora_train.data.order.curriculum import Stages
-from sora_train.data.order.plan import Position
+from sora_train.data.order.plan import Plan, Position
 from sora_train.data.read.pool import Pool
 from sora_train.data.shards import Shards
 from sora_train.encoding.captions import count_tokens
+from sora_train.evaluation.registry import choose
 from sora_train.methods.base import Learner
 from sora_train.models.layers import ulysses
 from sora_train.operations.advice import advice
-from sora_train.operations.held_out import PreviewClips, PromptClips, validation_packs, write_previews
+from sora_train.operations.evaluation import RunEvaluation
+from sora_train.operations.held_out import PreviewClips, Previewer, PromptClips, validation_packs, write_previews
 from sora_train.operations.inputs import note_inputs
 from sora_train.operations.preflight import facts, require_agreement
 from sora_train.operations.trained import load_starting_weights
 from sora_train.training.engine.engines import Engines
 from sora_train.training.health.guard import Guard
 from sora_train.training.health.watch import Watch
-from sora_train.training.parts import Parts
+from sora_train.training.parts import Marks, Parts
 from sora_train.training.report.console import Console
 from sora_train.training.report.meter import Meter, peak_flops
 from sora_train.training.report.profiling import record_memory
@@ -77,11 +80,13 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
 
     def steps_from(taken: int, position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
         pin = device.type == "cuda"
-        steps = Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, pin, taken)
+        steps = Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, pin=pin, taken=taken)
         return ulysses.same_clips(steps, group)
 
     def validation() -> Iterator[Pack]:
         return validation_packs(held_out, pool, passes, logging.validation_clips, group) if held_out else iter(())
+
+    preview = partial(learner.preview, engines)
 
     # previews of training clips need a plan of their own: the run's is shared by the ranks and moves on
     source = (lambda: held_out) if logging.previews is Previews.held_out else partial(shards.plan, config)
@@ -91,7 +96,13 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
 
     def sample(step: int, break_off: Callable[[], bool]) -> dict[str, Path]:
         folder = run_dir / "samples" / f"step-{step:06d}"
-        return write_previews(partial(learner.preview, engines), previews.get(), folder, d.made_fps, world, break_off)
+        return write_previews(Previewer(preview, world, break_off), previews.get(), folder, d.made_fps)
+
+    evaluation = _evaluation(config, held_out, PreviewClips(lambda: held_out, pool, logging.evaluate_clips, group))
+
+    def evaluate(break_off: Callable[[], bool]) -> Marks:
+        assert evaluation is not None and logging.evaluate_every
+        return evaluation.marks(Previewer(preview, world, break_off))
 
     def open_writers(step: int) -> Writers | None:
         return _writers(config, step) if world.is_main else None
@@ -99,7 +110,7 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     limits = config.guard
     watch = Watch(run_dir / "logs", limits.timeout_s, limits.slow_timeout_s, partial(write_exit, run_dir, 1))
     parts = Parts(
-        learner, engines, meter, open_writers, console, plan, steps_from, validation, sample, ledger,
+        learner, engines, meter, open_writers, console, plan, steps_from, validation, sample, evaluate, ledger,
         Mirror.of(config) if world.is_main else None, Guard(), watch,
     )  # fmt: skip
     return Trainer(config, world, device, parts)
@@ -120,6 +131,15 @@ def build_learner(config: Config, world: World, device: torch.device, group: uly
     return learner
 
 
+def _evaluation(config: Config, held_out: Plan | None, clips: PreviewClips) -> RunEvaluation | None:
+    """The evaluation of a run's samples, if there is to be one; metrics that can't be had are refused at the start."""
+    if not config.logging.evaluate_every:
+        return None
+    if held_out is None:
+        raise InputError("logging.evaluate_every needs held-out clips; name shards in data.validation, or set it to 0")
+    return RunEvaluation(clips, held_out, choose(config.logging.metrics, {}), config.checkpoint.best)
+
+
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -129,8 +149,9 @@ def _writers(config: Config, step: int) -> Writers:
     run_id = re.sub(r"[^\w.-]+", "-", run_dir.name) + "-" + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
     logging = config.logging
     return Writers(
-        run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, step, logging.group,
-        logging.tags, logging.prometheus_port, logging.wandb_finish_s,
+        run_dir, run_id, to_dict(config), logging.writers, config.steps, logging.project, resume_step=step,
+        group=logging.group, tags=logging.tags, prometheus_port=logging.prometheus_port,
+        wandb_finish_s=logging.wandb_finish_s,
     )  # fmt: skip
 
 

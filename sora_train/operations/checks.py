@@ -19,7 +19,7 @@ import torch
 
 from sora_train.core.cli import InputError
 from sora_train.core.media import encode_mp4
-from sora_train.data.index.index import expand
+from sora_train.data.index.patterns import expand
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.pool import Pool
 

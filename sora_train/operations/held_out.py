@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -71,41 +72,52 @@ class PromptClips:
         return self._clips
 
 
-def write_previews(
-    preview: Callable[[Clip], np.ndarray],
-    clips: Sequence[Clip],
-    folder: Path,
-    fps: float,
-    world: World,
-    break_off: Callable[[], bool],
-) -> dict[str, Path]:
-    """Write a preview of every clip. Collective.
-
-    The data-parallel groups share the clips. Every rank runs the network equally often, as ZeRO-3 needs all ranks.
+@dataclass(frozen=True)
+class Previewer:
+    """Shares clips among the data-parallel groups, and generates a preview of each.
 
     Args:
         preview: Generates the frames of a clip.
-        clips: The clips.
-        folder: Folder of the results.
-        fps: Frames per second of clips that have none (images).
         world: This rank.
         break_off: Called by all ranks before each preview; if it returns True, the rest is skipped.
+    """
+
+    preview: Callable[[Clip], np.ndarray]
+    world: World
+    break_off: Callable[[], bool]
+
+    def each(self, clips: Sequence[Clip], use: Callable[[int, Clip, np.ndarray], None]) -> bool:
+        """Call `use(place, clip, frames_THWC)` for this rank's share of the clips. Collective.
+
+        Every rank runs the network equally often, as ZeRO-3 needs all ranks.
+
+        Returns:
+            False if it was broken off.
+        """
+        world = self.world
+        for number in range(-(-len(clips) // world.data_size)):
+            if self.break_off():
+                return False
+            place = number * world.data_size + world.data_rank
+            clip = clips[min(place, len(clips) - 1)]
+            with torch.no_grad():
+                frames = self.preview(clip)
+            if place < len(clips) and world.sequence_rank == 0:
+                use(place, clip, frames)
+        return True
+
+
+def write_previews(previewer: Previewer, clips: Sequence[Clip], folder: Path, fps: float) -> dict[str, Path]:
+    """Write a preview of every clip; `fps` is that of clips that have none (images). Collective.
 
     Returns:
         Video files by caption; none if it was broken off.
     """
-    paths = {}
-    for number in range(-(-len(clips) // world.data_size)):
-        if break_off():
-            return {}
-        place = number * world.data_size + world.data_rank
-        clip = clips[min(place, len(clips) - 1)]
-        with torch.no_grad():
-            frames = preview(clip)
-        if place < len(clips) and world.sequence_rank == 0:
-            about = {"prompt": clip.caption, "seed": clip.visit.seed >> 1, "clip": clip.key}
-            save_sample(folder, f"{place:02d}", frames, clip.visit.fps or fps, about)
-    for place, clip in enumerate(clips):
-        if clip.visit.frames > 1:
-            paths[clip.caption] = folder / f"{place:02d}.mp4"
-    return paths
+
+    def write(place: int, clip: Clip, frames_THWC: np.ndarray) -> None:
+        about = {"prompt": clip.caption, "seed": clip.visit.seed >> 1, "clip": clip.key}
+        save_sample(folder, f"{place:02d}", frames_THWC, clip.visit.fps or fps, about)
+
+    if not previewer.each(clips, write):
+        return {}
+    return {clip.caption: folder / f"{n:02d}.mp4" for n, clip in enumerate(clips) if clip.visit.frames > 1}

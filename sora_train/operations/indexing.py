@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
-from sora_train.data.index.index import index_path, take_index
+from sora_train.data.index.make import take_index
+from sora_train.data.index.places import index_path
 from sora_train.data.shards import Wanted
 
 _PATIENCE = timedelta(days=30)

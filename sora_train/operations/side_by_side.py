@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sora_train.core.charts import finite
 from sora_train.core.cli import InputError
 from sora_train.operations.records import Record, differences
-from sora_train.operations.report import finite
 
 
 def table(records: Sequence[Record], figures: Sequence[str]) -> None:

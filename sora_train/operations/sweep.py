@@ -162,14 +162,14 @@ def _result(job: Job, code: int | None, metric: str) -> Result:
 
 def summary(root: Path, jobs: Sequence[Job], results: Sequence[Result]) -> None:
     """Print the table of all jobs of a sweep, write `sweep.html` and `sweep.png`, and print failed jobs."""
-    from sora_train.operations.report import page
+    from sora_train.operations.report import runs_page
     from sora_train.operations.side_by_side import plot, table
 
     records = [read(path.parent) for path in sorted(root.glob("*/config.yaml"))]
     if records:
         figures = ["loss", "validation_loss", "tokens_per_s"]
         table(records, figures)
-        (root / "sweep.html").write_text(page(f"Sweep {root.name}", records), encoding="utf-8")
+        (root / "sweep.html").write_text(runs_page(f"Sweep {root.name}", records), encoding="utf-8")
         if any(len(record.curves.get("loss", [])) > 1 for record in records):
             plot(records, ["loss", "validation_loss"], root / "sweep.png")
     for job, result in zip(jobs, results, strict=True):

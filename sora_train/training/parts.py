@@ -65,6 +65,14 @@ class Noted(Sequence[Pack]):
         return pack
 
 
+@dataclass(frozen=True)
+class Marks:
+    """Figures of an evaluation by name, and the one that compares checkpoints, signed so that more is better."""
+
+    figures: dict[str, float]
+    score: float | None
+
+
 @dataclass
 class Parts:
     """Everything that the trainer works with; built by `operations.build`."""
@@ -79,6 +87,7 @@ class Parts:
     steps_from: Callable[[int, tuple[int, ...], dict[Any, Refusal]], Iterator[Any]]
     validation: Callable[[], Iterator[Pack]]  # this rank's share of the held-out packs
     sample: Callable[[int, Callable[[], bool]], dict[str, Path]]  # takes the step and a stop request; returns videos
+    evaluate: Callable[[Callable[[], bool]], Marks]  # takes a stop request
     ledger: Ledger
     mirror: Mirror | None  # on the main rank, if configured
     guard: Guard  # handles signals from its creation on; before, there is nothing to save and they end the process

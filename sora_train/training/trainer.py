@@ -47,6 +47,7 @@ class Trainer:
         self.sizes: list[tuple[int, int, int]] = []  # frames, height, width of the clips in the current or last pack
         self.left_out: set[tuple[int, ...]] = set()  # positions of steps that rollbacks left out
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
+        self.best: tuple[float, int] | None = None  # best score of an evaluation, and its step
         self.reason = "failed; see the logs"  # why the run ended
         newest = self.checkpoints.newest()
         self.resume(newest)
@@ -99,6 +100,8 @@ class Trainer:
                 self.validate()
             if self.due(self.config.logging.sample_every):
                 self.sample()
+            if self.due(self.config.logging.evaluate_every):
+                self.evaluate()
             if self.snapshots and self.due(self.snapshots.every):
                 with self.watch.slow("save"), self.meter.overhead():
                     self.snapshots.save(self.step, self.engines.fragments, self.split, self.engines.shapes)
@@ -143,7 +146,8 @@ class Trainer:
 
     def saves(self) -> bool:
         """True if this step ends with a checkpoint."""
-        return self.due(self.config.checkpoint.every_steps) or self.stop
+        is_best = self.best is not None and self.best[1] == self.step
+        return self.due(self.config.checkpoint.every_steps) or self.stop or is_best
 
     def due(self, every: int) -> bool:
         """True if something that is done every `every` steps and at the last one is due; never for 0."""
@@ -297,6 +301,22 @@ class Trainer:
         if self.writers and videos:
             self.writers.videos(self.step, videos)
 
+    def evaluate(self) -> None:
+        """Log metrics of samples for held-out clips, with the averaged weights; keep the best checkpoint."""
+        with self.watch.slow("evaluation"), self.meter.overhead(), self.engines.averaged():
+            marks = self.parts.evaluate(self.told_to_stop)
+        if not marks.figures:
+            self.console.say(f"step {self.step}: evaluation broken off by a signal")
+            return
+        if marks.score is not None and (self.best is None or marks.score > self.best[0]):
+            self.best = marks.score, self.step
+            self.checkpoints.keep_best(self.step)
+        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in marks.figures.items())
+        best = f"; best at step {self.best[1]}" if self.best else ""
+        self.console.say(f"step {self.step}: {figures}{best}")
+        if self.writers:
+            self.writers.scalars(self.step, {f"evaluation/{name}": value for name, value in marks.figures.items()})
+
     @property
     def split(self) -> tuple[int, int] | None:
         """Share `(rank, ranks)` of the tensors that this rank saves at stage 0, where every rank holds all of them."""
@@ -317,6 +337,7 @@ class Trainer:
                 "amendments": self.parts.plan.amendments,
                 "ema_updates": engines.ema.updates, "totals": asdict(self.meter.totals), "shapes": engines.shapes,
                 "health": self.health.state(), "left_out": sorted(self.left_out),
+                "best": self.best,
                 "ranks": self.world.size, "stage": engines.stage, "time": time.time(),
                 **engines.powers.state(),
             }  # fmt: skip
@@ -342,6 +363,8 @@ class Trainer:
             self.meter.restore(state["totals"])
             self.health.restore(state.get("health", {}))
             self.left_out = {tuple(position) for position in state.get("left_out", [])}
+            self.best = tuple(state["best"]) if state.get("best") else None
+            self.checkpoints.keep_best(self.best[1] if self.best else None)
             if state["plan_hash"] == self.parts.plan.hash:
                 self.parts.plan.restore(state["amendments"])
             else:

@@ -143,7 +143,7 @@ def examine(kind: str, data: bytes, true: np.ndarray, extension: str, pool: Pool
     for first in range(0, min(track.frames, len(true)), 8):
         wanted = list(range(first, min(first + 8, track.frames, len(true))))
         try:
-            got = pool.decode(str(path), extension, (0, -1, None), wanted, size, (0, 0, *size), track).result()
+            got = pool.decode(str(path), extension, (0, -1, None), wanted, size, (0, 0, *size), track=track).result()
         except DecodeError as error:
             refused.append((wanted, str(error)))
             continue
@@ -174,7 +174,9 @@ def campaign(count: int, codec: str, seed: int, folder: Path) -> Outcome:
                 path.write_bytes(whole)
                 track = Track.of(pool.probe(str(path), extension).result())
                 every = list(range(_FRAMES))
-                true = pool.decode(str(path), extension, (0, -1, None), every, _SIZE, (0, 0, *_SIZE), track).result()
+                true = pool.decode(
+                    str(path), extension, (0, -1, None), every, _SIZE, (0, 0, *_SIZE), track=track
+                ).result()
             kind, data = damaged(whole, rng)
             examine(kind, data, true, extension, pool, path, out)
     return out

@@ -206,7 +206,9 @@ def check(clip: Clip, pool: Pool, folder: Path, rng: random.Random, result: Resu
             wanted = [int(number) for number in wanted]
         early, late = (_places(truth, wanted, track, shift) for shift in (-_TIE, _TIE))
         try:
-            got = pool.decode(str(path), clip.extension, (0, -1, None), wanted, size, (0, 0, *size), track).result()
+            got = pool.decode(
+                str(path), clip.extension, (0, -1, None), wanted, size, (0, 0, *size), track=track
+            ).result()
         except DecodeError as error:
             result.refused.append(f"{clip.about}: {wanted}: {error}")
             continue

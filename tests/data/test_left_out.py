@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 
 from sora_train.config.load import build
 from sora_train.config.schema import Config
-from sora_train.data.index.index import index_shards, load_index
+from sora_train.data.index.index import load_index
+from sora_train.data.index.make import index_shards
 from sora_train.data.left_out import cut_captions, left_out, shortened_clips
 from sora_train.data.order.curriculum import Stages
 from sora_train.data.order.plan import Plan

@@ -17,7 +17,8 @@ from sora_train.config.schema import Config, DataConfig, SourceConfig
 from sora_train.core.batch import Clip, Refusal
 from sora_train.core.cli import InputError
 from sora_train.core.cost import Cost, Geometry
-from sora_train.data.index.index import index_shards, load_index
+from sora_train.data.index.index import load_index
+from sora_train.data.index.make import index_shards
 from sora_train.data.loader import Loader, Step, draw_caption, passes_of_rank
 from sora_train.data.order.plan import Plan, PlanInputs, Position
 from sora_train.data.order.times import source_frames

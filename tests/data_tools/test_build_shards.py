@@ -20,7 +20,8 @@ from data_tools import build_shards, index
 from sora_train.core.cli import InputError
 from sora_train.core.media import encode_mp4, write_png
 from sora_train.data.index.consolidated import consolidate, load_consolidated
-from sora_train.data.index.index import index_shards, load_index
+from sora_train.data.index.index import load_index
+from sora_train.data.index.make import index_shards
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,8 @@ import webdataset as wds
 from data_tools import build_shards
 from data_tools.cut import cut, cut_file
 from sora_train.core.cli import InputError
-from sora_train.data.index.index import index_shards, load_index
+from sora_train.data.index.index import load_index
+from sora_train.data.index.make import index_shards
 
 FRAMES, RATE, SIDE = 40, 10, 8
 KINDS = {

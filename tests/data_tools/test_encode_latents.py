@@ -25,7 +25,9 @@ from sora_train.config.load import build
 from sora_train.config.schema import Config, Fit, SourceConfig, StageConfig
 from sora_train.core.batch import LatentPack
 from sora_train.core.cli import InputError
-from sora_train.data.index.index import index_path, index_shards, load_index
+from sora_train.data.index.index import load_index
+from sora_train.data.index.make import index_shards
+from sora_train.data.index.places import index_path
 from sora_train.data.latents import read, texts_to_bytes, to_bytes
 from sora_train.data.loader import Loader, Step
 from sora_train.data.order.plan import Position

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from data_tools import inspect as inspecting
-from data_tools.inspect import View, histogram, seen
+from data_tools.inspect import View, seen
 from sora_train.core.cli import InputError
 from sora_train.data.index.index import load_index
 
@@ -50,11 +49,6 @@ def test_tokens_and_cuts_are_those_of_the_figures_given(corpus: list[str]) -> No
     assert made["frames"][:4].tolist() == [1, 9, 9, 9]
     assert made["tokens"][:4].tolist() == [16, 48, 48, 48]
     assert made["share"][:4].tolist() == [1.0, 1.0, 9 / 17, 9 / 17]
-
-
-def test_a_histogram_of_one_value_or_none_is_no_error() -> None:
-    assert histogram(np.array([3.0, 3.0])).count("<rect") == 24
-    assert histogram(np.array([])) == "<p>none</p>"
 
 
 CONFIGURED = ("experiment=demo", "data.max_pixels=1024", "data.max_tokens=96", "data.slots=3", "samples=4")

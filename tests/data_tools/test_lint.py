@@ -16,7 +16,8 @@ import pytest
 from data_tools import lint as linting
 from data_tools.lint import MEANING, WARNINGS, lint
 from sora_train.core.cli import InputError
-from sora_train.data.index.index import index_path, index_shards
+from sora_train.data.index.make import index_shards
+from sora_train.data.index.places import index_path
 from sora_train.data.read.store import Store
 from tests.faults.bad_files import damaged_tar
 

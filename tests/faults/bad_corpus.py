@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from sora_train.config.schema import Config
-from sora_train.data.index.index import Index, index_shards, load_index
+from sora_train.data.index.index import Index, load_index
+from sora_train.data.index.make import index_shards
 from tests.faults.bad_files import DAMAGES, HARMLESS, MARKER, TARS, Corpus, altered, damaged_tar, hostile_names
 from tests.faults.bed import Bed, run
 from tests.faults.small_data import (

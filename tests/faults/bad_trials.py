@@ -21,7 +21,8 @@ from sora_train.config.schema import Config
 from sora_train.core.batch import Clip
 from sora_train.core.cli import BAD_INPUT
 from sora_train.data import loader
-from sora_train.data.index.index import index_shards, load_index
+from sora_train.data.index.index import load_index
+from sora_train.data.index.make import index_shards
 from sora_train.data.read import pool
 from sora_train.training.state.checkpoint import latest_intact, read_state
 from tests.faults.bad_decoder import BOTH, CRASH, EAT, SPIN

@@ -42,7 +42,7 @@ from sora_train.config.load import build
 from sora_train.config.schema import VAE_USE, Config
 from sora_train.core.cli import InputError
 from sora_train.core.media import encode_mp4
-from sora_train.data.index.index import index_shards
+from sora_train.data.index.make import index_shards
 from sora_train.models.video_vae.model import build_vae
 from sora_train.train import train
 from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of, read_state
@@ -53,7 +53,9 @@ _TINY = (
     "experiment=demo", "model.width=16", "model.depth=1", "model.heads=2", "model.ffn=32", "model.frequencies=16",
     "text_encoder.width=16", "text_encoder.heads=2", "text_encoder.buckets=64", "threads=1", "logging.writers=[]",
     "logging.every_steps=1", "logging.validate_every=0", "logging.validation_clips=2", "logging.sample_every=0",
-    "logging.sample_clips=1", "logging.peak_tflops=1", "flow.sampling_steps=2", "data.slots=4", "data.max_tokens=8",
+    "logging.evaluate_every=0", "logging.sample_clips=1", "logging.peak_tflops=1", "flow.sampling_steps=2",
+    "optim.matrices=adamw",
+    "data.slots=4", "data.max_tokens=8",
     "data.max_pixels=256", "data.max_frames=5", "data.workers=1", "data.prefetch_steps=2", "checkpoint.every_steps=2",
     "checkpoint.keep=2", "vae.widths=[4,4]", "vae.blocks=[0,0]",
 )  # fmt: skip

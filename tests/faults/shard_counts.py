@@ -25,7 +25,7 @@ from benchmarks.report import command
 from benchmarks.report import write as write_table
 from sora_train.config.schema import Config
 from sora_train.core.cli import BAD_INPUT, InputError, options, run
-from sora_train.data.index.index import index_shards
+from sora_train.data.index.make import index_shards
 from sora_train.data.shards import Shards
 from tests.faults.bed import Bed, Job
 from tests.faults.small_data import ledger, picture, sources, write

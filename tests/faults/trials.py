@@ -192,12 +192,18 @@ def term(
 ) -> str | None:  # fmt: skip
     """Signal one rank or all in a phase, sometimes twice: a checkpoint of the step under way or of the next, code 75,
     no decode child lost. With a reference, the run then goes on and must end as that one, which was never stopped, nor
-    validated, nor sampled from."""
+    validated, sampled from or evaluated."""
     number = rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     count, victim = rng.randint(1, 2), rng.choice((None, 0, 1))
     count = 1 if phase in ("start", "validation", "samples") else count
     again_s = 0.0 if number == signal.SIGINT or rng.random() < 0.5 else 0.1  # a second Ctrl-C means something else
-    settings = (*stage_for(2), "logging.validate_every=4", "logging.sample_every=4")
+    looks = (
+        "logging.validate_every=4",
+        "logging.sample_every=4",
+        "logging.evaluate_every=4",
+        "logging.evaluate_clips=2",
+    )
+    settings = (*stage_for(2), *looks)
     config, run_dir = bed.config(name, *settings), bed.run_dir(name)
     note = bed.folder / f"{name}.signalled"
     note.unlink(missing_ok=True)

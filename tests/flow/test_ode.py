@@ -28,7 +28,7 @@ def latents(grid: tuple[int, int, int], seed: int) -> Tensor:
 
 
 def run(network: nn.Module, requests: list[Request], flow: FlowConfig = FLOW) -> list[Tensor]:
-    return generate(network, requests, flow, 4, 2, lambda texts: tokenize_captions(texts, 64, 32), CPU)
+    return generate(network, requests, flow, 4, 2, lambda texts: tokenize_captions(texts, 64, 32), device=CPU)
 
 
 class Field(nn.Module):

@@ -138,14 +138,16 @@ def test_a_trace_counts_the_operations_of_the_cost_model(config: Config) -> None
 def test_a_step_takes_the_longer_of_arithmetic_and_traffic(config: Config) -> None:
     h = GPUS["h100"]
     config.deepspeed["zero_optimization"]["contiguous_gradients"] = True
-    parts = step_time(config, 10**9, PASS, 16, 2, 1, h, 8, share=0.5)
+    parts = step_time(config, 10**9, PASS, 16, 2, 1, device=h, per_node=8, share=0.5)
     assert parts.compute == pytest.approx(10**12 / (0.6 * h.peak) + 10**9 / h.bandwidth + 2 * h.overhead_s)
     assert parts.communication == pytest.approx(3 * 2e9 * 15 / 16 / h.network)  # an all-reduce and an all-gather
     # a bf16 gradient is copied into the bucket, together, and divided; a sixteenth comes back and is updated: gradient
     # looked through, cast for the norm and for Adam, clipped; Adam, average, and the weight as the model has it
     assert parts.update == pytest.approx(1e9 * (12 + (8 + 18 + 4 + 8 + 10 + 40 + 6) / 16) / h.bandwidth)
-    assert step_time(config, 10**9, PASS, 8, 2, 3, h, 8).communication == pytest.approx(6 * 2e9 * 7 / 8 / h.link)
-    small = step_time(config, 10**8, PASS, 8, 2, 3, h, 8).communication
+    assert step_time(config, 10**9, PASS, 8, 2, 3, device=h, per_node=8).communication == pytest.approx(
+        6 * 2e9 * 7 / 8 / h.link
+    )
+    small = step_time(config, 10**8, PASS, 8, 2, 3, device=h, per_node=8).communication
     assert small == pytest.approx(4 * 2e8 * 7 / 8 / h.link)  # weights are kept from forward to backward
 
 
@@ -224,7 +226,7 @@ def test_it_suggests_the_fastest_that_fits(config: Config) -> None:
     def stage(peak_gib: float, seconds: float) -> StageForecast:
         m = memory(config, 1, PASS, 1, 1, 0)
         object.__setattr__(m, "update", int(peak_gib * 2**30))
-        t = step_time(config, 1, PASS, 1, 1, 0, GPUS["h100"], 8)
+        t = step_time(config, 1, PASS, 1, 1, 0, device=GPUS["h100"], per_node=8)
         object.__setattr__(t, "compute", seconds)
         return StageForecast(m, t, peak_gib <= 72)
 
@@ -245,7 +247,7 @@ def test_a_forecast_has_every_stage_and_both_choices_of_recomputation(config: Co
     figures = estimate(config, None, 64)
     sizes, share = heaviest_pass(config, None, 64)
     assert sizes == [(9, 48, 48)] * 9 and share == config.data.fill  # 768 tokens hold nine clips of 80
-    result = forecast(config, figures, sizes, share, GPUS["h100"], 8, 2e9, 50_000)
+    result = forecast(config, figures, sizes, share, GPUS["h100"], 8, disk=2e9, hours_per_failure=50_000)
     assert result.recomputing and all(list(s) == [0, 1, 2, 3] for s in (result.stages, *result.recomputing.values()))
     assert all(s.fits for s in result.stages.values())
 
@@ -291,11 +293,13 @@ for stage in (1, 2, 3):
 
 def test_frozen_weights_are_held_and_gathered_but_have_no_states(config: Config) -> None:
     for stage, weights in ((1, 2 * 5000), (2, 2 * 5000), (3, 2 * 625)):
-        without, m = (memory(config, 1000, PASS, 8, 1, stage, frozen) for frozen in (0, 4000))
+        without, m = (memory(config, 1000, PASS, 8, 1, stage, frozen=frozen) for frozen in (0, 4000))
         assert m.weights == weights
         assert (m.gradients, m.optimizer, m.ema) == (without.gradients, without.optimizer, without.ema)
         h = GPUS["h100"]
-        alone, t = (step_time(config, 1000, PASS, 8, 1, stage, h, 8, frozen=frozen) for frozen in (0, 4000))
+        alone, t = (
+            step_time(config, 1000, PASS, 8, 1, stage, device=h, per_node=8, frozen=frozen) for frozen in (0, 4000)
+        )
         gathered = 4000 * 2 * 7 / 8 / h.link if stage == 3 else 0
         assert t.communication - alone.communication == pytest.approx(gathered)
         assert t.update == alone.update
@@ -342,6 +346,7 @@ def test_ranks_that_share_a_pack_need_less_each(compose_tree: Callable[..., Dict
     tokens, width = 2112 // 4, config.model.width
     assert traces[4].exchanged == pytest.approx(4 * 2 * 4 * tokens * width * 4, rel=0.1)
     alone, shared = (
-        step_time(found[d].config, 10**6, traces[d], 8, 1, 1, GPUS["h100"], 8).communication for d in (1, 4)
+        step_time(found[d].config, 10**6, traces[d], 8, 1, 1, device=GPUS["h100"], per_node=8).communication
+        for d in (1, 4)
     )
     assert shared - alone == pytest.approx(traces[4].exchanged * 3 / 4 / GPUS["h100"].link)

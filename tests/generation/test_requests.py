@@ -110,7 +110,9 @@ def test_the_end_of_a_loop_is_held_to_its_beginning_as_a_piece_is_to_the_one_bef
     config: Config, overlap: int
 ) -> None:
     sampler: Any = Recorder()
-    made = numbers(in_pieces(config, sampler, Prompt([Shot(float("inf"), "x")]), SIZE, 20, 5, overlap, loop=True))
+    made = numbers(
+        in_pieces(config, sampler, Prompt([Shot(float("inf"), "x")]), SIZE, 20, 5, overlap=overlap, loop=True)
+    )
     first, closing = sampler.requests[0], sampler.requests[-1]
     shown, last = {1: (17, 6), 2: (19, 6)}[overlap]
     assert closing.held.latents_CTHW[0, :, 0, 0].tolist() == [shown - 1, shown + 1 + MADE][:overlap]

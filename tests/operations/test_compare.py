@@ -13,7 +13,7 @@ from sora_train import compare
 from sora_train.core.cli import InputError
 from sora_train.core.media import write_mp4
 from sora_train.operations.records import differences, events, flat, read, samples, thinned
-from sora_train.operations.report import page, write_report
+from sora_train.operations.report import runs_page, write_report
 from sora_train.operations.side_by_side import plot
 
 
@@ -83,7 +83,7 @@ def test_a_report_needs_nothing_else(runs: list[Path]) -> None:
 
 
 def test_a_page_of_several_runs_tells_them_apart(runs: list[Path]) -> None:
-    text = page("both", [read(runs[0]), read(runs[1])])
+    text = runs_page("both", [read(runs[0]), read(runs[1])])
     assert text.count("<polyline") == 4 and "<td>optim.lr</td><td>0.001</td><td>0.003</td>" in text
 
 

@@ -20,8 +20,9 @@ import torch.multiprocessing as mp
 from sora_train.config.schema import Probe
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
-from sora_train.data.index import index as indexes
-from sora_train.data.index.index import index_path, load_index
+from sora_train.data.index import make as indexes
+from sora_train.data.index.index import load_index
+from sora_train.data.index.places import index_path
 from sora_train.data.read.decode import LIMITS
 from sora_train.data.read.store import Store
 from sora_train.data.shards import Wanted

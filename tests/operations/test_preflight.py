@@ -139,12 +139,12 @@ def test_out_of_memory_is_known_by_its_kinds() -> None:
 
 
 def test_the_suggestion_for_too_little_memory_fits(make: Make) -> None:
-    config = make("model=20m", "data.slots=16", "parallel.accumulation=1", "deepspeed=zero1")
+    config = make("model=20m", "model.depth=2", "data.slots=16", "parallel.accumulation=1", "deepspeed=zero1")
     available = int(1.1 * peak_bytes(config, 8))  # the forecast was wrong
     line = suggestion(config, 8, available)
     overrides = line.split("; try ")[1].split(" (about")[0].split()
     assert overrides[0] == "parallel.accumulation=2"
-    better = make("model=20m", "deepspeed=zero1", *_last(["data.slots=16", *overrides]))
+    better = make("model=20m", "model.depth=2", "deepspeed=zero1", *_last(["data.slots=16", *overrides]))
     assert peak_bytes(better, 8) < 0.7 * available
     assert config.parallel.accumulation == 1, "the run's own configuration is left alone"
     assert "nothing that keeps the model makes it fit" in suggestion(config, 1, 1 << 20)

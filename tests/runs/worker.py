@@ -1,19 +1,22 @@
-"""Real runs of one and two ranks, forked from this process, which has no threads.
+"""Server of real runs of one and two ranks. It has imported what a run imports, and forks a process for each request.
 
-    python worker.py KIND FOLDER SHARD ...
-
-Prints one line of JSON with what came of them; the tests beside this file look at it.
+A line of its standard input is a request: `{"kind": KIND, "folder": FOLDER, "shards": [SHARD, ...]}`. The process
+writes what came of the runs to FOLDER.json; the server answers with `ended with CODE`. The tests beside this file look
+at the results.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from sora_train.config.hydra import store_schema
 from sora_train.config.registry import load_plugins
 from sora_train.config.schema import Config
 from sora_train.core.media import encode_mp4
-from sora_train.data.index.index import index_shards
+from sora_train.data.index.make import index_shards
 from sora_train.methods.diffusion.learner import DiffusionLearner
 from sora_train.training.engine.power_ema import combined
 from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of
@@ -44,16 +47,26 @@ AVERAGES = ("optim.ema_lengths=[0.05,0.1]", "checkpoint.snapshot_every=4")
 _STEADY = ("data.slots=8", "data.max_tokens=4", "checkpoint.every_steps=20")
 
 
+def whole_matrix(bed: Bed) -> object:
+    """Every stage with every accumulation, on one rank and on two."""
+    every = [(stage, passes) for stage in range(4) for passes in (1, 2, 4)]
+    return _matrix(bed, {1: every, 2: every})
+
+
 def matrix(bed: Bed) -> object:
+    """A sample of it: each stage on two ranks, each accumulation, and both ends on one rank."""
+    return _matrix(bed, {1: [(0, 1), (3, 4)], 2: [(0, 4), (1, 2), (2, 1), (3, 2)]})
+
+
+def _matrix(bed: Bed, wanted: dict[int, list[tuple[int, int]]]) -> object:
     """Samples and losses of each step, by ranks, ZeRO stage and accumulation; one start per number of ranks."""
     found = {}
-    for ranks in (1, 2):
+    for ranks, ways in wanted.items():
         configs = {
             f"{ranks} rank(s), stage {stage}, accumulation {passes}": bed.config(
                 f"{ranks}-{stage}-{passes}", f"deepspeed=zero{stage}", f"parallel.accumulation={passes}", *_STEADY
             )
-            for stage in range(4)
-            for passes in (1, 2, 4)
+            for stage, passes in ways
         }
         first, *then = configs.values()
         job = Job(first, ranks, then=then)
@@ -66,13 +79,12 @@ def matrix(bed: Bed) -> object:
 
 
 def kills(bed: Bed) -> object:
-    """Five kills of one run of two ranks, two of them inside a save."""
-    bed.warm()  # twelve ranks start
+    """Two kills of one run of two ranks, one of them inside a save."""
     config = bed.config("undisturbed", *stage_for(2))
     if code := run(config, 2):
         raise RuntimeError(f"the undisturbed run ended with {code}; see {config.run_dir}")
     reference = outcome(bed.run_dir("undisturbed"))
-    inside = (False, True, False, True, False)
+    inside = (False, True)
     wrong = kill(bed, "killed", random.Random(7), reference, 2, inside, *stage_for(2))
     compared = {name: len(values) for name, values in reference.items()}
     return {"wrong": wrong, "torn saves": bed.facts["torn"], "compared": compared}
@@ -172,16 +184,16 @@ def mirrored(bed: Bed) -> object:
     }  # fmt: skip
 
 
-def adapters(bed: Bed) -> object:
-    """Two ranks train adapters at every ZeRO stage, in bf16, and again at stage 3 with a stop halfway."""
+def adapters(bed: Bed, stages: tuple[int, ...] = (0, 3), in_bf16: tuple[int, ...] = (3,)) -> object:
+    """Two ranks train adapters at ZeRO stages, in bf16, and again at stage 3 with a stop halfway."""
     lora = (
         "model.lora.rank=2", "model.lora.alpha=4", "model.lora.targets=[q,v,mlp.2,text_in.0,out.project]",
         "optim.decay_fraction=0", "optim.lr=0.01", "optim.warmup_steps=1", "steps=4",
     )  # fmt: skip
-    configs = [bed.config(f"stage-{stage}", *lora, f"deepspeed=zero{stage}") for stage in range(4)]
+    configs = [bed.config(f"stage-{stage}", *lora, f"deepspeed=zero{stage}") for stage in stages]
     configs += [
         bed.config(f"bf16-{stage}", *lora, f"deepspeed=zero{stage}", "precision=bf16", "logging.validate_every=4")
-        for stage in (0, 3)
+        for stage in in_bf16
     ]
     configs += [bed.config("resumed", *lora, "deepspeed=zero3", f"steps={steps}") for steps in (2, 4)]
     first, *then = configs
@@ -198,6 +210,11 @@ def adapters(bed: Bed) -> object:
         }
     same = differences(outcome(bed.run_dir("stage-3")), outcome(bed.run_dir("resumed")))
     return {"runs": found, "resumed and undisturbed differ in": same}
+
+
+def all_adapters(bed: Bed) -> object:
+    """The same at every stage."""
+    return adapters(bed, (0, 1, 2, 3), (0, 3))
 
 
 def minute(bed: Bed, side: int = 24) -> object:
@@ -339,7 +356,7 @@ def full_disk(bed: Bed) -> object:
 
 
 def plugs(bed: Bed) -> object:
-    """A method of two engines and a family of our tests: stages, kills, moves to other ranks and stages."""
+    """A method of two engines and a family of our tests: every stage, and a kill inside a save."""
     load_plugins(["tests.plugs.distil", "tests.plugs.mixer"])
     store_schema()
     mine = ("plugins=[tests.plugs.distil,tests.plugs.mixer]", "method=distil")
@@ -354,26 +371,66 @@ def plugs(bed: Bed) -> object:
     job = Job(first, 2, then=then)
     if code := job.wait():
         raise RuntimeError(f"ended with {code}:\n{job.log.read_text()[-4000:]}")
-    undisturbed = bed.config("undisturbed", *mine, *stage_for(2))
-    if code := run(undisturbed, 2):
-        raise RuntimeError(f"the undisturbed run ended with {code}; see {undisturbed.run_dir}")
-    reference = outcome(bed.run_dir("undisturbed"))
-    wrong = kill(bed, "killed", random.Random(3), reference, 2, (True, False), *mine, *stage_for(2))
+    reference = outcome(bed.run_dir("distil-3"))
+    wrong = kill(bed, "killed", random.Random(3), reference, 2, (True,), "deepspeed=zero3", *short)
     newest = latest_intact(bed.run_dir("killed") / "checkpoints")
     return {
         "losses": {name: list(losses(Path(config.run_dir)).values()) for name, config in configs.items()},
         "kill": wrong, "torn saves": bed.facts["torn"],
-        "move": elastic(bed, "moved", ((2, 1), (1, 3), (2, 2)), bed.run_dir("undisturbed"), *mine),
         "tensors": {network: kinds_of(newest, network) for network in networks_of(newest)},
     }  # fmt: skip
 
 
+def moved_plugs(bed: Bed) -> object:
+    """The method of two engines: two kills, and moves to other ranks and stages."""
+    load_plugins(["tests.plugs.distil", "tests.plugs.mixer"])
+    store_schema()
+    mine = ("plugins=[tests.plugs.distil,tests.plugs.mixer]", "method=distil")
+    undisturbed = bed.config("undisturbed", *mine, *stage_for(2))
+    if code := run(undisturbed, 2):
+        raise RuntimeError(f"the undisturbed run ended with {code}; see {undisturbed.run_dir}")
+    reference = outcome(bed.run_dir("undisturbed"))
+    return {
+        "kill": kill(bed, "killed", random.Random(3), reference, 2, (True, False), *mine, *stage_for(2)),
+        "move": elastic(bed, "moved", ((2, 1), (1, 3), (2, 2)), bed.run_dir("undisturbed"), *mine),
+    }  # fmt: skip
+
+
 KINDS: dict[str, Callable[[Bed], object]] = {
-    "matrix": matrix, "kills": kills, "moves": moves, "mirrored": mirrored, "debugs": debugs,
-    "plugs": plugs, "adapters": adapters, "minute": minute, "large minute": large_minute, "imports": imports,
-    "side tables": side_tables, "full disk": full_disk,
+    "matrix": matrix, "whole matrix": whole_matrix, "kills": kills, "moves": moves, "mirrored": mirrored,
+    "debugs": debugs, "plugs": plugs, "moved plugs": moved_plugs, "adapters": adapters, "all adapters": all_adapters,
+    "minute": minute, "large minute": large_minute, "imports": imports, "side tables": side_tables,
+    "full disk": full_disk,
 }  # fmt: skip
 
+
+def answer(kind: str, folder: Path, shards: list[str]) -> int:
+    """Make the runs of a kind in a process of their own; returns its exit code."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it doesn't outlive the server
+        output = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        made = KINDS[kind](Bed(folder, steps=20, shards=shards))
+        folder.with_suffix(".json").write_text(json.dumps(made))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def serve(folder: Path) -> None:
+    """Import what a run imports, then answer requests until the end of standard input."""
+    Bed(folder / "bed").warm()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        print(f"ended with {answer(asked['kind'], Path(asked['folder']), asked['shards'])}", flush=True)
+
+
 if __name__ == "__main__":
-    kind, folder, *shards = sys.argv[1:]
-    print("\n" + json.dumps(KINDS[kind](Bed(Path(folder), steps=20, shards=shards))))
+    serve(Path(sys.argv[1]))

@@ -30,7 +30,7 @@ from sora_train.training.engine.power_ema import PowerEmas
 from sora_train.training.engine.zero import Engine
 from sora_train.training.health.guard import Guard
 from sora_train.training.health.watch import Watch
-from sora_train.training.parts import Parts
+from sora_train.training.parts import Marks, Parts
 from sora_train.training.report.console import Console
 from sora_train.training.report.meter import Meter
 from sora_train.training.state.ledger import Ledger
@@ -138,7 +138,7 @@ def _run(
     parts = Parts(
         learner, _Engines(name, _Engine(network, config, stage, len(packs)), config), meter, lambda step: None,
         Console(STEPS, False, folder), _Plan(), steps, lambda: iter(()), lambda *_: {},
-        Ledger(Path(config.run_dir), 0), None, Guard(), watch,
+        lambda _: Marks({}, None), Ledger(Path(config.run_dir), 0), None, Guard(), watch,
     )  # fmt: skip
     trainer = Trainer(config, World(), DEVICE, parts)
     with Waits([t for pack in packs for clip in pack.clips for t in _tensors(clip)]) as waits:  # the loader pins them
@@ -174,12 +174,12 @@ _CASES = {
     "ranks that share a pack": ("parallel.sequence=2",),
     "places scaled": ("model.rope_scaling=ntk", "model.rope_factors=[2.0,1.0,1.0]"),
 }
-_SLOW = "encoding in tiles"
+_ALWAYS = ("as configured", "bf16", "recomputing all but attention", "adapters", "ranks that share a pack")
 
 
 def _cases() -> list[Any]:
     campaign = pytest.mark.campaign
-    return [pytest.param(keys, id=name, marks=campaign if name == _SLOW else ()) for name, keys in _CASES.items()]
+    return [pytest.param(keys, id=n, marks=() if n in _ALWAYS else campaign) for n, keys in _CASES.items()]
 
 
 @pytest.mark.parametrize("overrides", _cases())

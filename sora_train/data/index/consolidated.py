@@ -68,6 +68,7 @@ class Consolidated(Index):
         prints: Sequence[str],
         fingerprint: str,
         store: Store,
+        *,
         captioned: bool = True,
     ) -> None:
         count = int(first[-1])
@@ -216,7 +217,7 @@ def load_consolidated(
             raise InputError(f"{path} is not whole; {again}")
         columns[name] = np.memmap(path, dtype=kind, mode="r")
     fingerprint = sha256(text.encode()).hexdigest()
-    index = Consolidated(shards, first, columns, meta["fingerprints"], fingerprint, store, captioned)
+    index = Consolidated(shards, first, columns, meta["fingerprints"], fingerprint, store, captioned=captioned)
     if not index.usable.any():
         raise InputError(f"data.index={folder} holds no usable sample")
     return index

@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sora_train.core.cli import InputError
-from sora_train.data.index.index import Index, expand
+from sora_train.data.index.index import Index
+from sora_train.data.index.patterns import expand
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.store import Store
 

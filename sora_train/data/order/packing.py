@@ -144,7 +144,7 @@ def _even_out(packs: list[list[int]], room: list[int], load: list[int], tokens: 
         for dear in ranked:
             if load[dear] <= close:
                 break
-            best = min((_best_swap(dear, cheap, packs, room, load, tokens, costs)
+            best = min((_best_swap(dear, cheap, packs, room, load, tokens, costs=costs)
                         for cheap in ranked[-_NEIGHBOURS:] if load[cheap] < load[dear]), default=None)  # fmt: skip
             if best is None or best[0] >= load[dear]:
                 continue
@@ -164,7 +164,14 @@ def _even_out(packs: list[list[int]], room: list[int], load: list[int], tokens: 
 
 
 def _best_swap(
-    dear: int, cheap: int, packs: list[list[int]], room: list[int], load: list[int], tokens: list[int], costs: list[int]
+    dear: int,
+    cheap: int,
+    packs: list[list[int]],
+    room: list[int],
+    load: list[int],
+    tokens: list[int],
+    *,
+    costs: list[int],
 ) -> tuple[int, int, int, int]:
     """The dearer load after the best swap, the other slot, what to give, and what to take for it (-1: nothing)."""
     best = (load[dear], cheap, -1, -1)

@@ -91,8 +91,8 @@ class PlanInputs:
     def cuts(self, index: Index, rows: np.ndarray) -> Cuts:
         """Cuts of the visits of some rows of an index."""
         grid = self.geometry
-        return cuts(index, rows, self.fps, self.max_frames, self.max_pixels, self.max_tokens, self.fit, grid.multiple,
-                    grid.temporal_stride)  # fmt: skip
+        return cuts(index, rows, self.fps, self.max_frames, self.max_pixels, self.max_tokens, fit=self.fit,
+                    multiple=grid.multiple, temporal_stride=grid.temporal_stride)  # fmt: skip
 
 
 class Plan:

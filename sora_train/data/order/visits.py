@@ -66,7 +66,7 @@ class Cuts(NamedTuple):
 
 
 def cuts(
-    index: Any, rows: np.ndarray, fps: float, max_frames: int, max_pixels: int, max_tokens: int, fit: str,
+    index: Any, rows: np.ndarray, fps: float, max_frames: int, max_pixels: int, max_tokens: int, *, fit: str,
     multiple: int, temporal_stride: int,
 ) -> Cuts:  # fmt: skip
     """Cut samples (rows of an index), at `fps` frames a second, or their own rate where that is 0.

@@ -58,6 +58,7 @@ class Pool:
         decoders: Sequence[str] = ("decord", "pyav"),
         limits: Limits = LIMITS,
         store: Store | None = None,
+        *,
         conversion: Conversion = AS_STORED,
     ) -> None:
         self.workers, self.timeout_s, self.memory_bytes = workers, timeout_s, memory_bytes
@@ -73,7 +74,7 @@ class Pool:
         limits = Limits(data.limits.pixels, data.limits.frames, data.limits.bytes)
         memory = int(data.decode_memory_gib * 2**30)
         conversion, store = Conversion(data.deinterlace, data.tone_map), store or Store.of(data)
-        return cls(data.workers, data.decode_timeout_s, memory, data.decoders, limits, store, conversion)
+        return cls(data.workers, data.decode_timeout_s, memory, data.decoders, limits, store, conversion=conversion)
 
     def probe(
         self, path: str, extension: str, offset: int = 0, size: int = -1, pixels: bool = True
@@ -96,6 +97,7 @@ class Pool:
         frames: Sequence[float],
         resize: tuple[int, int],
         crop: tuple[int, int, int, int],
+        *,
         track: Track = STEADY,
     ) -> Future[np.ndarray]:
         """Frames `(T, H, W, 3)` uint8 of a member (offset, size, crc32), resized, then cut to (top, left, H, W).

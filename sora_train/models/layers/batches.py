@@ -58,7 +58,7 @@ class Batch:
     mask: Tensor | None
 
     def bias(self, like: Tensor) -> Tensor | None:
-        """What is added to the scores, `(count, 1, queries, keys)`: minus infinity at padding. None without padding."""
+        """Bias to add to the scores, `(count, 1, queries, keys)`: minus infinity at padding. None without padding."""
         if self.mask is None:
             return None
         bias = torch.zeros(self.mask.shape, dtype=like.dtype).masked_fill_(~self.mask, float("-inf"))

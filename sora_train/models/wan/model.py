@@ -41,6 +41,7 @@ class DiT(nn.Module):
         heads: int,
         ffn: int,
         text_width: int,
+        *,
         frequencies: int = 256,
         rope_theta: float = 10000.0,
         gate_init: float = 0.0,
@@ -65,7 +66,10 @@ class DiT(nn.Module):
         self.time_in = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         modulation = nn.Linear(width, 6 * width)
         self.time_modulation = nn.Sequential(nn.SiLU(), modulation)
-        block = partial(Block, width, heads, ffn, gate_init, eps, attention, mlp_chunk, activation)
+        block = partial(
+            Block, width, heads, ffn, gate_init=gate_init, eps=eps, attention=attention, mlp_chunk=mlp_chunk,
+            activation=activation,
+        )  # fmt: skip
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.out = Head(width, patch_features, eps)
         nn.init.zeros_(modulation.weight)
@@ -119,7 +123,7 @@ class Block(nn.Module):
     """Transformer block: self-attention, cross-attention and MLP; self-attention and MLP are modulated (adaLN)."""
 
     def __init__(
-        self, width: int, heads: int, ffn: int, gate_init: float, eps: float, attention: str, mlp_chunk: int,
+        self, width: int, heads: int, ffn: int, *, gate_init: float, eps: float, attention: str, mlp_chunk: int,
         activation: str,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -251,8 +255,10 @@ def build_dit(config: WanConfig, shapes: Shapes) -> DiT:
     """Build the transformer of a configuration, randomly initialised."""
     m = config
     return DiT(
-        shapes.patch_features, m.width, m.depth, m.heads, m.ffn, shapes.text_width, m.frequencies, m.rope_theta,
-        m.gate_init, m.absolute_positions, m.pooled_text, m.activation_checkpointing, m.mlp_chunk, m.attention,
+        shapes.patch_features, m.width, m.depth, m.heads, m.ffn, shapes.text_width,
+        frequencies=m.frequencies, rope_theta=m.rope_theta, gate_init=m.gate_init,
+        absolute_positions=m.absolute_positions, pooled_text=m.pooled_text,
+        activation_checkpointing=m.activation_checkpointing, mlp_chunk=m.mlp_chunk, attention=m.attention,
         rope_scaling=m.rope_scaling, rope_factors=(m.rope_factors[0], m.rope_factors[1], m.rope_factors[2]),
         activation=m.activation,
     )  # fmt: skip

@@ -306,7 +306,7 @@ class Engine:
         return MOMENTS[:1] if self.names[parameter] in self._matrices else MOMENTS
 
     def _flats(self) -> dict[int, Flat]:
-        """Where the pieces of matrices are that Muon moves, by the id of the tensor that holds them."""
+        """Locations of the pieces of matrices that Muon updates, by the id of the tensor that holds them."""
         mine = {f.name: f for f in self.fragments}
         found = {}
         for flat, parameters in self._masters():

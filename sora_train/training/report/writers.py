@@ -74,6 +74,7 @@ class Writers:
         names: list[str],
         steps: int,
         project: str,
+        *,
         resume_step: int,
         group: str = "",
         tags: Sequence[str] = (),
@@ -92,7 +93,7 @@ class Writers:
             place = group or os.environ.get("WANDB_RUN_GROUP") or run_dir.parent.name
             where = project or os.environ.get("WANDB_PROJECT") or "sora_train"
             tags = tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
-            self._start("wandb", lambda: _Wandb(run_dir, run_id, about, where, place, tags, wandb_finish_s))
+            self._start("wandb", lambda: _Wandb(run_dir, run_id, about, where, place, tags, finish_s=wandb_finish_s))
         if "prometheus" in names:
             self._start("prometheus", lambda: _prometheus(run_dir, prometheus_port))
 
@@ -201,7 +202,7 @@ class _Wandb:
 
     def __init__(
         self, run_dir: Path, run_id: str, config: dict[str, Any], project: str, group: str, tags: Sequence[str],
-        finish_s: float,
+        *, finish_s: float,
     ) -> None:  # fmt: skip
         import wandb
 

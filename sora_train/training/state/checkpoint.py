@@ -99,6 +99,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, keep_every: int = 0, mirror: Mirror | None = None) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self.mirror = mirror  # on the main rank, if configured
+        self.best: str | None = None  # name of the best checkpoint, which is kept
         self.failed = 0  # number of saves that could not be written
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         # the writer thread has a group of its own, as collectives of two threads must not mix; None after a failure
@@ -127,6 +128,12 @@ class Checkpoints:
             self._copied.clear()
         self._thread = threading.Thread(target=self._write, args=(step, mine, state), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def keep_best(self, step: int | None) -> None:
+        """Keep the checkpoint of a step until another one is the best; None: keep none."""
+        self.best = None if step is None else f"step-{step:08d}"
+        if self.mirror:
+            self.mirror.best = self.best
 
     def settle(self) -> None:
         """Wait until the save under way has copied its tensors, after which they may change."""
@@ -263,7 +270,9 @@ class Checkpoints:
         temporary.rename(final)
         sync_folder(self.folder)
         older = [path.name for path in _folders(self.folder) if path.name <= final.name]
-        for old in surplus(older, self.keep, self.keep_every):  # newer ones are damaged, and don't count towards `keep`
+        for old in surplus(
+            older, self.keep, self.keep_every, self.best
+        ):  # newer ones are damaged, and don't count towards `keep`
             if not (self.mirror and self.mirror.busy == self.folder / old):  # being uploaded; deleted by the next save
                 remove_folder(self.folder / old)
         if self.mirror:

@@ -41,12 +41,12 @@ def check_file(path: Path, record: dict[str, Any], hashed: bool = True) -> None:
         raise Damage(f"{path.name} differs from its checksum")
 
 
-def surplus(names: Sequence[str], keep: int, keep_every: int) -> list[str]:
-    """Select the checkpoints to delete: all but the newest `keep` and those that `keep_every` keeps for ever.
+def surplus(names: Sequence[str], keep: int, keep_every: int, best: str | None = None) -> list[str]:
+    """Select the checkpoints to delete: all but the newest `keep`, the best, and those kept for ever by `keep_every`.
 
     `names` are sorted, oldest first.
     """
-    return [name for name in names[:-keep] if not stays(name, keep_every)]
+    return [name for name in names[:-keep] if name != best and not stays(name, keep_every)]
 
 
 def stays(name: str, keep_every: int) -> bool:

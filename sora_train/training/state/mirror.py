@@ -53,6 +53,7 @@ class Mirror:
 
     def __init__(self, url: str, run_dir: Path, keep: int, keep_every: int, options: dict[str, Any]) -> None:
         self.url, self.run_dir, self.keep, self.keep_every = url, run_dir, keep, keep_every
+        self.best: str | None = None  # name of the best checkpoint, which is kept too
         self.failed = 0  # number of failed uploads and removals
         self.busy: Path | None = None  # checkpoint or snapshot that is being uploaded
         self._latest = ""  # name of the newest checkpoint offered
@@ -146,7 +147,7 @@ class Mirror:
     def _upload_checkpoint(self, folder: Path) -> None:
         self.busy = folder
         try:
-            overtaken = folder.name != self._latest and not stays(folder.name, self.keep_every)
+            overtaken = folder.name not in (self._latest, self.best) and not stays(folder.name, self.keep_every)
             if overtaken or not folder.is_dir():
                 _log.warning("%s isn't copied to %s: a newer one was saved before its turn", folder.name, self.url)
                 return
@@ -191,7 +192,11 @@ class Mirror:
         there = self._found()
         older = sorted(name for name, files in there.items() if "manifest.json" in files and name <= newest)
         halves = [name for name, files in there.items() if "manifest.json" not in files]
-        for name in (*surplus(older, self.keep, self.keep_every), *halves, *(n for n in there if n > newest)):
+        for name in (
+            *surplus(older, self.keep, self.keep_every, self.best),
+            *halves,
+            *(n for n in there if n > newest),
+        ):
             if name in there:
                 self._remove(name)
                 there.pop(name)

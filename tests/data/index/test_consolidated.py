@@ -10,7 +10,9 @@ import pytest
 from sora_train.core.cli import InputError
 from sora_train.core.cost import Cost, Geometry
 from sora_train.data.index.consolidated import COLUMNS, consolidate, load_consolidated
-from sora_train.data.index.index import Index, index_path, index_shards, load_index
+from sora_train.data.index.index import Index, load_index
+from sora_train.data.index.make import index_shards
+from sora_train.data.index.places import index_path
 from sora_train.data.order.plan import Plan, PlanInputs
 
 

@@ -18,7 +18,11 @@ import webdataset as wds
 from sora_train.config.schema import Probe
 from sora_train.core.cli import InputError
 from sora_train.data.index.captions import parse_captions
-from sora_train.data.index.index import expand, ignored_fields, index_path, index_shards, load_index
+from sora_train.data.index.files import ignored_fields
+from sora_train.data.index.index import load_index
+from sora_train.data.index.make import index_shards
+from sora_train.data.index.patterns import expand
+from sora_train.data.index.places import index_path
 from sora_train.data.read.decode import DecodeError, Limits
 from sora_train.data.read.store import Store
 

@@ -16,7 +16,8 @@ from data_tools import index as indexing
 from sora_train.core.cli import InputError
 from sora_train.core.cost import Cost, Geometry
 from sora_train.data.index.consolidated import consolidate, load_consolidated
-from sora_train.data.index.index import Index, index_shards, load_index
+from sora_train.data.index.index import Index, load_index
+from sora_train.data.index.make import index_shards
 from sora_train.data.index.side_tables import SideTables
 from sora_train.data.loader import passes_of_rank
 from sora_train.data.order.plan import Plan, PlanInputs

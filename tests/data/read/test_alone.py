@@ -28,7 +28,7 @@ def said_of(path: Path, pool: Pool) -> Track:
 def alone(path: Path, pool: Pool, track: Track, first: int, count: int = 3) -> list[int]:
     wanted = list(range(first, first + count))
     place = (str(path), path.suffix[1:], (0, -1, None))
-    return list(map(number_of, pool.decode(*place, wanted, SIZE, (0, 0, *SIZE), track).result()))
+    return list(map(number_of, pool.decode(*place, wanted, SIZE, (0, 0, *SIZE), track=track).result()))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_file_that_was_cut_ends_before_the_first_missing_frame(tmp_path: Path,
     assert track.fps == 24.0 and not track.vfr and 10 < track.frames < len(frames) - 5
     size = frames.shape[1:3]
     last = track.frames - 1
-    got = pool.decode(str(path), "mp4", (0, -1, None), [last], size, (0, 0, *size), track).result()
+    got = pool.decode(str(path), "mp4", (0, -1, None), [last], size, (0, 0, *size), track=track).result()
     assert damaged_clips.difference(got, frames[[last]]) < 20
 
 
@@ -147,7 +147,7 @@ def test_what_a_decoder_conceals_is_refused_and_what_is_whole_comes(tmp_path: Pa
 
     def ask(first: int) -> np.ndarray:
         wanted = list(range(first, first + 6))
-        return pool.decode(str(path), "mp4", (0, -1, None), wanted, size, (0, 0, *size), track).result()
+        return pool.decode(str(path), "mp4", (0, -1, None), wanted, size, (0, 0, *size), track=track).result()
 
     before = [ask(first) for first in (0, 26)]
     start = data.index(b"mdat")

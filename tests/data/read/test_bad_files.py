@@ -20,7 +20,8 @@ from PIL import Image
 from sora_train.config.schema import Probe
 from sora_train.core.batch import Clip
 from sora_train.core.cost import Cost, Geometry
-from sora_train.data.index.index import Index, index_shards, load_index
+from sora_train.data.index.index import Index, load_index
+from sora_train.data.index.make import index_shards
 from sora_train.data.loader import Loader, Step
 from sora_train.data.order.plan import Plan, PlanInputs, Position
 from sora_train.data.read.decode import DecodeError

@@ -13,7 +13,11 @@ import pytest
 
 from sora_train.config.schema import DataConfig
 from sora_train.core.cli import InputError
-from sora_train.data.index.index import expand, index_path, index_shards, load_index, upload_index
+from sora_train.data.index.files import upload_index
+from sora_train.data.index.index import load_index
+from sora_train.data.index.make import index_shards
+from sora_train.data.index.patterns import expand
+from sora_train.data.index.places import index_path
 from sora_train.data.read.cache import Cache
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.pool import Pool

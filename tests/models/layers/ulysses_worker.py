@@ -94,7 +94,7 @@ def sampled(network: VideoModel) -> list[Tensor]:
     requests = [Request("a ring", (3, 2, 2), 1), Request("two", (3, 3, 3), 2, ((0, torch.ones(2, 1, 6, 6)),))]
     flow = FlowConfig(sampling_steps=3, solver="heun", guidance_rescale=0.5)
     tokenize = partial(tokenize_captions, buckets=64, max_tokens=16)
-    return generate(network.eval(), requests, flow, 2, 2, tokenize, torch.device("cpu"))
+    return generate(network.eval(), requests, flow, 2, 2, tokenize, device=torch.device("cpu"))
 
 
 def equal(cases: list[tuple[int, int]]) -> None:

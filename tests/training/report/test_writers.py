@@ -24,7 +24,7 @@ from sora_train.training.state.ledger import Ledger
 
 
 def make(run_dir: Path, *names: str, resume_step: int = 0) -> Writers:
-    return Writers(run_dir, "run-1", {"lr": 0.1}, list(names), 100, "demo", resume_step)
+    return Writers(run_dir, "run-1", {"lr": 0.1}, list(names), 100, "demo", resume_step=resume_step)
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -238,7 +238,7 @@ def test_wandb_without_a_network_does_not_keep_a_run_that_is_done(
     )
     monkeypatch.setitem(sys.modules, "wandb", stub)
     monkeypatch.setattr(metrics, "_WANDB_GRACE_SECONDS", 0.1)
-    writers = Writers(tmp_path / "run", "run-1", {}, ["wandb"], 9, "demo", 0, wandb_finish_s=0.2)
+    writers = Writers(tmp_path / "run", "run-1", {}, ["wandb"], 9, "demo", resume_step=0, wandb_finish_s=0.2)
     start = time.monotonic()
     writers.close()
     assert time.monotonic() - start < 30  # and not the 60 s of the one that hangs

@@ -179,6 +179,19 @@ def test_the_newest_are_kept_and_older_ones_go(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
 
 
+def test_the_best_is_kept_until_another_is_better(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 5, keep=1)
+    checkpoints.keep_best(5)
+    for step in (10, 15):
+        checkpoints.save(step, pieces(*whole(step), None), state(step))
+    assert checkpoints.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000005", "step-00000015"]
+    checkpoints.keep_best(15)
+    checkpoints.save(20, pieces(*whole(20), None), state(20))
+    assert checkpoints.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
+
+
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_saved(tmp_path: Path) -> None:
     """A run that fell back to step 1 saves step 2: it must not be deleted for the sake of the broken step 4."""
     saved(tmp_path, 1, 4)
@@ -280,6 +293,7 @@ def written_by(tmp_path: Path, ranks: list[checkpoint.Pieces]) -> Path:
     records = [checkpoint._write_pieces(temporary / f"rank-{n}.safetensors", mine) for n, mine in enumerate(ranks)]
     publisher = Checkpoints.__new__(Checkpoints)  # publishing needs its folder and retention, no process group
     publisher.folder, publisher.keep, publisher.keep_every, publisher.mirror = tmp_path, 3, 0, None
+    publisher.best = None
     publisher._publish(temporary, 9, records, state(9))
     return tmp_path / "step-00000009"
 

@@ -1,0 +1,110 @@
+"""The file that holds a shard's index: its version, its shard, and the one that lies beside a remote shard."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sora_train.config.schema import Probe
+from sora_train.core.cli import InputError
+from sora_train.data.index.places import index_path, write
+from sora_train.data.index.tar import BLOCK
+from sora_train.data.read.decode import DecodeError, Limits
+from sora_train.data.read.store import PIPE, Store, scheme
+
+VERSION = 4
+REQUESTS = 8  # shards that are asked about at a time: a remote one answers after a while
+
+
+def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Probe = Probe.packets) -> bool:
+    """Tell whether a shard has an index that was made from it as it is now, by this version (and with these limits).
+
+    With `probe=frame` it must be one for which pictures were decoded.
+
+    Raises InputError for a file in the index's place that isn't one of ours.
+    """
+    path = index_path(shard, store)
+    if not path.is_file():
+        return False
+    try:
+        known = metadata(pq.read_schema(path))
+    except (pa.ArrowException, OSError):
+        return False
+    if "sora_train.version" not in known:
+        raise InputError(f"{path} is in the place of the index of {shard} and is none; move it away")
+    return is_of(known, shard, store, limits, probe)
+
+
+def is_of(known: dict[str, str], shard: str, store: Store, limits: Limits | None, probe: Probe) -> bool:
+    """Tell whether an index, known by its metadata, was made from a shard as it is now, and fits what is asked."""
+    if not _fits(known, limits, probe):
+        return False
+    if scheme(shard) is not None:
+        return known["sora_train.identity"] == store.identity(shard)
+    return known["sora_train.shard"] == _mark_in(shard, store, known)
+
+
+def metadata(schema: pa.Schema) -> dict[str, str]:
+    return {key.decode(): value.decode("utf-8", "replace") for key, value in (schema.metadata or {}).items()}
+
+
+def _fits(known: dict[str, str], limits: Limits | None, probe: Probe) -> bool:
+    """Tell whether an index was made by this version, with these limits, and decoding what is asked for or more."""
+    return (
+        known.get("sora_train.version") == str(VERSION)
+        and (limits is None or known["sora_train.limits"] == json.dumps(limits))
+        and probe.value in (Probe.packets.value, known.get("sora_train.probe", Probe.frame.value))
+    )
+
+
+def _mark_in(shard: str, store: Store, known: dict[str, str]) -> str:
+    return shard_mark(shard, store, json.loads(known["sora_train.headers"]))
+
+
+def shard_mark(shard: str, store: Store, headers: Sequence[int]) -> str:
+    """Mark of a shard that changes when it is replaced: its size and some of its member headers.
+
+    Headers, not contents: a shard whose videos were damaged later keeps its index, and with it its checksums.
+    """
+    size = store.size(shard)
+    mark = 0
+    for at in headers:
+        mark = zlib.crc32(store.fetch(shard, at, BLOCK), mark)
+    return f"{size}|{mark}"
+
+
+def ignored_fields(shard: str, store: Store) -> dict[str, str]:
+    """Why fields of a shard's jsons are no column of its index, by name."""
+    found: dict[str, str] = json.loads(metadata(pq.read_schema(index_path(shard, store)))["sora_train.ignored"])
+    return found
+
+
+def adopt(shard: str, store: Store, limits: Limits | None, probe: Probe) -> bool:
+    """Take over the index that lies beside a remote shard, if there is one and it was made from that very shard."""
+    if scheme(shard) in (None, PIPE):
+        return False
+    beside = _beside(shard)
+    try:
+        table = pq.read_table(io.BytesIO(store.fetch(beside, 0, store.size(beside))))
+    except (InputError, DecodeError, pa.ArrowException):
+        return False
+    known = metadata(table.schema)
+    if not _fits(known, limits, probe) or known["sora_train.shard"] != _mark_in(shard, store, known):
+        return False
+    about = known | {"sora_train.identity": store.identity(shard)}
+    write(table.replace_schema_metadata(about), shard, store)
+    return True
+
+
+def upload_index(shard: str, store: Store) -> None:
+    """Write the index of a remote shard beside it, where every node finds it; raises InputError where it can't be."""
+    store.put(_beside(shard), index_path(shard, store).read_bytes())
+
+
+def _beside(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".index.parquet"
