@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sora_train.data.read.bitstream import INTRA, LENGTHS, is_entry, is_slice, needs_first_packet, units
+from sora_train.data.read.bitstream import INTRA, LENGTHS, is_entry, is_intact, is_slice, needs_first_packet, units
 from sora_train.data.read.decode import (
     IMAGE_FORMATS,
     IMAGES,
@@ -121,7 +121,10 @@ def _line(data: bytes, file: Any, stream: Any, limits: Limits) -> tuple[Line, li
     if codec not in INTRA:
         for n in np.flatnonzero(found.is_key).tolist():
             entries[n] = is_entry(codec, view[found.places[n] : found.places[n] + found.sizes[n]], record)
-    return judge(found.ticks, found.is_key, entries, np.zeros(len(entries), dtype=bool)), []
+    line = judge(found.ticks, found.is_key, entries, np.zeros(len(entries), dtype=bool))
+    places = zip(found.places.tolist(), found.sizes.tolist(), strict=True)
+    broken = tuple(n for n, (at, size) in enumerate(places) if not is_intact(codec, data, at, at + size, record))
+    return line._replace(careful=line.careful or bool(broken), broken=broken), []
 
 
 def _packets(file: Any, stream: Any) -> list[Any]:
