@@ -6,6 +6,7 @@ All machines see the folders of films and of the output under the same paths.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class RayEngine:
             raise InputError("engine=ray needs Ray: pip install -e '.[ray]'") from error
         self._ray: Any = ray
         if not ray.is_initialized():
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="warning")
+            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
 
     def run(self, stage: Stage, items: Sequence[Item], folder: Path) -> Iterator[tuple[int, Outcome]]:
         """Yield each item's number with its outcome as it is done."""
