@@ -151,8 +151,8 @@ def consolidate(
             columns = index.columns | {"usable": index.usable} | tables.values(index, number, claims)
             bare = replace(index, captioned=False)
             for more in tables.lacking(bare) if (bare.usable & ~index.usable).any() else ():
-                first = lacking.setdefault(more.table, more._replace(count=0))
-                lacking[more.table] = first._replace(count=first.count + more.count)
+                first = lacking.setdefault(more.table, more._replace(samples=0))
+                lacking[more.table] = first._replace(samples=first.samples + more.samples)
             for name, file in files.items():
                 values = columns[name]
                 kind: np.dtype = np.dtype(kinds[name])

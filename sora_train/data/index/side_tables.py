@@ -35,14 +35,14 @@ class Lacking(NamedTuple):
     """Samples that could be used, for which a side table has no row."""
 
     table: str  # as configured
-    count: int
+    samples: int
     key: str  # of the first
     shard: str
 
     def error(self) -> InputError:
         """The error of a run that needs these rows."""
         return InputError(
-            f"data.side_tables={self.table} has no row for {self.count} sample(s) such as {self.key!r} of "
+            f"data.side_tables={self.table} has no row for {self.samples} sample(s) such as {self.key!r} of "
             f"{self.shard}; add them (null where there is no value), or leave the shard out"
         )
 

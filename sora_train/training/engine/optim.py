@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sora_train.config.schema import OptimConfig
 from sora_train.core.cli import InputError
@@ -105,8 +105,8 @@ def _groups(
     return groups
 
 
-def _by_scale(parameters: Iterable[nn.Parameter], scales: Mapping[int, float]) -> dict[float, list[nn.Parameter]]:
-    found: dict[float, list[nn.Parameter]] = {}
+def _by_scale(parameters: Iterable[Tensor], scales: Mapping[int, float]) -> dict[float, list[Tensor]]:
+    found: dict[float, list[Tensor]] = {}
     for p in parameters:
         found.setdefault(scales.get(id(p), 1.0), []).append(p)
     return found
