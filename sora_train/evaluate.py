@@ -1,7 +1,7 @@
 """Measure how good videos are: of a run on its own held-out clips or on prompts, or of any folder.
 
     python -m sora_train.evaluate run_dir=RUN [split=val|test|train] [shards=[...]] [metrics=quick|full|NAME]
-        [count=256] [seed=0] [models={clip: FOLDER}]
+        [count=256] [seed=0] [models={clip: FOLDER}] [release=FOLDER|off]
     python -m sora_train.evaluate run_dir=RUN tasks=[image_to_video,extension,extension_backwards,interpolation]
     python -m sora_train.evaluate run_dir=RUN prompts=FILE
     python -m sora_train.evaluate videos=DIR [reference=DIR] [prompts=FILE] metrics=quick out=FILE.json
@@ -48,13 +48,15 @@ def _with_model(o: Options) -> int:
 
     from sora_train.generation.evaluate_run import evaluate_run
     from sora_train.operations.trained import load_sampler
+    from sora_train.release.chosen import safeguards_for
     from sora_train.training.state.checkpoint import latest_intact
 
     config, world = load(o.run_dir), from_environment()
     plan = None if o.prompts else _plan(config, o)
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     checkpoint = latest_intact(Path(o.run_dir) / "checkpoints").name
-    return evaluate_run(o, load_sampler(config, o.run_dir, device), checkpoint, plan, world)
+    safeguards = safeguards_for(o.release, mark=False, guard=False)  # captions of the data, unmarked pixels
+    return evaluate_run(o, load_sampler(config, o.run_dir, device), checkpoint, plan, world, safeguards)
 
 
 def _plan(config: Config, o: Options) -> Plan:

@@ -6,6 +6,7 @@
         [guidance=3] [steps=20] [solver=euler] [shift=1] [guidance_interval=[0,1]] [guidance_rescale=0]
         [format=mp4|webm|gif|frames|png] [fps=8] [crf=18] [lora=[a.safetensors:0.8,b.safetensors]]
         [checkpoint=1000] [weights=ema|raw] [dtype=fp32|bf16] [vae=FOLDER] [rope_scaling=ntk rope_factors=[2,1,1]]
+        [release=FOLDER|off] [release.sign=false] [release.mark=false] [release.guard=false]
     python -m sora_train.sample run_dir=runs/demo shots='[{"seconds": 1, "caption": "a red ring"}, ...]'
     python -m sora_train.sample run_dir=runs/demo prompts=prompts.txt|.csv|.jsonl [out=FOLDER]
     python -m sora_train.sample run_dir=runs/demo [count=8] [out=FOLDER]
@@ -16,7 +17,9 @@ held-out captions are sampled into run_dir/samples/held_out. `image` or `video` 
 `end_video` the end, and both together are joined; with `strength` below 1, `video` is made anew instead. More `seconds`
 than the model was trained on are made piece by piece, or at once with `whole=true`. Beside each video stand a contact
 sheet (PNG) and what it was made from (JSON), which makes it again with `from`. Of several samples, those that are there
-are left. Under torchrun all ranks share the tokens of each clip, for clips too long for one. See docs/sampling.md.
+are left. Once `python -m sora_train.release init` was given, prompts and videos are checked, marked and signed;
+`release=off` is the switch. Under torchrun all ranks share the tokens of each clip, for clips too long for one. See
+docs/sampling.md.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from sora_train.data.shards import Shards
 from sora_train.generation.options import Job, Options, jobs_of, parse
 from sora_train.generation.samples import make_all
 from sora_train.operations.source import Source
+from sora_train.release.chosen import safeguards_for
 
 _HELD_OUT = 8  # captions sampled when none is given
 
@@ -40,7 +44,8 @@ def main() -> int:
     """Sample what the options ask for, and say where it is."""
     o, recorded = parse(__doc__)
     model = Source(o)
-    make_all(model, jobs_of(o) or _held_out(model.config, o), recorded)
+    safeguards = safeguards_for(o.release, sign=o.sign, mark=o.mark, guard=o.guard)
+    make_all(model, jobs_of(o) or _held_out(model.config, o), recorded, safeguards)
     return 0
 
 

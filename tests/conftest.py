@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from PIL import Image
 from sora_train.core.batch import Clip, Visit
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.make import index_shards
+
+os.environ["SORA_TRAIN_RELEASE"] = "off"  # a release folder of the user's must not change what tests make
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,8 @@ FILLED = {
     "videos=DIR out=DIR captions=FILE": "videos=my_videos out=runs/again captions=table.csv",
     r"runs/a runs/b|\bRUN RUN\b": "runs/demo runs/demo_vae",
     r"\bRUN\b": "runs/demo",
+    r"captions=http\S+": "captions=beside",
+    r"runs=\[runs/footage\]": "runs=[runs/demo]",
     r"SHARDS\.\.\.": "shards/*.tar",
     r"\bFOLDER\b": "runs/folder",
     "node-0": "localhost",
@@ -28,6 +30,9 @@ FILLED = {
 # What goes with a command: what it needs, or what a text that only names it leaves out.
 WHOLE = {
     r"data_tools\.lint$": "{} shards/*.tar",
+    r"data_tools\.takedown": (
+        "python -m data_tools.curate videos=raw out=runs/curated captions=beside min_seconds=1 short_side=32 && {}"
+    ),
     r"sora_train\.plan$": "{} experiment=demo",
     r"sora_train\.import_deepspeed$": "{} --help",
     r"slurm\.sbatch$": "{} experiment=demo run_dir=runs/slurm",
@@ -40,6 +45,7 @@ WHOLE = {
 # What makes a command end sooner, given behind it.
 SMALLER = {
     r"data_tools\.make_demo": "clips=60 held_out=12 shard_clips=30",
+    r"data_tools\.curate": "min_seconds=1 short_side=32",
     r"sora_train\.evaluate": "count=8",
     r" steps=\d+": "steps=2",
     r"n_trials=": "hydra.sweeper.n_trials=2",
@@ -50,6 +56,7 @@ SMALLER = {
     r"benchmarks\.faults": (
         "kills=1 terms=1 damages=2 starts=1 nans=1 spikes=0 hangs=0 doubles=1 skews=0 disks=0 elastics=0 configs=1"
     ),
+    r"benchmarks\.release_marks": "clips=2 unmarked=20",
     r"benchmarks\.soak": "minutes=0.5 every_s=10",
     r"benchmarks\.model_step": "rounds=1 batches=1",
     r"^tensorboard": "--port 0",
@@ -62,6 +69,18 @@ NOT_RUN = {
     "pip install torch --index-url https://download.pytorch.org/whl/cpu": "fetches what is installed",
     "kubectl apply -f": "wants a cluster; tests/test_k8s.py checks the files",
     "sysctl net.ipv4.tcp_retries2=8": "changes the machine; tests/runs/test_two_machines.py does it in a namespace",
+    'python -m sora_train.release init provider="Example Lab" contact=safety@example.org': (
+        "writes into the user's own folder; tests/release does it elsewhere"
+    ),
+    "python -m sora_train.release verify video=clip.mp4": "wants a release folder; tests/release has one",
+    "python -m sora_train.release verify video=clip.mp4 trust=root.pem release=off": "the same",
+    'python -m sora_train.release sign video=theirs.mp4 out=signed.mp4 generator="Model X"': "the same",
+    "python -m sora_train.release redteam run_dir=RUN prompts=FILE.jsonl out=FOLDER": "the same",
+    "python -m sora_train.release redteam compare=[FOLDER,FOLDER]": "the same",
+    "python -m sora_train.release cards run_dir=RUN facts=facts.yaml out=FOLDER": "wants facts; tests/release has some",
+    "python -m sora_train.serve run_dir=RUN": "runs for ever; tests/service starts and ends it",
+    "python -m sora_train.serve run_dir=RUN add=ada seconds_per_day=60": "wants the key that it made; tests/service",
+    "python -m sora_train.serve run_dir=RUN revoke=ada": "the same",
     "wandb sync": "wants a server; tests/test_dashboards.py reads what would be sent",
     "wandb sync RUN/wandb/*": "wants a server; tests/test_dashboards.py reads what would be sent",
 }

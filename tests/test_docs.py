@@ -35,7 +35,8 @@ def test_a_command_of_the_docs_exists(command: str, compose_tree: Callable[..., 
             return
     else:
         name, arguments = words[2], words[3:]
-        assert (ROOT / (name.replace(".", "/") + ".py")).is_file()
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
     if PLACEHOLDER.search(" ".join(arguments).replace("-m", "")):
         return
     given = [a for a in arguments if "=" in a and not a.startswith("-")]

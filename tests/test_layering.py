@@ -28,8 +28,10 @@ MAY_IMPORT = {  # beside themselves
     "training": {*BASE, "methods"},  # what it is given: it imports none of those below methods
     "forecast": {*PARTS, "methods", "training"},
     "operations": {*PARTS, "encoding", "evaluation", "generation", "methods", "training", "forecast"},
+    "release": {*PARTS, "evaluation", "generation", "training", "operations"},
+    "service": {*BASE, "data", "generation", "release"},
     "top": {*PARTS, "encoding", "generation", "methods", "training", "forecast", "operations", "evaluation",
-            "demo_world"},
+            "demo_world", "release", "service"},
     "data_tools": {*PARTS, "encoding", "demo_world"},
 }  # fmt: skip
 HEAVY = {
@@ -38,7 +40,18 @@ HEAVY = {
     "wandb": {"sora_train/training/report/writers.py"},
     "hydra": {"sora_train/config/hydra.py"},
     "diffusers": {"sora_train/models/video_vae/released.py"},
-    "transformers": {"sora_train/models/text/released.py", "sora_train/evaluation/networks.py"},
+    "transformers": {
+        "sora_train/models/text/released.py",
+        "sora_train/evaluation/networks.py",
+        "data_tools/curation/caption_folder.py",
+        "sora_train/release/local_guard.py",
+    },
+    "scenedetect": {"data_tools/curation/look.py"},
+    "ray": {"data_tools/curation/on_ray.py"},
+    "httpx": {"data_tools/curation/caption_server.py"},
+    "c2pa": {"sora_train/release/provenance.py"},
+    "cryptography": {"sora_train/release/certificates.py"},
+    "fastapi": {"sora_train/service/app.py"},
     "peft": {"sora_train/models/wan/lora.py"},
 }
 

@@ -33,7 +33,8 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
     """
     try:
         if tree.get("epochs") is not None:
-            tree = OmegaConf.create({**tree, "steps": 1})  # until the shards are indexed, and `with_length` counts them
+            # until the shards are indexed, and `with_length` counts them
+            tree = DictConfig(OmegaConf.merge(tree, {"steps": 1}))
         merged = OmegaConf.merge(schema_of(tree), OmegaConf.create(OmegaConf.to_container(tree)))
         assert isinstance(merged, DictConfig)
         missing = sorted(OmegaConf.missing_keys(merged))

@@ -50,6 +50,7 @@ class Options:
     votes: list[str] = field(default_factory=list)
     key: str = ""
     memorised: list[str] = field(default_factory=list)
+    release: str | None = None  # the release folder that signs the samples, or off
 
     def judges(self) -> Judges:
         """The metrics asked for."""

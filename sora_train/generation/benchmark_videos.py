@@ -22,7 +22,9 @@ from sora_train.evaluation.results import write_json
 from sora_train.generation.given import Given
 from sora_train.generation.long_video import in_pieces
 from sora_train.generation.requests import Prompt, Shot, clip_size
+from sora_train.generation.safeguards import NO_SAFEGUARDS, Safeguards
 from sora_train.generation.sampler import Sampler
+from sora_train.generation.video import Video
 
 _OVERLAP = 2  # latent frames that a piece of a long video shares with the one before
 
@@ -41,7 +43,9 @@ class Output:
     images: str | None = None
 
 
-def write_videos(sampler: Sampler, every: Sequence[Wanted], to: Output, world: World) -> None:
+def write_videos(
+    sampler: Sampler, every: Sequence[Wanted], to: Output, world: World, safeguards: Safeguards = NO_SAFEGUARDS
+) -> None:
     """Sample what is missing of `every`; the seed of a video is the output's plus its place in the list.
 
     Raises InputError for a time that is no whole number of frames, and for a missing first frame.
@@ -49,6 +53,10 @@ def write_videos(sampler: Sampler, every: Sequence[Wanted], to: Output, world: W
     config = sampler.config
     frames = None if to.seconds is None else _frames(config, to.seconds)
     missing = [(n, one) for n, one in enumerate(every) if n % world.size == world.rank]
+
+    def write(path: Path, video: Video) -> None:
+        write_mp4(path, video, config.data.made_fps, metadata={"comment": "AI-generated video (sora_train)"})
+
     missing = [(n, one) for n, one in missing if not (to.folder / one.file).is_file()]
     with Pool.of(config.data) as pool:
         for place, one in track(missing, description=f"sampling into {to.folder}", disable=not world.is_main):
@@ -56,7 +64,8 @@ def write_videos(sampler: Sampler, every: Sequence[Wanted], to: Output, world: W
             video = _video(sampler, one.prompt, frames, to.seed + place, given)
             path = to.folder / one.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_mp4(path, video, config.data.made_fps, metadata={"comment": "AI-generated video (sora_train)"})
+            about = {"prompt": one.prompt, "seed": to.seed + place, "file": one.file}
+            safeguards.write(path, video, write, about)
     if world.is_main:
         seeds = {one.file: to.seed + n for n, one in enumerate(every)}
         write_json(to.folder / "seeds.json", {"run": config.run_dir, "seeds": seeds})

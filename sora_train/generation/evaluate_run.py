@@ -23,19 +23,23 @@ from sora_train.evaluation.results import SAMPLES, write_json
 from sora_train.generation.benchmark_videos import Output, seconds_of, write_videos
 from sora_train.generation.cases import Case, Task, cases, prompt_cases
 from sora_train.generation.evaluator import Evaluator
+from sora_train.generation.safeguards import NO_SAFEGUARDS, Safeguards
 from sora_train.generation.sampler import Sampler
 
 FROM_CAPTIONS = "evaluation"  # folder of the samples, beside those of each task
 
 
-def evaluate_run(o: Options, sampler: Sampler, checkpoint: str, plan: Plan | None, world: World) -> int:
+def evaluate_run(
+    o: Options, sampler: Sampler, checkpoint: str, plan: Plan | None, world: World,
+    safeguards: Safeguards = NO_SAFEGUARDS,
+) -> int:  # fmt: skip
     """Evaluate a run on the clips of a plan or on the prompts of a file, or write a benchmark's videos with it."""
     if o.format:
         every = wanted(o.format, o.prompts)
         out, seconds = Path(o.out or f"{o.run_dir}/{o.format}"), seconds_of(o.format, o.seconds)
-        write_videos(sampler, every, Output(out, o.seed, seconds, o.images), world)
+        write_videos(sampler, every, Output(out, o.seed, seconds, o.images), world, safeguards)
         return 0
-    evaluator = Evaluator(sampler, checkpoint, o.judges(), world)
+    evaluator = Evaluator(sampler, checkpoint, o.judges(), world, safeguards)
     outcomes = _on_prompts(evaluator, o) if plan is None else _on_clips(evaluator, plan, o)
     if world.is_main:
         _write(o.run_dir, outcomes)

@@ -25,6 +25,7 @@ from sora_train.evaluation.completion import standing_still
 from sora_train.evaluation.results import REAL, SAMPLES, STILL, THROUGH_VAE, Judged, Judges
 from sora_train.generation.cases import Case, Task, request_of
 from sora_train.generation.output import save_sample
+from sora_train.generation.safeguards import NO_SAFEGUARDS, Safeguards
 from sora_train.generation.sampler import Sampler
 
 UNIT = 16  # clips
@@ -38,6 +39,7 @@ class Evaluator:
     checkpoint: str
     judges: Judges
     world: World
+    safeguards: Safeguards = NO_SAFEGUARDS
 
     def evaluate(self, clips: Iterable[Case], task: Task, folder: Path) -> dict[str, list[Judged]]:
         """The figures of every clip by column; `folder` keeps the units of this very evaluation.
@@ -79,17 +81,16 @@ class Evaluator:
         }
         for place, (case, made) in enumerate(zip(unit, videos[SAMPLES], strict=True), number * UNIT):
             folder = Path(self.sampler.config.run_dir) / "samples" / task.name
-            _show(folder, place, case, made, columns[SAMPLES][place % UNIT])
+            self._show(folder, place, case, made, columns[SAMPLES][place % UNIT])
         return columns
 
-
-def _show(folder: Path, place: int, case: Case, made_THWC: np.ndarray, judged: Judged) -> None:
-    """Write a sample; of a completed clip, with the clip itself below it."""
-    about: dict[str, object] = {"prompt": case.sample.caption, "seed": case.seed, "figures": judged.figures}
-    if case.sample.part is not None:
-        about |= {"given": case.sample.part.given(len(made_THWC))}
-        made_THWC = made_THWC if case.frames_THWC is None else np.concatenate((made_THWC, case.frames_THWC), axis=1)
-    save_sample(folder, f"{place:04d}", made_THWC, case.sample.fps, about)
+    def _show(self, folder: Path, place: int, case: Case, made_THWC: np.ndarray, judged: Judged) -> None:
+        """Write a sample; of a completed clip, with the clip itself below it."""
+        about: dict[str, object] = {"prompt": case.sample.caption, "seed": case.seed, "figures": judged.figures}
+        if case.sample.part is not None:
+            about |= {"given_frames": case.sample.part.given(len(made_THWC))}
+            made_THWC = made_THWC if case.frames_THWC is None else np.concatenate((made_THWC, case.frames_THWC), axis=1)
+        save_sample(folder, f"{place:04d}", made_THWC, case.sample.fps, about, self.safeguards)
 
 
 def through_vae(vae: FrozenVae, frames_THWC: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from sora_train.data.read.pool import Pool
 
 _HEAD = 1 << 10  # bytes that tell the kind of a file
 _AT_ONCE = 32  # frames of a piece
+_GLIMPSE = 8  # frames that are checked
 
 
 class Given:
@@ -59,6 +60,11 @@ class Given:
             ).result()
         except DecodeError as error:
             raise InputError(f"{self.path} can't be used: {error}") from error
+
+    def glimpse(self, size: tuple[int, int]) -> np.ndarray:
+        """A few evenly spaced frames, for a check."""
+        places = sorted({round(place) for place in np.linspace(0, self.frames - 1, _GLIMPSE)})
+        return np.concatenate([self.decoded(place, 1, size) for place in places])
 
     def pieces(self, first: int, last: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
         """Frames `first` to `last` (exclusive), some at a time."""

@@ -18,7 +18,7 @@ FILES = ("image", "video", "end_image", "end_video")
 _PATHS = ("run_dir", "vae", "base", *FILES)  # recorded as absolute paths
 _OF_THE_COMMAND = {  # the same for all rows of a file of prompts
     "from", "prompts", "run_dir", "vae", "base", "checkpoint", "weights", "lora", "dtype", "rope_scaling",
-    "rope_factors",
+    "rope_factors", "release", "release.sign", "release.mark", "release.guard",
 }  # fmt: skip
 
 
@@ -63,6 +63,10 @@ class Options:
     lora: list[str] = number([])  # adapters, each FILE or FILE:WEIGHT
     vae: str | None = None  # where the VAE is, if it has been moved
     base: str | None = None  # where the released weights are that the run was trained from, if they have been moved
+    release: str | None = None  # the release folder, or off; default: that of this user, if `release init` made one
+    sign: bool = named("release.sign", True)
+    mark: bool = named("release.mark", True)
+    guard: bool = named("release.guard", True)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def record(o: Options) -> dict[str, Any]:
     """The options of one sample as its JSON has them: all that aren't absent, by key, files with their whole paths."""
     names = keys(Options)
     values = {names[name]: value for name, value in asdict(o).items() if value is not None}
-    for key in ("from", "prompts", "count", "out"):
+    for key in ("from", "prompts", "count", "out", "release", "release.sign", "release.mark", "release.guard"):
         values.pop(key, None)
     for key in _PATHS:
         if key in values:

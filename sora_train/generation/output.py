@@ -18,13 +18,14 @@ import numpy as np
 
 from sora_train.core.cli import InputError
 from sora_train.core.media import contact_sheet, write_gif, write_mp4, write_png, write_webm
+from sora_train.generation.safeguards import NO_SAFEGUARDS, Safeguards
+from sora_train.generation.video import Video, pieces_of
 
 FORMATS = ("mp4", "webm", "gif", "frames", "png")  # frames: a folder of PNG files; png: of a clip of one frame
 _OTHERS = (".avi", ".mov", ".mkv", ".m4v", ".ts", ".mpg", ".wmv", ".flv", ".webp", ".jpg", ".jpeg", ".bmp", ".tif")
 _COMMENT = "AI-generated video (sora_train)"
 _CRF = {"mp4": 18, "webm": 24}
 _MOST_CRF = {"mp4": 51, "webm": 63}
-Video = np.ndarray | Iterable[np.ndarray]  # frames_THWC, whole or in pieces
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Target:
     def json(self) -> Path:
         """Settings that it was made from."""
         return self.folder / f"{self.name}.json"
+
+    @property
+    def sheet(self) -> Path:
+        """The contact sheet."""
+        return self.folder / f"{self.name}-sheet.png"
 
 
 def has_format(place: str | Path) -> bool:
@@ -77,27 +83,34 @@ def target_of(place: Path, wanted: str | None, frames: int, crf: int | None) -> 
     return Target(place.parent, name, chosen, crf)
 
 
-def save_sample(folder: Path, name: str, video: Video, fps: float, about: Mapping[str, object]) -> Path:
+def save_sample(
+    folder: Path, name: str, video: Video, fps: float, about: Mapping[str, object],
+    safeguards: Safeguards = NO_SAFEGUARDS,
+) -> Path:  # fmt: skip
     """Write NAME.mp4 (NAME.png for one frame), NAME-sheet.png and NAME.json to a folder; returns the video's path."""
     single = isinstance(video, np.ndarray) and len(video) == 1
-    return save(Target(folder, name, "png" if single else "mp4"), video, fps, about)
+    return save(Target(folder, name, "png" if single else "mp4"), video, fps, about, safeguards)
 
 
-def save(target: Target, video: Video, fps: float, about: Mapping[str, object]) -> Path:
+def save(
+    target: Target, video: Video, fps: float, about: Mapping[str, object], safeguards: Safeguards = NO_SAFEGUARDS
+) -> Path:
     """Write a sample's video, contact sheet and JSON; returns the video's path.
 
     Of frames that come in pieces, the sheet shows the first frames of a few of them. Raises InputError where nothing
-    can be written.
+    can be written, and Refused where the safeguards refuse the video.
     """
     try:
         target.folder.mkdir(parents=True, exist_ok=True)
         target.json.unlink(missing_ok=True)
         firsts: list[np.ndarray] = []
-        _write(target, video if isinstance(video, np.ndarray) else _watched(video, firsts), fps)
+        watched = video if isinstance(video, np.ndarray) else _watched(video, firsts)
+        safeguards.write(target.path, watched, lambda path, its: _write(path, target, its, fps), about)
         shown = video if isinstance(video, np.ndarray) else np.stack(firsts)
         scale = max(1, round(128 / shown.shape[1]))
         sheet = contact_sheet(shown, columns=min(8, len(shown)), scale=scale)
-        write_png(target.folder / f"{target.name}-sheet.png", sheet)
+        write_png(target.sheet, sheet)
+        safeguards.sign(target.sheet, about)
         temporary = target.json.with_name(f".{target.name[-200:]}.json.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
         temporary.replace(target.json)
@@ -115,18 +128,18 @@ def is_there(target: Target, about: Mapping[str, Any]) -> bool:
     return target.path.exists() and isinstance(found, dict) and all(found.get(k) == v for k, v in about.items())
 
 
-def _write(target: Target, video: Video, fps: float) -> None:
+def _write(path: Path, target: Target, video: Video, fps: float) -> None:
     crf = target.crf if target.crf is not None else _CRF.get(target.format, 0)
     if target.format == "mp4":
-        write_mp4(target.path, video, fps, crf, metadata={"comment": _COMMENT})
+        write_mp4(path, video, fps, crf, metadata={"comment": _COMMENT})
     elif target.format == "webm":
-        write_webm(target.path, video, fps, crf, metadata={"comment": _COMMENT})
+        write_webm(path, video, fps, crf, metadata={"comment": _COMMENT})
     elif target.format == "gif":
-        write_gif(target.path, video, fps, _COMMENT)
+        write_gif(path, video, fps, _COMMENT)
     elif target.format == "png":
-        write_png(target.path, next(_frames(video)))
+        write_png(path, next(_frames(video)))
     else:
-        _write_frames(target.path, video)
+        _write_frames(path, video)
 
 
 def _write_frames(folder: Path, video: Video) -> None:
@@ -149,7 +162,7 @@ def _write_frames(folder: Path, video: Video) -> None:
 
 
 def _frames(video: Video) -> Iterator[np.ndarray]:
-    return chain.from_iterable([video] if isinstance(video, np.ndarray) else video)
+    return chain.from_iterable(pieces_of(video))
 
 
 def _watched(pieces: Iterable[np.ndarray], firsts: list[np.ndarray]) -> Iterator[np.ndarray]:

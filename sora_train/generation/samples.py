@@ -23,9 +23,11 @@ from sora_train.data.read.pool import Pool
 from sora_train.generation.given import Given
 from sora_train.generation.long_video import check_overlap, in_pieces
 from sora_train.generation.options import FILES, Job, Options, Recorded, record
-from sora_train.generation.output import Target, Video, is_there, save, target_of
+from sora_train.generation.output import Target, is_there, save, target_of
 from sora_train.generation.requests import Prompt, Shot, Size, clip_size, fits, inside, read_shots
+from sora_train.generation.safeguards import NO_SAFEGUARDS, Refused, Safeguards
 from sora_train.generation.sampler import Sampler
+from sora_train.generation.video import Video, pieces_of
 from sora_train.models.text.encoder import tokenize
 
 
@@ -80,10 +82,13 @@ class Model(Protocol):
         """Load it."""
 
 
-def make_all(model: Model, jobs: Sequence[Job], recorded: Recorded | None) -> None:
+def make_all(
+    model: Model, jobs: Sequence[Job], recorded: Recorded | None, safeguards: Safeguards = NO_SAFEGUARDS
+) -> None:
     """Make every sample of the jobs that isn't there yet, one after the other, and say where each is.
 
-    What is wrong with any of them is said before the first is made. Raises InputError.
+    What is wrong with any of them is said before the first is made. Raises InputError; for samples that the safeguards
+    refuse, when the others are made.
     """
     o, weights = model.options, model.weights
     if recorded is not None and recorded.weights not in ("", weights):
@@ -92,18 +97,51 @@ def make_all(model: Model, jobs: Sequence[Job], recorded: Recorded | None) -> No
         samples = []
         for job in jobs:
             its = replace(job.options, checkpoint=o.checkpoint, lora=o.lora)
-            samples.append(_prepared(model.config, its, job, pool))
+            samples.append(prepared(model.config, its, job, pool))
+            safeguards.check_format(samples[-1].target.format)
         sampler: Sampler | None = None
+        refused: list[str] = []
         for sample in samples:
             about = sample.about(weights)
             _check_given(about["given"], recorded)
+            about |= safeguards.about(about)
             if len(samples) > 1 and is_there(sample.target, about):
                 _say(model.world, f"{sample.target.path}  there already")
                 continue
-            sampler = sampler or model.open()
-            video = made(sampler, sample)
-            made_with = {"sora_train": version("sora_train"), "torch": torch.__version__, "device": sampler.device.type}
-            _keep(model.world, sample, video, about | {"made_with": made_with})
+            if model.world.size > 1:
+                sampler = sampler or model.open()  # connects the ranks, which a check does over
+            try:
+                check_prompt(model.world, sample, safeguards)
+                sampler = sampler or model.open()
+                _keep(model.world, sample, made(sampler, sample), about | made_with(sampler), safeguards)
+            except Refused as error:
+                refused.append(f"{sample.target.path}: {error}")
+                print(f"refused: {refused[-1]}", file=sys.stderr, flush=True)
+    if refused:
+        raise InputError(f"{len(refused)} of {len(samples)} refused; {refused[0]}")
+
+
+def made_with(sampler: Sampler) -> dict[str, Any]:
+    """An entry of a sample's JSON: the versions and device that made it."""
+    its = {"sora_train": version("sora_train"), "torch": torch.__version__, "device": sampler.device.type}
+    return {"made_with": its}
+
+
+def check_prompt(world: World, sample: Sample, safeguards: Safeguards) -> None:
+    """Have captions and given files checked, by the main rank, which tells the others. Raises Refused."""
+    refusal: Refused | None = None
+    if world.is_main:
+        try:
+            shown = [given.glimpse(sample.sides) for given in sample.given.values()]
+            safeguards.check_prompt([shot.caption for shot in sample.shots], shown)
+        except Refused as error:
+            refusal = error
+    if world.size > 1:
+        box = [None if refusal is None else (str(refusal), refusal.category)]
+        torch.distributed.broadcast_object_list(box, src=0)
+        refusal = None if box[0] is None else Refused(*box[0])
+    if refusal is not None:
+        raise refusal
 
 
 def made(sampler: Sampler, sample: Sample) -> Video:
@@ -137,7 +175,7 @@ def made(sampler: Sampler, sample: Sample) -> Video:
     return chain(earlier, [video], later)
 
 
-def _prepared(config: Config, o: Options, job: Job, pool: Pool) -> Sample:
+def prepared(config: Config, o: Options, job: Job, pool: Pool) -> Sample:
     """A sample whose options go together and whose files can be read. Raises InputError."""
     for one, other in (("image", "video"), ("end_image", "end_video")):
         if getattr(o, one) and getattr(o, other):
@@ -206,14 +244,18 @@ def _say_what_is_cut(config: Config, captions: list[str]) -> None:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _keep(world: World, sample: Sample, video: Video, about: dict[str, Any]) -> None:
+def _keep(world: World, sample: Sample, video: Video, about: dict[str, Any], safeguards: Safeguards) -> None:
     """Write a video and say where. Every rank has it; the others only go through its pieces, to make them together."""
-    if world.is_main:
-        path: Path = save(sample.target, video, sample.options.fps or sample.config.data.made_fps, about)
-        print(f"{path}  {sample.note}".rstrip(), flush=True)
-    elif not isinstance(video, np.ndarray):
-        for _ in video:
-            pass
+    pieces = video if isinstance(video, np.ndarray) else iter(video)
+    try:
+        if world.is_main:
+            fps = sample.options.fps or sample.config.data.made_fps
+            path: Path = save(sample.target, pieces, fps, about, safeguards)
+            print(f"{path}  {sample.note}".rstrip(), flush=True)
+    finally:
+        if world.size > 1:
+            for _ in pieces_of(pieces):  # those that remain: the other ranks make them with this one
+                pass
 
 
 def _say(world: World, line: str) -> None:

@@ -1,0 +1,53 @@
+"""The contract of what happens to a sample between a prompt and a file: checked, marked, signed.
+
+`release/safeguards.py` has the one that does it; the one here, for users who made no release folder, does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sora_train.core.cli import InputError
+from sora_train.generation.video import Video
+
+Write = Callable[[Path, Video], None]  # writes a video to a file
+
+
+class Refused(InputError):
+    """A guard refused a prompt, a given file or a video."""
+
+    def __init__(self, message: str, category: str) -> None:
+        super().__init__(message)
+        self.category = category
+
+
+class Safeguards:
+    """No checks, no mark, no signature."""
+
+    def check_format(self, format: str) -> None:
+        """Raise InputError for a format that can't hold what is written into it."""
+
+    def check_prompt(self, texts: Sequence[str], given: Sequence[np.ndarray]) -> None:
+        """Check captions and given pictures, each `(T, H, W, 3)` uint8. Raises Refused."""
+
+    def prompt_hash(self, text: str) -> str:
+        """A hash for records that must not hold prompts; empty where there is no key to make it with."""
+        return ""
+
+    def about(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """An addition to the JSON of a sample that says what will be done to it."""
+        return {}
+
+    def write(self, path: Path, video: Video, write: Write, about: Mapping[str, Any]) -> None:
+        """Have a video written to `path`; it isn't there before it is checked, marked and signed. Raises Refused."""
+        write(path, video)
+
+    def sign(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Sign a picture that stands beside a video, in its place."""
+
+
+NO_SAFEGUARDS = Safeguards()

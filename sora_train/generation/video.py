@@ -1,0 +1,14 @@
+"""The frames of a sample: whole, or in pieces where it is long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+Video = np.ndarray | Iterable[np.ndarray]  # frames_THWC uint8
+
+
+def pieces_of(video: Video) -> Iterator[np.ndarray]:
+    """The pieces of a video; of a whole one, itself."""
+    return iter([video] if isinstance(video, np.ndarray) else video)

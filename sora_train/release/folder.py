@@ -1,0 +1,139 @@
+"""The release folder: the keys, certificate and settings with which videos are marked, signed and guarded.
+
+`release init` makes it, once for a user of a machine. Where it exists, `sample` and the service use it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sora_train.core.cli import InputError, choice, number, read
+
+VARIABLE = "SORA_TRAIN_RELEASE"  # names the folder, or off; else it is in the user's configuration folder
+OFF = "off"
+_SETTINGS = "release.json"
+_MARK_KEY = "mark.key"
+
+
+@dataclass
+class Settings:
+    """What `release.json` holds; paths are absolute or within the folder."""
+
+    provider: str  # who answers for the videos: the name in manifests and certificates
+    system: str = "sora_train"  # name of the generating system
+    contact: str = ""  # where reports go; the service's page shows it
+    sign: bool = True
+    mark: str = "classical"  # classical, none, or the path of a VideoSeal TorchScript file
+    certificate: str = "chain.pem"  # the signing certificate and those above it, root excluded
+    key: str = "sign.key"
+    algorithm: str = choice(("es256", "es384", "ps256", "ed25519"), "es256")
+    trust: str = "root.pem"  # certificates that `verify` trusts
+    timestamps: str = ""  # URL of a time-stamping authority; empty: none is asked
+    guard: bool = True
+    guard_words: str = "words.txt"  # empty: no list
+    guard_endpoint: str = ""  # of an OpenAI-compatible server: http://host:port/v1
+    guard_api: str = choice(("moderations", "chat"), "moderations")
+    guard_model: str = ""  # the server's name of the model
+    guard_images: bool = False  # the endpoint's model is shown frames too
+    guard_text_folder: str = ""  # a local text classifier
+    guard_image_folder: str = ""  # a local image classifier
+    guard_threshold: float = number(0.5, least=0, most=1)  # score from which a classifier's class counts
+    guard_safe_classes: str = "safe,normal,neutral,sfw,ok"  # classes of a local classifier that mean nothing
+    guard_seconds: float = number(20.0, above=0, most=600)  # to wait for an answer
+    guard_fails: str = choice(("closed", "open"), "closed")  # what is done where a guard doesn't answer
+
+
+class ReleaseFolder:
+    """A release folder and its settings."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the settings. Raises InputError where they can't be read."""
+        self.path = path
+        try:
+            found = json.loads((path / _SETTINGS).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"{path} holds no {_SETTINGS} ({error.strerror}); python -m sora_train.release init"
+            ) from error
+        except ValueError as error:
+            raise InputError(f"{path / _SETTINGS} is not JSON ({error})") from error
+        try:
+            self.settings = read(Settings, found)
+        except InputError as error:
+            raise InputError(f"{path / _SETTINGS}: {error}") from error
+
+    def file(self, name: str) -> Path:
+        """The file that a setting names."""
+        return self.path / Path(name).expanduser()
+
+    def text(self, name: str) -> str:
+        """The text of a file that a setting names. Raises InputError."""
+        try:
+            return self.file(name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.file(name)} can't be read ({error}); see {self.path / _SETTINGS}") from error
+
+    def mark_key(self) -> bytes:
+        """The secret under which marks are embedded and prompts are hashed."""
+        return bytes.fromhex(self.text(_MARK_KEY).strip())
+
+    def append(self, name: str, entry: dict[str, object]) -> None:
+        """Append an entry to a record of the folder (JSON Lines), in one write."""
+        append_line(self.path / name, entry)
+
+
+def default_path() -> Path:
+    """The folder that is used where none is named."""
+    named = os.environ.get(VARIABLE, OFF)
+    if named != OFF:
+        return Path(named).expanduser()
+    configuration = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(configuration).expanduser() / "sora_train" / "release"
+
+
+def find(named: str | None) -> ReleaseFolder | None:
+    """The folder of `release=FOLDER|off`, or the default one where it exists. Raises InputError for a missing one."""
+    named = named if named is not None else os.environ.get(VARIABLE)
+    if named == OFF:
+        return None
+    if named is not None:
+        return ReleaseFolder(Path(named).expanduser())
+    path = default_path()
+    return ReleaseFolder(path) if (path / _SETTINGS).exists() else None
+
+
+def make(path: Path, settings: Settings) -> ReleaseFolder:
+    """Make a folder that its owner alone can read, with a new mark key. Raises InputError where there is one."""
+    if (path / _SETTINGS).exists():
+        raise InputError(f"{path} is a release folder already; its keys are in use: change {path / _SETTINGS} instead")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+        if not (path / _MARK_KEY).exists():
+            write_secret(path / _MARK_KEY, secrets.token_hex(32).encode() + b"\n")
+        text = json.dumps(asdict(settings), indent=1, ensure_ascii=False) + "\n"
+        (path / _SETTINGS).write_text(text, encoding="utf-8")  # last: where it stands, the folder is whole
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error.strerror or error}") from error
+    return ReleaseFolder(path)
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a file that its owner alone can read from the first moment on."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+
+
+def append_line(path: Path, entry: Mapping[str, object]) -> None:
+    """Append a JSON object as one line to a file that its owner alone can read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(descriptor, json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+    finally:
+        os.close(descriptor)

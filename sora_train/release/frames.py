@@ -1,0 +1,50 @@
+"""Frames of a finished file, to look for a mark in: a video, a picture, or a folder of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageSequence, UnidentifiedImageError
+
+from sora_train.core.cli import InputError
+
+_MOST_PIXELS = 1 << 26  # of a frame
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames one after the other, each `(1, H, W, 3)` uint8. Raises InputError for what can't be read."""
+    try:
+        if path.is_dir():
+            for picture in sorted(path.glob("*.png")):
+                yield from _pictures(picture)
+        elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif", ".webp"):
+            yield from _pictures(path)
+        else:
+            yield from _video(path)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} can't be read: {error}") from error
+
+
+def _pictures(path: Path) -> Iterator[np.ndarray]:
+    with Image.open(path) as image:
+        for frame in ImageSequence.Iterator(image):
+            yield np.asarray(frame.convert("RGB"))[None]
+
+
+def _video(path: Path) -> Iterator[np.ndarray]:
+    try:
+        with av.open(str(path)) as container:
+            size: tuple[int, int] | None = None
+            for frame in container.decode(video=0):
+                if frame.width * frame.height > _MOST_PIXELS:
+                    raise InputError(f"{path} has frames of {frame.width}x{frame.height}: too large")
+                size = size or (frame.width, frame.height)
+                if (frame.width, frame.height) == size:  # a stream may change its size; the mark is of the first one
+                    yield frame.to_ndarray(format="rgb24")[None]
+            if size is None:
+                raise InputError(f"{path} holds no frame")
+    except (av.error.FFmpegError, IndexError) as error:
+        raise InputError(f"{path} can't be read as a video: {error}") from error

@@ -1,0 +1,23 @@
+"""Characters that look like Latin letters, and the letters they look like.
+
+Unicode's compatibility forms (full width, mathematical, circled, superscript letters) are not here: normalisation
+(NFKD) already turns them into letters. After "confusables" of Unicode Technical Standard 39, reduced to letters that
+occur in words.
+"""
+
+from __future__ import annotations
+
+_SAME = {
+    "a": "аɑαᴀạ∂ꭺᎪ@4", "b": "ЬьвʙβƄᏴ฿ɓ", "c": "сϲᴄⅽⲥ¢ꮯᏟ©", "d": "ԁɗᴅⅾꭰᎠժđ", "e": "еєҽɛᴇεꭼᎬ3€ə℮",
+    "f": "ғꜰƒϝք", "g": "ɡɢցԍᏀǥ", "h": "һʜհнᏂꮋ", "i": "іɪιıӏӀᎥ1!|ⅰỉɩ", "j": "јϳᴊյ", "k": "кᴋκҡƙᏦ",
+    "l": "ⅼʟӏᏞℓłɫ", "m": "мᴍⅿꮇᎷʍ", "n": "ոɴпηνռƞ", "o": "оοσᴏօ0өøⲟ๐ⲟ", "p": "рρᴘꮲᏢþƿ", "q": "ԛգզ", "r": "гʀꮁᏒɾ",
+    "s": "ѕꜱʂᏚ5$§", "t": "тᴛτꭲᎢ7†ŧ", "u": "υᴜսʋц", "v": "ѵᴠⅴν", "w": "ԝᴡѡաω", "x": "хⅹχҳ×", "y": "уүʏγყ¥",
+    "z": "ᴢʐᏃƶ",
+}  # fmt: skip
+_LATER = {"ν": "v", "ӏ": "l", "1": "i", "н": "h", "в": "b"}  # where two letters claim a character
+
+# Capitals that look like another letter than their small form does.
+CAPITALS = {ord(mark): letter for mark, letter in zip("ΗΝΡΧΥΒΖΜΚΙΤΑΕΟ", "hnpxybzmkitaeo", strict=True)}
+LETTERS = {ord(mark): letter for letter, marks in _SAME.items() for mark in marks} | {
+    ord(mark): letter for mark, letter in _LATER.items()
+}

@@ -1,0 +1,199 @@
+"""C2PA manifests: signed into a file as the last thing that is written to it, and read from one.
+
+A manifest binds to every byte of the file. A stream copy loses it and any change breaks it, so nothing may touch a file
+after it was signed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import c2pa
+
+from sora_train.core.cli import InputError
+from sora_train.release.folder import ReleaseFolder
+
+ASSERTION = "org.sora_train.generation"
+_SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+MADE, PARTLY_MADE = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
+TYPES = {
+    ".mp4": "video/mp4", ".mov": "video/quicktime", ".m4v": "video/mp4", ".avi": "video/avi", ".png": "image/png",
+    ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest as it was found in a file."""
+
+    state: str  # Trusted; Valid: as it was signed, by a certificate that isn't trusted; Invalid
+    signer: str
+    issued: str  # when it was signed, as a time-stamping authority says; empty: none was asked
+    claims: dict[str, Any]  # the generation assertion; empty: made by another program
+    source_type: str  # how the content came to be
+    ingredients: list[str]  # titles of what it was made from
+    faults: list[str] = field(default_factory=list)  # codes of what doesn't hold
+    kept: int = 0  # manifests in the file: this one, and those of what it was made from
+
+
+def can_sign(suffix: str) -> bool:
+    """Tell whether files with this ending can hold a manifest."""
+    return suffix.lower() in TYPES
+
+
+class Signing:
+    """Signs files with the certificate of a release folder."""
+
+    def __init__(self, folder: ReleaseFolder) -> None:
+        """Load certificate and key. Raises InputError for what can't sign."""
+        s, self._folder = folder.settings, folder
+        chain, key = folder.text(s.certificate).encode(), folder.text(s.key).encode()
+        try:
+            self._signer = c2pa.Signer.from_info(c2pa.C2paSignerInfo(s.algorithm, chain, key, s.timestamps or None))
+        except c2pa.C2paError as error:
+            raise InputError(f"{folder.file(s.certificate)} and {s.key} can't sign: {_line(error)}") from error
+
+    def sign(
+        self, draft: Path, path: Path, claims: Mapping[str, Any], given: Sequence[Path] = (), title: str | None = None
+    ) -> None:
+        """Sign `draft` to `path`, which appears whole, and remove the draft.
+
+        Args:
+            draft: The finished file.
+            path: Target, in the same folder as the draft.
+            claims: Facts for the generation assertion.
+            given: Images and videos it was made from: their own manifests are kept within this one.
+            title: Name in the manifest; the target's name where it is absent.
+
+        Raises:
+            InputError: It can't be signed.
+        """
+        signed = path.with_name(f".{path.name[-200:]}.{os.getpid()}.signed")
+        try:
+            builder = self._builder(path, claims, given, title)
+            with builder, draft.open("rb") as source, signed.open("w+b") as target:
+                builder.sign(self._signer, TYPES[draft.suffix.lower()], source, target)
+            signed.replace(path)
+            if draft != path:
+                draft.unlink()
+        except c2pa.C2paError as error:
+            raise InputError(f"{path} can't be signed: {_line(error)}") from error
+        finally:
+            signed.unlink(missing_ok=True)
+
+    def _builder(self, path: Path, claims: Mapping[str, Any], given: Sequence[Path], title: str | None) -> c2pa.Builder:
+        s = self._folder.settings
+        action: dict[str, Any] = {
+            "action": "c2pa.created", "digitalSourceType": _SOURCE + (PARTLY_MADE if given else MADE),
+            "softwareAgent": {"name": s.system, "version": str(claims.get("version", ""))},
+        }  # fmt: skip
+        if given:
+            action["parameters"] = {"ingredientIds": [f"given-{n}" for n in range(len(given))]}
+        definition = {
+            "claim_generator_info": [{"name": s.system, "version": str(claims.get("version", ""))}],
+            "title": title or path.name, "format": TYPES[path.suffix.lower()],
+            "assertions": [
+                {"label": "c2pa.actions.v2", "data": {"actions": [action]}},
+                {"label": ASSERTION, "data": {"provider": s.provider, "system": s.system, **claims}},
+            ],
+        }  # fmt: skip
+        builder = c2pa.Builder(definition, context=_context({}))
+        for number, file in enumerate(given):
+            suffix = _suffix(file)
+            about = {"title": file.name, "relationship": "inputTo", "instance_id": f"given-{number}"}
+            if suffix in TYPES:
+                with file.open("rb") as source:
+                    builder.add_ingredient(about | {"label": f"given-{number}"}, TYPES[suffix], source)
+        return builder
+
+
+def read_manifest(path: Path, trusted: str = "") -> Manifest | None:
+    """The manifest of a file, None where there is none; `trusted` holds root certificates (PEM).
+
+    Raises InputError for a file that isn't of a kind that holds manifests.
+    """
+    suffix = _suffix(path)
+    if suffix not in TYPES:
+        return None
+    try:
+        with path.open("rb") as file:
+            reader = c2pa.Reader.try_create(TYPES[suffix], file, context=_context(_trust(trusted)))
+            if reader is None:
+                return None
+            with reader:
+                store, state = json.loads(reader.json()), reader.get_validation_state() or "Invalid"
+                faults = _faults(reader.get_validation_results() or {})
+    except c2pa.C2paError as error:
+        return Manifest("Invalid", "", "", {}, "", [], [_line(error)])
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from error
+    active = store["manifests"][store["active_manifest"]]
+    signature = active.get("signature_info", {})
+    claims: dict[str, Any] = next(
+        (a["data"] for a in active.get("assertions", []) if a["label"].startswith(ASSERTION)), {}
+    )
+    ingredients = [str(one.get("title", "")) for one in active.get("ingredients", [])]
+    signer = " / ".join(filter(None, (signature.get("issuer"), signature.get("common_name"))))
+    return Manifest(
+        state,
+        signer,
+        str(signature.get("time") or ""),
+        claims,
+        _source_type(active),
+        ingredients,
+        faults,
+        len(store["manifests"]),
+    )
+
+
+def _source_type(manifest: Mapping[str, Any]) -> str:
+    for assertion in manifest.get("assertions", []):
+        if assertion["label"].startswith("c2pa.actions"):
+            for action in assertion["data"].get("actions", []):
+                if "digitalSourceType" in action:
+                    return str(action["digitalSourceType"]).rpartition("/")[2]
+    return ""
+
+
+def _faults(results: Mapping[str, Any]) -> list[str]:
+    active = results.get("activeManifest") or {}
+    return sorted({str(one.get("code")) for one in active.get("failure", [])})
+
+
+def _trust(roots: str) -> dict[str, Any]:
+    return {"trust": {"user_anchors": roots}} if roots else {}
+
+
+def _context(settings: Mapping[str, Any]) -> c2pa.Context:
+    """Settings of one signing or reading: no thumbnails, nothing fetched."""
+    return c2pa.Context.from_dict(
+        {
+            "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
+            "builder": {"thumbnail": {"enabled": False}},
+            **settings,
+        }
+    )
+
+
+def _suffix(path: Path) -> str:
+    """The ending of a file as its first bytes say it, where they do: names of files are often wrong."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head.startswith(b"\x89PNG"):
+        return ".png"
+    if head.startswith(b"\xff\xd8"):
+        return ".jpg"
+    if head.startswith(b"GIF8"):
+        return ".gif"
+    if head[:4] == b"RIFF":
+        return ".webp" if head[8:12] == b"WEBP" else ".avi"
+    return ".mov" if head[4:12] == b"ftypqt  " else ".mp4" if head[4:8] == b"ftyp" else path.suffix.lower()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,117 @@
+"""Verification of a file: its manifest, its mark, and what of them holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sora_train.core.cli import InputError
+from sora_train.release.folder import ReleaseFolder
+from sora_train.release.frames import read_frames
+from sora_train.release.mark import BITS, Found
+from sora_train.release.marks import mark_of
+from sora_train.release.provenance import Manifest, read_manifest
+from sora_train.release.safeguards import MARKS
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Findings about a file."""
+
+    path: Path
+    manifest: Manifest | None
+    mark: Found | None  # None: there is no key to look for one with
+    known: str  # the id of the manifest or of this folder's record that the mark is, or empty
+
+    @property
+    def manifest_holds(self) -> bool:
+        """The file is as it was signed, by a trusted certificate."""
+        return self.manifest is not None and self.manifest.state == "Trusted"
+
+    @property
+    def mark_holds(self) -> bool:
+        """A mark under this folder's key is there."""
+        return self.mark is not None and self.mark.present
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether one of them holds."""
+        return self.manifest_holds or self.mark_holds
+
+    def lines(self) -> list[str]:
+        """The findings as text."""
+        found = [f"{self.path}: {self._sum()}", *self._manifest_lines()]
+        if self.mark is None:
+            return [*found, "mark: not looked for (no release folder with its key, or no frames that can be read)"]
+        if not self.mark.present:
+            return [*found, f"mark: none (strength {self.mark.strength:.0f})"]
+        whose = f"recorded id {self.known}" if self.known else f"id {self.mark.id}, not in the records"
+        agreeing = f", {self.mark.agreeing(self.known)} of {BITS} bits" if self.known else ""
+        return [*found, f"mark: holds, {whose}{agreeing} (strength {self.mark.strength:.0f})"]
+
+    def _sum(self) -> str:
+        held = [name for name, holds in (("manifest", self.manifest_holds), ("mark", self.mark_holds)) if holds]
+        return (
+            f"{' and '.join(held)} hold{'s' if len(held) == 1 else ''}" if held else "neither manifest nor mark holds"
+        )
+
+    def _manifest_lines(self) -> list[str]:
+        if self.manifest is None:
+            return ["manifest: none"]
+        m = self.manifest
+        state = {"Trusted": "holds", "Valid": "intact, but its certificate isn't trusted (trust=ROOT.pem)"}
+        lines = [f"manifest: {state.get(m.state, 'broken')}; signed by {m.signer or 'nobody known'}"]
+        if m.faults:
+            lines.append(f"  faults: {', '.join(m.faults)}")
+        shown = {"made by": m.source_type, **m.claims, "made from": ", ".join(m.ingredients)}
+        return lines + [f"  {key}: {_text(value)}" for key, value in shown.items() if value not in ("", {}, None)]
+
+
+def verify(path: Path, folder: ReleaseFolder | None, trust: str | None) -> Verified:
+    """Verify a file by the folder's root and key, or by the roots of `trust`. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    roots = ""
+    if trust is not None:
+        try:
+            roots = Path(trust).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"trust={trust} can't be read: {error}") from error
+    elif folder is not None:
+        roots = folder.text(folder.settings.trust)
+    manifest = read_manifest(path, roots)
+    mark = None if folder is None else mark_of(folder)
+    if mark is None or folder is None:
+        return Verified(path, manifest, None, "")
+    try:
+        found = mark.found(read_frames(path))
+    except InputError:
+        if manifest is None or not manifest.signer:
+            raise
+        return Verified(path, manifest, None, "")
+    return Verified(path, manifest, found, _known(found, manifest, folder.path / MARKS))
+
+
+def _known(found: Found, manifest: Manifest | None, records: Path) -> str:
+    """The id that a found mark is: that of the manifest, else the nearest of the record."""
+    said = (manifest.claims.get("mark") or {}) if manifest is not None else {}
+    if isinstance(said, dict) and found.present and found.is_that(str(said.get("id", "0"))):
+        return str(said["id"])
+    if not found.present or not records.is_file():
+        return ""
+    ids = {str(json.loads(line)["mark"]) for line in records.read_text(encoding="utf-8").splitlines()}
+    best = max(ids, key=found.agreeing, default="")
+    return best if best and found.is_that(best) else ""
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

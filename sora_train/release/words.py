@@ -1,0 +1,83 @@
+"""A list of words and phrases, compared after folding: case, width, accents, look-alikes, hidden and spaced letters.
+
+A floor under other guards, not a guard alone: it knows words and no meaning. A line of the list is `category: phrase`;
+lines that begin with # say nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from sora_train.core.cli import InputError
+from sora_train.release.lookalikes import CAPITALS, LETTERS
+
+_INSIDE = ".-_*'’`·•~^+/\\"  # what is put between the letters of a word
+
+
+@dataclass(frozen=True)
+class WordList:
+    """Phrases by category, folded."""
+
+    phrases: dict[tuple[str, ...], str]  # words of a phrase -> category
+
+    def category(self, text: str) -> str | None:
+        """The category of the first phrase that a text holds, or None."""
+        longest = max(map(len, self.phrases), default=0)
+        for words in readings(text):
+            for start in range(len(words)):
+                for length in range(1, min(longest, len(words) - start) + 1):
+                    found = self.phrases.get(tuple(words[start : start + length]))
+                    if found is not None:
+                        return found
+        return None
+
+
+def read_words(text: str, name: str) -> WordList:
+    """A list from the text of its file. Raises InputError for a line that is none, naming it."""
+    phrases: dict[tuple[str, ...], str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        category, colon, phrase = line.partition(":")
+        words = tuple(_plain_words(fold(phrase)))
+        if not colon or not category.strip() or not words:
+            raise InputError(f"{name}: line {number} must be 'category: word or phrase'")
+        phrases[words] = category.strip()
+        phrases[(*words[:-1], words[-1] + "s")] = category.strip()
+    return WordList(phrases)
+
+
+def fold(text: str) -> str:
+    """Text in small Latin letters without accents, hidden characters and look-alikes; repeated letters are one."""
+    plain = unicodedata.normalize("NFKD", text)
+    plain = "".join(
+        c for c in plain if unicodedata.category(c) not in ("Mn", "Me", "Cf", "Cc", "Co", "Cn") or c in "\n\t"
+    )
+    plain = plain.translate(CAPITALS).casefold().translate(LETTERS)
+    plain = unicodedata.normalize("NFKD", plain)
+    return "".join(one for one, _ in groupby(plain))
+
+
+def readings(text: str) -> list[list[str]]:
+    """The words of a text as they may be read: apart at every mark, and joined where marks or spaces divide letters."""
+    folded = fold(text)
+    joined = re.sub(rf"(?<=\w)[{re.escape(_INSIDE)}]+(?=\w)", "", folded)
+    spaced = _joined_letters(_plain_words(folded))
+    return [_plain_words(folded), [fold(word) for word in _plain_words(joined)], [fold(word) for word in spaced]]
+
+
+def _plain_words(folded: str) -> list[str]:
+    return re.findall(r"[^\W_]+", folded)
+
+
+def _joined_letters(words: Iterable[str]) -> list[str]:
+    """Words, single letters in a row made one word."""
+    found: list[str] = []
+    for single, run in groupby(words, key=lambda word: len(word) == 1):
+        letters = list(run)
+        found += ["".join(letters)] if single else letters
+    return found

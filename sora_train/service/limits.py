@@ -1,0 +1,167 @@
+"""Limits and headers around every request: body size and time, addresses, rates, security headers, an audit log."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sora_train.release.folder import append_line
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "media-src blob:; img-src 'self' blob:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store",
+    "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()", "x-frame-options": "DENY",
+}  # fmt: skip
+_TEXTS = {403: "not from this address", 408: "the body came too slowly", 413: "the body is too large"}
+_HEAD_S = 10.0  # for a client to send the head of a request
+_MOST_BUCKETS = 10_000
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds of a request's body."""
+
+    json_bytes: int
+    upload_bytes: int
+    seconds: float  # in which it must arrive
+    allow: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()  # addresses; empty: all
+
+
+class TooMuch(HTTPException):
+    """A request beyond its bounds."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status, _TEXTS[status], {"Connection": "close"})
+
+
+class Rate:
+    """Calls per minute by name, as a bucket that refills steadily."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[str, tuple[float, float]] = {}  # what is left, and when
+        self._lock = threading.Lock()
+
+    def allows(self, name: str, per_minute: float) -> bool:
+        """Take one of a name's calls; False where none is left."""
+        now = time.monotonic()
+        with self._lock:
+            left, then = self._buckets.get(name, (per_minute, now))
+            left = min(per_minute, left + (now - then) * per_minute / 60)
+            if len(self._buckets) > _MOST_BUCKETS:
+                self._buckets.clear()  # full buckets all of them, or nearly
+            self._buckets[name] = (left - 1 if left >= 1 else left, now)
+        return left >= 1
+
+
+class Guarded:
+    """ASGI middleware: bounds, headers, audit."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], bounds: Bounds, audit: Path, uploads: str) -> None:
+        self.app, self.bounds, self.audit, self.uploads = app, bounds, audit, uploads
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = False
+        status = 500
+        facts: dict[str, object] = scope.setdefault("state", {}).setdefault("audit", {})
+
+        async def sending(message: Message) -> None:
+            nonlocal begun, status
+            if message["type"] == "http.response.start":
+                begun, status = True, message["status"]
+                kept = [(k, v) for k, v in message.get("headers", []) if k.decode("latin-1").lower() not in _HEADERS]
+                message["headers"] = kept + [(k.encode(), v.encode()) for k, v in _HEADERS.items()]
+            await send(message)
+
+        try:
+            if not self._may_come(scope):
+                raise TooMuch(403)
+            await self.app(scope, self._bounded(scope, receive), sending)
+        except TooMuch as error:
+            if not begun:
+                await JSONResponse({"detail": error.detail}, error.status_code, error.headers)(scope, receive, sending)
+        finally:
+            address = (scope.get("client") or ("",))[0]
+            entry: dict[str, object] = {
+                "time": round(time.time(), 3), "address": address, "method": scope["method"],
+                "path": scope["path"][:200], "status": status, **facts,
+            }  # fmt: skip
+            if scope["path"].startswith("/api/"):
+                append_line(self.audit, entry)
+
+    def _may_come(self, scope: Mapping[str, Any]) -> bool:
+        if not self.bounds.allow:
+            return True
+        try:
+            address = ipaddress.ip_address((scope.get("client") or ("",))[0])
+        except ValueError:
+            return False
+        return any(address in network for network in self.bounds.allow)
+
+    def _bounded(self, scope: Mapping[str, Any], receive: Receive) -> Receive:
+        """The body, which raises TooMuch where it is too large or too slow."""
+        most = self.bounds.upload_bytes if scope["path"] == self.uploads else self.bounds.json_bytes
+        said = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+        ends = time.monotonic() + self.bounds.seconds
+        got, whole = 0, False
+
+        async def receiving() -> Message:
+            nonlocal got, whole
+            if not said.isdigit() or len(said) > 18 or int(said) > most:
+                raise TooMuch(413)
+            if whole:
+                return await receive()  # waits for the end of the connection
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, ends - time.monotonic()))
+            except TimeoutError as error:
+                raise TooMuch(408) from error
+            got += len(message.get("body", b""))
+            whole = message["type"] != "http.request" or not message.get("more_body", False)
+            if got > most:
+                raise TooMuch(413)
+            return message
+
+        return receiving
+
+
+class ImpatientProtocol(H11Protocol):
+    """HTTP/1.1 that hangs up on clients that don't finish the head of a request in time."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self._patience = self.loop.call_later(_HEAD_S, self._hang_up)
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next one."""
+        super().on_response_complete()
+        self._patience.cancel()
+        self._patience = self.loop.call_later(_HEAD_S, self._hang_up)
+
+    def _hang_up(self) -> None:
+        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._patience.cancel()
+        super().connection_lost(exc)

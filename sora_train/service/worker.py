@@ -1,0 +1,122 @@
+"""The worker: takes jobs up fairly, several at a time where they fit together, and ends each of them once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sora_train.core.cli import InputError
+from sora_train.generation.safeguards import Refused
+from sora_train.service.database import DONE, FAILED, REFUSED, Database, Job
+
+_log = logging.getLogger(__name__)
+_POLL_S = 0.2
+_NOTE_S = 0.5  # between two notes of a job's progress
+_TIDY_S = 3600.0
+
+
+class Cancelled(Exception):
+    """Nobody waits for what is being made any more."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A job as a maker sees it."""
+
+    job: Job
+    progress: Callable[[float], None]  # raises Cancelled
+
+
+class Maker(Protocol):
+    """Makes videos. `service/studio.py` has the one with a model."""
+
+    def together(self, jobs: Sequence[Job], next: Job) -> bool:
+        """Tell whether another job can be made in one go with some."""
+
+    def make(self, watches: Sequence[Watch]) -> dict[str, str | Exception]:
+        """By job: the name of its video, or Refused, InputError or Cancelled."""
+
+    def forget(self, job: Job) -> None:
+        """Remove what was made of a job that was cancelled in the meantime."""
+
+
+class Worker:
+    """A thread that makes what is queued."""
+
+    def __init__(self, database: Database, maker: Maker, batch: int, tidy: Callable[[], None]) -> None:
+        self._database, self._maker, self._batch, self._tidy = database, maker, batch, tidy
+        self._end, self._new = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin; jobs that a killed service left are taken up again."""
+        if again := self._database.recover():
+            _log.warning("%d job(s) of a service that was killed are taken up again", again)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the jobs at hand."""
+        self._end.set()
+        self._new.set()
+        self._thread.join()
+
+    def wake(self) -> None:
+        """Say that there is a new job."""
+        self._new.set()
+
+    def _run(self) -> None:
+        held: Job | None = None  # claimed, and not together with the last ones
+        tidied = -_TIDY_S
+        while not self._end.is_set():
+            if time.monotonic() - tidied >= _TIDY_S:
+                self._tidy()
+                tidied = time.monotonic()
+            first = held or self._database.claim()
+            if first is None:
+                self._new.wait(_POLL_S)
+                self._new.clear()
+                continue
+            jobs, held = [first], None
+            while len(jobs) < self._batch and (other := self._database.claim()) is not None:
+                if not self._maker.together(jobs, other):
+                    held = other
+                    break
+                jobs.append(other)
+            self._make(jobs)
+        if held is not None:
+            self._database.recover()
+
+    def _make(self, jobs: Sequence[Job]) -> None:
+        watches = [Watch(job, self._progress_of(job)) for job in jobs]
+        try:
+            outcomes = self._maker.make(watches)
+        except Exception as error:  # a fault of ours ends these jobs, not the service
+            _log.exception("a job failed")
+            outcomes = {job.id: error for job in jobs}
+        for job in jobs:
+            outcome = outcomes[job.id]
+            if isinstance(outcome, str):
+                if not self._database.end(job.id, DONE, file=outcome):
+                    self._maker.forget(job)
+            elif isinstance(outcome, Refused):
+                self._database.end(job.id, REFUSED, f"refused: {outcome.category}")
+            elif isinstance(outcome, InputError):
+                self._database.end(job.id, FAILED, str(outcome))
+            elif not isinstance(outcome, Cancelled):
+                self._database.end(job.id, FAILED, "an error of the service; its log says more")
+
+    def _progress_of(self, job: Job) -> Callable[[float], None]:
+        noted = 0.0
+
+        def note(share: float) -> None:
+            nonlocal noted
+            if time.monotonic() - noted >= _NOTE_S:
+                noted = time.monotonic()
+                if not self._database.progress(job.id, share):
+                    raise Cancelled
+
+        return note
