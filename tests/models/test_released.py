@@ -220,7 +220,7 @@ def test_training_starts_from_adapters_in_either_layout(
     keys = [f"{key}={pipeline}" for key in ("model.init_from", "vae.path", "text_encoder.path")]
 
     def configured(*more: str) -> Config:
-        lora = (f"model.lora.targets=[{ADAPTED}]", *more)
+        lora = (f"model.lora.targets=[{ADAPTED}]", "optim.matrices=adamw", *more)
         return build(compose_tree("experiment=demo", *keys, "flow.prediction=velocity", *lora))
 
     first = configured("model.lora.rank=2", "model.lora.alpha=6")

@@ -43,7 +43,7 @@ def test_prompts_of_ones_own_are_previewed_at_the_size_of_samples(make: Make) ->
     config = make("logging.prompts=[a red ring,'two dogs, running']", "data.max_frames=9", "data.max_pixels=1024")
     clips = PromptClips(config).get()
     assert [clip.caption for clip in clips] == ["a red ring", "two dogs, running"]
-    assert {clip.visit.size for clip in clips} == {(9, 32, 32)} and len({clip.visit.seed for clip in clips}) == 2
+    assert {clip.visit.size for clip in clips} == {(9, 36, 36)} and len({clip.visit.seed for clip in clips}) == 2
 
 
 def test_what_released_weights_were_not_trained_for_is_said(make: Make, tmp_path: Path) -> None:
