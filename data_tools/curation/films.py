@@ -51,7 +51,7 @@ def opened(path: str, stream: int = -1) -> Iterator[tuple[Any, Any]]:
     except DecodeError as error:
         raise Drop(error.cause.replace("_", " "), error.detail) from error
     except av.error.FFmpegError as error:
-        if isinstance(error, OSError) and not isinstance(error, ValueError) and not Path(path).exists():
+        if not Path(path).exists():
             raise FileNotFoundError(path) from error
         raise Drop("undecodable", str(error).splitlines()[0]) from error
 
