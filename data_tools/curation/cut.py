@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from data_tools.curation.films import frames, opened, small_size
+from data_tools.curation.films import frames, opened, small_picture, small_size
 from data_tools.curation.look import TINY
 from data_tools.curation.shots import mark_of
 from data_tools.curation.stage import Drop, Item, Stage
@@ -153,7 +153,7 @@ class _Source:
 
     def _compare(self, frame: Any, mark: int) -> None:
         shape = small_size(self.item["height"], self.item["width"])
-        small = np.ascontiguousarray(picture_of(frame, shape, self.track, AS_STORED))
+        small = small_picture(frame, shape, self.track.rotation, self.track.mirrored)
         tiny = cv2.resize(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), TINY[::-1], interpolation=cv2.INTER_AREA)
         if mark_of(tiny) != mark:
             raise _Missed("its frames are not those that were seen before")

@@ -18,14 +18,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from data_tools.curation.films import frames, opened, small_size
+from data_tools.curation.films import frames, opened, small_picture, small_size
 from data_tools.curation.forbidden import read_forbidden
 from data_tools.curation.hashes import hashes_of
 from data_tools.curation.motion import motion
 from data_tools.curation.stage import Drop, Item, Stage
 from sora_train.data.read.by_pyav import Complaints
-from sora_train.data.read.decode import AS_STORED, DecodeError, Track
-from sora_train.data.read.picture import picture_of
+from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.probe import rate
 
 RATE = 2.0  # small pictures a second
@@ -101,10 +100,9 @@ def look(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
 
 def _pictures(item: Item, shown: Iterator[Any]) -> Iterator[tuple[Any, np.ndarray]]:
     """Each frame with its picture, upright, small."""
-    track = Track(rotation=item["rotation"], mirrored=item["mirrored"])
     size = small_size(item["height"], item["width"])
     for one in shown:
-        yield one, np.ascontiguousarray(picture_of(one.frame, size, track, AS_STORED))
+        yield one, small_picture(one.frame, size, item["rotation"], item["mirrored"])
 
 
 def _take_picture(seen: Seen, number: int, picture: np.ndarray, gray: np.ndarray, frame: Any) -> None:
