@@ -17,6 +17,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,16 +119,23 @@ def _serve(o: Options, folder: Path, database: Database) -> int:
     app = build_app(folder, database, terms, bounds, worker.wake)
     studio.open()
     worker.start()
-    print(f"serving {o.run_dir} at {'https' if o.tls_key else 'http'}://{o.host}:{o.port}/", flush=True)
     for stops in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends at them, then raises them again: nothing more is to do
         signal.signal(stops, lambda *_: None)
+    config = uvicorn.Config(
+        app, host=o.host, port=o.port, http=ImpatientProtocol, ws="none", log_level="warning", access_log=False,
+        server_header=False, proxy_headers=o.proxy is not None, forwarded_allow_ips=o.proxy, timeout_keep_alive=5,
+        limit_concurrency=512, h11_max_incomplete_event_size=32 << 10, ssl_certfile=o.tls_certificate,
+        ssl_keyfile=o.tls_key,
+    )  # fmt: skip
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                print(f"serving {o.run_dir} at {'https' if o.tls_key else 'http'}://{o.host}:{o.port}/", flush=True)
+
     try:
-        uvicorn.run(
-            app, host=o.host, port=o.port, http=ImpatientProtocol, ws="none", log_level="warning", access_log=False,
-            server_header=False, proxy_headers=o.proxy is not None, forwarded_allow_ips=o.proxy,
-            timeout_keep_alive=5, limit_concurrency=512,
-            h11_max_incomplete_event_size=32 << 10, ssl_certfile=o.tls_certificate, ssl_keyfile=o.tls_key,
-        )  # fmt: skip
+        Server(config).run()
     finally:
         worker.stop()
         studio.close()
