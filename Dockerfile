@@ -53,7 +53,7 @@ RUN pip install -c constraints.txt setuptools wheel ninja numpy packaging psutil
 RUN DS_BUILD_SHM_COMM=1 pip install --no-build-isolation -c constraints.txt deepspeed
 
 COPY . .
-RUN pip install -c constraints.txt -e '.[dev,dash,eval,models,docs,release,serve]'
+RUN pip install -c constraints.txt -e '.[dev,dash,eval,models,docs,curate,release,serve]'
 RUN useradd --uid 10001 --create-home sora && mkdir -p runs && chown -R sora /app
 USER 10001
 ENV TORCH_EXTENSIONS_DIR=/home/sora/torch_extensions

@@ -8,7 +8,8 @@ Captions come from a table (`captions=`: CSV, TSV, JSON, JSON lines, Parquet; ot
 folder of texts, or from what lies beside `NAME.mp4`: `NAME.txt`, `NAME.mp4.txt`, `NAME.json`. Columns are known by
 their usual names, or told: `columns=file:clip,caption:short+long,start:from,end:to`. `root` is what stood for `videos=`
 where the table was written, `encoding` that of texts which aren't UTF-8. Several rows of a file are several captions,
-one of which is drawn for each visit; rows with a start and an end (seconds) are clips of their own. With
+one of which is drawn for each visit; rows with a start and an end (seconds) are clips of their own, whose packets are
+copied, never encoded again. With
 `captions=none` samples have none: an autoencoder can be trained on them.
 
 `validation=0.05` keeps a twentieth of the sources in OUT/validation: all clips of a file (`source=folder`: of a folder;
@@ -25,26 +26,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from data_tools.candidates import NONE, Candidate, CaptionOptions, Refusals, file_of, find_candidates, say
 from data_tools.captions import Refused
 from data_tools.changes import find_changes, rewrite
 from data_tools.columns import Columns
-from data_tools.media_files import Media, digest, extension_of, find_media, hash_of, key_of, media_extension
-from data_tools.progress import progress
-from data_tools.shard_writer import Journal, Mark, Members, ShardWriter
+from data_tools.media_files import Media, find_media, hash_of, key_of, media_extension
+from data_tools.sample_builder import Sample, SampleBuilder
+from data_tools.shard_writer import Journal, Mark, ShardWriter
 from data_tools.tables import check_encoding
 from sora_train.config.schema import Probe
 from sora_train.core.cli import InputError, options, run
-from sora_train.data.read.decode import IMAGES, VIDEOS, DecodeError
-from sora_train.data.read.pool import Pool
+from sora_train.data.read.decode import IMAGES, VIDEOS
 
 VALIDATION = "validation"  # folder of shards that are held out
 
@@ -87,7 +83,7 @@ def main() -> int:
     done = journal.samples
     held_out = _split(journal, candidates, asked)
     pending = _without_copies(folder, media, [c for c in candidates if c.name not in done], done, refusals)
-    builder = Builder(folder, asked.workers or os.cpu_count() or 1, asked.probe, refusals)
+    builder = SampleBuilder(folder, out, asked.workers or os.cpu_count() or 1, asked.probe, refusals)
     rewrite(journal, changed, lambda again: builder.build(again, "reading what changed"))
     added = _write(journal, limit, builder.build(pending, "building shards"), held_out)
     refusals.write(out / "refused.jsonl")
@@ -126,7 +122,7 @@ def _checked(asked: Options) -> tuple[Path, Path]:
     return folder, out
 
 
-def _split(journal: Journal, candidates: Sequence[Candidate], asked: Options) -> Any:
+def _split(journal: Journal, candidates: Sequence[Candidate], asked: Options) -> Callable[[Candidate], bool]:
     """A function that tells whether a candidate is held out.
 
     It is where the hash of its source is below a limit, which the first run sets to hold out the share asked for, and
@@ -180,58 +176,7 @@ def _copies(folder: Path, files: list[str]) -> dict[str, str]:
     return copies
 
 
-class Builder:
-    """Makes the members of samples: probes their media, and reads those that can be used."""
-
-    def __init__(self, folder: Path, workers: int, probe: Probe, refusals: Refusals) -> None:
-        self.folder, self.workers, self.probe, self.refusals = folder, workers, probe, refusals
-
-    def build(self, candidates: list[Candidate], what: str) -> Iterator[tuple[Candidate, tuple[Mark, Members]]]:
-        """The candidates that can be used, in order, each with its mark and members; refuses the others."""
-        if not candidates:
-            return
-        verdicts = self._probe_all([self.folder / candidate.file for candidate in candidates])
-        with progress(len(candidates), what) as advance:
-            for candidate, refused in zip(candidates, verdicts, strict=True):
-                try:
-                    if refused:
-                        raise refused
-                    yield candidate, self._members(candidate)
-                except OSError as error:
-                    self.refusals.add(candidate.name, Refused("unreadable", error.strerror or str(error)))
-                except Refused as reason:
-                    self.refusals.add(candidate.name, reason)
-                advance(1)
-
-    def _members(self, candidate: Candidate) -> tuple[Mark, Members]:
-        if candidate.part is not None:
-            raise Refused("part", "start and end of a row: cut the file first")
-        path = self.folder / candidate.file
-        stat = path.stat()
-        data = path.read_bytes()
-        mark = Mark(len(data), stat.st_mtime_ns, digest(data), digest(candidate.text) if candidate.extension else "")
-        text = [(candidate.extension, candidate.text)] if candidate.extension else []
-        return mark, [(media_extension(candidate.file) or "", data), *text]
-
-    def _probe_all(self, paths: list[Path]) -> Iterator[Refused | None]:
-        """Probe files side by side; for each, in order, why it can't be used, or None. One that hangs is given up."""
-        kinds = {"not_a_video": "not a video", "empty": "empty file", "missing": "unreadable"}
-        with Pool(self.workers) as pool:
-            waiting: deque[Future[dict[str, Any]]] = deque()
-            rest = iter(paths)
-            for _ in paths:
-                for path in islice(rest, 8 * self.workers - len(waiting)):
-                    waiting.append(pool.probe(str(path), extension_of(path.name), pixels=self.probe is Probe.frame))
-                try:
-                    waiting.popleft().result()
-                    yield None
-                except DecodeError as error:
-                    yield Refused(kinds.get(error.cause, "undecodable"), str(error))
-
-
-def _write(
-    journal: Journal, limit: int, samples: Iterator[tuple[Candidate, tuple[Mark, Members]]], held_out: Any
-) -> int:
+def _write(journal: Journal, limit: int, samples: Iterator[Sample], held_out: Callable[[Candidate], bool]) -> int:
     """Write samples into shards of their side, and return their number."""
     writers = {False: ShardWriter(journal, limit), True: ShardWriter(journal, limit, VALIDATION)}
     added = 0

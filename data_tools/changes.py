@@ -84,12 +84,12 @@ def rewrite(
                 if name in fresh:
                     writer.add(key_of(name), name, *fresh[name])
                 elif name not in changes.samples:
-                    writer.add(key_of(name), name, mark, _stored(file, stored[key_of(name)][0]))
+                    writer.add(key_of(name), name, mark, stored_members(file, stored[key_of(name)][0]))
         writer.close()
         index_path(str(path)).unlink(missing_ok=True)
 
 
-def _stored(file: BinaryIO, members: Mapping[str, Member]) -> Members:
+def stored_members(file: BinaryIO, members: Mapping[str, Member]) -> Members:
     """The members of a sample as they are in its shard."""
     found = []
     for extension, member in members.items():

@@ -48,8 +48,7 @@ def left_out(index: Index, source_of: list[str], filters: list[str]) -> str:
         usable = rows_of[index.usable[rows_of]]
         kept = selection.rows(shards)[0]
         without = np.setdiff1d(usable, kept)
-        causes = Counter(index.columns["refused"][rows_of].tolist())
-        causes.pop("", None)
+        causes = Counter(index.columns["refused"][np.setdiff1d(rows_of, usable)].tolist())
         why = ", ".join(f"{cause} {count:,}" for cause, count in causes.most_common(4))
         names = ", ".join(str(index.key[row]) for row in without[:_NAMED]) + (", ..." if len(without) > _NAMED else "")
         rows.append((

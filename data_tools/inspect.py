@@ -29,6 +29,7 @@ from data_tools.configured import report
 from sora_train.config.cost import geometry
 from sora_train.config.hydra import run_hydra
 from sora_train.config.load import load
+from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, DataConfig, SourceConfig, StageConfig, clip_rate
 from sora_train.core.charts import histogram
 from sora_train.core.cli import InputError, choice, number, options_and_overrides, options_and_paths, run
@@ -104,9 +105,12 @@ def main() -> int:
     store = Store.of(DataConfig())
     shards = expand(patterns, store)
     index_shards(shards, None, store)
-    index = load_index(shards, store)
+    config = load(o.run_dir) if o.run_dir is not None else None
+    captioned = config is None or METHODS.get(config.method).reads_captions
+    view = View(**{field.name: getattr(o, field.name) for field in fields(View)}) if config is None else view_of(config)
+    index = load_index(shards, store, captioned=captioned)
     with Pool(store=store) as pool:
-        _write(Path(o.out), render(index, _view(o), pool, o.samples), index)
+        _write(Path(o.out), render(index, view, pool, o.samples), index)
     return 0
 
 
@@ -119,7 +123,8 @@ def _inspect(config: Config, patterns: list[str], out: Path, samples: int) -> in
             stage.weights = {}
     shards = Shards(config)
     shards.index()
-    index = SideTables(config.data.side_tables, shards.store).join(load_index(shards.training, shards.store))
+    index = load_index(shards.training, shards.store, captioned=shards.captioned)
+    index = SideTables(config.data.side_tables, shards.store).join(index)
     part = report(config, index, shards.source_of, shards.filters)
     with Pool.of(config.data, shards.store) as pool:
         _write(out, render(index, view_of(config), pool, samples, part), index)
@@ -144,12 +149,6 @@ def view_of(config: Config) -> View:
     )  # fmt: skip
 
 
-def _view(o: Options) -> View:
-    if o.run_dir is not None:
-        return view_of(load(o.run_dir))
-    return View(**{field.name: getattr(o, field.name) for field in fields(View)})
-
-
 def seen(index: Index, view: View) -> dict[str, np.ndarray]:
     """Of each usable sample: `frames` and `tokens` of its longest clip, and the share of its seconds in that clip."""
     rows = np.flatnonzero(index.usable)
@@ -169,8 +168,7 @@ def render(index: Index, view: View, pool: Pool, samples: int, part: str = "") -
         "longest caption, characters": c["caption_chars"], "tokens of a clip": made["tokens"],
     }  # fmt: skip
     chosen = rows[np.linspace(0, len(rows) - 1, min(samples, len(rows))).astype(int)]
-    causes = Counter(index.columns["refused"].tolist())
-    causes.pop("", None)
+    causes = Counter(index.columns["refused"][~index.usable].tolist())
     details = {str(c): str(d) for c, d in zip(index.columns["refused"], index.columns["detail"], strict=True)}
     values = {
         "videos": f"{int(moving.sum()):,}", "images": f"{int((~moving).sum()):,}",
@@ -213,7 +211,7 @@ def _card(index: Index, row: int, pool: Pool) -> dict[str, Any]:
                 0
             ]
             picture = _picture(pixels)
-        captions, _ = index.captions(row)
+        captions = [] if index.columns["refused"][row] else index.captions(row)[0]  # usable without one: a VAE's
     except DecodeError as error:
         return {"picture": "", "refused": str(error), "lines": [key]}
     about = f"{c['width']}x{c['height']}, {c['frames']} frames, {c['codec']}"

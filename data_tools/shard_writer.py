@@ -95,6 +95,15 @@ class Journal:
             raise InputError(f"{self.path} is damaged ({error}); choose another out=") from error
 
 
+def opened_journal(out: Path) -> Journal:
+    """The journal of a folder that was built before, however it was; InputError where there is none."""
+    path = out / "build.jsonl"
+    if not path.is_file():
+        raise InputError(f"{out} has no {path.name}")
+    head = json.loads(path.read_bytes().partition(b"\n")[0])
+    return Journal(out, {name: value for name, value in head.items() if name != "version"})
+
+
 class ShardWriter:
     """Writes samples into `shard-NNNNNN.tar`, a new one when the next sample would exceed `limit` bytes.
 

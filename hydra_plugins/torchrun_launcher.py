@@ -6,6 +6,7 @@ python -m sora_train.train -m hydra/launcher=torchrun experiment=demo run_dir=ru
 """
 
 # Annotations aren't postponed: Hydra loads this file outside sys.modules, where dataclasses couldn't resolve them.
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from sora_train.config.hydra import job_name
-from sora_train.operations.sweep import Job, run_jobs, summary
+from sora_train.operations.sweep import Job, config_flags, run_jobs, summary
 
 
 @dataclass
@@ -60,8 +61,9 @@ class TorchrunLauncher(Launcher):
         with open_dict(composed):
             composed.hydra.job.id, composed.hydra.job.num = str(number), number
         HydraConfig.instance().set_config(composed)
-        kept = [o for o in overrides if not o.lstrip("+~").startswith(("hydra/", "hydra.", "run_dir="))]
-        return Job(root / job_name(), kept)
+        ours = [o for o in overrides if o.startswith("hydra.searchpath=")]
+        ours += [o for o in overrides if not o.lstrip("+~").startswith(("hydra/", "hydra.", "run_dir="))]
+        return Job(root / job_name(), ours, config_flags(sys.argv[1:]))
 
 
 def _returned(figure: float, overrides: list[str]) -> JobReturn:

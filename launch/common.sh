@@ -50,7 +50,8 @@ remove_stale_build_locks() {
 processes_here() {
     local gpus=0
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true)
+        # as CUDA reads it: what follows a number below 0 doesn't count
+        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^[[:space:]]*-/,$d' | grep -c '[^[:space:]]' || true)
     elif command -v nvidia-smi >/dev/null; then
         gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
     fi
@@ -80,30 +81,36 @@ network_and_memory() {
     fi
 }
 
-# Print the value of run_dir=... among the arguments, or nothing.
-run_dir_of() {
-    local argument found=
-    for argument in "$@"; do
-        case $argument in
-            run_dir=* | +run_dir=* | ++run_dir=*) found=${argument#*=} ;;
-        esac
-    done
-    printf '%s' "$found"
-}
-
-# Print an identity of exit.json in run folder $1, to notice a new one. Clocks aren't compared: a file server's may differ.
-exit_mark() {
-    if [[ -n $1 ]]; then stat -c '%i %.Y' "$1/exit.json" 2>/dev/null || true; fi
-}
-
-# Print the run's exit code from exit.json, as torchrun turns every code into 1. $1: run folder, $2: its exit_mark before
-# the start, $3: the code to use if the run has written no exit.json since.
-final_code() {
-    local code=
-    if [[ -n $1 && -f $1/exit.json && $(exit_mark "$1") != "$2" ]]; then
-        code=$(tr -d '\n' <"$1/exit.json" | sed -n 's/.*"code"[[:space:]]*:[[:space:]]*\([0-9]\{1,3\}\).*/\1/p')
+# Make the file in which the run says where it writes and how it ended. torchrun turns every code into 1, and the run
+# folder may be named in a file of conf/. A script that was started by another one uses that one's.
+make_exit_file() {
+    if [[ ! -e ${SORA_EXIT_FILE:-} ]]; then # that of another machine isn't here
+        SORA_EXIT_FILE=$(mktemp)
+        trap 'rm -f "$SORA_EXIT_FILE"' EXIT
+        export SORA_EXIT_FILE
     fi
-    echo "${code:-$3}"
+}
+
+# Print the run's exit code: what its process on this machine said, else that of exit.json in its folder, where another
+# machine wrote it since the start; clocks aren't compared, since a file server's may differ. $1: the code without either.
+final_code() {
+    local key value code= run_dir= before=
+    while IFS=' ' read -r key value; do
+        case $key in
+            code) code=$value ;;
+            run_dir) run_dir=$value ;;
+            before) before=$value ;;
+        esac
+    done < <(cat "$SORA_EXIT_FILE" 2>/dev/null || true)
+    if [[ -z $code && -f $run_dir/exit.json && $(exit_mark "$run_dir/exit.json") != "$before" ]]; then
+        code=$(tr -d '\n' <"$run_dir/exit.json" | sed -n 's/.*"code"[[:space:]]*:[[:space:]]*\([0-9]\{1,3\}\).*/\1/p')
+    fi
+    echo "${code:-$1}"
+}
+
+# Print an identity of a file: its inode, and when it was written in nanoseconds.
+exit_mark() {
+    stat -c '%i %.9Y' "$1" | tr -d .
 }
 
 # Run a command, forward the first stop signal to it, and wait until it has ended. Sets $status to its code and

@@ -5,7 +5,7 @@
 #
 #   NNODES            number of machines; 2:4 lets the run start with two and take up to four
 #   MASTER_ADDR       one of the machines, by a name or address that all can reach
-#   MASTER_PORT       a free port on it (29400)
+#   MASTER_PORT       a free port on it (one of 20000 to 29999, which follows from RUN_ID: two runs may share a machine)
 #   RUN_ID            a name for this launch, the same on all machines, another one for the next launch
 #   MAX_RESTARTS      restarts of all processes after a failure, or after a machine has left or joined (0)
 #   NPROC             processes per machine (one per GPU, or 2 on a CPU)
@@ -33,17 +33,18 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-
 use_private_extensions
 remove_stale_build_locks
 export SORA_RUN_ID=$RUN_ID
-run_dir=$(run_dir_of "$@")
+MASTER_PORT=${MASTER_PORT:-$((20000 + $(cksum <<<"$RUN_ID" | cut -d ' ' -f 1) % 10000))}
+make_exit_file
+: >"$SORA_EXIT_FILE"
 
 command=(torchrun --nnodes "$NNODES" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-0}"
-    --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-id "$RUN_ID"
+    --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$RUN_ID"
     ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"}
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "${SHUTDOWN_TIMEOUT:-300}"
     -m sora_train.train "$@")
 
-before=$(exit_mark "$run_dir")
 show "${command[@]}"
 run_and_forward "${command[@]}"
-code=$(final_code "$run_dir" "$before" "$status")
+code=$(final_code "$status")
 explain "$code"
 exit "$code"

@@ -74,7 +74,7 @@ if command -v c++ >/dev/null && ! command -v nvidia-smi >/dev/null; then
     deepspeed_with_op || echo "warning: DeepSpeed's CPU op did not build; it is tried again at the first start" >&2
 fi
 
-run "${pip[@]}" --editable '.[dev,dash,eval,models,docs,release,serve]'
+run "${pip[@]}" --editable '.[dev,dash,eval,models,docs,curate,release,serve]'
 
 echo "$wanted" >"$stamp"
 rm -f "$unfinished"

@@ -23,21 +23,22 @@ limit_threads "$processes"
 network_and_memory
 use_private_extensions
 export SORA_RUN_ID=${SORA_RUN_ID:-$(date -u +%Y%m%d-%H%M%S)-$$}
-run_dir=$(run_dir_of "$@")
+make_exit_file
 
 # We restart here instead of torchrun, which would restart a wrong configuration too.
-command=(torchrun --standalone --nproc-per-node "$processes" --max-restarts 0
+# The ranks meet at localhost, since a machine need not be able to resolve its own name.
+command=(torchrun --standalone --local-addr localhost --nproc-per-node "$processes" --max-restarts 0
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "${SHUTDOWN_TIMEOUT:-300}"
     -m sora_train.train "$@")
 
 restarts=0
 while true; do
     remove_stale_build_locks
-    before=$(exit_mark "$run_dir")
+    : >"$SORA_EXIT_FILE"
     export SORA_RESTARTS=$restarts # restarts without a new checkpoint end with code 2 after a few
     show "${command[@]}"
     run_and_forward "${command[@]}"
-    code=$(final_code "$run_dir" "$before" "$status")
+    code=$(final_code "$status")
     if [[ $code == 0 || $code == 2 || $code == 75 || -n $stopped_by ]]; then break; fi
     if ((restarts >= ${MAX_RESTARTS:-0})); then break; fi
     restarts=$((restarts + 1))

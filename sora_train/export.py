@@ -13,13 +13,15 @@ snapshots (`optim.ema_lengths`).
     python -m sora_train.export run_dir=runs/lora out=runs/lora/export format=adapter
 
 A run of adapters (`model.lora`) is written in both forms with the adapters added to the weights beneath them; with
-`format=adapter`, they alone: `pytorch_lora_weights.safetensors`, which `WanPipeline.load_lora_weights` reads.
+`format=adapter`, they alone: `pytorch_lora_weights.safetensors`, which `WanPipeline.load_lora_weights` reads; with
+`layout=original` in the names of Wan's own repository, for ComfyUI and others. `dtype=bf16` halves the files,
+`shard_gib=5` splits a diffusers transformer, `base=FOLDER` says where released weights are that have been moved.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -39,6 +41,8 @@ from sora_train.data.read.pool import Pool
 from sora_train.data.shards import Shards
 from sora_train.models.video_model import transformer_weights, whole_weights
 from sora_train.models.video_vae.model import VideoVAE, build_vae
+from sora_train.operations.inputs import check_inputs
+from sora_train.operations.pipeline_files import copy_part, save_pipeline
 from sora_train.operations.trained import EXPORTED, trained_weights
 from sora_train.training.engine.power_ema import combined
 
@@ -53,12 +57,18 @@ class Options:
     out: str
     format: str = choice(("safetensors", "diffusers", "adapter"), "safetensors")
     ema_length: float | None = number(None, above=0, below=1)
+    layout: str = choice(("diffusers", "original"), "diffusers")  # names in a file of adapters
+    dtype: str = choice(("fp32", "bf16", "fp16"), "fp32")
+    shard_gib: float = number(10.0, above=0)  # size of a weights file of a diffusers folder
+    base: str | None = None  # where the released weights are that the run was trained from, if they have been moved
 
 
 def main() -> int:
     """Export the newest checkpoint of a run."""
     o = options(Options, __doc__)
-    config, out = load(o.run_dir), Path(o.out)
+    config, out = load(o.run_dir, base=o.base), Path(o.out)
+    check_inputs(config, o.run_dir, ", or say where they are: base=FOLDER")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.dtype]
     if o.format != "safetensors":
         _check_for_diffusers(config, o)
     out.mkdir(parents=True, exist_ok=True)
@@ -71,16 +81,15 @@ def main() -> int:
         shape = {key: value for key, value in asdict(config.vae).items() if key not in VAE_USE}
         (out / "config.json").write_text(json.dumps(shape, indent=1) + "\n")
     elif o.format == "adapter":
-        FAMILIES.get(config.model.family).save_adapters(transformer_weights(weights), config.model, out)
+        FAMILIES.get(config.model.family).save_adapters(transformer_weights(weights), config.model, out, o.layout)
     elif o.format == "diffusers":
-        _pipeline(whole_weights(config, weights), config, out)
+        _pipeline(_cast(whole_weights(config, weights), dtype), config, out, o.shard_gib)
     else:
-        save_file(whole_weights(config, weights), out / EXPORTED)
+        save_file(_cast(whole_weights(config, weights), dtype), out / EXPORTED)
         merged = replace(config, model=replace(config.model, lora=LoraConfig()))
         (out / "config.yaml").write_text(to_yaml(merged))
         assert config.vae.path is not None
-        if (out / "vae").resolve() != Path(config.vae.path).resolve():
-            shutil.copytree(config.vae.path, out / "vae", dirs_exist_ok=True)
+        copy_part(folder_of(config.vae.path, "vae"), out / "vae")
     print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
     return 0
 
@@ -107,39 +116,18 @@ def _check_for_diffusers(config: Config, o: Options) -> None:
         )
 
 
-def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path) -> None:
+def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: values.to(dtype) for name, values in weights.items()}
+
+
+def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path, shard_gib: float) -> None:
     """Write the transformer in diffusers' format, as a `WanPipeline` if VAE and text encoder are released ones."""
     family = FAMILIES.get(config.model.family)
-    family.save(transformer_weights(weights), config.model, config.text_encoder.width, out / "transformer")
+    family.save(transformer_weights(weights), config.model, config.text_encoder.width, out / "transformer", shard_gib)
     if config.vae.class_name is None or config.text_encoder.path is None:
         print("a WanPipeline also needs a released VAE and text encoder; this run has its own, so only transformer/")
         return
-    for part, source in (
-        ("vae", config.vae.path), ("text_encoder", config.text_encoder.path), ("tokenizer", config.text_encoder.path),
-    ):  # fmt: skip
-        shutil.copytree(folder_of(source or "", part), out / part, dirs_exist_ok=True)
-    classes = {
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", _class_of(out / "text_encoder")],
-        "tokenizer": ["transformers", _class_of(out / "tokenizer")],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": [None, None],
-        "vae": ["diffusers", config.vae.class_name],
-    }
-    index = {"_class_name": "WanPipeline", "boundary_ratio": None, "expand_timesteps": False, **classes}
-    euler = "FlowMatchEulerDiscreteScheduler"
-    scheduler = {"_class_name": euler, "num_train_timesteps": 1000, "shift": config.flow.shift}
-    (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _class_of(folder: Path) -> str:
-    """Name of the class with which transformers saved a model or a tokenizer."""
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.is_file() and folder.name == "tokenizer":
-        return str(json.loads(tokenizer.read_text())["tokenizer_class"])
-    return str(json.loads((folder / "config.json").read_text())["architectures"][0])
+    save_pipeline(config, out)
 
 
 @torch.no_grad()

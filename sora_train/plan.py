@@ -58,6 +58,12 @@ def plan(config: Config, options: Options) -> int:
     """Print the forecast of one configuration."""
     terminal = Console()
     data, note = _data(config)
+    if config.epochs is not None:
+        if data is None:
+            raise InputError(
+                f"epochs={config.epochs:g} can't be counted in steps: {note}; give steps=... to plan without"
+            )
+        config = replace(config, steps=data.count(config.epochs))
     result = predict(config, options, data)
     show(terminal, config, result, note)
     if options.rehearse:

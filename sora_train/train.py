@@ -11,19 +11,19 @@ The same command resumes a stopped or killed run. Exit codes: 0 done, 2 wrong co
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from sora_train.config.hydra import run_hydra, write_exit
 from sora_train.config.load import to_yaml
 from sora_train.config.schema import Config
 from sora_train.core.cli import BAD_INPUT, InputError, run
-from sora_train.core.world import World, from_environment
+from sora_train.core.world import World, from_environment, threads_here
 from sora_train.data.index.patterns import expand
 from sora_train.data.read.commands import is_command, words
 from sora_train.data.read.store import scheme
+from sora_train.operations.inputs import check_inputs
 from sora_train.operations.lock import RunLock
-from sora_train.operations.preflight import changes, count_restart, usable
+from sora_train.operations.preflight import changes, count_restart, done_already, usable
 from sora_train.training.state.mirror import Mirror
 
 
@@ -81,6 +81,8 @@ def _start(config: Config, world: World) -> tuple[int, str]:
             if mirror := Mirror.of(config):
                 mirror.restore()
             changed = changes(config)
+            if not config.guard.accept_changes:
+                check_inputs(config, run_dir, ", choose another run_dir, or set guard.accept_changes=true")
             count_restart(config, world)
         return _train(config, world, changed)
     finally:
@@ -91,7 +93,7 @@ def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
     import torch
 
     from sora_train.data.read.pool import Pool
-    from sora_train.data.shards import Shards
+    from sora_train.data.shards import Shards, with_length
     from sora_train.operations.build import build_trainer
     from sora_train.operations.indexing import index_everywhere
     from sora_train.operations.memory import out_of_memory
@@ -105,12 +107,16 @@ def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
         setup_logging(run_dir, world.rank)
     for line in changed:
         logging.getLogger(__name__).warning("changed since the last start: %s", line)
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    torch.set_num_threads(config.threads or threads_here(world))
     device = connect(world)
     try:
         with usable(run_dir):
             index_everywhere(shards.wanted, world)
-            if world.is_main:
+            if config.epochs is not None:
+                config = with_length(config, shards.plan(config))
+            if world.is_main and done_already(config):
+                logging.getLogger(__name__).warning("nothing to train: the run has its %d steps", config.steps)
+            elif world.is_main:
                 (run_dir / "config.yaml").write_text(to_yaml(config))
         with Pool.of(config.data, shards.store) as pool, out_of_memory(config, world) as known:
             with usable(run_dir):

@@ -16,6 +16,8 @@ FILLED = {
     "videos=DIR out=DIR captions=FILE": "videos=my_videos out=runs/again captions=table.csv",
     r"runs/a runs/b|\bRUN RUN\b": "runs/demo runs/demo_vae",
     r"\bRUN\b": "runs/demo",
+    r"captions=http\S+": "captions=beside",
+    r"runs=\[runs/footage\]": "runs=[runs/demo]",
     r"SHARDS\.\.\.": "shards/*.tar",
     r"\bFOLDER\b": "runs/folder",
     "node-0": "localhost",
@@ -28,6 +30,9 @@ FILLED = {
 # What goes with a command: what it needs, or what a text that only names it leaves out.
 WHOLE = {
     r"data_tools\.lint$": "{} shards/*.tar",
+    r"data_tools\.takedown": (
+        "python -m data_tools.curate videos=raw out=runs/curated captions=beside min_seconds=1 short_side=32 && {}"
+    ),
     r"sora_train\.plan$": "{} experiment=demo",
     r"sora_train\.import_deepspeed$": "{} --help",
     r"slurm\.sbatch$": "{} experiment=demo run_dir=runs/slurm",
@@ -40,6 +45,7 @@ WHOLE = {
 # What makes a command end sooner, given behind it.
 SMALLER = {
     r"data_tools\.make_demo": "clips=60 held_out=12 shard_clips=30",
+    r"data_tools\.curate": "min_seconds=1 short_side=32",
     r"sora_train\.evaluate": "count=8",
     r" steps=\d+": "steps=2",
     r"n_trials=": "hydra.sweeper.n_trials=2",

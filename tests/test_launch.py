@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*ROOT.glob("launch/*.*sh"), *ROOT.glob("launch/*.sbatch"), ROOT / ".ci/run"])
 
-# Notes how it was called, writes exit.json as rank 0 would, and exits with 1 whatever the run's code, as torchrun does.
+# Notes how it was called, says where it writes as local rank 0 does, and exits with 1 whatever the run's code, as
+# torchrun does. On another machine than this one (FAR), rank 0 writes exit.json.
 TORCHRUN = """#!/usr/bin/env bash
 echo "$@" >>"$CALLS"
+echo "before $(stat -c '%i %.9Y' "$RUN_DIR/exit.json" 2>/dev/null | tr -d .)" >>"$SORA_EXIT_FILE"
+echo "run_dir $RUN_DIR" >>"$SORA_EXIT_FILE"
 if [[ -n $RUN_CODE ]]; then
+    [[ -n $FAR ]] || echo "code $RUN_CODE" >>"$SORA_EXIT_FILE"
     mkdir -p "$RUN_DIR"
     printf '{\\n  "code": %s,\\n  "reason": "code 7"\\n}\\n' "$RUN_CODE" >"$RUN_DIR/exit.json.new"
     mv "$RUN_DIR/exit.json.new" "$RUN_DIR/exit.json"
@@ -28,8 +33,7 @@ exit 1
 """
 # Saves when it is told to stop, which takes a moment.
 STOPPABLE = """#!/usr/bin/env bash
-trap 'echo SIGNAL >>"$CALLS"; sleep 0.5; echo "{\\"code\\": 75}" >"$RUN_DIR/exit.json"; exit 1' USR1 TERM
-mkdir -p "$RUN_DIR"
+trap 'echo SIGNAL >>"$CALLS"; sleep 0.5; echo "code 75" >>"$SORA_EXIT_FILE"; exit 1' USR1 TERM
 echo started >>"$CALLS"
 while true; do sleep 0.1; done
 """
@@ -57,6 +61,7 @@ class Sandbox:
             "CALLS": str(self.calls_file),
             "RUN_DIR": str(self.run_dir),
             "RUN_CODE": "",
+            "FAR": "",
         }
 
     def stand_in(self, name: str, text: str) -> None:
@@ -102,9 +107,11 @@ def test_script_parses(script: Path) -> None:
     assert script.read_text().startswith("#!/usr/bin/env bash\n") or script.name in ("common.sh", "completion.bash")
 
 
+@pytest.mark.parametrize("far", ["", "yes"])
 @pytest.mark.parametrize("code", [0, 2, 75])
-def test_torchrun_returns_the_code_of_the_run(sandbox: Sandbox, code: int) -> None:
-    assert sandbox.code("torchrun.sh", "NPROC=3", "experiment=demo", MAX_RESTARTS="5", RUN_CODE=str(code)) == code
+def test_torchrun_returns_the_code_of_the_run(sandbox: Sandbox, code: int, far: str) -> None:
+    given = {"MAX_RESTARTS": "5", "RUN_CODE": str(code), "FAR": far}
+    assert sandbox.code("torchrun.sh", "NPROC=3", "experiment=demo", **given) == code
     (call,) = sandbox.calls()  # none of these is started again
     assert "--nproc-per-node 3" in call
     assert "--signals-to-handle SIGTERM,SIGINT,SIGUSR1" in call
@@ -137,6 +144,26 @@ def test_torchrun_waits_for_the_save(sandbox: Sandbox, stop: signal.Signals) -> 
 def test_multinode_names_a_missing_setting(sandbox: Sandbox, capfd: pytest.CaptureFixture[str]) -> None:
     assert sandbox.code("multinode.sh", NNODES="2", MASTER_ADDR="node-a", RUN_ID="") == 2
     assert "RUN_ID is not set" in capfd.readouterr().err
+
+
+def test_runs_that_start_on_one_machine_meet_at_ports_of_their_own(sandbox: Sandbox) -> None:
+    for name in ("x", "y", "x"):
+        sandbox.code("multinode.sh", RUN_CODE="0", NNODES="1", MASTER_ADDR="node-a", RUN_ID=name)
+    first, second, again = (re.search(r"node-a:2(\d{4}) ", call) for call in sandbox.calls())
+    assert first and second and again and first[1] != second[1] and first[1] == again[1]
+
+
+def test_gpus_that_are_hidden_are_not_counted(sandbox: Sandbox) -> None:
+    for visible, processes in (("-1", 2), ("", 2), ("0,1,-1,2", 2), ("0,1,2", 3)):
+        sandbox.calls_file.unlink(missing_ok=True)
+        sandbox.code("torchrun.sh", RUN_CODE="0", CUDA_VISIBLE_DEVICES=visible)
+        assert f"--nproc-per-node {processes} " in sandbox.calls()[0]
+
+
+def test_no_file_is_left_in_the_temporary_folder(sandbox: Sandbox) -> None:
+    (sandbox.folder / "tmp").mkdir()
+    assert sandbox.code("torchrun.sh", RUN_CODE="2", TMPDIR=str(sandbox.folder / "tmp")) == 2
+    assert not list((sandbox.folder / "tmp").iterdir())
 
 
 def test_multinode_meets_at_the_master(sandbox: Sandbox) -> None:

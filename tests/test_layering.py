@@ -43,8 +43,12 @@ HEAVY = {
     "transformers": {
         "sora_train/models/text/released.py",
         "sora_train/evaluation/networks.py",
+        "data_tools/curation/caption_folder.py",
         "sora_train/release/local_guard.py",
     },
+    "scenedetect": {"data_tools/curation/look.py"},
+    "ray": {"data_tools/curation/on_ray.py"},
+    "httpx": {"data_tools/curation/caption_server.py"},
     "c2pa": {"sora_train/release/provenance.py"},
     "cryptography": {"sora_train/release/certificates.py"},
     "fastapi": {"sora_train/service/app.py", "sora_train/service/server.py"},

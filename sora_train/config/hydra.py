@@ -8,9 +8,10 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -26,9 +27,10 @@ from sora_train.config.catalogue import help_text
 from sora_train.config.load import build, known_keys
 from sora_train.config.registry import FAMILIES, load_plugins
 from sora_train.config.schema import Config, VaeConfig
-from sora_train.core.cli import BAD_INPUT, InputError, nearest
+from sora_train.core.cli import BAD_INPUT, STOPPED, InputError, list_items, nearest
 from sora_train.core.world import from_environment
 
+_OWN_LAUNCHER = re.compile("BasicLauncher|TorchrunLauncher")  # those that hand on the codes of jobs
 _HERE = Path(__file__).parents[1]
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # installed from a wheel, or a checkout
 
@@ -71,24 +73,36 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
         print(help_text(usage, CONF))
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]  # which DeepSpeed's launcher adds
     load_plugins(_plugins())
     store_schema()
     codes: list[int] = []
     mistakes: list[InputError] = []
 
     def main(tree: DictConfig) -> None:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            with open_dict(tree):
-                tree.run_dir = f"{tree.run_dir}/{job_name()}"
+        if STOPPED in codes:  # the sweep was told to stop in an earlier job
+            return
+        is_here = _OWN_LAUNCHER.search(str(HydraConfig.get().launcher))  # others run jobs in processes of their own
         try:
+            _check_run_dir(tree)
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                _refuse_sweep_under_torchrun()
+                with open_dict(tree):
+                    tree.run_dir = f"{tree.run_dir}/{job_name()}"
+            note_start(tree.run_dir)
             codes.append(job(build(tree, need_vae)))
         except InputError as error:  # raised again below: Hydra would print its own message above it
+            if not is_here:
+                raise
             mistakes.append(error)
+        if not is_here and codes[-1]:
+            raise InputError(f"{tree.run_dir} ended with code {codes[-1]}; its exit.json says why")
 
     main.codes = codes  # type: ignore[attr-defined]  # hydra_plugins' launcher, whose jobs are processes, appends here
     try:
-        _refuse_sweep_under_torchrun()
-        if not {"-m", "--multirun"} & set(sys.argv[1:]):
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            _refuse_sweep_under_torchrun()
+        else:
             sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
         hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")(main)()
         if mistakes:
@@ -104,27 +118,60 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
 
 
 def as_typed(argument: str) -> str:
-    """An override whose key holds text, quoted where Hydra's grammar would read another value than was typed.
+    """An override as Hydra must be given it to take it for what was typed.
 
-    So `run_dir=2024_11` is that folder and not a number. What is quoted already, null and interpolations stay Hydra's.
+    Text, and items of lists of text, are quoted where Hydra's grammar would read another value: `run_dir=2024_11` is
+    that folder and not a number, `shards=[a-{0..3}.tar]` a pattern. What is quoted already, null and interpolations
+    stay Hydra's. Entries of maps with any keys (`data.storage.s3.anon`, `deepspeed.zero_optimization.stage`) may be
+    new.
     """
     key, equals, value = argument.partition("=")
-    if not equals or not value or value == "null" or "${" in value or value[0] in "'\"" or not _is_text(key):
+    if not equals:
         return argument
+    if _is_open(key):
+        argument = f"++{argument}"  # names of its own are no mistake there, so they need no + of the user's
+    kind = _kind(key)
+    if not value or value == "null" or "${" in value or value[0] in "'\"" or kind not in (str, str | None, list[str]):
+        return argument
+    typed = list_items(key, value) if kind == list[str] else value
     try:
         read = OverridesParser.create().parse_override(argument).value()
     except HydraException:
         read = None
-    return argument if read == value else f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    if read == typed:
+        return argument
+    start = argument.partition("=")[0]
+    if isinstance(typed, str):
+        return f"{start}={_quoted(typed)}"
+    return f"{start}=[{','.join(map(_quoted, typed))}]"
 
 
-def _is_text(key: str) -> bool:
-    """Tell whether a dotted key of the configuration holds text."""
+def _quoted(text: str) -> str:
+    return str(QuotedString(text, Quote.single).with_quotes())
+
+
+def _kind(key: str) -> Any:
+    """Type of the values of a dotted key of the configuration; None where it isn't known."""
     kind: Any = Config
     for part in key.split("."):
-        hints = get_type_hints(kind) if is_dataclass(kind) else {}
-        kind = hints.get(part)
-    return kind in (str, str | None)
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            kind = (get_type_hints(kind) if is_dataclass(kind) else {}).get(part)
+    return kind
+
+
+def _is_open(key: str) -> bool:
+    """Tell whether a dotted key of the configuration is a map that may have any keys, or lies in one.
+
+    A key without a dot (`deepspeed=zero2`) chooses a file of conf/.
+    """
+    kind: Any = Config
+    for part in key.split(".") if "." in key else ():
+        kind = (get_type_hints(kind) if is_dataclass(kind) else {}).get(part)
+        if get_origin(kind) is dict:
+            return True
+    return False
 
 
 def _plugins() -> list[str]:
@@ -136,6 +183,7 @@ def _plugins() -> list[str]:
 def write_exit(run_dir: str | Path, code: int, reason: str) -> None:
     """Write run_dir/exit.json, from which the launch scripts take the exit code."""
     path = Path(run_dir) / "exit.json"
+    _tell_script(f"code {code}")
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +191,39 @@ def write_exit(run_dir: str | Path, code: int, reason: str) -> None:
         temporary.replace(path)
     except OSError as error:  # e.g. a full disk; it must not replace the error that ended the run
         print(f"warning: {path} can't be written ({error}): code {code}, {reason}", file=sys.stderr, flush=True)
+
+
+def note_start(run_dir: str) -> None:
+    """Tell the launch script of this machine where the run writes, and which exit.json is there from before."""
+    if from_environment().local_rank > 0 or not os.environ.get("SORA_EXIT_FILE"):
+        return
+    path = Path(run_dir).absolute()
+    try:
+        stat = (path / "exit.json").stat()
+        before = f"{stat.st_ino} {stat.st_mtime_ns}"
+    except OSError:
+        before = ""
+    _tell_script(f"before {before}")
+    _tell_script(f"run_dir {path}")
+
+
+def _tell_script(line: str) -> None:
+    """Append a line to the file in which a launch script reads how the run ended (`final_code` in common.sh)."""
+    if told := os.environ.get("SORA_EXIT_FILE"):
+        with suppress(OSError), Path(told).open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(line + "\n")
+
+
+def _check_run_dir(tree: DictConfig) -> None:
+    """Raise InputError for a run folder that isn't one, or that each rank would name otherwise."""
+    written = str((OmegaConf.to_container(tree, resolve=False) or {}).get("run_dir", ""))  # type: ignore[union-attr]
+    if "://" in written:
+        raise InputError(
+            f"run_dir={written} must be a folder of this machine; copies of its checkpoints go to checkpoint.mirror="
+            f"{written}"
+        )
+    if "${now" in written and from_environment().size > 1:
+        raise InputError(f"run_dir={written}: each rank would take a time of its own; name the folder")
 
 
 def _value_of(argument: str) -> str:
@@ -155,12 +236,14 @@ def _value_of(argument: str) -> str:
 
 def _leave_note(message: str) -> None:
     run_dir = next((_value_of(a) for a in sys.argv[1:] if a.startswith("run_dir=")), "")
-    if run_dir and from_environment().is_main:
+    if run_dir and "${" not in run_dir and "://" not in run_dir and os.environ.get("RANK", "0") == "0":
         write_exit(run_dir, BAD_INPUT, message)
+    else:
+        _tell_script(f"code {BAD_INPUT}")
 
 
 def _refuse_sweep_under_torchrun() -> None:
-    if from_environment().launched and {"-m", "--multirun"} & set(sys.argv[1:]):
+    if from_environment().launched:
         raise InputError(
             "-m sweeps start several runs one after the other, which torchrun's ranks can't do together; "
             "sweep with `python -m sora_train.train -m ...`, or start torchrun once per setting"

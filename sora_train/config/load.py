@@ -32,6 +32,9 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
         InputError: One line about the first mistake.
     """
     try:
+        if tree.get("epochs") is not None:
+            # until the shards are indexed, and `with_length` counts them
+            tree = DictConfig(OmegaConf.merge(tree, {"steps": 1}))
         merged = OmegaConf.merge(schema_of(tree), OmegaConf.create(OmegaConf.to_container(tree)))
         assert isinstance(merged, DictConfig)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -91,19 +94,34 @@ def _take_released_shapes(config: Config) -> None:
     )
 
 
-def load(run_dir: str | Path, vae: str | None = None) -> Config:
+_PATHS = ("vae.path", "text_encoder.path", "model.init_from")
+
+
+def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -> Config:
     """Read the configuration of a run or of an export from its folder.
 
-    `vae` is where its VAE is, if it has been moved. Raises InputError if the folder holds no run.
+    `vae` is where its VAE is, if it has been moved; `base` is where the folder of `model.init_from` is, also for VAE
+    and text encoder in that folder. Raises InputError if the folder holds no run.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run_dir} holds no run (there is no {path}); check run_dir")
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
-    for key in ("vae.path", "text_encoder.path", "model.init_from"):
+    if base is not None:
+        moved = OmegaConf.select(tree, "model.init_from")
+        if moved is None:
+            raise InputError(f"base={base}: {run_dir} was not trained from released weights (model.init_from)")
+        for key in (key for key in _PATHS if OmegaConf.select(tree, key) == moved):
+            OmegaConf.update(tree, key, base)
+    for key in _PATHS:
         if (value := OmegaConf.select(tree, key)) is not None:
             OmegaConf.update(tree, key, _where(str(value), Path(run_dir)))
+    start = OmegaConf.select(tree, "model.init_from")
+    if start is not None and not OmegaConf.select(tree, "model.lora.rank") and not Path(start).exists():
+        OmegaConf.update(
+            tree, "model.init_from", None
+        )  # all its weights were trained since, and are in the checkpoints
     if (path.parent / "vae").is_dir():  # an export, whole by itself
         OmegaConf.update(tree, "vae.path", str(path.parent / "vae"))
         OmegaConf.update(tree, "model.init_from", None)

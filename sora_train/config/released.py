@@ -13,6 +13,7 @@ from typing import Any
 from sora_train.core.cli import InputError
 
 VAES = ("AutoencoderKLWan",)
+_LFS = b"version https://git-lfs"
 TEXT_ENCODERS = ("umt5", "t5")
 ADAPTERS = "pytorch_lora_weights.safetensors"  # where diffusers and peft look for low-rank adapters
 
@@ -20,6 +21,27 @@ ADAPTERS = "pytorch_lora_weights.safetensors"  # where diffusers and peft look f
 def is_released(path: str | Path) -> bool:
     """Tell whether a folder is a whole diffusers pipeline."""
     return (Path(path) / "model_index.json").is_file()
+
+
+def expands_timesteps(path: str | Path) -> bool:
+    """Tell whether a folder's transformer was trained with given frames, each token having a timestep of its own."""
+    index = Path(path) / "model_index.json"
+    return index.is_file() and bool(json.loads(index.read_text()).get("expand_timesteps"))
+
+
+def second_transformer(path: str | Path) -> bool:
+    """Tell whether a pipeline has two transformers, for the halves of the noise (Wan 2.2's A14B)."""
+    index = Path(path) / "model_index.json"
+    found = json.loads(index.read_text()).get("transformer_2") if index.is_file() else None
+    return bool(found and found[0])
+
+
+def flow_shift(path: str | Path) -> float | None:
+    """The shift of timesteps that a pipeline's scheduler has; None without one."""
+    file = Path(path) / "scheduler" / "scheduler_config.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    shift = found.get("flow_shift") or found.get("shift")
+    return None if shift is None else float(shift)
 
 
 def folder_of(path: str | Path, part: str) -> Path:
@@ -30,6 +52,23 @@ def folder_of(path: str | Path, part: str) -> Path:
 def adapter_file(path: str | Path) -> Path:
     """The file of adapters that a path names: itself, or the one in a folder."""
     return Path(path) / ADAPTERS if Path(path).is_dir() else Path(path)
+
+
+def first_weights(folder: Path) -> Path:
+    """The first weights file of a folder, or where one should be."""
+    return next(iter(sorted(folder.glob("*.safetensors"))), folder / "model.safetensors")
+
+
+def unreadable(file: Path, error: Exception) -> InputError:
+    """The error for a weights file that can't be read: cut, missing, or a pointer that Git LFS left in its place."""
+    try:
+        with file.open("rb") as opened:
+            pointer = opened.read(len(_LFS)) == _LFS
+    except OSError:
+        return InputError(f"{file} can't be read ({getattr(error, 'strerror', None) or error}); fetch it again")
+    if pointer:
+        return InputError(f"{file} is a pointer of Git LFS and not the file; fetch it with `git lfs pull`")
+    return InputError(f"{file} can't be read as safetensors ({str(error).splitlines()[0]}); fetch it again")
 
 
 def read_config(folder: Path, what: str, key: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checks of the configuration's values: allowed ranges, and keys that constrain each other.
+"""Checks of the configuration's values: names, and keys that constrain each other; `ranges.py` has the ranges.
 
 Imports neither torch nor deepspeed, so that a mistake is reported within a second and before any process group.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sora_train.config.deepspeed_keys import DEEPSPEED, ZERO
+from sora_train.config.ranges import check_ranges
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import (
     DECODERS,
     DERIVED,
     NATIVE,
+    SCHEDULES,
     WRITERS,
     Config,
     DataConfig,
@@ -24,47 +27,21 @@ from sora_train.core.cli import InputError, nearest
 
 def check(config: Config) -> None:
     """Check all rules, those of the method last. Raises InputError for the first that is broken."""
-    vae, data, flow = config.vae, config.data, config.flow
-    positive = {
-        "logging.wandb_finish_s": config.logging.wandb_finish_s,
-        "steps": config.steps, "data.slots": data.slots, "data.max_frames": data.max_frames,
-        "data.max_tokens": data.max_tokens, "data.window": data.window, "data.workers": data.workers,
-        "data.prefetch_steps": data.prefetch_steps, "optim.lr": config.optim.lr, "optim.clip": config.optim.clip,
-        "checkpoint.snapshot_every": config.checkpoint.snapshot_every,
-        "checkpoint.snapshots": config.checkpoint.snapshots,
-        "checkpoint.every_steps": config.checkpoint.every_steps, "checkpoint.keep": config.checkpoint.keep,
-        "logging.evaluate_clips": config.logging.evaluate_clips,
-        "logging.every_steps": config.logging.every_steps, "flow.shift": flow.shift,
-        "flow.sampling_steps": flow.sampling_steps,
-        "text_encoder.buckets": config.text_encoder.buckets - 1, "data.max_bad_fraction": data.max_bad_fraction,
-        "guard.max_bad_steps": config.guard.max_bad_steps, "guard.spike_steps": config.guard.spike_steps,
-        "guard.spike_window": config.guard.spike_window, "guard.timeout_s": config.guard.timeout_s,
-        "guard.slow_timeout_s": config.guard.slow_timeout_s, "vae.tile.frames": vae.tile.frames,
-        "vae.tile.pixels": vae.tile.pixels,
-    }  # fmt: skip
-    for key, value in positive.items():
-        require(value > 0, f"{key}={value} must be above 0")
-    for key, count in {
-        "checkpoint.keep_every": config.checkpoint.keep_every, "guard.hash_every": config.guard.hash_every,
-        "guard.spike": config.guard.spike, "guard.leave_out_before": config.guard.leave_out_before,
-        "guard.max_rollbacks": config.guard.max_rollbacks,
-        "guard.max_futile_restarts": config.guard.max_futile_restarts, "vae.tile.overlap": vae.tile.overlap,
-        "flow.shift_tokens": flow.shift_tokens, "logging.evaluate_every": config.logging.evaluate_every,
-    }.items():  # fmt: skip
-        require(count >= 0, f"{key}={count} must not be below 0")
+    vae, data = config.vae, config.data
+    check_ranges(config)
     require(bool(data.sources), "data.sources is empty; name shards, e.g. +data.sources.mine.shards=[my/*.tar]")
-    require(0.0 < data.fill <= 1.0, f"data.fill={data.fill} must be in (0, 1]")
-    require(config.parallel.accumulation is None or config.parallel.accumulation > 0,
-             f"parallel.accumulation={config.parallel.accumulation} must be above 0, or null")  # fmt: skip
-    sequence = config.parallel.sequence
-    require(sequence > 0, f"parallel.sequence={sequence} must be above 0")
     _check_text(config.text_encoder)
     _check_mirror(config.checkpoint.mirror)
     _check_muon(config)
     _check_evaluation(config)
-    lengths = config.optim.ema_lengths
+    optim = config.optim
+    require(len(optim.betas) == 2, f"optim.betas={list(optim.betas)} must be two numbers, e.g. [0.9, 0.99]")
+    require(optim.schedule in SCHEDULES, f"optim.schedule={optim.schedule}; {nearest(optim.schedule, list(SCHEDULES))}")
+    lengths = optim.ema_lengths
     require(all(0.0 < length < 0.28 for length in lengths) and len(set(lengths)) == len(lengths),
              f"optim.ema_lengths={lengths} must be different numbers in (0, 0.28), e.g. [0.05, 0.1]")  # fmt: skip
+    require(config.epochs is None or not data.stages,
+             f"epochs={config.epochs}: a curriculum (data.stages) has its length in steps; set steps")  # fmt: skip
     _check_vae(vae)
     unknown = [name for name in config.logging.writers if name not in WRITERS]
     require(not unknown, f"logging.writers has no {unknown}; known: {', '.join(WRITERS)}")
@@ -81,7 +58,6 @@ def _check_vae(vae: VaeConfig) -> None:
     require(vae.class_name is not None or len(vae.widths) == len(vae.blocks) == len(vae.strides) + 1,
              "vae.widths and vae.blocks need one entry per level, vae.strides one less")  # fmt: skip
     weight, files = vae.perceptual.weight, vae.perceptual.files
-    require(weight >= 0, f"vae.perceptual.weight={weight} must not be below 0")
     require(weight == 0 or bool(files),
              "vae.perceptual.weight needs VGG16 weights; give vae.perceptual.files=[vgg16.pth], or 0")  # fmt: skip
 
@@ -125,11 +101,6 @@ def _check_data(data: DataConfig) -> None:
     require(not unknown, f"data.decoders has no {unknown[:1]}; {nearest(str((unknown or [''])[0]), list(DECODERS))}")
     require(bool(data.decoders) and len(set(data.decoders)) == len(data.decoders),
              f"data.decoders={data.decoders}: name at least one, and each once")  # fmt: skip
-    positive = {"limits.pixels": data.limits.pixels, "limits.frames": data.limits.frames,
-                "limits.bytes": data.limits.bytes, "cache.gib": data.cache.gib,
-                "decode_timeout_s": data.decode_timeout_s, "decode_memory_gib": data.decode_memory_gib}  # fmt: skip
-    for key, value in positive.items():
-        require(value > 0, f"data.{key}={value} must be above 0")
     strange = [name for name in data.commands if not re.fullmatch(r"[\w./+-]+", name)]
     require(not strange, f"data.commands={strange[:1]} must be names of programs, without arguments, e.g. [rclone]")
     wrong = [kind for kind, options in data.storage.items() if not isinstance(options, dict)]
@@ -139,9 +110,18 @@ def _check_data(data: DataConfig) -> None:
 def _check_deepspeed(options: dict[str, Any]) -> None:
     for key, ours in DERIVED.items():
         require(key not in options, f"deepspeed.{key} follows from {ours}; set that instead")
+    for key, value in options.items():
+        require(key in DEEPSPEED, f"DeepSpeed knows no deepspeed.{key}; {nearest(key, list(DEEPSPEED))}")
+        require(value is not None, f"deepspeed.{key} is null; take it out with ~deepspeed.{key}, or give its value")
     zero = options.get("zero_optimization", {})
+    require(isinstance(zero, dict), f"deepspeed.zero_optimization={zero} must be a map, e.g. {{stage: 2}}")
+    for key in zero:
+        require(key in ZERO, f"DeepSpeed knows no deepspeed.zero_optimization.{key}; {nearest(key, list(ZERO))}")
     stage = zero.get("stage", 0)
-    require(stage in (0, 1, 2, 3), f"deepspeed.zero_optimization.stage={stage}; known: 0, 1, 2, 3")
+    require(
+        stage in (0, 1, 2, 3) and not isinstance(stage, bool),
+        f"deepspeed.zero_optimization.stage={stage}; known: 0, 1, 2, 3",
+    )
     require(
         not zero.get("round_robin_gradients"),
         "deepspeed.zero_optimization.round_robin_gradients breaks the fragment mapping; turn it off",

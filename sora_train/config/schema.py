@@ -22,6 +22,7 @@ _TASK_WEIGHTS = {
     "text_to_video": 0.8, "image_to_video": 0.1, "extension": 0.1, "extension_backwards": 0.0, "interpolation": 0.0,
     "frames": 0.0,
 }  # fmt: skip
+SCHEDULES = ("linear", "cosine")
 SOLVERS = ("euler", "heun", "adams_bashforth")
 VAE_USE = ("path", "cache_mib", "tile", "perceptual")  # settings of a run; the other keys of VaeConfig are its shape
 WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
@@ -103,6 +104,7 @@ class LoraConfig:
     rank: int = 0  # rank of each adapter; 0: no adapters, all weights are trained
     alpha: float = 16.0  # an adapter's output is scaled by alpha / rank
     targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out"])  # suffixes of names of adapted layers
+    init_from: str | None = None  # file of adapters to start from: of an export, diffusers, ComfyUI or kohya's scripts
 
 
 @dataclass
@@ -301,12 +303,15 @@ class OptimConfig:
 
     lr: float = 1e-3
     text_lr_scale: float = 1.0  # learning rate of the text encoder relative to the rest
+    rates: dict[str, float] = field(default_factory=dict)  # relative rates by pattern of parameter names; 0: frozen
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip: float = 1.0  # largest global gradient norm
     warmup_steps: int = 20
-    decay_fraction: float = 0.5  # last fraction of the run, over which the learning rate falls linearly to 0
+    schedule: str = "linear"  # how the learning rate falls at the end: linear, cosine
+    decay_fraction: float = 0.5  # last fraction of the run, over which the learning rate falls; 0: it stays
+    end_rate: float = 0.0  # share of the learning rate that it falls to
     ema_decay: float = 0.99
     ema_lengths: list[float] = field(default_factory=list)  # further averages: width / steps so far, e.g. [0.05, 0.1]
 
@@ -359,13 +364,14 @@ class LoggingConfig:
     sample_every: int = 500  # steps between samples
     sample_clips: int = 4
     previews: Previews = Previews.held_out
+    prompts: list[str] = field(default_factory=list)  # captions to sample instead of those of clips
     evaluate_every: int = 0  # steps between evaluations by metrics of samples for held-out clips; 0: none
     evaluate_clips: int = 16  # held-out videos of an evaluation, always the same
     metrics: list[str] = field(default_factory=lambda: ["quick"])  # names or groups of metrics of an evaluation
     writers: list[str] = field(default_factory=lambda: ["tensorboard", "wandb"])  # in addition to metrics.jsonl
-    project: str = "sora_train"  # of the wandb run
-    group: str = ""  # of the wandb run; empty: name of the folder that holds the run folder
-    tags: list[str] = field(default_factory=list)  # of the wandb run
+    project: str = ""  # of the wandb run; empty: WANDB_PROJECT, or sora_train
+    group: str = ""  # of the wandb run; empty: WANDB_RUN_GROUP, or the folder that holds the run folder
+    tags: list[str] = field(default_factory=list)  # of the wandb run; empty: WANDB_TAGS
     prometheus_port: int = 0  # HTTP port for Prometheus; 0: run_dir/metrics.prom, for its textfile collector
     profile_steps: list[int] = field(default_factory=list)  # first and last step to trace into run_dir/profile/
     wandb_finish_s: float = 60.0  # seconds that wandb's uploads may take at the end of a run
@@ -383,6 +389,7 @@ class Config:
     init_from: str | None = None  # run folder or export whose averaged weights a new run starts from
     seed: int = 0  # of initial weights, data order and noise
     steps: int = MISSING  # optimizer updates of the run
+    epochs: float | None = None  # length of the run in epochs; null: `steps` says it
     precision: Precision = Precision.fp32
     threads: int | None = None  # CPU threads per rank; null: the machine's cores divided by its ranks
     model: ModelConfig = MISSING

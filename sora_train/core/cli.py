@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -41,9 +42,13 @@ def run(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows what it can
     try:
         code = main()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = BAD_INPUT
+    except BrokenPipeError:  # the reader of the output (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        code = 1
     sys.exit(code or 0)
 
 
@@ -187,9 +192,9 @@ def _value(key: str, field: dataclasses.Field[Any], hint: Any, given: Any) -> An
         return None
     if get_origin(kind) is list:
         if isinstance(given, str):
-            items: Any = _items(key, given)
+            items: Any = list_items(key, given)
         else:
-            items = [item for text in given for item in _items(key, text)] if isinstance(given, tuple) else given
+            items = [item for text in given for item in list_items(key, text)] if isinstance(given, tuple) else given
         if not isinstance(items, list):
             raise InputError(f"{key}={_shown(given)} must be a list, [a,b]")
         return [_one(key, field, get_args(kind)[0], item) for item in items]
@@ -267,7 +272,7 @@ def _range(limits: Mapping[str, float]) -> str:
     return "".join(f"{' and' if n else ''} {words[name]} {limit:g}" for n, (name, limit) in enumerate(limits.items()))
 
 
-def _items(key: str, text: str) -> list[str]:
+def list_items(key: str, text: str) -> list[str]:
     """The items of a list as it is typed."""
     inner = _unbracketed(text)
     if inner is None:

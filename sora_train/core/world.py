@@ -1,4 +1,4 @@
-"""Rank and world size of this process, from torchrun's environment variables (read here and nowhere else)."""
+"""Rank and world size of this process, from its launcher's environment variables (read here and nowhere else)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, replace
 
 from sora_train.core.cli import InputError
+
+_TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,58 @@ class World:
 
     @property
     def launched(self) -> bool:
-        """True if torchrun started this process."""
-        return "TORCHELASTIC_RUN_ID" in os.environ
+        """True if a launcher started this process and left the address at which the ranks meet."""
+        return "TORCHELASTIC_RUN_ID" in os.environ or self.size > 1
 
 
 def from_environment() -> World:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them (plain `python -m`) it is rank 0 of 1."""
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them (plain `python -m`) it is rank 0 of 1.
+
+    torchrun, `accelerate launch`, DeepSpeed's launcher (whose LOCAL_SIZE is LOCAL_WORLD_SIZE) and the training
+    operators of Kubernetes set them, with MASTER_ADDR and MASTER_PORT. Raises InputError for values that name no place
+    among ranks that can meet, since each would train alone; so would the tasks that srun or mpirun start.
+    """
     env = os.environ
-    return World(
-        rank=int(env.get("RANK", 0)),
-        size=int(env.get("WORLD_SIZE", 1)),
-        local_rank=int(env.get("LOCAL_RANK", 0)),
-        local_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
-        restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(env.get("SORA_RESTARTS", 0)),
-    )
+    if "WORLD_SIZE" not in env and "RANK" not in env:
+        _refuse_lone_task()
+    try:
+        world = World(
+            rank=int(env.get("RANK", 0)),
+            size=int(env.get("WORLD_SIZE", 1)),
+            local_rank=int(env.get("LOCAL_RANK", 0)),
+            local_size=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))),
+            restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + int(env.get("SORA_RESTARTS", 0)),
+        )
+    except ValueError as error:
+        raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}") from error
+    said = f"RANK={env.get('RANK', '')} and WORLD_SIZE={env.get('WORLD_SIZE', '')} are set in the environment"
+    if not 0 <= world.rank < world.size:
+        raise InputError(f"{said}, which is no rank of so many; unset them, or start with torchrun")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    if world.size > 1 and missing:
+        raise InputError(
+            f"{said}, but not {' and '.join(missing)}, so the ranks can't meet; unset them for one process alone, or "
+            "start with torchrun"
+        )
+    return world
+
+
+def threads_here(world: World) -> int:
+    """CPU threads of this rank: OMP_NUM_THREADS, or its share of the machine's cores.
+
+    torchrun sets 1 where nothing is set and several ranks run on a machine; then it is the share as well.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdigit() and int(said) > 0 and not (said == "1" and world.local_size > 1):
+        return int(said)
+    return max(1, len(os.sched_getaffinity(0)) // world.local_size)
+
+
+def _refuse_lone_task() -> None:
+    """Raise InputError for one of several tasks that srun or mpirun started, as nothing makes them one run."""
+    for name, launcher in _TASKS.items():
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise InputError(
+                f"{launcher} started {os.environ[name]} tasks ({name}), each of which would run alone; let it start "
+                "one torchrun on each machine, as launch/slurm.sbatch does"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sora_train.config.cost import cost, geometry
 from sora_train.config.registry import METHODS
@@ -92,6 +92,11 @@ class Shards:
         index = tables.join(index, asked=Filter(config.data.filter).columns)  # the filter holds for validation too
         require(index.encoded(), config, "data.validation")
         return Plan(index, plan_inputs(config, filters, {"text_to_video": 1.0}))
+
+
+def with_length(config: Config, plan: Stages) -> Config:
+    """The configuration with `steps` of the plan's `epochs`, where these are given."""
+    return config if config.epochs is None else replace(config, steps=plan.plans[0].count(config.epochs))
 
 
 def plan_inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> PlanInputs:

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sora_train.config.released import unreadable
 from sora_train.config.schema import VaeConfig
 from sora_train.core.cli import InputError
 from sora_train.core.pixels import to_frames, to_unit
@@ -27,7 +29,10 @@ def _trained_vae(config: VaeConfig) -> Any:
     if not path.is_file():
         raise InputError(f"no VAE weights at {path}; export a VAE run there")
     vae = build_vae(config)
-    vae.load_state_dict(load_file(path))
+    try:
+        vae.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise unreadable(path, error) from error
     return vae
 
 

@@ -15,10 +15,10 @@ from sora_train.generation.output import FORMATS, has_format
 from sora_train.generation.prompt_files import read_rows
 
 FILES = ("image", "video", "end_image", "end_video")
-_PATHS = ("run_dir", "vae", *FILES)  # recorded as absolute paths
+_PATHS = ("run_dir", "vae", "base", *FILES)  # recorded as absolute paths
 _OF_THE_COMMAND = {  # the same for all rows of a file of prompts
-    "from", "prompts", "run_dir", "vae", "checkpoint", "weights", "lora", "dtype", "rope_scaling", "rope_factors",
-    "release", "release.sign", "release.mark", "release.guard",
+    "from", "prompts", "run_dir", "vae", "base", "checkpoint", "weights", "lora", "dtype", "rope_scaling",
+    "rope_factors", "release", "release.sign", "release.mark", "release.guard",
 }  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class Options:
     dtype: str = choice(("fp32", "bf16"), "fp32")
     lora: list[str] = number([])  # adapters, each FILE or FILE:WEIGHT
     vae: str | None = None  # where the VAE is, if it has been moved
+    base: str | None = None  # where the released weights are that the run was trained from, if they have been moved
     release: str | None = None  # the release folder, or off; default: that of this user, if `release init` made one
     sign: bool = named("release.sign", True)
     mark: bool = named("release.mark", True)
@@ -94,7 +95,7 @@ def parse(usage: str | None) -> tuple[Options, Recorded | None]:
         if "from" not in typed:
             return {}
         about = _about(typed["from"])
-        anew = {"run_dir", "checkpoint", "weights", "lora", "vae"} & set(typed)
+        anew = {"run_dir", "checkpoint", "weights", "lora", "vae", "base"} & set(typed)
         given = {name: sha for name, sha in about["given"].items() if name not in typed}
         found.append(Recorded(typed["from"], "" if anew else about["weights"], given))
         its = about["options"] | {"out": str(Path(typed["from"]).parent / about["file"])}

@@ -53,11 +53,22 @@ class Family(Protocol):
     def load(self, network: nn.Module, path: str) -> None:
         """Copy released weights into the network. Raises InputError that lists tensors that don't match."""
 
-    def save(self, weights: Mapping[str, Tensor], config: ModelConfig, text_width: int, folder: Path) -> None:
-        """Write weights in the released format. Raises InputError if it can't express an option of the model."""
+    def save(
+        self, weights: Mapping[str, Tensor], config: ModelConfig, text_width: int, folder: Path, shard_gib: float
+    ) -> None:
+        """Write weights in the released format, in files of at most `shard_gib`.
 
-    def save_adapters(self, adapters: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
-        """Write adapters alone in the released format. Raises InputError if it can't express an option of the model."""
+        Raises InputError if it can't express an option of the model.
+        """
+
+    def save_adapters(self, adapters: Mapping[str, Tensor], config: ModelConfig, folder: Path, layout: str) -> None:
+        """Write adapters alone, in the names of diffusers, or (layout `original`) of the family's own repository.
+
+        Raises InputError if the format can't express an option of the model.
+        """
+
+    def start_adapters(self, network: nn.Module, path: str, config: ModelConfig) -> None:
+        """Set the network's adapters to those of a file. Raises InputError if they don't match."""
 
     def add_adapter_file(self, network: nn.Module, path: str, factor: float) -> None:
         """Add the adapters of a file, times `factor`, to the weights. Raises InputError if they don't match."""

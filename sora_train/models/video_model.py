@@ -69,6 +69,8 @@ def starting_model(config: Config) -> VideoModel:
     with _seeded(config.seed):
         network = _with_released_weights(config)
         add_adapters(network, network.dit, config.model.lora)
+        if config.model.lora.init_from is not None:
+            network.family.start_adapters(network.dit, config.model.lora.init_from, config.model)
     return network
 
 

@@ -29,8 +29,10 @@ from sora_train.encoding.captions import count_tokens
 from sora_train.evaluation.registry import choose
 from sora_train.methods.base import Learner
 from sora_train.models.layers import ulysses
+from sora_train.operations.advice import advice
 from sora_train.operations.evaluation import RunEvaluation
-from sora_train.operations.held_out import PreviewClips, Previewer, validation_packs, write_previews
+from sora_train.operations.held_out import PreviewClips, Previewer, PromptClips, validation_packs, write_previews
+from sora_train.operations.inputs import note_inputs
 from sora_train.operations.preflight import facts, require_agreement
 from sora_train.operations.trained import load_starting_weights
 from sora_train.training.engine.engines import Engines
@@ -57,6 +59,8 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
         plan.share(run, owner=world.local_rank == 0)
     ledger = Ledger(run_dir, world.rank)
     if world.is_main:  # before the engines' first collective, hence before any rank refuses a sample
+        if not any((run_dir / "checkpoints").glob("step-*")):
+            ledger.forget_rollbacks()
         indexes = [plan.index, *([held_out.index] if held_out else [])]
         ledger.refused_before([r for index in indexes for r in refusals(index)])
     if logging.memory_history:
@@ -68,6 +72,8 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     meter = Meter(geometry(config), training_cost(config), device, peak, d.slots * d.max_tokens, world.sequence)
     console = Console(config.steps, world.is_main, run_dir)
     console.say(_summary(config, world, plan, engines, len(passes)))
+    for line in note_inputs(config, held_out.index.fingerprint if held_out else "") if world.is_main else ():
+        console.say(line)
     for name, error in pool.load_errors().items():
         if error:
             console.say(f"warning: the decoder {name} can't be loaded here and is left out: {error}")
@@ -84,7 +90,9 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
 
     # previews of training clips need a plan of their own: the run's is shared by the ranks and moves on
     source = (lambda: held_out) if logging.previews is Previews.held_out else partial(shards.plan, config)
-    previews = PreviewClips(source, pool, logging.sample_clips, group)
+    previews: PromptClips | PreviewClips = PreviewClips(source, pool, logging.sample_clips, group)
+    if logging.prompts:
+        previews = PromptClips(config)
 
     def sample(step: int, break_off: Callable[[], bool]) -> dict[str, Path]:
         folder = run_dir / "samples" / f"step-{step:06d}"
@@ -165,4 +173,5 @@ def _summary(config: Config, world: World, plan: Stages, engines: Engines, passe
             f"warning: {config.data.slots} slots don't divide by {groups} group(s) of ranks; "
             f"{share:.0%} of the places idle"
         )
+    lines += advice(config)
     return "\n".join([*lines, *left_out(config, plan, partial(count_tokens, config))])

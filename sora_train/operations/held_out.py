@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sora_train.core.batch import Clip, Pack
+from sora_train.config.schema import Config
+from sora_train.core.batch import Clip, Pack, Visit
 from sora_train.core.world import World
 from sora_train.data.loader import Loader, first_clips
 from sora_train.data.order.curriculum import Stages
 from sora_train.data.order.plan import Plan, Position
 from sora_train.data.read.pool import Pool
 from sora_train.generation.output import save_sample
+from sora_train.generation.requests import clip_size
 from sora_train.models.layers import ulysses
 
 Group = ulysses.Group
@@ -48,6 +50,25 @@ class PreviewClips:
             moving = (lambda clip: clip.visit.frames > 1) if plan else None
             found = first_clips(plan, self._pool, lambda steps: ulysses.same_clips(steps, self._group)) if plan else ()
             self._clips = list(islice(filter(moving, found), self._count))
+        return self._clips
+
+
+class PromptClips:
+    """Clips of `logging.prompts`, without pixels: the caption of each, and the size that `sample` would give it."""
+
+    def __init__(self, config: Config) -> None:
+        frames, height, width = clip_size(config, None, None, None, None)
+        place = ((height, width), (0, 0, height, width))
+        self._clips = [
+            Clip(
+                Visit(-1, 0, frames, config.data.made_fps, *place, "text_to_video", number << 1), f"prompt {number}",
+                prompt, torch.empty(0, 3, height, width, dtype=torch.uint8),
+            )
+            for number, prompt in enumerate(config.logging.prompts)
+        ]  # fmt: skip
+
+    def get(self) -> list[Clip]:
+        """The clips."""
         return self._clips
 
 

@@ -43,7 +43,8 @@ def changes(config: Config) -> list[str]:
         return []
     old = flat(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
     new = flat(to_dict(config))
-    keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and key not in _OWN]
+    own = (*_OWN, "steps") if config.epochs is not None else _OWN  # then steps aren't known yet
+    keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and key not in own]
     differing = {key: f"{key}: {old[key]} -> {new[key]}" for key in keys}
     fixed = METHODS.get(config.method).fixed
     dangerous = [key for key in keys if key.split(".")[0] in fixed and key not in _FREE]
@@ -53,6 +54,12 @@ def changes(config: Config) -> list[str]:
             "take the change back, choose another run_dir, or set guard.accept_changes=true"
         )
     return list(differing.values())
+
+
+def done_already(config: Config) -> bool:
+    """Tell whether a run has a checkpoint of its last step (or a later one), so that nothing is left to train."""
+    steps = [path.name.removeprefix("step-") for path in (Path(config.run_dir) / "checkpoints").glob("step-*")]
+    return any(step.isdigit() and int(step) >= config.steps for step in steps)
 
 
 def count_restart(config: Config, world: World) -> None:

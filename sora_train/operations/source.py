@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from sora_train.config.load import build, load
-from sora_train.config.released import adapter_file, folder_of, is_released
+from sora_train.config.released import adapter_file, flow_shift, folder_of, is_released, second_transformer
 from sora_train.config.rules import check
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
@@ -22,6 +22,7 @@ from sora_train.data.read.encoded import weights_hash
 from sora_train.generation.options import Options
 from sora_train.generation.sampler import Sampler
 from sora_train.models.layers import ulysses
+from sora_train.operations.inputs import check_inputs
 from sora_train.operations.trained import EXPORTED, Weights, checkpoint_of, load_sampler
 
 _TI2V_CHANNELS = 48  # of the latents of Wan 2.2's 5B model, which runs at another rate and size than the others
@@ -57,7 +58,9 @@ class Source:
 def model_config(o: Options) -> Config:
     """The configuration of the model at `run_dir`, with what the options change for all samples. Raises InputError."""
     of_a_run = {"checkpoint": o.checkpoint is not None, "weights=raw": o.weights == "raw"}
-    config = _released(o.run_dir) if is_released(o.run_dir) else load(o.run_dir, o.vae)
+    config = _released(o.run_dir) if is_released(o.run_dir) else load(o.run_dir, o.vae, o.base)
+    if o.vae is None:
+        check_inputs(config, o.run_dir, ", or say where they are: base=FOLDER, vae=FOLDER")
     given = [key for key, is_given in of_a_run.items() if is_given]
     if given and not (Path(o.run_dir) / "checkpoints").is_dir():
         raise InputError(f"{o.run_dir} is no run, so it has no {given[0]}; leave it out")
@@ -121,15 +124,14 @@ def sharing(config: Config) -> World:
 
 def _released(folder: str) -> Config:
     """The configuration of a text-to-video or TI2V pipeline of Wan. Raises InputError for another one."""
-    index = json.loads((Path(folder) / "model_index.json").read_text())
-    if index.get("transformer_2", [None])[0] is not None:
+    if second_transformer(folder):
         raise InputError(
             f"{folder} has two transformers, one for each half of the noise; only one is sampled with here"
         )
     tree = {
         "run_dir": folder, "steps": 1, "vae": {"path": folder}, "model": {"init_from": folder},
         "text_encoder": {"path": folder, "max_tokens": 512, "pad_to": 512},
-        "flow": {"guidance": 5.0, "sampling_steps": 50, "shift": _shift(Path(folder)), "shift_tokens": 0},
+        "flow": {"guidance": 5.0, "sampling_steps": 50, "shift": flow_shift(folder) or 1.0, "shift_tokens": 0},
         "data": {**_WAN, "sources": {"none": {"shards": []}}},
     }  # fmt: skip
     missing = {"width": 1, "depth": 1, "heads": 1, "ffn": 1}  # the folder's shape replaces them
@@ -138,10 +140,3 @@ def _released(folder: str) -> Config:
     if config.vae.channels == _TI2V_CHANNELS:
         config = replace(config, data=replace(config.data, **_WAN_TI2V))  # type: ignore[arg-type]
     return config
-
-
-def _shift(folder: Path) -> float:
-    """The shift of timesteps that a pipeline's scheduler has."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return float(found.get("flow_shift") or found.get("shift") or 1.0)

@@ -11,7 +11,8 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -29,13 +30,15 @@ class Job:
 
     run_dir: Path
     overrides: list[str]
+    flags: list[str] = field(default_factory=list)  # of Hydra, such as --config-dir
 
     def command(self, ranks: int) -> list[str]:
         """Command that starts it; given again, it goes on where it was."""
         return [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-            "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", str(_SHUTDOWN_S),
-            "-m", "sora_train.train", *self.overrides, f"run_dir={self.run_dir}",
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost",
+            "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
+            "--shutdown-timeout", str(_SHUTDOWN_S),
+            "-m", "sora_train.train", *self.flags, *self.overrides, f"run_dir={self.run_dir}",
         ]  # fmt: skip
 
 
@@ -72,6 +75,18 @@ class _Stop:
             code = process.wait()
             self.running.discard(process)
             return code
+
+
+def config_flags(arguments: Sequence[str]) -> list[str]:
+    """Hydra's flags among the arguments of a command that say where configurations are, each with its value."""
+    names = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
+    found: list[str] = []
+    for place, argument in enumerate(arguments):
+        if argument in names:
+            found += arguments[place : place + 2]
+        elif argument.partition("=")[0] in names:
+            found.append(argument)
+    return found
 
 
 def run_jobs(jobs: Sequence[Job], ranks: int, together: int, metric: str) -> list[Result]:
@@ -121,7 +136,9 @@ def _gpus() -> list[str]:
     """List the GPUs that jobs may use, as entries of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name for name in visible.split(",") if name.strip()]
+        names = [name.strip() for name in visible.split(",")]
+        # as CUDA reads it: what follows a number below 0 doesn't count
+        return [name for name in takewhile(lambda name: not name.startswith("-"), names) if name]
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]

@@ -368,8 +368,11 @@ class Trainer:
             if state["plan_hash"] == self.parts.plan.hash:
                 self.parts.plan.restore(state["amendments"])
             else:
+                epoch, window, taken = self.position
+                self.position = (epoch, window, 0)
                 self.console.say(
-                    "the data or its packing changed since the checkpoint: going on at the same place of a new plan"
+                    "the data or its packing changed since the checkpoint: going on in a new plan, at the beginning "
+                    f"of window {window} of epoch {epoch}; the {taken} step(s) taken of it are taken again"
                 )
             self.console.say(
                 f"resumed {checkpoint.name}, saved on {state['ranks']} rank(s) at ZeRO stage {state['stage']}"

@@ -120,6 +120,26 @@ def test_a_deepspeed_key_that_follows_from_ours_is_refused(answer: Answer, key: 
         (["checkpoint.mirror=https://host/x"], "checkpoint.mirror=https://host/x: nothing can be written to http"),
         (["checkpoint.mirror='ftp://me:hush@host/x'"], "checkpoint.mirror holds a password; give it by the env"),
         (["text_encoder.heads=3"], "text_encoder.width=128 must be a multiple of its heads"),
+        (["flow.caption_dropout=10"], "flow.caption_dropout=10.0 must be in [0, 1]"),
+        (["optim.text_lr_scale=-1"], "optim.text_lr_scale=-1.0 must not be below 0"),
+        (["optim.weight_decay=-1"], "optim.weight_decay=-1.0 must not be below 0"),
+        (["optim.ema_decay=-1"], "optim.ema_decay=-1.0 must be in [0, 1)"),
+        (["optim.decay_fraction=3"], "optim.decay_fraction=3.0 must be in [0, 1]"),
+        (["optim.betas=[0.9]"], "optim.betas"),
+        (["optim.betas=[0.9,1.5]"], "must be in [0, 1)"),
+        (["optim.lr=inf"], "optim.lr=inf must be above 0"),
+        (["optim.eps=nan"], "optim.eps=nan must be above 0"),
+        (["optim.schedule=cosin"], "optim.schedule=cosin; did you mean 'cosine'?"),
+        (["optim.rates={text: -1}"], "optim.rates={'text': -1.0} must not be below 0"),
+        (["threads=-1"], "threads=-1 must be above 0"),
+        (["seed=-1"], "seed=-1 must be 0 to"),
+        (["text_encoder.max_tokens=0"], "text_encoder.max_tokens=0 must be above 0"),
+        (["logging.prometheus_port=70000"], "must be a port, 0 to 65535"),
+        (["deepspeed.zero_optimisation.stage=3"], "no deepspeed.zero_optimisation; did you mean 'zero_optimization'?"),
+        (["+deepspeed.zero_optimisation.stage=3"], "did you mean 'zero_optimization'?"),
+        (["deepspeed.zero_optimization.reduce_buket_size=3"], "did you mean 'reduce_bucket_size'?"),
+        (["deepspeed.zero_optimization=null"], "deepspeed.zero_optimization is null"),
+        (["data.storage.s3=anon"], "data.storage.s3 must be a map of options"),
     ],
 )
 def test_every_rule_across_keys_names_its_keys(answer: Answer, overrides: list[str], message: str) -> None:
@@ -207,6 +227,85 @@ def test_what_is_quoted_and_what_is_no_text_stays_hydras() -> None:
     ):
         assert as_typed(same) == same
     assert as_typed("vae.path=2024_11") == "vae.path='2024_11'"
+
+
+def test_lists_of_text_and_maps_with_keys_of_their_own_need_no_quoting_and_no_plus() -> None:
+    assert as_typed("data.validation=[a-{0..3}.tar,b]") == "data.validation=['a-{0..3}.tar','b']"
+    assert as_typed("data.validation=one.tar") == "data.validation=['one.tar']"
+    assert as_typed("data.sources.mine.shards=[my (1)/*.tar]") == "++data.sources.mine.shards=['my (1)/*.tar']"
+    assert as_typed("data.storage={s3: {anon: true}}") == "++data.storage={s3: {anon: true}}"
+    assert as_typed("+data.storage.s3.anon=true") == "+data.storage.s3.anon=true"
+    assert as_typed("data.captions.long=2") == "++data.captions.long=2"
+
+
+def test_new_entries_of_maps_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    GlobalHydra.instance().clear()
+    typed = ("data.storage={s3: {anon: true}}", "data.storage.gs.token=x", "optim.rates={text.*: 0.1}",
+             "data.sources.more.shards=[a-{0..3}.tar]", "data.sources.more.filter=duration >= 2")  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["train", "experiment=demo_vae", "run_dir=run", *typed, "hydra.run.dir=."])
+    assert run_hydra(lambda config: seen.append(config) or 0) == 0  # type: ignore[func-returns-value]
+    (config,) = seen
+    assert config.data.storage == {"s3": {"anon": True}, "gs": {"token": "x"}}
+    assert config.optim.rates == {"text.*": 0.1}
+    assert config.data.sources["more"].shards == ["a-{0..3}.tar"]
+    assert config.data.sources["more"].filter == "duration >= 2" and "demo" in config.data.sources
+
+
+def test_a_run_folder_is_a_folder_that_all_ranks_name_alike(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    monkeypatch.setenv("SORA_EXIT_FILE", str(told))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for run_dir, said in (
+        ("s3://bucket/x", "run_dir=s3://bucket/x must be a folder .* checkpoint.mirror=s3://bucket/x"),
+        ("runs/${now:%H}", "each rank would take a time of its own"),
+    ):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr("sys.argv", ["train", "experiment=demo_vae", f"run_dir={run_dir}"])
+        with pytest.raises(InputError, match=said):
+            run_hydra(shards_of)
+        assert told.read_text() == "code 2\n" and [path.name for path in tmp_path.iterdir()] == ["told"]
+        told.unlink()
+
+
+def test_a_launch_script_is_told_the_folder_and_the_code_wherever_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SORA_EXIT_FILE", "told")
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text("# @package _global_\nrun_dir: my runs/x\n")
+    GlobalHydra.instance().clear()
+    arguments = ["--config-dir", "conf", "experiment=[demo_vae,mine]", "steps=0"]
+    monkeypatch.setattr("sys.argv", ["train", *arguments])
+    with pytest.raises(InputError, match="steps=0 must be above 0"):
+        run_hydra(shards_of)
+    assert (tmp_path / "told").read_text() == f"before \nrun_dir {tmp_path}/my runs/x\ncode 2\n"
+
+
+def test_a_sweep_that_is_told_to_stop_starts_no_further_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr("sys.argv", ["train", "-m", "experiment=demo_vae", "run_dir=s", "seed=0,1,2"])
+    seen: list[int] = []
+
+    def job(config: Config) -> int:
+        seen.append(config.seed)
+        return 75 if config.seed == 1 else 0
+
+    assert run_hydra(job) == 75 and seen == [0, 1]
+
+
+def test_deepspeeds_keys_are_those_that_are_installed() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from sora_train.config.deepspeed_keys import ZERO
+
+    fields = DeepSpeedZeroConfig.model_fields
+    assert set(ZERO) >= {*fields, *(field.alias for field in fields.values() if field.alias)}
 
 
 VAE = "experiment=demo_vae"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +23,8 @@ from sora_train.core.cli import (
     options_and_paths,
     read,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 class Fit(Enum):
@@ -167,3 +170,10 @@ def test_help_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     with pytest.raises(SystemExit) as ended:
         options(Options, "how to use it")
     assert not ended.value.code and capsys.readouterr().out == "how to use it\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    lines = "from sora_train.core.cli import run\nrun(lambda: print('x' * 100000 * 10))"
+    command = f'{sys.executable} -c "$0" | head -c 1'
+    done = subprocess.run(["bash", "-c", command, lines], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "x" and done.stderr == ""

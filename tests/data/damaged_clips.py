@@ -26,6 +26,7 @@ from sora_train.data.read.pool import Pool
 VISIBLE = 12.0  # levels of 255
 _SIZE = (192, 320)
 _FRAMES = 32
+_RATE = 24
 _OPTIONS = {
     "libx264": (
         {"preset": "veryfast"}, {"preset": "veryfast", "x264-params": "bframes=0"},
@@ -58,7 +59,7 @@ def clean(codec: str, options: dict[str, str], gop: int, extension: str, frames:
     """A whole video of the frames."""
     path = folder / f"clean.{extension}"
     with av.open(str(path), "w", options={"movflags": "faststart"} if extension == "mp4" else {}) as out:
-        stream = out.add_stream(codec, rate=24)
+        stream = out.add_stream(codec, rate=_RATE)
         stream.height, stream.width, stream.pix_fmt = *_SIZE, "yuv420p"
         stream.codec_context.thread_count, stream.options = 1, options | {"g": str(gop)}
         for picture in frames:
@@ -102,6 +103,15 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(levels.reshape(frames, height // 16, 16, width // 16, 16).mean((2, 4)).max())
 
 
+def _difference_at(got: np.ndarray, true: np.ndarray, wanted: list[int], track: Track) -> float:
+    """The largest difference from the frames of the clean file; where frames are missing, from those at their times."""
+    if not track.vfr:
+        return difference(got, true[wanted])
+    middles = [int((number + 0.5) / track.fps * _RATE) for number in wanted]
+    near = [[place for place in (at - 1, at, at + 1) if 0 <= place < len(true)] or [len(true) - 1] for at in middles]
+    return max(min(difference(one[None], true[[at]]) for at in places) for one, places in zip(got, near, strict=True))
+
+
 def _shown(data: bytes, track: Track) -> np.ndarray | None:
     """What a decoder shows from the start, whatever it complains about."""
     frames = []
@@ -137,13 +147,13 @@ def examine(kind: str, data: bytes, true: np.ndarray, extension: str, pool: Pool
         except DecodeError as error:
             refused.append((wanted, str(error)))
             continue
-        worst = max(worst, difference(got, true[wanted]) if size == _SIZE else 255.0)
-    if worst > VISIBLE or track.frames > len(true) or (not track.vfr and abs(track.fps - 24) > 0.5):
+        worst = max(worst, _difference_at(got, true, wanted, track) if size == true.shape[1:3] else 255.0)
+    if worst > VISIBLE or track.frames > len(true) or (not track.vfr and abs(track.fps - _RATE) > 0.5):
         out.wrong[kind] += 1
         out.examples.append(f"{kind}: worst block {worst:.1f}, {track}")
     elif refused:
         shown = _shown(data, track)
-        right = [shown is not None and wanted[-1] < len(shown) and shown.shape[1:3] == _SIZE
+        right = [shown is not None and wanted[-1] < len(shown) and shown.shape[1:3] == true.shape[1:3]
                  and difference(shown[wanted], true[wanted]) <= VISIBLE for wanted, _ in refused]  # fmt: skip
         out.refused += 1
         out.refused_right += all(right)

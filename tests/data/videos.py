@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -66,6 +66,27 @@ def cut(source: bytes, path: Path, seconds: float) -> bytes:
             if packet.dts is not None:
                 packet.stream, packet.pts, packet.dts = copy, packet.pts - shift, packet.dts - shift
                 out.mux(packet)
+    return path.read_bytes()
+
+
+def hiding(source: bytes, path: Path, hidden: Collection[int]) -> bytes:
+    """A VP8 video of which some frames, by number, only serve others, as libvpx's alternate references do.
+
+    Those that are shown follow each other at the same rate; a hidden one has the time right after the one before it.
+    """
+    with av.open(io.BytesIO(source)) as given, av.open(str(path), "w") as out:
+        stream = given.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        shown = 0
+        for number, packet in enumerate(packet for packet in given.demux(stream) if packet.size):
+            data = bytearray(bytes(packet))
+            if number in hidden:
+                data[0] &= ~16  # show_frame, RFC 6386, 9.1
+            moved = av.Packet(bytes(data))
+            moved.pts = moved.dts = round(shown * 1000 / 30) - 32 * (number in hidden)
+            moved.time_base, moved.is_keyframe, moved.stream = Fraction(1, 1000), packet.is_keyframe, copy
+            shown += number not in hidden
+            out.mux(moved)
     return path.read_bytes()
 
 

@@ -83,6 +83,21 @@ def test_shards_that_are_named_stand_for_the_configurations_own_and_each_stage_h
     assert "shards</td><td>1</td><td>8</td>" in text and "max_pixels 256" in text
 
 
+def test_samples_without_captions_are_of_use_to_an_autoencoder(
+    tmp_path: Path, write_samples: Write, make_sample: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = {name: value for name, value in make_sample(2).items() if name != "txt"}
+    shard = write_samples(tmp_path / "s.tar", [make_sample(0), bare, {"__key__": "bad", "mp4": b"no", "txt": b"x"}])
+    monkeypatch.chdir(tmp_path)
+    text = page(
+        monkeypatch, tmp_path / "page.html", shard, "experiment=demo_vae", "data.slots=1", "data.max_pixels=1024"
+    )
+    assert "2 usable samples" in text and "shards</td><td>1</td><td>3</td><td>1 (not_a_video 1)</td>" in text
+    assert text.count("<img") == 2 and "no_caption" not in text
+    text = page(monkeypatch, tmp_path / "page.html", shard, *CONFIGURED[:1], "data.slots=1", "data.max_pixels=1024")
+    assert "1 usable samples" in text and "no_caption" in text
+
+
 @pytest.mark.parametrize("arguments", [[], ["x.tar"], ["fps=fast"], ["experiment=none"], ["experiment=demo", "fps=2"]])
 def test_wrong_use_is_one_line(
     corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]

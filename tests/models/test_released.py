@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +14,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel, UMT5ForConditionalGeneration
 
 from sora_train import export
 from sora_train.config.cost import geometry
-from sora_train.config.load import build, to_yaml
+from sora_train.config.load import build, load, to_yaml
+from sora_train.config.released import expands_timesteps
 from sora_train.config.schema import Config, TileConfig
 from sora_train.core.batch import Clip, Pack
 from sora_train.core.cli import InputError
@@ -25,7 +29,7 @@ from sora_train.encoding.captions import tokenizer
 from sora_train.encoding.vae import FrozenVae
 from sora_train.generation.sampler import Sampler, request_for
 from sora_train.methods.diffusion.learner import start
-from sora_train.models.video_model import starting_model
+from sora_train.models.video_model import starting_model, whole_weights
 from sora_train.models.video_vae.released import ReleasedVae
 from sora_train.models.video_vae.tiling import in_time
 
@@ -208,6 +212,117 @@ def test_adapters_on_released_weights_are_read_by_diffusers(
     pipe.load_lora_weights(tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(pipe.transformer(*inputs, return_dict=False)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_training_starts_from_adapters_in_either_layout(
+    compose_tree: Callable[..., DictConfig], pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"{key}={pipeline}" for key in ("model.init_from", "vae.path", "text_encoder.path")]
+
+    def configured(*more: str) -> Config:
+        lora = (f"model.lora.targets=[{ADAPTED}]", *more)
+        return build(compose_tree("experiment=demo", *keys, "flow.prediction=velocity", *lora))
+
+    first = configured("model.lora.rank=2", "model.lora.alpha=6")
+    torch.manual_seed(1)
+    names = [name for name, p in starting_model(first).named_parameters() if p.requires_grad]
+    trained = {
+        name: p + 0.2 * torch.randn_like(p) for name, p in starting_model(first).state_dict().items() if name in names
+    }
+    (tmp_path / "config.yaml").write_text(to_yaml(first))
+    monkeypatch.setattr(export, "trained_weights", lambda _: trained)
+    expected = whole_weights(first, trained)
+    for layout in ("diffusers", "original"):
+        out = tmp_path / layout
+        arguments = ["export", f"run_dir={tmp_path}", f"out={out}", "format=adapter", f"layout={layout}"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert export.main() == 0
+        second = configured("model.lora.rank=3", "model.lora.alpha=12", f"model.lora.init_from={out}")
+        started = starting_model(second)
+        own = {name: p.detach() for name, p in started.named_parameters() if p.requires_grad}
+        merged = whole_weights(second, own)
+        for name, values in expected.items():
+            torch.testing.assert_close(merged[name], values, rtol=1e-5, atol=1e-6)
+    layers = {key.rpartition(".lora_")[0] for key in load_file(tmp_path / "original/pytorch_lora_weights.safetensors")}
+    assert {
+        "diffusion_model.blocks.0.self_attn.q",
+        "diffusion_model.blocks.0.ffn.2",
+        "diffusion_model.head.head",
+    } <= layers
+    file = tmp_path / "original"
+    for more, message in (
+        (("model.lora.rank=1",), "has rank 2; set model.lora.rank=2 or higher"),
+        (("model.lora.rank=2", "model.lora.targets=[q]"), "which model.lora.targets leaves out"),
+        (("model.lora.rank=0",), "needs model.lora.rank"),
+        (("model.lora.rank=2", "model.lora.init_from=nowhere.safetensors"), "there is no such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            starting_model(configured(f"model.lora.init_from={file}", *more))
+
+
+def test_an_export_copies_the_encoder_alone_and_splits_and_casts_weights(
+    compose_tree: Callable[..., DictConfig], pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text encoder as a checkpoint of encoder and decoder with its tokenizer beside the weights."""
+    text = tmp_path / "umt5"
+    whole = UMT5ForConditionalGeneration(
+        UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+    )
+    whole.save_pretrained(text)
+    PreTrainedTokenizerFast.from_pretrained(pipeline / "tokenizer").save_pretrained(text)
+    keys = (f"model.init_from={pipeline}", f"vae.path={pipeline}", f"text_encoder.path={text}")
+    config = build(compose_tree("experiment=demo", *keys, "flow.prediction=velocity"))
+    run, out, plain = tmp_path / "run", tmp_path / "out", tmp_path / "plain"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(export, "trained_weights", lambda _: starting_model(config).state_dict())
+    for given in ([f"out={out}", "format=diffusers", "dtype=bf16", "shard_gib=1e-5"], [f"out={plain}"]):
+        monkeypatch.setattr(sys, "argv", ["export", f"run_dir={run}", *given])
+        assert export.main() == 0
+    assert sorted(path.suffix for path in (out / "tokenizer").iterdir()) == [".json"] * len(
+        list((out / "tokenizer").iterdir())
+    )
+    pipe = WanPipeline.from_pretrained(out)
+    assert type(pipe.text_encoder) is UMT5EncoderModel and not pipe.config.expand_timesteps
+    files = list((out / "transformer").glob("*.safetensors"))
+    assert len(files) > 1 and {t.dtype for file in files for t in load_file(file).values()} == {torch.bfloat16}
+    assert sorted(path.name for path in plain.iterdir()) == ["config.yaml", "model.safetensors", "vae"]
+    assert sorted(path.name for path in (plain / "vae").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    assert load(plain).vae.class_name == "AutoencoderKLWan"
+
+
+def test_a_base_of_two_transformers_is_refused_and_given_frames_are_known(
+    compose_tree: Callable[..., DictConfig], pipeline: Path, tmp_path: Path
+) -> None:
+    for name, index in (("a14b", {"transformer_2": ["diffusers", "X"]}), ("ti2v", {"expand_timesteps": True})):
+        shutil.copytree(pipeline, tmp_path / name)
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="has two transformers, one for each half of the noise"):
+        build(compose_tree("experiment=demo", f"model.init_from={tmp_path}/a14b"), need_vae=False)
+    assert expands_timesteps(tmp_path / "ti2v") and not expands_timesteps(pipeline)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("fault", ["pointer", "cut"])
+def test_weights_that_are_not_whole_are_one_line(
+    compose_tree: Callable[..., DictConfig], pipeline: Path, tmp_path: Path, part: str, fault: str
+) -> None:
+    folder = tmp_path / "wan"
+    shutil.copytree(pipeline, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    data = file.read_bytes()
+    file.write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid x\n" if fault == "pointer" else data[: len(data) // 2]
+    )
+    keys = [f"{key}={folder}" for key in ("model.init_from", "vae.path", "text_encoder.path")]
+    config = build(compose_tree("experiment=demo", *keys, "flow.prediction=velocity"))
+    with pytest.raises(InputError, match="pointer of Git LFS" if fault == "pointer" else "fetch it again") as error:
+        start(config, CPU)
+        tokenizer(config, CPU)(["a block"])
+    assert "\n" not in str(error.value) and str(file) in str(error.value)
 
 
 def test_adapters_beside_a_text_encoder_that_nobody_trained_are_refused(

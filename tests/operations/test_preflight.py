@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import DictConfig
+from safetensors.torch import save_file
 
 from sora_train.config.load import build, to_yaml
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
 from sora_train.forecast.out_of_memory import advice, is_out_of_memory, peak_bytes, suggestion
+from sora_train.operations.inputs import check_inputs, note_inputs
 from sora_train.operations.memory import out_of_memory
-from sora_train.operations.preflight import changes, code_hash, count_restart, differences, facts, usable
+from sora_train.operations.preflight import changes, code_hash, count_restart, differences, done_already, facts, usable
 from sora_train.training.parts import Place
 
 Make = Callable[..., Config]
@@ -73,6 +76,28 @@ def test_a_vae_does_not_mind_another_video_model(make: Make, tmp_path: Path, sta
     assert [line.split(":")[0] for line in changes(make("method=autoencoder", "model.width=64"))] == ["model.width"]
     with pytest.raises(InputError, match="vae.channels"):
         changes(make("method=autoencoder", "vae.channels=7"))
+
+
+def test_weights_and_validation_shards_that_are_replaced_under_their_paths_are_noticed(
+    make: Make, started: Path, tmp_path: Path
+) -> None:
+    vae = tmp_path / "vae"
+    vae.mkdir()
+    save_file({"a": torch.zeros(3)}, vae / "vae.safetensors")
+    config = make()
+    config.vae.path = str(vae)
+    assert note_inputs(config, "first") == [] and note_inputs(config, "first") == []
+    check_inputs(config, started, "")
+    assert ["validation shards are others" in line for line in note_inputs(config, "second")] == [True]
+    save_file({"a": torch.ones(3)}, vae / "vae.safetensors")
+    with pytest.raises(InputError, match=r"vae.path=.* holds other weights than those .* put those back, or not"):
+        check_inputs(config, started, ", or not")
+    shutil.rmtree(started / "checkpoints")
+    check_inputs(config, started, "")  # nothing was trained yet
+
+
+def test_a_run_with_all_its_steps_is_known(make: Make, started: Path) -> None:
+    assert done_already(make("steps=10")) and done_already(make("steps=9")) and not done_already(make("steps=11"))
 
 
 def test_restarts_without_progress_end_and_a_start_by_hand_begins_anew(make: Make, started: Path) -> None:

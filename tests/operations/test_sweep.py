@@ -17,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sora_train.operations.records import read
-from sora_train.operations.sweep import Job, run_jobs, summary
+from sora_train.operations.sweep import Job, config_flags, run_jobs, summary
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,9 +61,13 @@ def test_a_failed_job_is_named_and_the_others_count(tmp_path: Path, capsys: pyte
 
 
 def test_a_job_is_torchrun_of_the_training_command(tmp_path: Path) -> None:
-    command = Job(tmp_path / "0-x", ["experiment=demo", "optim.lr=1e-3"]).command(4)
-    assert command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    assert command[-4:] == ["sora_train.train", "experiment=demo", "optim.lr=1e-3", f"run_dir={tmp_path / '0-x'}"]
+    flags = config_flags(["-m", "--config-dir", "mine", "experiment=demo", "-cn=other", "optim.lr=1e-3"])
+    assert flags == ["--config-dir", "mine", "-cn=other"]
+    command = Job(tmp_path / "0-x", ["experiment=demo", "optim.lr=1e-3"], flags).command(4)
+    assert command[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+    assert command[command.index("--nproc-per-node") + 1] == "4"
+    last = [*flags, "experiment=demo", "optim.lr=1e-3", f"run_dir={tmp_path / '0-x'}"]
+    assert command[-len(last) - 1 :] == ["sora_train.train", *last]
 
 
 @pytest.mark.timeout(280)

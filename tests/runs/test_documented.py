@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.checkout import Checkout
+from tests.data_tools.curation import films
 from tests.documented import NOT_RUN, all_sessions, as_run, commands
 
 SERVERS = {"tensorboard": r"TensorBoard \S+ at (http\S+)", "mkdocs serve": r"Serving on (http\S+)"}
@@ -106,6 +107,12 @@ def furnished(
         table.append(f"{number}.mp4,block {number}")
     (folder / "table.csv").write_text("\n".join(table) + "\n")
     checkout.give("python -m data_tools.build_shards videos=my_videos out=shards && ln -s shards my")
+    (folder / "raw").mkdir()
+    (folder / "raw/licences.toml").write_text(
+        'allowed = ["CC0-1.0"]\n[[source]]\nid = "nasa"\nmatch = "*"\nlicence = "CC0-1.0"\n'
+    )
+    films.write(folder / "raw/film.mp4", films.joined([films.shot(1, 30), films.shot(2, 30)]).frames_THWC)
+    (folder / "raw/film.txt").write_text("coloured discs over soft patches")
     (folder / "vae").symlink_to("runs/demo_vae/export")
     write_pipeline(folder / "Wan2.1-T2V-1.3B-Diffusers")
     vgg = random_vgg()

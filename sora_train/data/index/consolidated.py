@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -19,11 +20,11 @@ import numpy as np
 
 from sora_train.core.cli import InputError
 from sora_train.data.index.index import Index, load_index
-from sora_train.data.index.side_tables import SideTables, side_table_hashes
+from sora_train.data.index.side_tables import Lacking, SideTables, side_table_hashes
 from sora_train.data.read.decode import DecodeError, Track
 from sora_train.data.read.store import Store
 
-VERSION = 2
+VERSION = 3
 COLUMNS = {  # 19 bytes
     "usable": np.uint8, "frames": np.int32, "fps": np.float32, "width": np.uint16, "height": np.uint16,
     "duration": np.float32, "caption_chars": np.uint16,
@@ -33,10 +34,11 @@ _OPEN_SHARDS = 256  # whose Parquet is kept in memory
 
 
 class Beside(NamedTuple):
-    """Side tables within a consolidated index: names of columns, and the hash of each file."""
+    """Side tables within a consolidated index: names of columns, the hash of each file, and rows that they lack."""
 
     columns: tuple[str, ...] = ()
     hashes: tuple[str, ...] = ()
+    lacking: tuple[Lacking, ...] = ()  # for samples that only a method which reads no captions can use
 
 
 _ALONE = Beside()
@@ -140,12 +142,17 @@ def consolidate(
     tables = SideTables(side_tables, store)
     claims, names = tables.claims(), tables.numbers
     counts, prints = [], []
+    lacking: dict[str, Lacking] = {}
     kinds = COLUMNS | dict.fromkeys(names, np.float64)
     files = {name: (folder / f"{name}.bin").open("wb") for name in kinds}
     try:
         for number, shard in enumerate(shards):
             index = load_index([shard], store, allow_empty=True)
             columns = index.columns | {"usable": index.usable} | tables.values(index, number, claims)
+            bare = replace(index, captioned=False)
+            for more in tables.lacking(bare) if (bare.usable & ~index.usable).any() else ():
+                first = lacking.setdefault(more.table, more._replace(samples=0))
+                lacking[more.table] = first._replace(samples=first.samples + more.samples)
             for name, file in files.items():
                 values = columns[name]
                 kind: np.dtype = np.dtype(kinds[name])
@@ -157,7 +164,8 @@ def consolidate(
     finally:
         for file in files.values():
             file.close()
-    write_meta(folder, shards, counts, prints, Beside(tuple(names), tuple(sorted(tables.hashes))))
+    beside = Beside(tuple(names), tuple(sorted(tables.hashes)), tuple(lacking.values()))
+    write_meta(folder, shards, counts, prints, beside)
     return sum(counts)
 
 
@@ -200,6 +208,8 @@ def load_consolidated(
     beside = Beside(*(tuple(part) for part in meta["side_tables"].values()))
     if beside.hashes != tuple(side_table_hashes(side_tables, store)):
         raise InputError(f"data.index={folder} was made with other side tables than those of data.side_tables; {again}")
+    if beside.lacking and not captioned:
+        raise Lacking(*beside.lacking[0]).error()
     columns: dict[str, np.ndarray] = {}
     for name, kind in (COLUMNS | dict.fromkeys(beside.columns, np.float64)).items():
         path = folder / f"{name}.bin"

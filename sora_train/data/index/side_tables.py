@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,22 @@ _PIECE = re.compile(r"\+\d+$")  # of the key of a clip that was encoded before: 
 _UNUSED = -1
 
 
+class Lacking(NamedTuple):
+    """Samples that could be used, for which a side table has no row."""
+
+    table: str  # as configured
+    samples: int
+    key: str  # of the first
+    shard: str
+
+    def error(self) -> InputError:
+        """The error of a run that needs these rows."""
+        return InputError(
+            f"data.side_tables={self.table} has no row for {self.samples} sample(s) such as {self.key!r} of "
+            f"{self.shard}; add them (null where there is no value), or leave the shard out"
+        )
+
+
 @dataclass(frozen=True)
 class _Table:
     name: str  # as configured
@@ -43,20 +59,10 @@ class _Table:
 
         Raises InputError where a usable sample has none, or where two shards have one key.
         """
-        keys, shards = index.columns["key"], np.asarray(index.shard)
-        if "encoded" in index.columns and (encoded := index.columns["encoded"] != "").any():
-            keys = np.where(encoded, [_PIECE.sub("", key) for key in keys.tolist()], keys)
-        if self.by_shard:
-            names = np.array([_stem(shard) for shard in index.shards], dtype=object)
-            keys = names[shards] + "/" + keys
-        rows = pc.fill_null(pc.index_in(pa.array(keys, pa.string()), self.keys), -1).to_numpy(zero_copy_only=False)
-        missing = np.flatnonzero(index.usable & (rows < 0))
-        if len(missing):
-            key, shard = str(index.columns["key"][missing[0]]), index.shards[shards[missing[0]]]
-            raise InputError(
-                f"data.side_tables={self.name} has no row for {len(missing)} sample(s) such as {key!r} of {shard}; add "
-                "them (null where there is no value), or leave the shard out"
-            )
+        rows = self._places(index)
+        if lacking := self.lacking(index, rows):
+            raise lacking.error()
+        shards = np.asarray(index.shard)
         found = np.flatnonzero(rows >= 0)
         mine, before = shards[found] + first_shard, claimed[rows[found]]
         claimed[rows[found]] = mine
@@ -67,6 +73,24 @@ class _Table:
                 "shards; add a column `shard` with the file name of each sample's tar"
             )
         return rows
+
+    def lacking(self, index: Index, rows: np.ndarray | None = None) -> Lacking | None:
+        """The usable samples of an index that have no row here; `rows` are the rows of all, where they are known."""
+        rows = self._places(index) if rows is None else rows
+        missing = np.flatnonzero(index.usable & (rows < 0))
+        if not len(missing):
+            return None
+        shard = index.shards[int(np.asarray(index.shard)[missing[0]])]
+        return Lacking(self.name, len(missing), str(index.columns["key"][missing[0]]), shard)
+
+    def _places(self, index: Index) -> np.ndarray:
+        keys = index.columns["key"]
+        if "encoded" in index.columns and (encoded := index.columns["encoded"] != "").any():
+            keys = np.where(encoded, [_PIECE.sub("", key) for key in keys.tolist()], keys)
+        if self.by_shard:
+            names = np.array([_stem(shard) for shard in index.shards], dtype=object)
+            keys = names[np.asarray(index.shard)] + "/" + keys
+        return pc.fill_null(pc.index_in(pa.array(keys, pa.string()), self.keys), -1).to_numpy(zero_copy_only=False)
 
 
 class SideTables:
@@ -109,6 +133,10 @@ class SideTables:
     def numbers(self) -> list[str]:
         """Names of the columns that hold numbers, sorted."""
         return sorted(n for t in self._tables for n, column in t.columns.items() if not pa.types.is_string(column.type))
+
+    def lacking(self, index: Index) -> list[Lacking]:
+        """Of each table that lacks rows for usable samples of an index, which."""
+        return [found for table in self._tables if (found := table.lacking(index))]
 
     def claims(self) -> list[np.ndarray]:
         """Shard that uses each row of each table, -1 for none yet: no two shards may share one by a key of both."""

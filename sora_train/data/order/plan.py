@@ -172,6 +172,15 @@ class Plan:
                     )
             epoch, window, step = epoch + 1, 0, 0
 
+    def count(self, epochs: float) -> int:
+        """Number of steps of so many epochs from the first on, at least 1; of a part of an epoch that share of them."""
+        whole, part = divmod(epochs, 1.0)
+        sizes = [
+            sum(len(self.steps(epoch, window)) for window in range(len(self.windows(epoch))))
+            for epoch in range(math.ceil(epochs))
+        ]
+        return max(1, sum(sizes[: int(whole)]) + (round(part * sizes[-1]) if part else 0))
+
     def epoch_after(self, at: Position, ahead: int) -> int:
         """The epoch of the step that is `ahead` steps after the one at `at`."""
         epoch, window, left = at.epoch, at.window, at.step + ahead

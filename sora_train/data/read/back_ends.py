@@ -56,8 +56,12 @@ def decode(
     admit(data, extension, options.limits)
     if extension in IMAGES:
         return open_image(data, options.limits, resize)[None]
+    plain = not track.careful and not track.converted(options.conversion)
+    decoders = [name for name in options.decoders if plain or name == "pyav"]
+    if not decoders:
+        raise DecodeError("undecodable", "PyAV alone shows it right, and data.decoders leaves it out")
     failures: list[tuple[str, Exception]] = []
-    for name in options.decoders:
+    for name in decoders:
         options.overheard()
         try:
             pictures = BACK_ENDS[name](data, list(frames), resize, track, options)
@@ -80,8 +84,6 @@ def decode(
 def _decord(data: bytes, frames: list[float], resize: tuple[int, int], track: Track, options: Options) -> np.ndarray:
     from decord import VideoReader, cpu, logging
 
-    if track.careful or track.converted(options.conversion):
-        raise DecodeError("undecodable", "PyAV alone shows it right")
     height, width = resize
     logging.set_level(logging.INFO)  # at which FFmpeg says that it made up what was missing
     reader = VideoReader(io.BytesIO(data), ctx=cpu(0), width=width, height=height, num_threads=1)
@@ -117,8 +119,6 @@ def _torchcodec(
 ) -> np.ndarray:
     from torchcodec.decoders import VideoDecoder
 
-    if track.careful or track.converted(options.conversion):
-        raise DecodeError("undecodable", "PyAV alone shows it right")
     stream = track.stream if track.stream >= 0 else None
     decoder = VideoDecoder(data, stream_index=stream, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
     check_pixels(decoder.metadata.height or 0, decoder.metadata.width or 0, options.limits)

@@ -39,6 +39,27 @@ def units(codec: str, packet: Bytes, record: bytes) -> Iterator[tuple[int, int]]
     yield from zip(codes, [*(code - 3 for code in codes[1:]), len(packet)], strict=True)
 
 
+def is_intact(codec: str, data: bytes, start: int, end: int, record: bytes) -> bool:
+    """Tell whether the units of an H.264 or HEVC packet, data[start:end], fill it, with no three zeros in a row.
+
+    An encoder escapes those inside a unit. FFmpeg takes them for the unit's end and says nothing, though they are
+    damage where units have their lengths before them. Of other streams nothing is said.
+    """
+    place = LENGTHS.get(codec)
+    if place is None or len(record) <= place or record[0] != 1:
+        return True
+    width, at = (record[place] & 3) + 1, start
+    while at + width < end:
+        first = at + width
+        at = first + int.from_bytes(data[at:first], "big")
+        if at > end:
+            return False
+        found = data.find(b"\0\0\0", first, at)
+        if found >= 0 and data[found:at].strip(b"\0"):  # zeros at the end of a unit are padding
+            return False
+    return at == end
+
+
 def is_slice(codec: str, first: int) -> bool:
     """Tell whether a unit with this first byte holds (a part of) a picture."""
     return first >> 1 & 63 < 32 if codec == "hevc" else 1 <= first & 31 <= 5

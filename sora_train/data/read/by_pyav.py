@@ -154,6 +154,7 @@ class Source:
             except av.error.FFmpegError as error:  # goes on behind it, as the ffmpeg program does
                 self._doubts.append((place, str(error)))
             said = [(place, text) for text in self.complaints.take()]
+            said += [(place, "zeros inside a unit")] if place in self.line.broken else []
             self._doubts += [doubt for doubt in said if not self._is_forgiven(start, *doubt)]
             yield from frames
 

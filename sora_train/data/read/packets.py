@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sora_train.data.read.bitstream import INTRA, is_entry, is_shown
+from sora_train.data.read.bitstream import INTRA, is_entry, is_intact, is_shown
 from sora_train.data.read.decode import DecodeError
 
 _UNTIMED = "avi"  # packets have a place in the file there, and FFmpeg guesses when they are shown
@@ -27,6 +27,7 @@ class Line(NamedTuple):
     careful: bool  # counting from a key packet goes wrong: keys that can't be decoded alone, open groups, hidden frames
     unclear: bool  # the packets don't say which frames come out, or when
     cut: bool = False  # the file ends inside a packet
+    broken: tuple[int, ...] = ()  # places of packets that can be told to be damaged without decoding them
 
 
 def choose_stream(file: Any, wanted: int = -1) -> Any:
@@ -70,7 +71,9 @@ def read_line(file: Any, stream: Any, packets: list[Any]) -> Line:
     known = np.array([_NEVER if stamp is None else stamp for stamp in stamps], dtype=np.int64)
     line = judge(known, keys, entries, hidden | lost)
     unclear = line.unclear or bool(lost.any()) or not (timed or codec in INTRA)
-    return line._replace(unclear=unclear, careful=line.careful or unclear, cut=bool(cut.any()))
+    broken = tuple(n for n, p in enumerate(packets) if not is_intact(codec, bytes(p), 0, p.size, record))
+    careful = line.careful or unclear or bool(broken)
+    return line._replace(unclear=unclear, careful=careful, cut=bool(cut.any()), broken=broken)
 
 
 def judge(stamps: np.ndarray, keys: np.ndarray, entries: np.ndarray, hidden: np.ndarray) -> Line:

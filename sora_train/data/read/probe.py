@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sora_train.data.read.bitstream import INTRA, LENGTHS, is_entry, is_slice, needs_first_packet, units
+from sora_train.data.read.bitstream import INTRA, LENGTHS, is_entry, is_intact, is_slice, needs_first_packet, units
 from sora_train.data.read.decode import (
     IMAGE_FORMATS,
     IMAGES,
@@ -36,7 +36,7 @@ _LONGEST = 10 * 24 * 3600.0  # seconds
 _SLICE = 128  # bytes of a slice; its header is shorter
 _DECORD = ("h264", "hevc", "vp8", "vp9", "mpeg4")  # codecs, and below containers, that decord was tried with
 _ITS_CONTAINERS = ("mov", "matroska")
-_HDR = {16: "pq", 18: "hlg"}  # transfer characteristics of H.273
+HDR = {16: "pq", 18: "hlg"}  # transfer characteristics of H.273
 _TAIL = 16  # frames at the end of a cut file behind which some may be missing: as many as decoders hold back
 STILL = Track(frames=1, stream=0)
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # of EXIF
@@ -97,13 +97,13 @@ def _video(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
         fps, duration, vfr = rate(times, claimed)
         if sequential and vfr and not is_told(line, out, file):
             raise DecodeError("timeline", "frames without a time, at a variable rate; copy or encode it anew")
-        shape = _shape(first, stream)
+        shape = shape_of(first, stream)
         check_pixels(shape["height"], shape["width"], limits)
         careful = line.careful or sequential or cut or shape["mirrored"] or not _is_for_decord(file, stream, first)
         return {
             **shape, "frames": len(times), "fps": fps, "duration": duration, "vfr": vfr, "careful": careful,
             "sequential": sequential, "stream": stream.index, "interlaced": bool(first.interlaced_frame),
-            "transfer": _HDR.get(int(first.color_trc), ""), "codec": codec, "pixel_format": first.format.name,
+            "transfer": HDR.get(int(first.color_trc), ""), "codec": codec, "pixel_format": first.format.name,
         }  # fmt: skip
 
 
@@ -121,7 +121,10 @@ def _line(data: bytes, file: Any, stream: Any, limits: Limits) -> tuple[Line, li
     if codec not in INTRA:
         for n in np.flatnonzero(found.is_key).tolist():
             entries[n] = is_entry(codec, view[found.places[n] : found.places[n] + found.sizes[n]], record)
-    return judge(found.ticks, found.is_key, entries, np.zeros(len(entries), dtype=bool)), []
+    line = judge(found.ticks, found.is_key, entries, np.zeros(len(entries), dtype=bool))
+    places = zip(found.places.tolist(), found.sizes.tolist(), strict=True)
+    broken = tuple(n for n, (at, size) in enumerate(places) if not is_intact(codec, data, at, at + size, record))
+    return line._replace(careful=line.careful or bool(broken), broken=broken), []
 
 
 def _packets(file: Any, stream: Any) -> list[Any]:
@@ -149,7 +152,7 @@ def _claimed(stream: Any, times: np.ndarray) -> float:
     return min(claims, key=lambda claim: abs(claim - mean))
 
 
-def _shape(first: Any, stream: Any) -> dict[str, Any]:
+def shape_of(first: Any, stream: Any) -> dict[str, Any]:
     """Size, pixel aspect and orientation of the picture as it is shown."""
     from av.sidedata.sidedata import Type
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sora_train.config.cost import shapes
 from sora_train.config.registry import FAMILIES
+from sora_train.config.released import adapter_file
 from sora_train.config.rules import require
 from sora_train.config.schema import SOLVERS, TASKS, Config, DataConfig, FlowConfig
 from sora_train.core.cli import nearest
@@ -30,8 +31,8 @@ class Diffusion:
     def rules(self, config: Config) -> None:
         """Check the sections `model` and `flow`, and the adapters."""
         model, sequence = config.model, config.parallel.sequence
-        require(model.heads > 0, f"model.heads={model.heads} must be above 0")
-        require(model.patch > 0, f"model.patch={model.patch} must be above 0")
+        for name in ("width", "depth", "heads", "ffn", "patch"):
+            require(getattr(model, name) > 0, f"model.{name}={getattr(model, name)} must be above 0")
         require(
             model.heads % sequence == 0,
             f"model.heads={model.heads} must be a multiple of parallel.sequence={sequence}",
@@ -88,6 +89,11 @@ class Diffusion:
 def _check_adapters(config: Config) -> None:
     lora = config.model.lora
     require(lora.rank >= 0, f"model.lora.rank={lora.rank} must not be below 0")
+    start = lora.init_from
+    require(
+        start is None or lora.rank > 0, f"model.lora.init_from={start} needs model.lora.rank, of the file or higher"
+    )
+    require(start is None or adapter_file(start).is_file(), f"model.lora.init_from={start}: there is no such file")
     if lora.rank == 0:
         return
     known = FAMILIES.get(config.model.family).adapter_targets
@@ -112,8 +118,6 @@ def _check_flow(flow: FlowConfig, data: DataConfig) -> None:
             f"{key}: no weight may be below 0, and one must be above",
         )
     require(flow.solver in SOLVERS, f"flow.solver={flow.solver!r}; {nearest(flow.solver, list(SOLVERS))}")
-    for key, value in {"per_frame_noise": flow.per_frame_noise, "guidance_rescale": flow.guidance_rescale}.items():
-        require(0.0 <= value <= 1.0, f"flow.{key}={value} must be in [0, 1]")
     low, high = flow.guidance_interval
     require(0.0 <= low <= high <= 1.0, f"flow.guidance_interval={[low, high]} must be timesteps, the lower one first")
 

@@ -8,10 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, T5EncoderModel, UMT5EncoderModel
 
-from sora_train.config.released import folder_of
+from sora_train.config.released import first_weights, folder_of, unreadable
 from sora_train.core.batch import send
 from sora_train.core.cli import InputError
 
@@ -65,8 +66,8 @@ def _load(path: str, device: torch.device) -> tuple[AutoTokenizer, torch.nn.Modu
     try:
         kind = _CLASSES[AutoConfig.from_pretrained(folder, local_files_only=True).model_type]
         encoder = kind.from_pretrained(folder, local_files_only=True, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise _unusable(path, error) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise unreadable(first_weights(folder), error) from error
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
 

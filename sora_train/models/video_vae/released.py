@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sora_train.config.released import folder_of
+from sora_train.config.released import first_weights, folder_of, unreadable
 
 
 class ReleasedVae(nn.Module):
@@ -20,7 +21,11 @@ class ReleasedVae(nn.Module):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        self.vae = AutoencoderKLWan.from_pretrained(folder_of(path, "vae"), local_files_only=True)
+        folder = folder_of(path, "vae")
+        try:
+            self.vae = AutoencoderKLWan.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise unreadable(first_weights(folder), error) from error
         self.latents_mean: Tensor
         self.latents_std: Tensor
         for name in ("latents_mean", "latents_std"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 from safetensors import SafetensorError
@@ -11,21 +11,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sora_train.config.released import adapter_file
+from sora_train.config.schema import LoraConfig
 from sora_train.core.cli import InputError
-from sora_train.models.wan.convert import wan_name
+from sora_train.models.wan.convert import original_name, wan_name
+
+_DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names A and B in a network
 
 _PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B", "alpha": "alpha"}
 _ADAPTER_KEY = re.compile(
     r"(?:transformer\.|diffusion_model\.|base_model\.model\.|lora_unet_)?(?P<layer>.+?)"
     r"\.(?P<part>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?"
 )
-_ORIGINAL: dict[str, str | Callable[[re.Match[str]], str]] = {  # names of diffusers to those of Wan's own repository
-    r"\battn1\.": "self_attn.", r"\battn2\.": "cross_attn.", r"\bto_([qkv])$": r"\1", r"\bto_out\.0$": "o",
-    r"\bffn\.net\.0\.proj$": "ffn.0", r"\bffn\.net\.2$": "ffn.2",
-    r"^condition_embedder\.text_embedder\.linear_([12])$": lambda m: f"text_embedding.{2 * (int(m[1]) - 1)}",
-    r"^condition_embedder\.time_embedder\.linear_([12])$": lambda m: f"time_embedding.{2 * (int(m[1]) - 1)}",
-    r"^condition_embedder\.time_proj$": "time_projection.1", r"^proj_out$": "head.head",
-}  # fmt: skip
 
 
 def add_to_weights(dit: nn.Module, path: str, factor: float) -> None:
@@ -35,7 +31,7 @@ def add_to_weights(dit: nn.Module, path: str, factor: float) -> None:
     (`lora_unet_`). Raises InputError for another file, and for layers or shapes that the DiT doesn't have.
     """
     parameters = dict(dit.named_parameters())
-    layers = {alias: name for name in parameters if name.endswith(".weight") for alias in _aliases(name)}
+    layers = _layers(parameters)
     for layer, (down, up, alpha) in read_adapters(path).items():
         name = layers.get(layer)
         if name is None:
@@ -47,6 +43,30 @@ def add_to_weights(dit: nn.Module, path: str, factor: float) -> None:
         with torch.no_grad():
             scale = factor * (1.0 if alpha is None else alpha / len(down))
             parameters[name].add_(change.to(parameters[name]), alpha=scale)
+
+
+def start_adapters(dit: nn.Module, path: str, lora: LoraConfig) -> None:
+    """Set the adapters of a DiT to those of a file, which may have a lower rank; `lora` is what they were made with.
+
+    Adapted layers that the file doesn't have stay at their start. Raises InputError for a file of a higher rank, of
+    another model, or of layers that aren't adapted.
+    """
+    parameters = dict(dit.named_parameters())
+    adapted = {name.removesuffix(_DOWN): p for name, p in parameters.items() if name.endswith(_DOWN)}
+    layers = _layers(f"{name}.weight" for name in adapted)
+    for layer, (down, up, alpha) in read_adapters(path).items():
+        name = layers.get(layer, "").removesuffix(".weight")
+        if not name:
+            raise InputError(f"model.lora.init_from={path} adapts {layer}, which model.lora.targets leaves out")
+        rank, a, b = len(down), adapted[name], parameters[name + _UP]
+        if rank > lora.rank:
+            raise InputError(f"model.lora.init_from={path} has rank {rank}; set model.lora.rank={rank} or higher")
+        if down.shape[1] != a.shape[1] or up.shape[0] != b.shape[0]:
+            raise InputError(f"model.lora.init_from={path} is another model's: {tuple(up.shape)} for {name}")
+        factor = (1.0 if alpha is None else alpha / rank) * lora.rank / lora.alpha
+        with torch.no_grad():
+            a[:rank].copy_(down)
+            b[:, :rank].copy_(up * factor)
 
 
 def read_adapters(path: str) -> dict[str, tuple[Tensor, Tensor, float | None]]:
@@ -69,13 +89,16 @@ def read_adapters(path: str) -> dict[str, tuple[Tensor, Tensor, float | None]]:
     }
 
 
+def _layers(parameters: Iterable[str]) -> dict[str, str]:
+    """Names of weights by the names that files of adapters give their layers."""
+    return {alias: name for name in parameters if name.endswith(".weight") for alias in _aliases(name)}
+
+
 def _aliases(name: str) -> list[str]:
     """Names of a layer of our DiT in files of adapters."""
     try:
         theirs = wan_name(name).removesuffix(".weight")
     except KeyError:
         return []
-    original = theirs
-    for ours, its in _ORIGINAL.items():
-        original = re.sub(ours, its, original)
+    original = original_name(theirs)
     return [theirs, original, original.replace(".", "_")]

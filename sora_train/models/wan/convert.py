@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sora_train.config.released import ADAPTERS, folder_of
+from sora_train.config.released import ADAPTERS, folder_of, unreadable
 from sora_train.core.cli import InputError
 from sora_train.models.wan.lora import pairs
 from sora_train.models.wan.released import ROPE_THETA
@@ -48,6 +50,22 @@ _BLOCK = {
         )
     },
 }  # fmt: skip
+
+
+_ORIGINAL: dict[str, str | Callable[[re.Match[str]], str]] = {  # names of diffusers to those of Wan's own repository
+    r"\battn1\.": "self_attn.", r"\battn2\.": "cross_attn.", r"\bto_([qkv])$": r"\1", r"\bto_out\.0$": "o",
+    r"\bffn\.net\.0\.proj$": "ffn.0", r"\bffn\.net\.2$": "ffn.2",
+    r"^condition_embedder\.text_embedder\.linear_([12])$": lambda m: f"text_embedding.{2 * (int(m[1]) - 1)}",
+    r"^condition_embedder\.time_embedder\.linear_([12])$": lambda m: f"time_embedding.{2 * (int(m[1]) - 1)}",
+    r"^condition_embedder\.time_proj$": "time_projection.1", r"^proj_out$": "head.head",
+}  # fmt: skip
+
+
+def original_name(name: str) -> str:
+    """Name of a layer in Wan's own repository, from its name in diffusers."""
+    for theirs, its in _ORIGINAL.items():
+        name = re.sub(theirs, its, name)
+    return name
 
 
 def wan_name(name: str) -> str:
@@ -88,9 +106,12 @@ def load_wan(dit: nn.Module, path: str | Path) -> None:
             raise InputError(f"{folder} {what} {len(names)} tensor(s): {', '.join(names)}")
 
 
-def save_wan(weights: Mapping[str, Tensor], model: WanConfig, text_width: int, folder: Path) -> None:
+def save_wan(
+    weights: Mapping[str, Tensor], model: WanConfig, text_width: int, folder: Path, shard_gib: float = 10.0
+) -> None:
     """Write the weights of a DiT as a folder that `WanTransformer3DModel.from_pretrained` loads.
 
+    Weights of more than `shard_gib` become several files with an index, as diffusers has them.
     Raises InputError for a model with options that Wan doesn't have.
     """
     require_wan(model, "diffusers")
@@ -116,12 +137,15 @@ def save_wan(weights: Mapping[str, Tensor], model: WanConfig, text_width: int, f
     }
     folder.mkdir(parents=True, exist_ok=True)
     theirs = {wan_name(name): _to_theirs(name, tensor, model.patch) for name, tensor in weights.items()}
-    save_file(theirs, folder / _WEIGHTS, metadata={"format": "pt"})
+    pattern = _WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    save_torch_state_dict(theirs, folder, filename_pattern=pattern, max_shard_size=int(shard_gib * 2**30))
     (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
 
 
-def save_adapters(adapters: Mapping[str, Tensor], model: WanConfig, folder: Path) -> None:
+def save_adapters(adapters: Mapping[str, Tensor], model: WanConfig, folder: Path, layout: str = "diffusers") -> None:
     """Write the adapters of a DiT as a file that diffusers' `load_lora_weights` and `load_lora_adapter` read.
+
+    With the layout `original`, in the names of Wan's own repository, as ComfyUI and others read them.
 
     The scale alpha / rank is multiplied into B, so that readers that ignore alpha apply the right scale too.
     Raises InputError for a model with options that Wan doesn't have.
@@ -130,7 +154,8 @@ def save_adapters(adapters: Mapping[str, Tensor], model: WanConfig, folder: Path
     factor = model.lora.alpha / model.lora.rank
     theirs: dict[str, Tensor] = {}
     for name, down, up in pairs(adapters):
-        layer = "transformer." + wan_name(f"{name}.weight").removesuffix(".weight")
+        layer = wan_name(f"{name}.weight").removesuffix(".weight")
+        layer = f"diffusion_model.{original_name(layer)}" if layout == "original" else f"transformer.{layer}"
         theirs |= {f"{layer}.lora_A.weight": down.contiguous(), f"{layer}.lora_B.weight": up * factor}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(theirs, folder / ADAPTERS, metadata={"format": "pt"})
@@ -153,9 +178,12 @@ def require_wan(model: WanConfig, form: str) -> None:
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a folder (one file or several) one at a time, since 14B doesn't fit into memory twice."""
     for file in _files(folder):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                yield name, opened.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    yield name, opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise unreadable(file, error) from error
 
 
 def _files(folder: Path) -> Iterable[Path]:

@@ -76,17 +76,25 @@ class Wan:
 
         load_wan(network, path)
 
-    def save(self, weights: Mapping[str, Tensor], config: ModelConfig, text_width: int, folder: Path) -> None:
+    def save(
+        self, weights: Mapping[str, Tensor], config: ModelConfig, text_width: int, folder: Path, shard_gib: float
+    ) -> None:
         """Write a diffusers folder."""
         from sora_train.models.wan.convert import save_wan
 
-        save_wan(weights, _own(config), text_width, folder)
+        save_wan(weights, _own(config), text_width, folder, shard_gib)
 
-    def save_adapters(self, adapters: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
-        """Write a file that `WanPipeline.load_lora_weights` reads."""
+    def save_adapters(self, adapters: Mapping[str, Tensor], config: ModelConfig, folder: Path, layout: str) -> None:
+        """Write a file that `WanPipeline.load_lora_weights` reads, or one in the names of Wan's own repository."""
         from sora_train.models.wan.convert import save_adapters
 
-        save_adapters(adapters, _own(config), folder)
+        save_adapters(adapters, _own(config), folder, layout)
+
+    def start_adapters(self, network: nn.Module, path: str, config: ModelConfig) -> None:
+        """Set the adapters to those of a file, in any of the names of `add_adapter_file`."""
+        from sora_train.models.wan.adapter_files import start_adapters
+
+        start_adapters(network, path, config.lora)
 
     def add_adapter_file(self, network: nn.Module, path: str, factor: float) -> None:
         """Add adapters in the names of diffusers, peft, Wan's own repository or kohya's scripts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sora_train.config.released import folder_of, read_config
+from sora_train.config.released import folder_of, read_config, second_transformer
 from sora_train.core.cli import InputError
 
 ROPE_THETA = 10000.0  # fixed in diffusers
@@ -21,6 +21,11 @@ def transformer_shape(path: str | Path) -> dict[str, Any]:
     Raises InputError for another class, and for Wan models with parts that our DiT doesn't have (Wan 2.1's
     image-to-video models have an image encoder with keys and values of its own).
     """
+    if second_transformer(path):
+        raise InputError(
+            f"model.init_from={path} has two transformers, one for each half of the noise; only models of one are "
+            "trained here (Wan 2.1 T2V, Wan 2.2 TI2V-5B)"
+        )
     folder = folder_of(path, "transformer")
     c = read_config(folder, "transformer", "model.init_from")
     if c.get("_class_name") != "WanTransformer3DModel":

@@ -11,7 +11,7 @@ from torch import Tensor
 from sora_train.config.schema import Config
 from sora_train.methods.base import Network, trained
 from sora_train.training.engine.ema import Ema
-from sora_train.training.engine.optim import optimizer_of
+from sora_train.training.engine.optim import check_patterns, optimizer_of
 from sora_train.training.engine.power_ema import PowerEmas
 from sora_train.training.engine.zero import Engine, Fragment, OnItsWay, Pace
 
@@ -28,6 +28,7 @@ class Engines:
 
     def __init__(self, networks: Mapping[str, Network], packs: int, config: Config, whole: bool = True) -> None:
         self._engines: dict[str, Engine] = {}
+        check_patterns(networks.values(), config.optim.rates)
         for name, network in trained(networks):
             optimizer = optimizer_of(network, config.optim)
             passes = packs * network.passes

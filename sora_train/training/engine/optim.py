@@ -2,56 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sora_train.config.schema import OptimConfig
 from sora_train.core.cli import InputError
 from sora_train.methods.base import Network
 from sora_train.training.engine.muon import MatrixOptimizer
 
+_NONE: Mapping[int, float] = {}
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def optimizer_of(network: Network, config: OptimConfig) -> torch.optim.AdamW:
-    """The optimizer that `optim` asks for. Raises InputError for Muon where a network names no matrices for it."""
+    """The optimizer that `optim` asks for.
+
+    Raises InputError for Muon where a network names no matrices for it.
+    """
     assert network.rates is not None
+    scales = _scales(network.module, config.rates)
     if config.matrices == "adamw":
-        return adamw(network.rates, config)
+        return adamw(network.rates, config, scales)
     if not network.matrices:
         raise InputError("optim.matrices=muon: this method names no matrices of blocks; set optim.matrices=adamw")
-    return muon(network.rates, network.matrices, config)
+    return muon(network.rates, network.matrices, config, scales)
 
 
-def adamw(parts: Iterable[tuple[nn.Module, float]], config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW over modules, each with a factor on its learning rate.
+def check_patterns(networks: Iterable[Network], rates: Mapping[str, float]) -> None:
+    """Raise InputError for a pattern of `optim.rates` that is the name of no trained parameter."""
+    names = [name for n in networks if n.trained for name, p in n.module.named_parameters() if p.requires_grad]
+    for pattern in rates:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            example = ", ".join(dict.fromkeys(name.split(".")[0] + ".*" for name in names))
+            raise InputError(f"optim.rates: {pattern!r} is the name of no trained parameter; names are {example}, such "
+                             f"as {names[len(names) // 2]!r}")  # fmt: skip
+
+
+def _scales(module: nn.Module, rates: Mapping[str, float]) -> dict[int, float]:
+    """The relative rates of parameters by their ids: of the last pattern that a name matches."""
+    found = {}
+    for name, p in module.named_parameters():
+        for pattern, rate in rates.items():
+            if fnmatchcase(name, pattern):
+                found[id(p)] = rate
+    return found
+
+
+def adamw(
+    parts: Iterable[tuple[nn.Module, float]], config: OptimConfig, scales: Mapping[int, float] = _NONE
+) -> torch.optim.AdamW:
+    """Build AdamW over modules, each with a factor on its learning rate; `scales` are further ones, of parameters.
 
     Weight decay applies to the weights of linear layers and convolutions, found by module type and not by name. Every
     parameter group has `base_lr`, which the schedule multiplies.
     """
-    groups = _groups(parts, config, set())
+    groups = _groups(parts, config, set(), scales)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
-def muon(parts: Iterable[tuple[nn.Module, float]], blocks: Iterable[nn.Module], config: OptimConfig) -> MatrixOptimizer:
+def muon(
+    parts: Iterable[tuple[nn.Module, float]],
+    blocks: Iterable[nn.Module],
+    config: OptimConfig,
+    scales: Mapping[int, float] = _NONE,
+) -> MatrixOptimizer:
     """Muon for the weights of linear layers inside `blocks`, AdamW as above for the other parameters of `parts`."""
     layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
     matrices = [layer.weight for layer in layers if layer.weight.requires_grad]
     m = config.muon
     groups: list[dict[str, Any]] = [
-        {**group, "muon": False, "momentum": 0.0} for group in _groups(parts, config, set(map(id, matrices)))
+        {**group, "muon": False, "momentum": 0.0} for group in _groups(parts, config, set(map(id, matrices)), scales)
     ]
-    groups.append(
-        {"params": matrices, "lr": m.lr, "base_lr": m.lr, "weight_decay": m.weight_decay, "muon": True,
-         "momentum": m.momentum}
-    )  # fmt: skip
+    for scale, chosen in _by_scale(matrices, scales).items():
+        lr = m.lr * scale
+        groups.append(
+            {"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": m.weight_decay, "muon": True,
+             "momentum": m.momentum}
+        )  # fmt: skip
     return MatrixOptimizer(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
-def _groups(parts: Iterable[tuple[nn.Module, float]], config: OptimConfig, without: set[int]) -> list[dict[str, Any]]:
+def _groups(
+    parts: Iterable[tuple[nn.Module, float]], config: OptimConfig, without: set[int], scales: Mapping[int, float]
+) -> list[dict[str, Any]]:
     """AdamW's groups: of each part what decays and what doesn't, without the parameters of these ids."""
     groups = []
     for module, scale in parts:
@@ -61,14 +99,23 @@ def _groups(parts: Iterable[tuple[nn.Module, float]], config: OptimConfig, witho
             (config.weight_decay, [p for p in trained if id(p) in matrices]),
             (0.0, [p for p in trained if id(p) not in matrices]),
         ):
-            if chosen:
-                lr = config.lr * scale
-                groups.append({"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": decay})
+            for further, alike in _by_scale(chosen, scales).items():
+                lr = config.lr * scale * further
+                groups.append({"params": alike, "lr": lr, "base_lr": lr, "weight_decay": decay})
     return groups
 
 
+def _by_scale(parameters: Iterable[Tensor], scales: Mapping[int, float]) -> dict[float, list[Tensor]]:
+    found: dict[float, list[Tensor]] = {}
+    for p in parameters:
+        found.setdefault(scales.get(id(p), 1.0), []).append(p)
+    return found
+
+
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """Learning rate factor at step 0 .. steps - 1: linear warm-up, constant, linear decay towards 0 at the end."""
+    """Learning rate factor at step 0 .. steps - 1: linear warm-up, constant, decay towards `end_rate` at the end."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    decay = (steps - step) / max(1.0, steps * config.decay_fraction)
-    return min(warmup, decay, 1.0)
+    left = min(1.0, (steps - step) / max(1.0, steps * config.decay_fraction))
+    if config.schedule == "cosine":
+        left = 0.5 * (1.0 - math.cos(math.pi * left))
+    return min(warmup, config.end_rate + (1.0 - config.end_rate) * left)

@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from sora_train.config.schema import Config, Precision
@@ -25,7 +26,7 @@ from sora_train.core.world import World
 from sora_train.training.engine.muon import Flat, MatrixOptimizer, Piece, Sharing
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam; Muon has the first
-_TIMEOUT = timedelta(minutes=30)
+_TIMEOUT = timedelta(days=1)  # the watch sees hangs much sooner; all ranks may be suspended for long
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,14 @@ def connect(world: World, rehearsal: bool = False) -> torch.device:
             )
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
     if rehearsal:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=world.size)
     elif world.launched:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
@@ -140,9 +140,14 @@ class Engine:
         self.module = network
         groups = optimizer.param_groups
         self._matrices = {self.names[p] for group in groups if group.get("muon") for p in group["params"]}
-        self.engine, *_ = deepspeed.initialize(
-            model=network, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=network, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise InputError(f"deepspeed: {where}={first['input']}: {first['msg']} ({error.title})") from error
         self._grad_norm: Tensor | float | None = 0.0
         self._create_moments()
         self.fragments = sorted(self._fragments(), key=lambda f: f.name)

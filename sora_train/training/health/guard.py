@@ -7,7 +7,7 @@ from types import FrameType
 
 from sora_train.core.cli import InputError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _WATCHED = 1000  # window, in samples, of the share of bad ones
 
 
@@ -17,7 +17,8 @@ class Guard:
     def __init__(self) -> None:
         self.received: str | None = None
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # which nohup set
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:

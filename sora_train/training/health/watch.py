@@ -3,7 +3,8 @@
 Each rank has a thread that watches its progress. If one rank hangs, the others soon wait for it in a collective, so all
 reach their time-out together. Each writes the stacks of its threads and its phase to `logs/rank-N.stacks.txt`, kills
 the ranks on its machine that can't exit themselves, and exits with 1. In case the main thread never releases the GIL, a
-timer of `faulthandler`, which needs no GIL, does the same. Phase times also identify the slowest rank in the metrics.
+process beside the rank (`monitor.py`) has the stacks written and kills it. Time in which a rank was stopped, with the
+others, doesn't count. Phase times also identify the slowest rank in the metrics.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +27,8 @@ import torch
 import torch.distributed as dist
 
 OWN = ("data", "forward and backward")  # phases whose time depends on the rank itself
+_LATE = 1.0  # seconds by which the watching thread may wake late; by more, the process was stopped
+_MONITOR = Path(__file__).with_name("monitor.py")
 _GRACE = 2.0  # seconds for the other ranks of this machine to write their stacks before they are killed
 _log = logging.getLogger(__name__)
 
@@ -48,6 +53,7 @@ class Watch:
         self._end, self._thread = threading.Event(), None
         self._pause = min(0.5, timeout_s / 4)
         self._file: TextIO | None = None
+        self._monitor: subprocess.Popen[bytes] | None = None
 
     _thread: threading.Thread | None
 
@@ -60,7 +66,10 @@ class Watch:
         self._file = self.path.open("w")
         self.phase("start", slow=True)
         self._end.clear()
-        self._arm()  # here and not only in the thread, which may never get the GIL
+        faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)  # for the monitor; needs no GIL
+        command = [sys.executable, "-I", "-S", str(_MONITOR), str(os.getpid())]
+        self._monitor = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self._beat()  # here and not only in the thread, which may never get the GIL
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -70,7 +79,8 @@ class Watch:
             return
         self._end.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        self._dismiss()
+        faulthandler.unregister(signal.SIGUSR2)
         self._file.close()
         self._thread = self._file = None
         if not self.path.stat().st_size:
@@ -111,21 +121,34 @@ class Watch:
         median = max(float(times.quantile(0.5)), 1e-9)
         return {"slowest_rank": int(times.argmax()), "slowest_rank_lag": float(times.max()) / median - 1.0}
 
-    def _arm(self) -> None:
-        """Restart the timer of faulthandler. It fires if the thread can't restart it again, for lack of the GIL."""
-        assert self._file is not None
-        faulthandler.dump_traceback_later(self._limit + 2 * self._pause, exit=True, file=self._file)
+    def _beat(self) -> None:
+        """Show the monitor that this process lives. It fires if the thread can't do so again, for lack of the GIL."""
+        assert self._monitor is not None and self._monitor.stdin is not None
+        with suppress(BrokenPipeError):  # someone killed it; the thread alone watches on
+            self._monitor.stdin.write(f"{self._limit + 2 * self._pause}\n".encode())
+            self._monitor.stdin.flush()
+
+    def _dismiss(self) -> None:
+        assert self._monitor is not None and self._monitor.stdin is not None
+        with suppress(BrokenPipeError):
+            self._monitor.stdin.close()
+        self._monitor.wait()
 
     def _run(self) -> None:
+        before = time.monotonic()
         while not self._end.wait(self._pause):
-            self._arm()
-            waited = time.monotonic() - self._since
+            now = time.monotonic()
+            if now - before > self._pause + _LATE:  # this process was stopped; so the others wait for nobody
+                self._since += now - before - self._pause
+            before = now
+            self._beat()
+            waited = now - self._since
             if waited > self._limit:
                 self._fire(waited)
 
     def _fire(self, waited: float) -> None:
         assert self._file is not None
-        faulthandler.cancel_dump_traceback_later()
+        self._dismiss()
         who = f"rank {dist.get_rank()} on {socket.gethostname()}"
         reason = f"{who} made no progress for {waited:.0f} s in step {self.step + 1}, phase {self._phase!r}"
         self._file.write(f"{reason}; the stacks of all threads:\n")

@@ -54,10 +54,10 @@ class Writers:
         config: Resolved configuration, secrets masked.
         names: Names of writers, of `KNOWN`; metrics.jsonl is written even if it is not named.
         steps: Steps of the whole run.
-        project: Project of the wandb run.
+        project: Project of the wandb run; empty: WANDB_PROJECT, or sora_train.
         resume_step: Step from which the run resumes, 0 for a new one; later lines of metrics.jsonl are removed.
-        group: Group of the wandb run; empty: the name of the folder that holds the run folder.
-        tags: Tags of the wandb run.
+        group: Group of the wandb run; empty: WANDB_RUN_GROUP, or the name of the folder that holds the run folder.
+        tags: Tags of the wandb run; empty: WANDB_TAGS.
         prometheus_port: HTTP port for Prometheus; 0 writes run_dir/metrics.prom instead.
         wandb_finish_s: Seconds that wandb's uploads may take at the end.
 
@@ -90,8 +90,10 @@ class Writers:
             self._start("tensorboard", lambda: _TensorBoard(run_dir / "tensorboard", resume_step))
         if "wandb" in names:
             about = {**config, "total_steps": steps}
-            place = group or run_dir.parent.name
-            self._start("wandb", lambda: _Wandb(run_dir, run_id, about, project, place, tags, finish_s=wandb_finish_s))
+            place = group or os.environ.get("WANDB_RUN_GROUP") or run_dir.parent.name
+            where = project or os.environ.get("WANDB_PROJECT") or "sora_train"
+            tags = tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
+            self._start("wandb", lambda: _Wandb(run_dir, run_id, about, where, place, tags, finish_s=wandb_finish_s))
         if "prometheus" in names:
             self._start("prometheus", lambda: _prometheus(run_dir, prometheus_port))
 
@@ -206,16 +208,20 @@ class _Wandb:
 
         self._finish_s, self._folder = finish_s, run_dir / "wandb"
         self._video, self._table = wandb.Video, wandb.Table
-        self._run = wandb.init(
+        known = wandb.setup().settings  # with those of its files, such as the server of `wandb login --host`
+        mode = wandb_mode(known.base_url, known.api_key)
+        if mode == "offline" and "WANDB_MODE" not in os.environ:
+            log.warning("there is no key of wandb (`wandb login`): it writes to %s, for `wandb sync`", self._folder)
+        self._run = wandb.init(  # which takes WANDB_ENTITY and WANDB_NOTES by itself
             project=project,
-            id=run_id,
-            name=run_dir.name,
+            id=_wandb_id(run_dir, run_id),
+            name=os.environ.get("WANDB_NAME") or run_dir.name,
             dir=str(run_dir),  # wandb adds a folder wandb/
             group=group,
             tags=list(tags),
             config=config,
             resume="allow",
-            mode=wandb_mode(),
+            mode=mode,
             settings=wandb.Settings(
                 init_timeout=_WANDB_START_SECONDS,
                 silent=True,
@@ -268,22 +274,31 @@ def _prometheus(run_dir: Path, port: int) -> Writer:
     return PrometheusWriter(run_dir, port)
 
 
-def wandb_mode() -> Any:
-    """Mode for wandb: WANDB_MODE if it is offline or disabled, else online if there is a key, else offline.
+def wandb_mode(server: str, key: str | None = None) -> Any:
+    """Mode for wandb: WANDB_MODE if it is set, else online if there is a key for the server, else offline.
 
-    A key is WANDB_API_KEY or a netrc entry for the wandb server; without one wandb would prompt for it.
+    A key is WANDB_API_KEY, an identity token, or a netrc entry of a login; without one wandb would prompt for it.
     """
     said = os.environ.get("WANDB_MODE", "")
-    if said in ("offline", "disabled"):
+    if said in ("online", "offline", "disabled", "shared"):
         return said
-    if os.environ.get("WANDB_API_KEY"):
+    if key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "online"
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
+    host = server.split("://")[-1].split("/")[0].split(":")[0]
     file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
-        return "online" if server in netrc.netrc(str(file)).hosts else "offline"
+        return "online" if host in netrc.netrc(str(file)).hosts else "offline"
     except (OSError, netrc.NetrcParseError):
         return "offline"
+
+
+def _wandb_id(run_dir: Path, made: str) -> str:
+    """Identity of the wandb run: WANDB_RUN_ID, or that of the last start, which a moved run folder keeps."""
+    path = run_dir / "wandb_id"
+    known = path.read_text().strip() if path.is_file() else ""
+    chosen = os.environ.get("WANDB_RUN_ID") or known or made
+    path.write_text(chosen + "\n")
+    return chosen
 
 
 def _line(error: BaseException) -> str:

@@ -61,6 +61,10 @@ class Ledger:
         places = [list(position) for position in positions]
         self._note(self.left_out, {"step": step, "back_to": back_to, "reason": reason, "positions": places})
 
+    def forget_rollbacks(self) -> None:
+        """Remove the record of rollbacks: without checkpoints, it is of another run that was in this folder."""
+        self.left_out.unlink(missing_ok=True)
+
     def rollbacks(self) -> list[list[tuple[int, ...]]]:
         """Positions of the steps that each rollback so far left out."""
         return [[tuple(position) for position in entry["positions"]] for entry in entries(self.left_out)]

@@ -1,7 +1,7 @@
 """Mirror of a run's checkpoints (`checkpoint.mirror`) in object storage, or anywhere that fsspec can write.
 
     URL/run.json                 identity of the run folder that owns the mirror
-    URL/config.yaml              configuration of the run
+    URL/config.yaml, inputs.json what the run was configured as, and which weights it read
     URL/step-00001000/...        files of a checkpoint; manifest.json last, so that partial copies are never used
     URL/snapshots/step-.../...   snapshots of averages, all of those that are in the run folder
 
@@ -32,6 +32,7 @@ from sora_train.training.state.files import Damage, check_file, read_manifest, s
 _FLAT = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # object stores, which have no directories to create
 _AT_ONCE = 8  # concurrent downloads, if the file system supports them
 _SNAPSHOTS = "snapshots/"
+_NOTES = ("config.yaml", "inputs.json")  # of the run folder
 _DAMAGED = (Damage, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)  # errors of a damaged copy
 _log = logging.getLogger(__name__)
 
@@ -151,8 +152,9 @@ class Mirror:
                 _log.warning("%s isn't copied to %s: a newer one was saved before its turn", folder.name, self.url)
                 return
             self._claim(take_over=False)
-            if (self.run_dir / "config.yaml").is_file():
-                self._put(self.run_dir / "config.yaml", "config.yaml")
+            for name in _NOTES:
+                if (self.run_dir / name).is_file():
+                    self._put(self.run_dir / name, name)
             self._upload(folder)
         finally:
             self.busy = None
@@ -211,24 +213,44 @@ class Mirror:
         Raises InputError if another run folder owns it.
         """
         own = self.run_dir / "mirror.json"
-        mine = json.loads(own.read_text())["run"] if own.is_file() else None
+        known = json.loads(own.read_text()) if own.is_file() else {}
+        mine, moved = known.get("run"), self._has_moved(known)
         theirs = self._text("run.json")
         if theirs is not None and json.loads(theirs)["run"] == mine:
-            return
-        if theirs is not None and not take_over:
+            if not moved:
+                return
+        elif theirs is not None and not take_over:
             raise InputError(
                 f"checkpoint.mirror={self.url} belongs to another run, or this one was gone on with in another run "
                 "folder; choose another mirror, or null"
             )
         if mine is None or theirs is not None:
-            own.write_text(json.dumps({"run": uuid.uuid4().hex}) + "\n")
+            about = {"run": uuid.uuid4().hex, "folder": str(self.run_dir.resolve()), "inode": self._inode()}
+            own.write_text(json.dumps(about) + "\n")
         self._put(own, "run.json")
+
+    def _inode(self) -> int:
+        return self.run_dir.stat().st_ino
+
+    def _has_moved(self, known: dict[str, Any]) -> bool:
+        """Tell whether the run folder isn't where its mirror.json was written. Raises InputError for a copy of it."""
+        folder = Path(known.get("folder", self.run_dir.resolve()))
+        if folder == self.run_dir.resolve() or known.get("inode") == self._inode():
+            return False
+        original = folder / "mirror.json"
+        if original.is_file() and json.loads(original.read_text())["run"] == known["run"]:
+            raise InputError(
+                f"checkpoint.mirror={self.url} belongs to {folder}, of which {self.run_dir} is a copy; choose another "
+                "mirror, or null"
+            )
+        return True
 
     def _fetch_newest(self) -> Path | None:
         """Fetch the newest complete and intact checkpoint to the run folder; None if the mirror is empty."""
         whole = sorted(name for name, files in self._found().items() if "manifest.json" in files)
-        if not (self.run_dir / "config.yaml").is_file() and (configured := self._text("config.yaml")):
-            (self.run_dir / "config.yaml").write_text(configured)  # changes are compared to it, as at every start
+        for name in _NOTES:  # changes are compared to them, as at every start
+            if not (self.run_dir / name).is_file() and (text := self._text(name)):
+                (self.run_dir / name).write_text(text)
         for name in reversed(whole):
             try:
                 self._fetch_snapshots(name)

@@ -191,3 +191,24 @@ def test_a_score_filters_and_weights_what_any_number_of_ranks_takes(
     assert visited(plan, 0, ranks) != visited(plan, 1, ranks)
     assert sorted(visited(plan, 7, ranks)) == sorted(visited(plan, 7, 1))
     assert np.bincount(visited(plan, 0, ranks), minlength=24).tolist() == FIRST_EPOCH, "the same on every machine"
+
+
+def test_samples_without_captions_need_their_rows_from_every_kind_of_index(
+    tmp_path: Path, write_samples: Callable[..., str], make_sample: Callable[..., dict[str, Any]]
+) -> None:
+    bare = {name: value for name, value in make_sample(2).items() if name != "txt"}
+    shards = [write_samples(tmp_path / "s.tar", [make_sample(0), bare])]
+    index_shards(shards, workers=1)
+    path = table(tmp_path / "scores.parquet", key=KEYS[:1], score=SCORES[:1])
+    consolidate(shards, tmp_path / "all", side_tables=[path])
+    assert joined(shards, path).usable.tolist() == [True, False]
+    assert load_consolidated(tmp_path / "all", shards, None, [path]).usable.tolist() == [True, False]
+    said = []
+    for load in (
+        lambda: SideTables([path], Store()).join(load_index(shards, captioned=False)),
+        lambda: load_consolidated(tmp_path / "all", shards, None, [path], captioned=False),
+    ):
+        with pytest.raises(InputError, match=r"has no row for 1 sample\(s\) such as '00002'") as error:
+            load()
+        said.append(str(error.value))
+    assert said[0] == said[1]

@@ -48,6 +48,15 @@ def make_index(shards: int = 12, per_shard: int = 40, fingerprint: str = "f", **
     return Index(tuple(f"s{i}" for i in range(shards)), shard, first, columns, fingerprint)
 
 
+def test_epochs_are_counted_in_steps() -> None:
+    plan = make_plan()
+    taken = Counter(position.epoch for position, _ in islice(plan.from_position(Position()), plan.count(2)))
+    assert sorted(taken) == [0, 1] and plan.count(2) == taken[0] + taken[1] and plan.count(1) == taken[0]
+    assert plan.count(1.5) == taken[0] + round(0.5 * taken[1]) and plan.count(1e-9) == 1
+    position, _ = next(islice(plan.from_position(Position()), plan.count(2), None))
+    assert position == Position(2, 0, 0), "the next step begins the next epoch"
+
+
 def make_plan(index: Index | None = None, **changes: Any) -> Plan:
     index = make_index() if index is None else index
     inputs: dict[str, Any] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -51,12 +53,31 @@ def start(case: str, folder: Path) -> tuple[int, float, str]:
 @pytest.mark.parametrize("case", ["sleeps", "holds the GIL"])
 def test_a_process_without_progress_is_ended_and_leaves_its_stacks(case: str, tmp_path: Path) -> None:
     code, seconds, _ = start(case, tmp_path / "logs")
-    assert code == 1 and seconds < 15
+    assert code == (1 if case == "sleeps" else -signal.SIGKILL) and seconds < 15
     text = (tmp_path / "logs/rank-0.stacks.txt").read_text()
     assert 'File "<string>", line' in text
     if case == "sleeps":
         assert f"rank 0 on {socket.gethostname()} made no progress for" in text and "in step 7, phase 'data'" in text
         assert "in step 7, phase 'data'" in (tmp_path / "logs/told").read_text()
+
+
+@pytest.mark.parametrize("which", ["process", "session"])
+def test_time_in_which_it_was_stopped_does_not_count(which: str, tmp_path: Path) -> None:
+    """As a Slurm suspension or `docker pause` stops everything, or `kill -STOP` a rank alone."""
+    (tmp_path / "logs").mkdir()
+    work = "watch.phase('data'); time.sleep(0.3); print('on', flush=True); time.sleep(0.6); watch.stop()"
+    command = [sys.executable, "-c", SETUP + work, str(tmp_path / "logs")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout and process.stdout.readline() == "began\n" and process.stdout.readline() == "on\n"
+    monitors = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(monitors) == 1
+    pids = [process.pid, *(map(int, monitors) if which == "session" else ())]
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in pids:
+            os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            time.sleep(3.0)  # three time-outs
+    assert process.wait(timeout=30) == 0 and not list((tmp_path / "logs").iterdir())
 
 
 def test_slow_phases_and_an_ended_watch_are_no_alarm(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def video(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_wandb_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
@@ -134,15 +134,52 @@ def test_writer_that_fails_later_is_dropped_with_one_warning(tmp_path: Path, cap
 
 @pytest.mark.usefixtures("no_wandb_account")
 def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wandb_mode() == "offline"
+    ours, public = "https://wandb.example.org/", "https://api.wandb.ai"
+    assert wandb_mode(public) == "offline" and wandb_mode(public, "key of a settings file") == "online"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
-    assert wandb_mode() == "online"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org/")
-    assert wandb_mode() == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert wandb_mode() == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_mode() == "disabled"
+    assert wandb_mode(public) == "online" and wandb_mode(ours) == "offline"
+    for name, value, mode in (
+        ("WANDB_IDENTITY_TOKEN_FILE", "token", "online"), ("WANDB_MODE", "disabled", "disabled"),
+        ("WANDB_API_KEY", "x", "disabled"), ("WANDB_MODE", "online", "online"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+        assert wandb_mode(ours) == mode
+
+
+def test_wandb_hears_its_own_variables_and_a_moved_run_keeps_its_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    class Run:
+        def define_metric(self, *_: object, **__: object) -> None:
+            return None
+
+        def finish(self) -> None:
+            return None
+
+    def init(**said: Any) -> Run:
+        given.append(said)
+        return Run()
+
+    known = types.SimpleNamespace(settings=types.SimpleNamespace(base_url="", api_key=None))
+    stub = types.SimpleNamespace(Video=None, Table=None, init=init, Settings=dict, setup=lambda: known)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    names = ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_TAGS", "WANDB_RUN_ID")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+
+    def begin(folder: str, run_id: str, project: str = "") -> tuple[Any, ...]:
+        Writers(tmp_path / folder, run_id, {}, ["wandb"], 9, project, 0).close()
+        return tuple(given[-1][key] for key in ("project", "name", "group", "tags", "id"))
+
+    assert begin("a/run", "run-1") == ("sora_train", "run", "a", [], "run-1")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert begin("b/run", "run-2")[4] == "run-1"
+    for name, value in zip(names, ("films", "first", "tries", "x,y", "id-7"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert begin("b/run", "run-2") == ("films", "first", "tries", ["x", "y"], "id-7")
+    assert begin("b/run", "run-2", "own")[0] == "own", "the key of the configuration comes first"
 
 
 @pytest.mark.timeout(60)
@@ -195,7 +232,10 @@ def test_wandb_without_a_network_does_not_keep_a_run_that_is_done(
         settings.update(vars(given["settings"]))
         return Run()
 
-    stub = types.SimpleNamespace(Video=None, Table=None, init=init, Settings=lambda **s: types.SimpleNamespace(**s))
+    known = types.SimpleNamespace(settings=types.SimpleNamespace(base_url="", api_key=None))
+    stub = types.SimpleNamespace(
+        Video=None, Table=None, init=init, Settings=lambda **s: types.SimpleNamespace(**s), setup=lambda: known
+    )
     monkeypatch.setitem(sys.modules, "wandb", stub)
     monkeypatch.setattr(metrics, "_WANDB_GRACE_SECONDS", 0.1)
     writers = Writers(tmp_path / "run", "run-1", {}, ["wandb"], 9, "demo", resume_step=0, wandb_finish_s=0.2)

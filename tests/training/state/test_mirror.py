@@ -177,7 +177,7 @@ def test_a_break_inside_an_upload_leaves_the_older_one_and_the_next_cleans_up(tm
     assert mirror._found()["step-00000002"] == {"rank-0.safetensors"}
     fetched = local(tmp_path, "new").restore()
     assert fetched is not None and fetched.name == "step-00000001"
-    shutil.copy(tmp_path / "new/mirror.json", tmp_path / "run/mirror.json")
+    (tmp_path / "new/mirror.json").rename(tmp_path / "run/mirror.json")
     mirror._put = put  # type: ignore[method-assign]
     save(mirror, 3)
     assert sorted(mirror._found()) == ["step-00000001", "step-00000003"]
@@ -208,6 +208,24 @@ def test_two_runs_never_mix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gone on with in another run folder"):
         local(tmp_path, "old").restore()
     assert local(tmp_path, "new").restore() is None
+
+
+def test_a_copy_of_a_run_folder_is_refused_and_a_moved_one_goes_on(tmp_path: Path) -> None:
+    old = local(tmp_path, "old")
+    save(old, 1)
+    shutil.copytree(tmp_path / "old", tmp_path / "copy")
+    with pytest.raises(InputError, match=f"belongs to {tmp_path}/old, of which {tmp_path}/copy is a copy"):
+        local(tmp_path, "copy").restore()
+    save(old, 2)
+    assert old.failed == 0 and sorted(old._found()) == ["step-00000001", "step-00000002"]
+    (tmp_path / "old").rename(tmp_path / "moved")
+    assert local(tmp_path, "moved").restore() is None, "its checkpoints are there"
+    shutil.copytree(tmp_path / "moved", tmp_path / "elsewhere2")  # to another file system, say
+    shutil.rmtree(tmp_path / "moved")
+    other = local(tmp_path, "elsewhere2")
+    assert other.restore() is None
+    save(other, 3)
+    assert other.failed == 0 and "step-00000003" in other._found()
 
 
 def test_a_rollback_takes_the_later_ones_away_there_too(tmp_path: Path) -> None:

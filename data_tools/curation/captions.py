@@ -1,0 +1,92 @@
+"""The stage `captions`: what a clip shows, in several lengths, by a model that sees some of its frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_tools.curation.caption_server import Refused, Reply, Server, ServerError
+from data_tools.curation.caption_text import PROMPT, BadCaption, read_answer
+from data_tools.curation.stage import Drop, Fail, Item, Outcome, Stage, attempt
+
+_TRIES = 3  # answers that are asked for before a clip is left without a caption
+_WARMER = 0.7  # temperature of all but the first
+_TOKENS = 700
+_READS = ("key", "digest", "stills")
+_MODULES = ("data_tools.curation.captions", "data_tools.curation.caption_text")
+
+
+class Model(Protocol):
+    """A model that answers a prompt with pictures."""
+
+    model: str
+
+    def ask(self, prompt: str, pictures: Sequence[bytes], temperature: float, max_tokens: int) -> Reply:
+        """The answer; raises ServerError."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds."""
+        ...
+
+
+def stage(model: Model) -> Stage:
+    """The stage, by a model."""
+
+    def caption(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
+        with np.load(folder.parent / "cut" / item["stills"]) as stored:
+            pictures = [stored[name].tobytes() for name in stored.files]
+        return ask_for_captions(model, parameters["prompt"], pictures)
+
+    return Stage("captions", caption, _READS, _MODULES, {"model": model.model, "prompt": PROMPT})
+
+
+def ask_for_captions(model: Model, prompt: str, pictures: Sequence[bytes]) -> Item:
+    """The captions and fields of a model's first good answer; raises Drop where no answer passes."""
+    reason = BadCaption("no caption", "")
+    for number in range(_TRIES):
+        try:
+            reply = model.ask(prompt, pictures, _WARMER if number else 0.0, _TOKENS)
+            if reply.cut_off:
+                raise BadCaption("cut off", reply.text[-80:])
+            return dict(read_answer(reply.text))
+        except BadCaption as error:
+            reason = error
+        except Refused as error:
+            raise Drop("no caption", str(error)) from error
+        except ServerError as error:  # no drop: the same command asks again
+            raise Fail(error.kind, error.detail) from error
+    raise Drop("no caption", str(reason))
+
+
+class Threads:
+    """Engine for a stage that waits for a server."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def run(self, stage: Stage, items: Sequence[Item], folder: Path) -> Iterator[tuple[int, Outcome]]:
+        """Yield each item's number with its outcome as it is done."""
+        with ThreadPoolExecutor(self._count) as pool:
+            numbers = {pool.submit(attempt, stage, item, folder): number for number, item in enumerate(items)}
+            try:
+                for future in as_completed(numbers):
+                    yield numbers[future], future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def model_of(captions: str, name: str | None) -> Model:
+    """The model that `captions=` names: a server's address, or a folder of a local one."""
+    if captions.startswith(("http://", "https://")):
+        return Server(captions, name)
+    from data_tools.curation.caption_folder import LocalModel
+
+    return LocalModel(captions)

@@ -1,0 +1,182 @@
+"""The stage `cut`: a span of a film to a video of its own, frame by frame; a whole film is copied as it is.
+
+Decoding begins at the key frame before the span. The first and the last frame are compared with what the film's one
+whole decode had there; where they differ, or frames are missing, the film is decoded from its beginning.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from data_tools.curation.films import frames, opened, small_size
+from data_tools.curation.look import TINY
+from data_tools.curation.shots import mark_of
+from data_tools.curation.stage import Drop, Item, Stage
+from data_tools.media_files import hash_of, media_extension
+from sora_train.core.media import write_mp4
+from sora_train.data.read.by_pyav import Complaints
+from sora_train.data.read.decode import AS_STORED, Track, shown_at
+from sora_train.data.read.picture import picture_of
+
+_STILLS_SIDE = 512  # longest side of the pictures that a caption is written from
+_READS = (
+    "key", "path", "sha256", "look", "stream", "height", "width", "rotation", "mirrored", "interlaced", "transfer",
+    "fps", "vfr", "timed", "frames", "start", "end", "border", "marks", "stamps", "duration",
+)  # fmt: skip
+_MODULES = tuple(f"data_tools.curation.{name}" for name in ("cut", "films", "shots"))
+
+
+def stage(crf: int, gop: int, max_side: int | None, stills: int) -> Stage:
+    """The stage.
+
+    Args:
+        crf: Quality of the encoder; lower is better.
+        gop: Distance of key frames.
+        max_side: Pixels of the short side that larger clips are made smaller to; None leaves them.
+        stills: Pictures kept for captions.
+    """
+    parameters = {"crf": crf, "gop": gop, "max_side": max_side, "stills": stills}
+    return Stage("cut", cut, _READS, _MODULES, parameters, files=("clip", "stills"))
+
+
+def cut(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
+    """Write the clip, and the pictures for its caption."""
+    cv2.setNumThreads(1)
+    source = _Source(item, parameters, folder.parent)
+    whole = item["start"] == 0 and item["end"] == item["frames"] and not any(item["border"]) and not source.is_smaller
+    extension = media_extension(item["path"]) if whole else "mp4"
+    name = f"{item['key']}.{extension}"
+    temporary = folder / f".{item['key']}.{os.getpid()}.mp4"
+    try:
+        if whole:
+            shutil.copyfile(item["path"], temporary)
+            for _ in source.pictures(from_start=True):
+                continue
+        else:
+            source.write(temporary)
+        temporary.replace(folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    stills = f"{item['key']}.stills.npz" if parameters["stills"] else ""
+    if stills:
+        temporary = folder / f".{item['key']}.{os.getpid()}.npz"
+        np.savez(temporary, *[np.frombuffer(one, np.uint8) for one in source.stills])
+        temporary.replace(folder / stills)
+    return {"clip": name, "stills": stills, "digest": hash_of(folder / name), "copied": whole}
+
+
+class _Missed(Exception):
+    """Frames that came out are not those of the film's one whole decode."""
+
+
+class _Source:
+    """The frames of a span as pictures."""
+
+    def __init__(self, item: Item, parameters: Mapping[str, Any], work: Path) -> None:
+        self.item, self.parameters = item, parameters
+        self.track = Track(**{name: item[name] for name in ("rotation", "mirrored", "interlaced", "transfer")})
+        top, bottom, left, right = item["border"]
+        inner = item["height"] - top - bottom, item["width"] - left - right
+        largest = parameters["max_side"]
+        self.is_smaller = largest is not None and min(inner) > largest
+        self.size = small_size(*inner, largest) if self.is_smaller and largest is not None else inner
+        self.wanted = self._numbers(work)
+        self.stills: list[bytes] = []
+        places = np.linspace(0, len(self.wanted) - 1, parameters["stills"] + 2).round().astype(int)[1:-1]
+        self._still_places = set(places.tolist())
+
+    def write(self, path: Path) -> None:
+        """Encode the span; from a key frame, else from the film's beginning. Raises Drop where neither works."""
+        for from_start in [False, True] if self.item["timed"] else [True]:
+            self.stills.clear()
+            pictures = (picture[None] for picture in self.pictures(from_start))
+            try:
+                write_mp4(path, pictures, self.item["fps"], self.parameters["crf"], self.parameters["gop"])
+                return
+            except _Missed as error:
+                reason = str(error)
+        raise Drop("changed", reason)
+
+    def pictures(self, from_start: bool) -> Iterator[np.ndarray]:
+        """The pictures of the clip, `(H, W, 3)`, in turn. Raises _Missed."""
+        number, given = self.item["start"], 0
+        for frame in self._frames(from_start):
+            last = number + 1 == self.item["end"]
+            if number == self.item["start"] or last:
+                self._compare(frame, self.item["marks"][1 if last else 0])
+            picture: np.ndarray | None = None
+            while given < len(self.wanted) and self.wanted[given] == number:
+                picture = self._picture(frame) if picture is None else picture
+                if given in self._still_places:
+                    self.stills.append(_jpeg(picture))
+                yield picture
+                given += 1
+            number += 1
+            if last:
+                return
+        raise _Missed(f"{number - self.item['start']} of {self.item['end'] - self.item['start']} frames came out")
+
+    def _numbers(self, work: Path) -> list[int]:
+        """The film's frame that each frame of the clip shows: all of them, or at a steady rate where theirs varies."""
+        first, end = self.item["start"], self.item["end"]
+        if not self.item["vfr"]:
+            return list(range(first, end))
+        times = np.load(work / "look" / self.item["look"])["times"][first:end]
+        count = max(1, round(float(times[-1] - times[0]) * self.item["fps"]))
+        return [first + number for number in shown_at(times, range(count), self.item["fps"])]
+
+    def _frames(self, from_start: bool) -> Iterator[Any]:
+        """The film's frames from the span's first on."""
+        first, last = self.item["stamps"]
+        with Complaints() as complaints, opened(self.item["path"], self.item["stream"]) as (film, stream):
+            if not from_start:
+                film.seek(first, stream=stream, backward=True)
+            for number, shown in enumerate(frames(film, stream, complaints)):
+                stamp = shown.frame.pts
+                if self.item["timed"] and stamp is not None:
+                    begun, over = stamp >= first, stamp > last
+                else:
+                    begun, over = number >= self.item["start"], number >= self.item["end"]
+                if over:
+                    return
+                if begun:
+                    yield shown.frame
+
+    def _compare(self, frame: Any, mark: int) -> None:
+        shape = small_size(self.item["height"], self.item["width"])
+        small = np.ascontiguousarray(picture_of(frame, shape, self.track, AS_STORED))
+        tiny = cv2.resize(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), TINY[::-1], interpolation=cv2.INTER_AREA)
+        if mark_of(tiny) != mark:
+            raise _Missed("its frames are not those that were seen before")
+
+    def _picture(self, frame: Any) -> np.ndarray:
+        top, _, left, _ = self.item["border"]
+        height, width = self.item["height"], self.item["width"]
+        if not any(self.item["border"]):
+            return picture_of(frame, self.size, self.track, AS_STORED)
+        whole = picture_of(frame, (height, width), self.track, AS_STORED)
+        inner = whole[top : height - self.item["border"][1], left : width - self.item["border"][3]]
+        if not self.is_smaller:
+            return inner
+        return cv2.resize(np.ascontiguousarray(inner), self.size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def _jpeg(picture_HWC: np.ndarray) -> bytes:
+    """A picture as JPEG, its long side at most as long as captions need."""
+    height, width = picture_HWC.shape[:2]
+    scale = min(1.0, _STILLS_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture_HWC)).resize(size, Image.Resampling.BILINEAR).save(
+        buffer, "JPEG", quality=85
+    )
+    return buffer.getvalue()

@@ -1,0 +1,95 @@
+"""Films as they are decoded: opened by what their first bytes are, and read from a place on, one frame after the other.
+
+Films are too large to be held in memory, so they aren't read as samples are (`data/read`); what a stream, a picture and
+damage are is decided by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+from av.stream import Discard
+
+from data_tools.curation.stage import Drop
+from sora_train.data.read.by_pyav import Complaints
+from sora_train.data.read.decode import LIMITS, DecodeError, check_pixels, container
+from sora_train.data.read.packets import choose_stream
+
+_HEAD = 4096  # bytes that tell the container
+SHORT_SIDE = 128  # pixels of the small pictures that are looked at
+
+
+class Shown(NamedTuple):
+    """A decoded frame, and whether FFmpeg reported damage since the one before."""
+
+    frame: Any
+    doubtful: bool
+
+
+@contextmanager
+def opened(path: str, stream: int = -1) -> Iterator[tuple[Any, Any]]:
+    """The container and the video stream of a film; raises Drop for what is no film, or too large to decode."""
+    with Path(path).open("rb") as file:
+        head = file.read(_HEAD)
+    if not head:
+        raise Drop("empty file")
+    kind = container(head)
+    if kind is None:
+        raise Drop("not a video", f"begins with {head[:8]!r}")
+    try:
+        with av.open(path, format=kind, metadata_errors="replace") as film:
+            chosen = _chosen(film, stream)
+            check_pixels(chosen.height, chosen.width, LIMITS)
+            for other in film.streams:
+                if other.index != chosen.index:
+                    other.discard = Discard.all
+            yield film, chosen
+    except DecodeError as error:
+        raise Drop(error.cause.replace("_", " "), error.detail) from error
+    except av.error.FFmpegError as error:
+        if isinstance(error, OSError) and not isinstance(error, ValueError) and not Path(path).exists():
+            raise FileNotFoundError(path) from error
+        raise Drop("undecodable", str(error).splitlines()[0]) from error
+
+
+def _chosen(film: Any, stream: int) -> Any:
+    try:
+        return choose_stream(film, stream)
+    except AttributeError as error:  # PyAV's answer to a stream whose decoder or size isn't known
+        raise Drop("undecodable", "no stream in it that can be decoded") from error
+
+
+def frames(film: Any, stream: Any, complaints: Complaints) -> Iterator[Shown]:
+    """The frames of a film from where it stands, in the order they are shown; goes on behind what can't be decoded."""
+    codec, doubtful = stream.codec_context, False
+    complaints.take()
+    for packet in film.demux(stream):
+        got: list[Any] = []
+        try:
+            got = codec.decode(packet)
+        except av.error.EOFError:
+            return
+        except av.error.FFmpegError:
+            doubtful = True
+        doubtful = bool(complaints.take()) or doubtful
+        for frame in got:
+            check_pixels(frame.height, frame.width, LIMITS)
+            yield Shown(frame, doubtful or bool(frame.is_corrupt))
+            doubtful = False
+
+
+def seconds_of(film: Any, stream: Any) -> float:
+    """How long a film is by what its container says; 0 where it says nothing."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return float(film.duration or 0) / av.time_base
+
+
+def small_size(height: int, width: int, side: int = SHORT_SIDE) -> tuple[int, int]:
+    """Height and width with a short side of `side` pixels, the other in proportion; nothing is enlarged."""
+    scale = min(1.0, side / min(height, width))
+    return max(2, round(height * scale)), max(2, round(width * scale))

@@ -1,0 +1,194 @@
+"""The stage `look`: the one decode of a film that cuts, borders, scores and duplicates are found in.
+
+What later stages need is kept in `work/look/SHA256.npz`: small pictures twice a second, tiny ones of every frame, the
+time of every frame, and where a detector sees cuts. Those stages can then be given other parameters without decoding
+anything.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from data_tools.curation.films import frames, opened, small_size
+from data_tools.curation.forbidden import read_forbidden
+from data_tools.curation.hashes import hashes_of
+from data_tools.curation.motion import motion
+from data_tools.curation.stage import Drop, Item, Stage
+from sora_train.data.read.by_pyav import Complaints
+from sora_train.data.read.decode import AS_STORED, DecodeError, Track
+from sora_train.data.read.picture import picture_of
+from sora_train.data.read.probe import rate
+
+RATE = 2.0  # small pictures a second
+TINY = (18, 32)
+_THUMBNAIL = 96  # pixels of the short side
+_REORDERED = 16  # frames that a decoder may have held back when it reported damage
+_SHARP_SIDE = 256  # short side that sharpness is measured at, so that it doesn't depend on a film's size
+_FPS = 24.0  # of a film that doesn't say
+_PARTNER_S = 1 / 12  # seconds between the two pictures that motion is measured from
+_READS = (
+    "path", "sha256", "stream", "height", "width", "duration", "claimed", "rotation", "mirrored",
+)  # fmt: skip
+_MODULES = tuple(f"data_tools.curation.{name}" for name in ("look", "films", "hashes", "motion", "forbidden"))
+
+
+def stage(cut_threshold: float, forbidden: Mapping[str, str]) -> Stage:
+    """The stage, for a detector with a threshold and a list of forbidden material."""
+    parameters = {"threshold": cut_threshold, "forbidden": dict(forbidden)}
+    return Stage("look", look, _READS, _MODULES, parameters, files=("look",))
+
+
+@dataclass
+class Seen:
+    """What was seen of a film. Arrays of every frame have T entries, those of small pictures S."""
+
+    stamps: list[int | None] = field(default_factory=list)  # T
+    doubtful: list[bool] = field(default_factory=list)  # T: damage was reported at it
+    keys: list[bool] = field(default_factory=list)  # T
+    tiny: list[np.ndarray] = field(default_factory=list)  # T, (18, 32) uint8
+    at: list[int] = field(default_factory=list)  # S: the frame of a small picture
+    small: list[np.ndarray] = field(default_factory=list)  # S, gray, short side 128
+    thumbnails: list[bytes] = field(default_factory=list)  # S, JPEG
+    figures: list[tuple[float, float, float]] = field(default_factory=list)  # S: motion, sharpness, noise
+
+    def seconds(self, first: int, second: int, base: float, fps: float) -> float:
+        """Time between two frames; by the rate where their stamps don't tell."""
+        one, other = self.stamps[first], self.stamps[second]
+        return (other - one) * base if one is not None and other is not None and other > one else (second - first) / fps
+
+
+def look(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
+    """Decode a film once, and keep what can be said of it."""
+    cv2.setNumThreads(1)
+    listed = parameters["forbidden"]
+    forbidden = read_forbidden(**listed) if listed else None
+    detector = _Detector(parameters["threshold"], item["claimed"] or _FPS)
+    seen = Seen()
+    partner: tuple[int, np.ndarray] | None = None
+    fps = item["claimed"] or _FPS
+    step, apart = max(1.0, fps / RATE), max(1, round(fps * _PARTNER_S))
+    with Complaints() as complaints, opened(item["path"], item["stream"]) as (film, stream):
+        base = float(stream.time_base or 1)
+        for number, (shown, picture) in enumerate(_pictures(item, frames(film, stream, complaints))):
+            gray = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+            seen.stamps.append(shown.frame.pts)
+            seen.doubtful.append(shown.doubtful)
+            seen.keys.append(bool(shown.frame.key_frame))
+            seen.tiny.append(cv2.resize(gray, TINY[::-1], interpolation=cv2.INTER_AREA))
+            detector.take(number, picture)
+            if partner is not None and number == partner[0]:
+                seen.figures[-1] = (
+                    motion(partner[1], gray, seen.seconds(number - apart, number, base, fps)),
+                    *seen.figures[-1][1:],
+                )
+                partner = None
+            if number >= len(seen.at) * step:
+                if forbidden is not None and forbidden.has_picture(hashes_of(gray)):
+                    raise Drop("forbidden", f"on the list {Path(listed['path']).name}")
+                _take_picture(seen, number, picture, gray, shown.frame)
+                partner = (number + apart, gray)
+    return _kept(item, seen, detector.cuts(), base, folder)
+
+
+def _pictures(item: Item, shown: Iterator[Any]) -> Iterator[tuple[Any, np.ndarray]]:
+    """Each frame with its picture, upright, small."""
+    track = Track(rotation=item["rotation"], mirrored=item["mirrored"])
+    size = small_size(item["height"], item["width"])
+    for one in shown:
+        yield one, np.ascontiguousarray(picture_of(one.frame, size, track, AS_STORED))
+
+
+def _take_picture(seen: Seen, number: int, picture: np.ndarray, gray: np.ndarray, frame: Any) -> None:
+    seen.at.append(number)
+    seen.small.append(gray)
+    height, width = small_size(gray.shape[0], gray.shape[1], _THUMBNAIL)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=80)
+    seen.thumbnails.append(buffer.getvalue())
+    height, width = small_size(frame.height, frame.width, _SHARP_SIDE)
+    medium = frame.reformat(width, height, "gray").to_ndarray()
+    seen.figures.append((np.nan, float(cv2.Laplacian(medium, cv2.CV_32F).var()), noise_of(frame)))
+
+
+def noise_of(frame: Any) -> float:
+    """Standard deviation of the noise in a frame's middle, in levels of 255, after Immerkaer (1996)."""
+    full = frame.reformat(format="gray").to_ndarray()
+    height, width = full.shape
+    middle = full[height // 4 : height - height // 4, width // 4 : width - width // 4].astype(np.float32)
+    mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
+    inner = np.abs(cv2.filter2D(middle, -1, mask)[1:-1, 1:-1])
+    # the median where Immerkaer has the mean: edges don't count as noise
+    return float(np.median(inner) / 0.6745 / 6.0) if inner.size else 0.0
+
+
+def _kept(item: Item, seen: Seen, cuts: list[int], base: float, folder: Path) -> Item:
+    """Write what was seen, and return the figures of the film's time line."""
+    count = len(seen.stamps)
+    if count < 2:
+        raise Drop("undecodable", f"{count} frames come out of it")
+    known = [stamp for stamp in seen.stamps if stamp is not None]
+    timed = len(known) == count and all(one < other for one, other in zip(known, known[1:], strict=False))
+    times = np.array(known if timed else range(count)) * (base if timed else 1 / (item["claimed"] or _FPS))
+    try:
+        fps, duration, vfr = rate(times, item["claimed"])
+    except DecodeError as error:
+        raise Drop(error.cause, error.detail) from error
+    name = f"{item['sha256'][:32]}.npz"
+    temporary = folder / f".{name}.{os.getpid()}.npz"
+    try:
+        np.savez_compressed(
+            temporary,
+            stamps=np.array(known if timed else range(count), np.int64), times=times - times[0],
+            damaged=_spread(np.array(seen.doubtful), np.array(seen.keys)), tiny=np.stack(seen.tiny),
+            cuts=np.array(cuts, np.int64), at=np.array(seen.at, np.int64), small=np.stack(seen.small),
+            thumbnails=np.frombuffer(b"".join(seen.thumbnails), np.uint8),
+            thumbnail_ends=np.cumsum([len(one) for one in seen.thumbnails]),
+            figures=np.array(seen.figures, np.float64),
+        )  # fmt: skip
+        temporary.replace(folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"look": name, "frames": count, "fps": fps, "seconds": duration, "vfr": vfr, "timed": timed}
+
+
+def _spread(doubtful: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Frames that may be damaged: from a little before each report up to the next key frame."""
+    damaged = np.zeros(len(doubtful), bool)
+    places = np.flatnonzero(keys)
+    for number in np.flatnonzero(doubtful):
+        following = places[places > number]
+        damaged[max(0, number - _REORDERED) : following[0] if len(following) else len(damaged)] = True
+    return damaged
+
+
+class _Detector:
+    """Cuts by PySceneDetect's adaptive detector, with shots as short as six frames."""
+
+    def __init__(self, threshold: float, fps: float) -> None:
+        from scenedetect import FrameTimecode
+        from scenedetect.detectors import AdaptiveDetector
+
+        self._timecode, self._fps = FrameTimecode, fps
+        self._detector = AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=max(2, round(fps / 4)))
+        self._found: list[Any] = []
+        self._last = 0
+
+    def take(self, number: int, picture_HWC: np.ndarray) -> None:
+        """Show it the next frame."""
+        self._last = number
+        turned = np.ascontiguousarray(picture_HWC[..., ::-1])
+        self._found += self._detector.process_frame(self._timecode(number, self._fps), turned)
+
+    def cuts(self) -> list[int]:
+        """The first frame of each shot but the first."""
+        self._found += self._detector.post_process(self._timecode(self._last, self._fps))
+        return sorted({cut.frame_num for cut in self._found} - {0})

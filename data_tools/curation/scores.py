@@ -1,0 +1,89 @@
+"""The stage `scores`: figures of each clip, from what was seen of its film; nothing is decoded.
+
+| score | what it says |
+| --- | --- |
+| motion | mean speed of the picture's points, in diagonals a second (median over the clip) |
+| sharpness | variance of the Laplacian at a short side of 256 pixels (median) |
+| noise | deviation of the noise in the frames as they are, levels of 255 (median) |
+| luma | mean brightness, 0 to 1 |
+| black, white | share of the looked-at frames that are black, or white |
+| frozen | share of frames that show what the one before shows |
+| overlay | share of the picture with edges that stay while the rest moves: logos, subtitles; NaN where little moves |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from data_tools.curation.hashes import hashes_of, to_text
+from data_tools.curation.stage import Item, Stage
+
+COLUMNS = ("motion", "sharpness", "noise", "luma", "black", "white", "frozen", "overlay")
+_BLACK, _WHITE, _NEARLY = 24, 232, 0.98
+_EDGE = 40.0  # of a gradient's size, levels a pixel
+_MOVES = 0.02  # diagonals a second: with less, every edge stays
+_LEAST = 4  # pictures from which overlays can be told
+_READS = ("look", "shots", "height", "width")
+_MODULES = ("data_tools.curation.scores", "data_tools.curation.hashes")
+
+
+def stage() -> Stage:
+    """The stage."""
+    return Stage("scores", scores, _READS, _MODULES)
+
+
+def scores(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
+    """The scores and hashes of each shot that wasn't dropped; None for the others."""
+    cv2.setNumThreads(1)
+    seen = np.load(folder.parent / "look" / item["look"])
+    arrays = {name: seen[name] for name in ("at", "small", "tiny", "figures")}
+    return {"scores": [None if shot["reason"] else _of_shot(shot, arrays, item) for shot in item["shots"]]}
+
+
+def _of_shot(shot: Item, seen: Mapping[str, np.ndarray], item: Item) -> Item:
+    first, end = shot["start"], shot["end"]
+    inside = (seen["at"] >= first) & (seen["at"] < end)
+    small_SHW, figures = seen["small"][inside], seen["figures"][inside]
+    tiny_THW = seen["tiny"][first:end].astype(np.int16)
+    values = dict(zip(("motion", "sharpness", "noise"), _medians(figures), strict=True))
+    values |= {
+        "luma": float(small_SHW.mean() / 255),
+        "black": float(np.mean([np.quantile(one, _NEARLY) <= _BLACK for one in small_SHW])),
+        "white": float(np.mean([np.quantile(one, 1 - _NEARLY) >= _WHITE for one in small_SHW])),
+        "frozen": float((np.abs(np.diff(tiny_THW, axis=0)).max(axis=(1, 2)) == 0).mean()),
+        "overlay": _overlay(small_SHW) if values["motion"] >= _MOVES and len(small_SHW) >= _LEAST else np.nan,
+    }
+    pictures = [_without_border(one, shot["border"], item) for one in small_SHW]
+    both = [hashes_of(one) for one in pictures]
+    return {
+        **{name: None if np.isnan(value) else round(value, 6) for name, value in values.items()},
+        "hashes": to_text([one for one, _ in both]), "mirrored_hashes": to_text([other for _, other in both]),
+        "picture": int(np.flatnonzero(inside)[len(both) // 2]),
+    }  # fmt: skip
+
+
+def _medians(figures_SF: np.ndarray) -> list[float]:
+    """The median of each figure over the pictures that have it."""
+    found = [column[~np.isnan(column)] for column in figures_SF.T]
+    return [float(np.median(column)) if len(column) else np.nan for column in found]
+
+
+def _overlay(small_SHW: np.ndarray) -> float:
+    sizes = []
+    for picture in small_SHW:
+        blurred = picture.astype(np.float32)
+        sizes.append(np.hypot(cv2.Sobel(blurred, -1, 1, 0) / 4, cv2.Sobel(blurred, -1, 0, 1) / 4))
+    return float((np.min(sizes, axis=0) > _EDGE).mean())
+
+
+def _without_border(small_HW: np.ndarray, border: list[int], item: Item) -> np.ndarray:
+    """A small picture without its border, which is given in pixels of the film."""
+    height, width = small_HW.shape
+    top, bottom = (round(pixels * height / item["height"]) for pixels in border[:2])
+    left, right = (round(pixels * width / item["width"]) for pixels in border[2:])
+    return np.ascontiguousarray(small_HW[top : height - bottom, left : width - right])

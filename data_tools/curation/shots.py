@@ -1,0 +1,107 @@
+"""The stage `shots`: the spans of a film that may become clips, from what was seen of it; nothing is decoded."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.curation.borders import Border, border_of
+from data_tools.curation.stage import Item, Stage
+from data_tools.curation.transitions import Span, slow_changes, true_cuts
+
+_BLACK = 24  # brightest level of 255 that a black frame has, nearly anywhere
+_SLACK = 0.98  # of its picture
+_READS = ("look", "frames", "fps", "vfr", "height", "width")
+_MODULES = tuple(f"data_tools.curation.{name}" for name in ("shots", "transitions", "borders"))
+
+
+def stage(min_seconds: float, max_seconds: float, trim_s: float, short_side: int) -> Stage:
+    """The stage, for clips of some length, cut off by `trim_s` where a shot ends within a film."""
+    parameters = {"min": min_seconds, "max": max_seconds, "trim": trim_s, "short_side": short_side}
+    return Stage("shots", shots, _READS, _MODULES, parameters)
+
+
+def shots(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
+    """Spans of frames, each with a reason where it is dropped."""
+    seen = np.load(folder.parent / "look" / item["look"])
+    fps, tiny = item["fps"], seen["tiny"]
+    cuts = true_cuts(seen["cuts"].tolist(), tiny, fps)
+    slow = slow_changes(tiny, cuts, fps)
+    found = []
+    for first, end in _pieces(cuts, slow, len(tiny)):
+        trimmed = _trimmed((first, end), len(tiny), math.ceil(parameters["trim"] * fps))
+        for span in _split(_without_black(trimmed, tiny), parameters["max"] * fps):
+            about = {"start": span[0], "end": span[1], "reason": "", "detail": "", "border": [0, 0, 0, 0]}
+            found.append(about | _judged(span, item, parameters, seen))
+    return {"shots": found, "flashes": len(seen["cuts"]) - len(cuts), "slow": [list(span) for span in slow]}
+
+
+def _pieces(cuts: Sequence[int], slow: Sequence[Span], count: int) -> list[Span]:
+    """What lies between cuts and slow changes."""
+    breaks = sorted([(cut, cut) for cut in cuts] + [*slow])
+    found, at = [], 0
+    for first, end in [*breaks, (count, count)]:
+        if first > at:
+            found.append((at, first))
+        at = max(at, end)
+    return found
+
+
+def _trimmed(span: Span, count: int, trim: int) -> Span:
+    """A span without the frames next to a transition; the ends of the film are none."""
+    first, end = span
+    return (first + trim if first > 0 else 0), (end - trim if end < count else count)
+
+
+def _without_black(span: Span, tiny_THW: np.ndarray) -> Span:
+    """A span without black frames at its ends; empty where all are black."""
+    first, end = span
+    bright = np.flatnonzero([np.quantile(picture, _SLACK) > _BLACK for picture in tiny_THW[first:end]])
+    return (first + int(bright[0]), first + int(bright[-1]) + 1) if len(bright) else (first, first)
+
+
+def _split(span: Span, longest: float) -> list[Span]:
+    """A span in equal parts of at most `longest` frames."""
+    first, end = span
+    parts = max(1, math.ceil((end - first) / longest))
+    edges = [first + (end - first) * n // parts for n in range(parts + 1)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def _judged(span: Span, item: Item, parameters: Mapping[str, Any], seen: Any) -> Item:
+    """Why a span is dropped, or its border and the marks of its first and last frame."""
+    first, end = span
+    seconds = (end - first) / item["fps"]
+    if first == end:
+        return {"reason": "black"}
+    if seconds < parameters["min"]:
+        return {"reason": "too short", "detail": f"{seconds:.2f} s"}
+    if seen["damaged"][first:end].any():
+        return {"reason": "damaged", "detail": "the decoder reported damage"}
+    border = border_of(_within(seen, span), item["height"], item["width"])
+    height, width = item["height"] - border.top - border.bottom, item["width"] - border.left - border.right
+    if min(height, width) < parameters["short_side"]:
+        return {"reason": "too small", "detail": f"{width}x{height} without its border"}
+    if border.is_most:
+        return {"reason": "border", "detail": f"{width}x{height} of {item['width']}x{item['height']} is picture"}
+    return {"border": _listed(border), "marks": [mark_of(seen["tiny"][first]), mark_of(seen["tiny"][end - 1])],
+            "stamps": [int(seen["stamps"][first]), int(seen["stamps"][end - 1])]}  # fmt: skip
+
+
+def _within(seen: Any, span: Span) -> np.ndarray:
+    inside = (seen["at"] >= span[0]) & (seen["at"] < span[1])
+    return seen["small"][inside]
+
+
+def _listed(border: Border) -> list[int]:
+    return [border.top, border.bottom, border.left, border.right]
+
+
+def mark_of(tiny_HW: np.ndarray) -> int:
+    """A number by which a frame is known again when the film is decoded from another place."""
+    return zlib.crc32(np.ascontiguousarray(tiny_HW).tobytes())

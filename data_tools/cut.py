@@ -1,0 +1,150 @@
+"""Parts of a video as files of their own, without decoding: the packets of a part are copied, from the last one before
+it at which decoding may begin, and an edit list hides the frames in between.
+
+Runs as a process of its own for each file, with a deadline and without network or other programs, as decoders do:
+
+    python -m data_tools.cut FILE FOLDER < '[[0.5, 1.0], [2.0, null]]'
+
+writes FOLDER/N.mp4 for each part, and prints a list of what is wrong with each, empty where nothing is.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sora_train.data.read.back_ends import first_line
+from sora_train.data.read.decode import DecodeError, container
+from sora_train.data.read.decode_child import shut_in
+from sora_train.data.read.packets import Line, choose_stream, read_line, read_packets
+
+_DEADLINE_S = 600.0  # for all parts of a file
+_IN_MP4 = {"h264", "hevc", "av1", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"}  # others go into QuickTime's
+_EARLY = 1e-4  # seconds by which a frame may come before the start that was written for it
+Part = tuple[float, float]  # seconds from and to, from the first frame
+
+
+def cut_file(path: Path, parts: Sequence[Part], folder: Path) -> list[str]:
+    """Write the parts of a file as `N.mp4` into a folder; what is wrong with each, empty where nothing is."""
+    asked = json.dumps([[start, None if end == float("inf") else end] for start, end in parts])
+    command = [sys.executable, "-m", "data_tools.cut", str(path), str(folder)]
+    try:
+        done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=_DEADLINE_S)
+        wrong: list[str] = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return [f"not cut within {_DEADLINE_S:g} s"] * len(parts)
+    except ValueError:
+        return [f"the process that cuts ended with {done.returncode}"] * len(parts)
+    return wrong
+
+
+def main() -> int:
+    """Cut the file of the command line into the parts of stdin."""
+    path, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    parts = [(float(start), float("inf") if end is None else float(end)) for start, end in json.load(sys.stdin)]
+    shut_in()
+    print(json.dumps(cut(path, parts, folder)))
+    return 0
+
+
+def cut(path: Path, parts: Sequence[Part], folder: Path) -> list[str]:
+    """As `cut_file`, in this process."""
+    import av
+
+    try:
+        with path.open("rb") as opened:
+            kind = container(opened.read(1024))
+        if kind is None:
+            return ["not a video"] * len(parts)
+        with av.open(str(path), format=kind, metadata_errors="replace") as file:
+            stream = choose_stream(file)
+            packets = read_packets(file, stream)
+            line = read_line(file, stream, packets)
+            return [_part(stream, packets, line, part, folder / f"{n}.mp4") for n, part in enumerate(parts)]
+    except (av.error.FFmpegError, OSError) as error:
+        return [first_line(error)] * len(parts)
+    except DecodeError as error:
+        return [error.detail] * len(parts)
+
+
+def _part(stream: Any, packets: list[Any], line: Line, part: Part, path: Path) -> str:
+    import av
+
+    try:
+        wanted, first, last = _range(stream, line, part)
+        _write(stream, packets[first : last + 1], int(line.stamps[wanted].min()), path)
+        with av.open(str(path)) as file:
+            shown = sum(bool(p.size) and not p.is_discard for p in file.demux(video=0))
+        if shown != len(wanted):
+            return f"{stream.codec_context.name} can't be cut there: {shown} frames for {len(wanted)} would be shown"
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        return first_line(error)
+    except DecodeError as error:
+        return error.detail
+    return ""
+
+
+def _range(stream: Any, line: Line, part: Part) -> tuple[np.ndarray, int, int]:
+    """Places of the packets whose frames a part shows, and the first and last packet that it needs.
+
+    The last frames before the end are left out where a frame after it comes before them in the file.
+    """
+    if line.unclear:
+        raise DecodeError(
+            "cut", "its packets don't say which frame comes when; convert it, for example to H.264 in mp4"
+        )
+    base = float(stream.time_base)
+    seconds = (line.stamps - line.stamps[line.shown].min()) * base
+    within = line.shown & (seconds >= part[0] - _EARLY) & (seconds < part[1] - _EARLY)
+    places = np.flatnonzero(within)
+    if not len(places):
+        raise DecodeError("cut", f"no frame from {part[0]:g} s to {part[1]:g} s; it is {seconds.max():.3f} s long")
+    start = line.stamps[places].min()
+    entries = np.flatnonzero(line.entries & (line.stamps <= start))
+    first = int(entries[-1]) if len(entries) else 0
+    after = np.flatnonzero(line.shown[first:] & (seconds[first:] >= part[1] - _EARLY))
+    last = first + int(after[0]) - 1 if len(after) else len(line.stamps) - 1
+    return places[(places >= first) & (places <= last)], first, last
+
+
+def _write(stream: Any, packets: list[Any], start: int, path: Path) -> None:
+    """Copy packets so that the frame stamped `start` is the first: what is shown before it has negative times."""
+    import av
+
+    kind = "mp4" if stream.codec_context.codec.canonical_name in _IN_MP4 else "mov"
+    try:
+        with av.open(str(path), "w", format=kind) as file:
+            copy = file.add_stream_from_template(stream, opaque=True)  # there needn't be an encoder of that kind
+            copy.time_base = Fraction(stream.time_base)
+            for packet, stamp in zip(packets, _decoding_stamps(packets), strict=True):
+                moved = av.Packet(bytes(packet))
+                moved.pts, moved.dts = packet.pts - start, stamp - start
+                moved.duration, moved.time_base = packet.duration, stream.time_base
+                moved.is_keyframe, moved.stream = packet.is_keyframe, copy
+                file.mux(moved)
+    except av.error.PatchWelcomeError as error:
+        name = stream.codec_context.name
+        raise DecodeError(
+            "cut", f"{name} can't be in mp4, which a part needs; convert it, for example to H.264"
+        ) from error
+
+
+def _decoding_stamps(packets: list[Any]) -> list[int]:
+    """When each packet is decoded: as the file says, or, where it doesn't (Matroska), in steps before it is shown."""
+    known = [packet.dts for packet in packets]
+    if None not in known:
+        return known
+    shown = sorted(packet.pts for packet in packets)
+    late = max(stamp - packet.pts for stamp, packet in zip(shown, packets, strict=True))
+    return [stamp - late for stamp in shown]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Take a source back: its clips go from shards, indexes, side tables and records, and don't come back.
+
+    python -m data_tools.takedown SOURCE out=DIR [runs=[RUN,...]] [shards=[FILES,...]]
+
+SOURCE is an id of licences.toml, the path of a film below videos=, or a film's SHA-256; `out` is what
+`data_tools.curate` wrote. Of each run in `runs` the checkpoints are named that were trained on a sample of it, by the
+run's ledger; name them all, before other shards are added. `shards` are others made from OUT's, such as encoded
+latents, which are written without its samples too. OUT/takedowns.jsonl keeps what was done. The films themselves are
+left.
+
+An index that was consolidated, and what other machines keep in data.cache.folder, has to be made anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools.candidates import say
+from data_tools.curation.output import check_shards
+from data_tools.curation.removal import find_removal, note, remove, remove_from_shard
+from data_tools.curation.trained_on import checkpoints_that_saw
+from data_tools.shard_writer import opened_journal
+from sora_train.core.cli import InputError, number, options_and_paths, run
+from sora_train.data.index.patterns import expand
+from sora_train.data.read.store import Store
+
+
+@dataclass
+class Options:
+    """The command's options; see the head of this file."""
+
+    out: str
+    runs: list[str] = number([])
+    shards: list[str] = number([])
+
+
+def main() -> int:
+    """Take a source down, and say what went and what was trained on it."""
+    asked, sources = options_and_paths(Options, __doc__)
+    if len(sources) != 1:
+        raise InputError("name one source to take down; --help shows how")
+    out = Path(asked.out)
+    if not (out / "build.jsonl").is_file():
+        raise InputError(f"out={out} holds nothing that data_tools.curate wrote")
+    removal = find_removal(out, sources[0])
+    shards = [out / name for name in opened_journal(out).shards]
+    found = [place for run_dir in asked.runs for place in checkpoints_that_saw(run_dir, shards, removal.keys)]
+    removal.checkpoints = sorted({*removal.checkpoints, *found})
+    note(out, removal)
+    count = remove(out, removal)
+    check_shards(opened_journal(out), 1)
+    say(f"{out}: {len(removal.films)} film(s) of {sources[0]} taken down, {count} samples removed from shards")
+    for shard in expand(asked.shards, Store()) if asked.shards else []:
+        say(f"{shard}: {remove_from_shard(shard, set(removal.keys))} samples removed")
+    for place in removal.checkpoints:
+        say(f"trained on it: {place}")
+    if not asked.runs:
+        say("no runs= given: which checkpoints were trained on it is not known")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,61 @@
+"""Fingerprints of the weights and validation shards that a run reads by path, to notice that others lie there now.
+
+They are kept in run_dir/inputs.json. The order of the training data has its own hash, in every checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sora_train.config.released import folder_of
+from sora_train.config.schema import Config
+from sora_train.core.cli import InputError
+from sora_train.data.read.encoded import weights_hash
+
+INPUTS = "inputs.json"
+_VALIDATION = "data.validation"
+
+
+def check_inputs(config: Config, run_dir: str | Path, instead: str) -> None:
+    """Raise InputError where a path of the configuration holds other weights than those the checkpoints belong to.
+
+    Args:
+        config: Configuration of the run.
+        run_dir: Its folder; nothing is checked if there is no record of what it was trained with.
+        instead: What else to do, for the message.
+    """
+    path = Path(run_dir) / INPUTS
+    if not path.is_file() or not any((Path(run_dir) / "checkpoints").glob("step-*")):
+        return
+    known = json.loads(path.read_text())
+    for key, (where, found) in _weights(config).items():
+        if known.get(key, found) != found:
+            raise InputError(
+                f"{key}={where} holds other weights than those that the checkpoints in {run_dir} were trained with; "
+                f"put those back{instead}"
+            )
+
+
+def note_inputs(config: Config, validation: str) -> list[str]:
+    """Record what a run reads now; returns a line if its validation shards have changed since the last start.
+
+    `validation` is the fingerprint of their index. Called by the main rank.
+    """
+    path = Path(config.run_dir) / INPUTS
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    now = {key: found for key, (_, found) in _weights(config).items()} | {_VALIDATION: validation}
+    path.write_text(json.dumps(now, indent=1) + "\n")
+    if before.get(_VALIDATION, validation) == validation:
+        return []
+    return [
+        "warning: the validation shards are others than at the last start; validation losses before and after differ"
+    ]
+
+
+def _weights(config: Config) -> dict[str, tuple[str, str]]:
+    """Path and hash of frozen weights by key; a base of adapters is one, the start of a whole training is not."""
+    paths = {"vae.path": (config.vae.path, "vae"), "text_encoder.path": (config.text_encoder.path, "text_encoder")}
+    if config.model.lora.rank:
+        paths["model.init_from"] = (config.model.init_from, "transformer")
+    return {key: (path, weights_hash(folder_of(path, part))) for key, (path, part) in paths.items() if path is not None}
