@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +82,9 @@ def main() -> int:
 
 def _serve(o: Options, folder: Path, database: Database) -> int:
     try:
-        import uvicorn
-
         from sora_train.service.app import Terms, build_app
-        from sora_train.service.limits import Bounds, ImpatientProtocol
+        from sora_train.service.limits import Bounds
+        from sora_train.service.server import Address, serve_until_stopped
     except ImportError as error:
         raise InputError(f"{error.name} isn't installed: pip install 'sora_train[serve]'") from error
     from sora_train.generation.options import Options as SampleOptions
@@ -118,16 +116,8 @@ def _serve(o: Options, folder: Path, database: Database) -> int:
     app = build_app(folder, database, terms, bounds, worker.wake)
     studio.open()
     worker.start()
-    print(f"serving {o.run_dir} at {'https' if o.tls_key else 'http'}://{o.host}:{o.port}/", flush=True)
-    for stops in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends at them, then raises them again: nothing more is to do
-        signal.signal(stops, lambda *_: None)
     try:
-        uvicorn.run(
-            app, host=o.host, port=o.port, http=ImpatientProtocol, ws="none", log_level="warning", access_log=False,
-            server_header=False, proxy_headers=o.proxy is not None, forwarded_allow_ips=o.proxy,
-            timeout_keep_alive=5, limit_concurrency=512,
-            h11_max_incomplete_event_size=32 << 10, ssl_certfile=o.tls_certificate, ssl_keyfile=o.tls_key,
-        )  # fmt: skip
+        serve_until_stopped(app, Address(o.host, o.port, o.tls_certificate, o.tls_key, o.proxy), o.run_dir)
     finally:
         worker.stop()
         studio.close()

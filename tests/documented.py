@@ -81,6 +81,7 @@ NOT_RUN = {
     "python -m sora_train.serve run_dir=RUN": "runs for ever; tests/service starts and ends it",
     "python -m sora_train.serve run_dir=RUN add=ada seconds_per_day=60": "wants the key that it made; tests/service",
     "python -m sora_train.serve run_dir=RUN revoke=ada": "the same",
+    "python -m pytest --campaign tests/service": "a test itself",
     "wandb sync": "wants a server; tests/test_dashboards.py reads what would be sent",
     "wandb sync RUN/wandb/*": "wants a server; tests/test_dashboards.py reads what would be sent",
 }

@@ -51,7 +51,7 @@ HEAVY = {
     "httpx": {"data_tools/curation/caption_server.py"},
     "c2pa": {"sora_train/release/provenance.py"},
     "cryptography": {"sora_train/release/certificates.py"},
-    "fastapi": {"sora_train/service/app.py"},
+    "fastapi": {"sora_train/service/app.py", "sora_train/service/server.py"},
     "peft": {"sora_train/models/wan/lora.py"},
 }
 

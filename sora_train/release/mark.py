@@ -29,11 +29,14 @@ SMALLEST = 32  # pixels a side
 _BANDS = {128: (14, 160), 96: (12, 120), 64: (9, 80), 32: (4, 40)}
 _ROOM = {128: 360, 96: 140, 64: 60, 32: SMALLEST}
 _PRESENT = 60.0  # sum of the bits' clipped strengths; unmarked 38 with a deviation of 4
-WELL_PRESENT = 90.0  # what is embedded should show in the finished file
+WELL_PRESENT = 80.0  # what is embedded should show in the finished file
 _CLIP = 3.0  # of a bit, and of a frequency: a few strong lines of the picture must not decide
 _AROUND = 7  # frequencies a side that a weight looks at
 _FLOOR = 2.0  # of a frequency's size: below it the codec's noise is larger than the picture
 _ROUNDS = 3
+_PASSES = 2  # over a picture, each with a part of the strength
+_SMOOTH_TO_ROUGH = (1.0, 12.0)  # deviation of brightness around a place, between which its share grows
+_MASKING = 0.8  # how much the share grows
 _RGB = np.array((0.299, 0.587, 0.114))  # brightness (BT.601)
 
 
@@ -87,9 +90,14 @@ class ClassicalMark:
             return frames_THWC
         kernel = _kernel(self._key, grid)
         signs = np.array([1.0 if bit == "1" else -1.0 for bit in f"{int(id, 16):0{BITS}b}"])
-        change = kernel.change(_spectrum(_mean([frames_THWC]), grid), signs, strength * grid)
+        mean_HW = _mean([frames_THWC])
+        share_HW = _tolerance(mean_HW, grid)
         rows, columns = _cosines(height, grid), _cosines(width, grid)
-        added_HW = np.rint(rows.T @ change @ columns * (height * width) ** 0.5 / grid)
+        added_HW = np.zeros_like(mean_HW)
+        for _ in range(_PASSES):  # a share that differs from place to place mixes the frequencies: look again
+            change = kernel.change(_spectrum(mean_HW + added_HW, grid), signs, strength * grid / _PASSES)
+            added_HW += share_HW * (rows.T @ change @ columns) * ((height * width) ** 0.5 / grid)
+        added_HW = np.rint(added_HW)
         more, less = (
             np.repeat(np.clip(part, 0, 255).astype(np.uint8)[..., None], 3, axis=2) for part in (added_HW, -added_HW)
         )
@@ -158,6 +166,16 @@ def _kernel(key: bytes, grid: int) -> _Kernel:
     places = inside[order]
     signs = np.array([1.0 if hashes[n][-1] & 1 else -1.0 for n in order])
     return _Kernel(places, np.arange(len(places)) % BITS, signs)
+
+
+def _tolerance(mean_HW: np.ndarray, grid: int) -> np.ndarray:
+    """The share of a change that each place of a picture takes, 1 in the mean square: less where it is smooth."""
+    side = max(3, min(mean_HW.shape) // grid * 4 + 1)
+    centre_HW = uniform_filter(mean_HW, side, mode="nearest")
+    deviation_HW = np.sqrt(np.maximum(0.0, uniform_filter(mean_HW**2, side, mode="nearest") - centre_HW**2))
+    share_HW = uniform_filter(np.clip(deviation_HW, *_SMOOTH_TO_ROUGH), side, mode="nearest") ** _MASKING
+    share_HW /= np.sqrt(np.mean(share_HW**2))
+    return share_HW
 
 
 def _mean(pieces: Iterable[np.ndarray]) -> np.ndarray:

@@ -175,6 +175,13 @@ class Database:
             )  # fmt: skip
             return db.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'").rowcount
 
+    def put_back(self, id: str) -> None:
+        """Put a running job back into the queue, as if it had not been taken up."""
+        with self._writing() as db:
+            db.execute(
+                "UPDATE jobs SET state = 'queued', attempts = attempts - 1 WHERE id = ? AND state = 'running'", (id,)
+            )
+
     def progress(self, id: str, share: float) -> bool:
         """Note the progress of a running job; False where it isn't running any more, since it was cancelled."""
         with self._writing() as db:

@@ -13,7 +13,6 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sora_train.release.folder import append_line
 
@@ -29,7 +28,6 @@ _HEADERS = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()", "x-frame-options": "DENY",
 }  # fmt: skip
 _TEXTS = {403: "not from this address", 408: "the body came too slowly", 413: "the body is too large"}
-_HEAD_S = 10.0  # for a client to send the head of a request
 _MOST_BUCKETS = 10_000
 
 
@@ -141,27 +139,3 @@ class Guarded:
             return message
 
         return receiving
-
-
-class ImpatientProtocol(H11Protocol):
-    """HTTP/1.1 that hangs up on clients that don't finish the head of a request in time."""
-
-    def connection_made(self, transport: Any) -> None:
-        """Begin to wait for the first request."""
-        super().connection_made(transport)
-        self._patience = self.loop.call_later(_HEAD_S, self._hang_up)
-
-    def on_response_complete(self) -> None:
-        """Begin to wait for the next one."""
-        super().on_response_complete()
-        self._patience.cancel()
-        self._patience = self.loop.call_later(_HEAD_S, self._hang_up)
-
-    def _hang_up(self) -> None:
-        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
-            self.transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
-        self._patience.cancel()
-        super().connection_lost(exc)

@@ -59,7 +59,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the jobs at hand."""
+        """End soon: jobs at hand are put back into the queue."""
         self._end.set()
         self._new.set()
         self._thread.join()
@@ -88,7 +88,7 @@ class Worker:
                 jobs.append(other)
             self._make(jobs)
         if held is not None:
-            self._database.recover()
+            self._database.put_back(held.id)
 
     def _make(self, jobs: Sequence[Job]) -> None:
         watches = [Watch(job, self._progress_of(job)) for job in jobs]
@@ -106,7 +106,9 @@ class Worker:
                 self._database.end(job.id, REFUSED, f"refused: {outcome.category}")
             elif isinstance(outcome, InputError):
                 self._database.end(job.id, FAILED, str(outcome))
-            elif not isinstance(outcome, Cancelled):
+            elif isinstance(outcome, Cancelled):
+                self._database.put_back(job.id)  # the service stops; one that its owner cancelled has ended already
+            else:
                 self._database.end(job.id, FAILED, "an error of the service; its log says more")
 
     def _progress_of(self, job: Job) -> Callable[[float], None]:
@@ -114,6 +116,8 @@ class Worker:
 
         def note(share: float) -> None:
             nonlocal noted
+            if self._end.is_set():
+                raise Cancelled
             if time.monotonic() - noted >= _NOTE_S:
                 noted = time.monotonic()
                 if not self._database.progress(job.id, share):

@@ -16,7 +16,8 @@ from sora_train.core.cli import InputError
 from sora_train.core.media import write_mp4
 from sora_train.service.app import Terms, build_app
 from sora_train.service.database import Database, Job
-from sora_train.service.limits import Bounds, ImpatientProtocol
+from sora_train.service.limits import Bounds
+from sora_train.service.server import Address, configuration
 from sora_train.service.worker import Cancelled, Watch, Worker
 
 BOUNDS = Bounds(1 << 16, 1 << 20, 2.0)
@@ -67,12 +68,8 @@ class Running:
         self.database, self.painter = Database(folder / "service.sqlite"), Painter(folder, slow)
         self._worker = Worker(self.database, self.painter, batch, lambda: None)
         terms = Terms(4.0, 1.0, most_waiting=most_waiting, most_upload_bytes=3 << 20, contact="lab@example.org")
-        config = uvicorn.Config(
-            build_app(folder, self.database, terms, bounds, self._worker.wake), port=0, http=ImpatientProtocol,
-            log_level="warning", lifespan="off", ws="none", proxy_headers=False, timeout_keep_alive=2,
-            server_header=False, h11_max_incomplete_event_size=32 << 10,
-        )  # fmt: skip
-        self._server = uvicorn.Server(config)
+        app = build_app(folder, self.database, terms, bounds, self._worker.wake)
+        self._server = uvicorn.Server(configuration(app, Address()))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:

@@ -136,7 +136,7 @@ def test_a_slow_body_is_hung_up_on(service: Service, ada: str, still_well: None)
 
 
 def test_a_slow_head_is_hung_up_on(service: Service, still_well: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sora_train.service.limits._HEAD_S", 0.5)
+    monkeypatch.setattr("sora_train.service.server._HEAD_S", 0.5)
     began = time.monotonic()
     assert service.raw(b"GET / HTTP/1.1\r\nHost: x\r\nX-A: b", wait=8) == b""
     assert time.monotonic() - began < 4

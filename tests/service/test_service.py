@@ -142,7 +142,10 @@ def test_everything_is_in_the_audit_log_but_prompts_and_keys(service: Service, k
     service.ended(keys[0], id)
     service.call("GET", "/api/me", "sora_wrong")
     path = service.folder / "audit.jsonl"
-    text = path.read_text()
+    ends = time.monotonic() + 10
+    while '"status": 401' not in (text := path.read_text()):  # a line is written after its answer
+        assert time.monotonic() < ends
+        time.sleep(0.02)
     lines = [json.loads(line) for line in text.splitlines()]
     asked = next(line for line in lines if line["method"] == "POST")
     assert (asked["key"], asked["job"], asked["status"]) == ("ada", id, 202) and lines[-1]["status"] == 401

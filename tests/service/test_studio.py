@@ -134,6 +134,19 @@ def test_what_was_made_before_a_kill_is_delivered_and_not_made_again(place: Plac
     assert again.state == "done" and again.file == job.file and path.stat().st_mtime_ns == before
 
 
+def test_a_service_that_stops_puts_its_job_back(folder: Path, made_folder: Path) -> None:
+    place = Place(folder, made_folder, steps=2000)
+    id = place.ask()
+    worker = Worker(place.database, place.studio, 1, lambda: None)
+    worker.start()
+    while place.database.job(id, "ada").progress == 0:  # type: ignore[union-attr]
+        time.sleep(0.02)
+    worker.stop()
+    job = place.database.job(id, "ada")
+    assert job is not None and (job.state, job.attempts) == ("queued", 0)
+    place.studio.close()
+
+
 def test_a_job_is_cancelled_in_the_middle(folder: Path, made_folder: Path) -> None:
     place = Place(folder, made_folder, steps=2000)
     id = place.ask()
