@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ TRAINING = ("sora_train.train", "sora_train.plan")
 
 @pytest.mark.parametrize("command", [command for command in commands() if re.match(OURS, command)])
 def test_a_command_of_the_docs_exists(command: str, compose_tree: Callable[..., DictConfig]) -> None:
-    words = [w for w in shlex.split(command.partition(">")[0]) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
+    given = list(takewhile(lambda word: word != ">", shlex.split(command)))
+    words = [word for word in given if not re.fullmatch(r"[A-Z_]+=\S*", word)]
     script = next((w for w in words if "launch/" in w), None)
     if script is not None:
         assert (ROOT / script).is_file()

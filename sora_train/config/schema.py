@@ -298,7 +298,7 @@ class MuonConfig:
 class OptimConfig:
     """AdamW (or Muon), the learning rate schedule, and averages (EMA) of the weights."""
 
-    matrices: str = "adamw"  # optimizer of the blocks' matrices: adamw, muon; all else is moved by AdamW
+    matrices: str = "adamw"  # optimizer of the blocks' matrices: adamw, muon; AdamW moves all else, adapters too
     muon: MuonConfig = field(default_factory=MuonConfig)
 
     lr: float = 1e-3

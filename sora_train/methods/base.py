@@ -35,14 +35,14 @@ class Network:
         ema: Keep an exponential moving average of the weights.
         passes: Backward passes through the network per pack.
         matrices: The modules in which Muon may move the weights of linear layers: blocks, never embeddings, modulation
-            or the output projection.
+            or the output projection. None: adapters, which AdamW moves whatever is configured.
     """
 
     module: nn.Module
     rates: list[tuple[nn.Module, float]] | None
     ema: bool = True
     passes: int = 1
-    matrices: Sequence[nn.Module] = ()
+    matrices: Sequence[nn.Module] | None = ()
 
     @property
     def trained(self) -> bool:

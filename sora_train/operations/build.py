@@ -135,6 +135,8 @@ def _evaluation(config: Config, held_out: Plan | None, clips: PreviewClips) -> R
     """The evaluation of a run's samples, if there is to be one; metrics that can't be had are refused at the start."""
     if not config.logging.evaluate_every:
         return None
+    if not METHODS.get(config.method).makes_videos:
+        raise InputError(f"logging.evaluate_every: method={config.method} makes no videos; set it to 0")
     if held_out is None:
         raise InputError("logging.evaluate_every needs held-out clips; name shards in data.validation, or set it to 0")
     return RunEvaluation(clips, held_out, choose(config.logging.metrics, {}), config.checkpoint.best)

@@ -78,7 +78,7 @@ def _learner(config: Config, network: VideoModel, vae: FrozenVae, cache_bytes: i
     if network.text is not None:
         rates.append((network.text, config.optim.text_lr_scale))
     networks = {
-        DiffusionLearner.name: Network(network, rates, matrices=network.matrices()),
+        DiffusionLearner.name: Network(network, rates, matrices=None if config.model.lora.rank else network.matrices()),
         "vae": Network(vae.vae, None),
     }
     objective = FlowObjective(config.flow, geometry(config), config.vae.channels)

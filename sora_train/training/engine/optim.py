@@ -26,7 +26,7 @@ def optimizer_of(network: Network, config: OptimConfig) -> torch.optim.AdamW:
     """
     assert network.rates is not None
     scales = _scales(network.module, config.rates)
-    if config.matrices == "adamw":
+    if config.matrices == "adamw" or network.matrices is None:
         return adamw(network.rates, config, scales)
     if not network.matrices:
         raise InputError("optim.matrices=muon: this method names no matrices of blocks; set optim.matrices=adamw")

@@ -48,7 +48,9 @@ def released(folder: Path, shape: str) -> WanTransformer3DModel:
 
 def ours(folder: Path) -> DiT:
     s = transformer_shape(folder)
-    dit = DiT(s["channels"] * 4, s["width"], s["depth"], s["heads"], s["ffn"], s["text_width"], s["frequencies"])
+    dit = DiT(
+        s["channels"] * 4, s["width"], s["depth"], s["heads"], s["ffn"], s["text_width"], frequencies=s["frequencies"]
+    )
     load_wan(dit, folder)
     return dit
 
