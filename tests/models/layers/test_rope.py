@@ -123,7 +123,7 @@ def test_the_model_turns_by_scaled_places() -> None:
 
     def network(scaling: str, factors: Factors) -> DiT:
         torch.manual_seed(0)
-        dit = DiT(4, 24, 1, 2, 48, 8, 16, gate_init=1.0, rope_scaling=scaling, rope_factors=factors)
+        dit = DiT(4, 24, 1, 2, 48, 8, frequencies=16, gate_init=1.0, rope_scaling=scaling, rope_factors=factors)
         torch.nn.init.normal_(dit.out.project.weight)
         return dit
 
