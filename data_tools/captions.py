@@ -89,7 +89,7 @@ def read_table(path: Path, columns: Columns, encoding: str | None = None) -> Cap
 
 
 class Names:
-    """Names of the files of one folder, found whatever their case."""
+    """Case-insensitive lookup of file names in one folder."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._exact = set(names)

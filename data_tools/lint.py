@@ -113,7 +113,7 @@ class Findings:
 
 @dataclass
 class Options:
-    """Options of the command beside shards."""
+    """Command-line options, apart from the paths of shards."""
 
     format: str = choice(("table", "json"), "table")
     examples: int = number(3, least=0)

@@ -51,13 +51,13 @@ SMALLER = {
     r"n_trials=": "hydra.sweeper.n_trials=2",
     r"pip install -e": "--dry-run --no-deps --no-build-isolation",
     r"benchmarks\.gpu_step": "tiny=true",
-    r"benchmarks\.bad_input": "each=1 tars=2 flips=4 hard=false samples=0 clips=0",
-    r"benchmarks\.shard_counts": "shards=2 ranks=1 workers=1",
-    r"benchmarks\.faults": (
+    r"tests\.faults\.bad_input": "each=1 tars=2 flips=4 hard=false samples=0 clips=0",
+    r"tests\.faults\.shard_counts": "shards=2 ranks=1 workers=1",
+    r"tests\.faults\.campaign": (
         "kills=1 terms=1 damages=2 starts=1 nans=1 spikes=0 hangs=0 doubles=1 skews=0 disks=0 elastics=0 configs=1"
     ),
     r"benchmarks\.release_marks": "clips=2 unmarked=20",
-    r"benchmarks\.soak": "minutes=0.5 every_s=10",
+    r"tests\.faults\.soak": "minutes=0.5 every_s=10",
     r"benchmarks\.model_step": "rounds=1 batches=1",
     r"^tensorboard": "--port 0",
     r"^mkdocs serve": "--dev-addr 127.0.0.1:8471",

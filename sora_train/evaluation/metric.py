@@ -60,7 +60,7 @@ Figures = Callable[[np.ndarray, np.ndarray | None, Sample], dict[str, float]]
 
 @dataclass(frozen=True)
 class Metric:
-    """Figures of single videos: `figures(made_THWC, real_THWC, sample)`; NaN where this video has none."""
+    """A metric of single videos: `figures(made_THWC, real_THWC, sample)` returns values by name, NaN for none."""
 
     name: str
     figures: Figures

@@ -26,7 +26,7 @@ COMMANDS = ("init", "sign", "verify", "redteam", "cards")
 
 
 def main() -> int:
-    """Give one of the commands."""
+    """Run the subcommand that the command line names."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         return 0

@@ -107,7 +107,7 @@ def _moments(out_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Encoder(nn.Module):
-    """Pixels to latent moments."""
+    """Maps pixels to the mean and the log variance of the latents."""
 
     def __init__(
         self, channels: int, patch: int, widths: list[int], blocks: list[int], strides: list[tuple[int, int]]
