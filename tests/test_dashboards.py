@@ -22,7 +22,7 @@ def logged() -> set[str]:
     found: set[str] = set()
     for path, functions in {
         "sora_train/training/report/meter.py": {"read"},
-        "sora_train/training/trainer.py": {"report", "validate"},
+        "sora_train/training/trainer.py": {"report", "validate", "evaluate"},
         "sora_train/training/engine/engines.py": {"figures"},
         "sora_train/training/report/prometheus.py": {"scalars", "_checkpoint_age"},
         "sora_train/training/health/watch.py": {"stragglers"},
@@ -31,7 +31,7 @@ def logged() -> set[str]:
             if not isinstance(node, ast.FunctionDef) or node.name not in functions:
                 continue
             for part in ast.walk(node):
-                keys = part.keys if isinstance(part, ast.Dict) else []
+                keys = part.keys if isinstance(part, ast.Dict) else [part.key] if isinstance(part, ast.DictComp) else []
                 if isinstance(part, ast.Subscript) and isinstance(part.ctx, ast.Store):
                     keys = [part.slice]
                 for key in keys:

@@ -137,6 +137,8 @@ def test_a_stopped_command_goes_on_and_ranks_share_the_shards(
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "29400")  # where the ranks would meet
         encoded(config, shared)
     names = [f"blocks/{n:06d}.tar" for n in range(3)]
     assert [(shared / n).read_bytes() for n in names] == [(whole / n).read_bytes() for n in names]

@@ -54,7 +54,8 @@ def refused(rng: random.Random, number: int, run_dir: Path) -> tuple[str | None,
         key, slipped = _slip(rng)
         wrong, wanted = (f"+{slipped}=1",), ""
     first = () if any(o.startswith("experiment=") for o in wrong) else ("experiment=demo_vae",)
-    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}  # fmt: skip
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", _PROBE, *first, *wrong, f"run_dir={run_dir}"], cwd=CONF.parent, capture_output=True,

@@ -61,14 +61,14 @@ def test_two_ranks_find_the_figures_of_one(clips: list[Clip], gathered: list[Any
     for rank in (0, 1):
         two = evaluation(clips).marks(previewer(World(rank=rank, size=2), 9)).figures
     assert [len(share) for share in gathered] == [2, 1], "the third clip is made twice, and counts once"
-    assert two == one and {"psnr", "motion"} <= one.keys()
+    assert two == one and {"psnr_db", "motion"} <= one.keys()
 
 
 def test_a_better_sample_has_the_higher_score(clips: list[Clip], gathered: list[Any]) -> None:
     scores = []
     for change in (60, 6):
         gathered.clear()
-        scores.append(evaluation(clips, "psnr").marks(previewer(World(), change)).score)
+        scores.append(evaluation(clips, "psnr_db").marks(previewer(World(), change)).score)
     assert scores[0] < scores[1]
 
 

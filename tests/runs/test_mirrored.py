@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.timeout(3600)  # half a minute, but not on a busy machine
 def test_a_run_goes_on_elsewhere_from_its_mirror(runs: Callable[[str], Any]) -> None:
     found = runs("mirrored")
-    held = ["config.yaml", "run.json", "snapshots", "step-00000018", "step-00000020"]
+    held = ["config.yaml", "inputs.json", "run.json", "snapshots", "step-00000018", "step-00000020"]
     assert found["held"] == found["held again"] == held and found["same"]
     assert found["codes"] == [0, 2]
     assert found["refused"].endswith("choose another mirror, or null")

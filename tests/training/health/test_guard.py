@@ -14,7 +14,7 @@ from sora_train.training.health.guard import SIGNALS, BadShare, Guard
 
 @pytest.fixture
 def guard() -> Iterator[Guard]:
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}  # under nohup, one is ignored
     yield Guard()
     for number, handler in before.items():
         signal.signal(number, handler)

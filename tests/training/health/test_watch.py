@@ -26,7 +26,11 @@ print("began", flush=True)
 """
 HANGS = {
     "sleeps": "watch.step = 6; watch.phase('data'); time.sleep(60)",
-    "holds the GIL": "watch.phase('data'); ctypes.PyDLL(None).sleep(60)",
+    "holds the GIL": """
+watch.phase('data')
+mutex, lock = ctypes.create_string_buffer(64), ctypes.PyDLL(None).pthread_mutex_lock
+lock(mutex); lock(mutex)  # for ever: a signal doesn't end it, as it would a sleep
+""",
     "fine": """
 for _ in range(4): watch.phase('data'); time.sleep(0.5)
 with watch.slow('validation'): time.sleep(1.8)

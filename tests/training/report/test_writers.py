@@ -170,7 +170,7 @@ def test_wandb_hears_its_own_variables_and_a_moved_run_keeps_its_identity(
         monkeypatch.delenv(name, raising=False)
 
     def begin(folder: str, run_id: str, project: str = "") -> tuple[Any, ...]:
-        Writers(tmp_path / folder, run_id, {}, ["wandb"], 9, project, 0).close()
+        Writers(tmp_path / folder, run_id, {}, ["wandb"], 9, project, resume_step=0).close()
         return tuple(given[-1][key] for key in ("project", "name", "group", "tags", "id"))
 
     assert begin("a/run", "run-1") == ("sora_train", "run", "a", [], "run-1")
@@ -186,7 +186,7 @@ def test_wandb_hears_its_own_variables_and_a_moved_run_keeps_its_identity(
 def test_wandb_writes_an_offline_run_without_a_prompt(tmp_path: Path, video: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from sora_train.training.report.writers import Writers\n"
-        "w = Writers(Path(sys.argv[1]), 'run-1', {'lr': 0.1}, ['wandb'], 9, 'demo', 0)\n"
+        "w = Writers(Path(sys.argv[1]), 'run-1', {'lr': 0.1}, ['wandb'], 9, 'demo', resume_step=0)\n"
         "w.scalars(1, {'loss': 0.5}); w.videos(1, {'a red circle': Path(sys.argv[2])})\n"
         "assert set(w._writers) == {'metrics.jsonl', 'wandb'}; w.close()\n"
     )
@@ -204,7 +204,7 @@ def test_wandb_writes_an_offline_run_without_a_prompt(tmp_path: Path, video: Pat
 def test_wandb_that_cannot_start_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no\nnetwork")
 
     monkeypatch.setattr(metrics, "_Wandb", refuse)
