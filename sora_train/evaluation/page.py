@@ -24,7 +24,7 @@ _TEMPLATE = """
 {% for column in columns %}<td>{{ cell(row.cells[column], row.summary) if column in row.cells }}</td>{% endfor %}
 <td>{{ "%.1f%%"|format(100 * row.chance) if row.chance is not none }}</td></tr>{% endfor %}
 </table>
-{% if distances %}<h2>Distances from the real videos</h2>
+{% if distances.values()|select|list %}<h2>Distances from the real videos</h2>
 <table><tr><th>distance</th><th>videos</th><th>value</th><th>real from real (floor)</th><th>n</th></tr>
 {% for column, figures in distances.items() %}{% for f in figures %}<tr><td>{{ f.name }}</td><td>{{ column }}</td>
 <td>{{ spread(f.made) }}</td><td>{{ spread(f.floor) }}</td><td>{{ f.made.n }}</td></tr>{% endfor %}{% endfor %}
@@ -33,7 +33,8 @@ _TEMPLATE = """
 {% endif %}
 {% for end in ends %}<h2>{{ end.title }}</h2><div class=grid>
 {% for video in end.videos %}<figure>
-{% if video.src %}<video controls loop muted playsinline src="{{ video.src }}"></video>
+{% if video.src.startswith("data:image") %}<img class=sample alt="" src="{{ video.src }}">
+{% elif video.src %}<video controls loop muted playsinline src="{{ video.src }}"></video>
 {% else %}<p>{{ video.name }}</p>{% endif %}<figcaption>{{ video.value }} {{ video.caption }}</figcaption></figure>
 {% endfor %}</div>{% endfor %}
 {% if skipped %}<h2>Left out</h2><ul>{% for line in skipped %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
@@ -42,15 +43,15 @@ _TEMPLATE = """
 
 @dataclass
 class _Media:
-    """Videos by the name of what was judged, put into the page while there is room."""
+    """Videos and stills by the name of what was judged, put into the page while there is room."""
 
     files: Mapping[str, Path]
     room: int = _MEDIA_BYTES
 
     def source(self, name: str) -> str:
-        """The data URI of a video, or nothing."""
+        """The data URI of a video or still, or nothing."""
         path = self.files.get(name)
-        if path is None or not path.is_file() or path.stat().st_size > self.room or path.suffix == ".png":
+        if path is None or not path.is_file() or path.stat().st_size > self.room:
             return ""
         self.room -= path.stat().st_size
         return embedded(path)

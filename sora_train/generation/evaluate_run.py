@@ -85,10 +85,16 @@ def _write(run_dir: str, outcomes: dict[str, Outcome]) -> None:
         write_json(path, outcome.as_json())
         curves = _history(Path(run_dir) / "evaluation" / f"{name}.jsonl", outcome)
         samples = Path(run_dir) / "samples" / name
-        files = {v.name: samples / f"{n:04d}.mp4" for n, v in enumerate(outcome.columns[SAMPLES])}
+        files = {v.name: _sample(samples, n) for n, v in enumerate(outcome.columns[SAMPLES])}
         page = path.with_suffix(".html")
         page.write_text(evaluation_page(outcome, files, curves), encoding="utf-8")
         print(f"{path}, {page}, samples in {samples}")
+
+
+def _sample(folder: Path, number: int) -> Path:
+    """The file of a sample: a video, or a picture where it is a still."""
+    video = folder / f"{number:04d}.mp4"
+    return video if video.is_file() else video.with_suffix(".png")
 
 
 def _history(path: Path, outcome: Outcome) -> dict[str, list[tuple[int, float]]]:
