@@ -60,7 +60,7 @@ class SampleBuilder:
                 advance(1)
 
     def _probed(self, pool: Pool, file: Path | Refused) -> Future[dict[str, Any]] | None:
-        """What a file's probe will give. One that hangs is given up."""
+        """Future result of probing a file. One that hangs is given up."""
         if isinstance(file, Refused):
             return None
         return pool.probe(str(file), extension_of(file.name), pixels=self.probe is Probe.frame)

@@ -15,7 +15,7 @@ from data_tools.curation.stage import Item, Outcome
 
 @dataclass
 class Yield:
-    """What a stage was given, kept, dropped by reason, and failed by cause."""
+    """Counts of a stage: items given, kept, dropped by reason, and failed by cause."""
 
     stage: str
     unit: str  # film or clip

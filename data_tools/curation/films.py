@@ -86,7 +86,7 @@ def frames(film: Any, stream: Any, complaints: Complaints) -> Iterator[Shown]:
 
 
 def seconds_of(film: Any, stream: Any) -> float:
-    """How long a film is by what its container says; 0 where it says nothing."""
+    """Length of a film in seconds by what its container says; 0 where it says nothing."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return float(film.duration or 0) / av.time_base

@@ -35,7 +35,7 @@ class Ledger:
         return self.out / "ledger" / f"{name}.jsonl"
 
     def outcome(self, stage: Stage, digest: str) -> Outcome | None:
-        """What a stage made of an item before; None if that isn't known, failed, or its files are gone."""
+        """Earlier outcome of a stage for an item; None if that isn't known, failed, or its files are gone."""
         found = self._of(stage.name).get(digest)
         if found is None or "failed" in found:
             return None

@@ -73,7 +73,7 @@ class Licences:
 
 
 def read_licences(folder: Path, file: str | None, licence: str | None) -> Licences:
-    """What `licences=FILE`, FOLDER/licences.toml or `licence=NAME` (of all films) says; InputError without any."""
+    """Licences from `licences=FILE`, FOLDER/licences.toml or `licence=NAME` (of all films); InputError without any."""
     path = Path(file) if file else folder / FILE
     if licence is not None:
         if file or path.is_file():

@@ -48,7 +48,7 @@ def stage(cut_threshold: float, forbidden: Mapping[str, str]) -> Stage:
 
 @dataclass
 class Seen:
-    """What was seen of a film. Arrays of every frame have T entries, those of small pictures S."""
+    """Measurements of a film's frames. Arrays of every frame have T entries, those of small pictures S."""
 
     stamps: list[int | None] = field(default_factory=list)  # T
     doubtful: list[bool] = field(default_factory=list)  # T: damage was reported at it

@@ -51,7 +51,7 @@ def write_shards(journal: Journal, ledger: Ledger, clips: Sequence[Item], limit:
 
 
 def _fields(clip: Item) -> dict[str, Any]:
-    """What the json of a sample says."""
+    """Fields of a sample's json."""
     top, bottom, left, right = clip["border"]
     about = {
         "source": clip["source"], "licence": clip["licence"], "commercial": clip["rights"]["commercial"],

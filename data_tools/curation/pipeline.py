@@ -31,7 +31,7 @@ HASHES, SETTLED = "hashes.parquet", "settled.json"
 
 @dataclass
 class Curated:
-    """What a run of the pipeline came to."""
+    """Outcome of a run of the pipeline."""
 
     books: Books
     films: list[Item] = field(default_factory=list)  # that were looked at

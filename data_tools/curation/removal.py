@@ -35,7 +35,7 @@ _PIECE = re.compile(r"\+\d+$")  # of the key of a clip that was encoded before t
 
 @dataclass
 class Removal:
-    """What goes: films by name and hash, the keys of their clips, and the checkpoints that saw them."""
+    """Things to remove: films by name and hash, the keys of their clips, and the checkpoints that saw them."""
 
     source: str
     films: list[str] = field(default_factory=list)

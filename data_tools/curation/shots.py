@@ -42,7 +42,7 @@ def shots(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
 
 
 def _pieces(cuts: Sequence[int], slow: Sequence[Span], count: int) -> list[Span]:
-    """What lies between cuts and slow changes."""
+    """Pieces between cuts and slow changes."""
     breaks = sorted([(cut, cut) for cut in cuts] + [*slow])
     found, at = [], 0
     for first, end in [*breaks, (count, count)]:

@@ -300,7 +300,7 @@ def _action(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _beside(scene: Scene) -> str:
-    """Where the second of two objects is, seen from the first."""
+    """Side of the first of two objects on which the second one is."""
     (_, y, x), (_, other_y, other_x) = (thing.path[0] for thing in scene.things)
     lanes = {thing.direction for thing in scene.things}
     if lanes & {"left", "right"} or (lanes == {STILL} and abs(other_y - y) > abs(other_x - x)):

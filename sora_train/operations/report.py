@@ -71,7 +71,7 @@ def _names(records: Sequence[Record]) -> list[str]:
 
 
 def _end(record: Record) -> list[Any]:
-    """How far a run came, and its last figures."""
+    """Row of a run: its state, its last step and its last figures."""
     steps = max((curve[-1][0] for curve in record.curves.values() if curve), default=0)
     figures = [record.last(name) for name in ("loss", "validation_loss", "tokens_per_s")]
     state = record.end.get("reason", "still running, or killed")

@@ -129,7 +129,7 @@ def source_of(name: str, config: Config) -> Source:
 
 
 def seen(run: Path) -> dict[str, Any]:
-    """What the ledger says was trained on: visits, distinct samples, steps, refusals by cause. Raises InputError."""
+    """Training data by the ledger: visits, distinct samples, steps, refusals by cause. Raises InputError."""
     files = sorted((run / "ledger").glob("rank-*.jsonl"))
     if not files:
         raise InputError(f"{run / 'ledger'} holds no record of what was trained on; cards need it")

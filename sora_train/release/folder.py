@@ -22,7 +22,7 @@ _MARK_KEY = "mark.key"
 
 @dataclass
 class Settings:
-    """What `release.json` holds; paths are absolute or within the folder."""
+    """Content of `release.json`; paths are absolute or within the folder."""
 
     provider: str  # who answers for the videos: the name in manifests and certificates
     system: str = "sora_train"  # name of the generating system

@@ -135,7 +135,7 @@ class _Kernel:
         return changed
 
     def weights(self, spectrum: np.ndarray) -> np.ndarray:
-        """How much each frequency counts: less where the picture itself is strong around it."""
+        """Weight of each frequency: less where the picture itself is strong around it."""
         around = uniform_filter(np.abs(spectrum), _AROUND, mode="nearest")
         return 1.0 / (self._of(around) + _FLOOR)
 
@@ -145,7 +145,7 @@ class _Kernel:
 
 
 def _largest_margin(held: np.ndarray, norms: np.ndarray, length: float) -> np.ndarray:
-    """What each bit lacks to the largest margin that a change of this length reaches."""
+    """Amount that each bit lacks to the largest margin that a change of this length reaches."""
     low, high = float(held.min()), float(np.abs(held).max() + length * norms.max() ** 0.5)
     for _ in range(40):
         margin = (low + high) / 2

@@ -114,7 +114,7 @@ def read_cases(path: Path) -> list[Case]:
 
 
 def attempt_all(cases: Sequence[Case], out: Path, about: Mapping[str, Any], attempt: Try) -> dict[str, str]:
-    """What became of every case, by id; those of an earlier, interrupted call are kept. Raises InputError.
+    """Outcome of every case, by id; those of an earlier, interrupted call are kept. Raises InputError.
 
     `about` says which model and guard it is: a folder holds one run.
     """
@@ -231,7 +231,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _guard_version(named: str | None) -> str:
-    """What tells one guard from another: its settings and its word list."""
+    """Identity of a guard: its settings and its word list."""
     folder = find(named)
     if folder is None:
         return "none"

@@ -67,7 +67,7 @@ class VideoSeal:
         return Found(f"{id:0{BITS // 4}x}", strength, strength >= _PRESENT)
 
     def _detect(self, frames: Tensor) -> Tensor:
-        """What the network says of each bit, `(T, bits)`: above 0 is a one."""
+        """Output of the network for each bit, `(T, bits)`: above 0 is a one."""
         with torch.no_grad():
             found: Tensor = self._network.detect(frames)
         return found[:, 1:]  # the first says whether there is any mark, in its own view

@@ -41,7 +41,7 @@ _NO_KEY: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Terms:
-    """What the service gives to one key."""
+    """Limits of the service for one key."""
 
     most_seconds: float  # of a video
     default_seconds: float  # of a video whose length isn't asked for
@@ -95,7 +95,7 @@ class Report(BaseModel):
 
 
 class Me(BaseModel):
-    """What a key may still do."""
+    """Remaining quota of a key."""
 
     name: str
     seconds_left_today: float

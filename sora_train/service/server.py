@@ -16,7 +16,7 @@ _HEAD_S = 10.0  # for a client to send the head of a request
 
 @dataclass(frozen=True)
 class Address:
-    """Where the service listens, with which certificate, and behind which proxy."""
+    """Address that the service listens on, with which certificate, and behind which proxy."""
 
     host: str = "127.0.0.1"
     port: int = 0
