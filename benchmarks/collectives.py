@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from sora_train.forecast.scale import AlphaBeta, fit
 
 SIZES = (1 << 10, 1 << 17, 1 << 20, 1 << 22, 1 << 24)  # bytes
 Group = dist.ProcessGroupGloo
-Act = Callable[[Group, int, int], None]
+Act = Callable[[Group, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass
@@ -35,15 +36,14 @@ class Options:
     rounds: int = number(7, least=1)
 
 
-def all_reduce(group: Group, nbytes: int, ranks: int) -> None:
-    """Sum a tensor of this many bytes."""
-    group.allreduce([torch.ones(nbytes // 4)]).wait()  # type: ignore[attr-defined]
+def all_reduce(group: Group, whole: torch.Tensor, part: torch.Tensor) -> None:
+    """Sum the whole tensor."""
+    group.allreduce([whole]).wait()  # type: ignore[attr-defined]
 
 
-def all_gather(group: Group, nbytes: int, ranks: int) -> None:
-    """Gather a tensor of this many bytes from equal parts."""
-    part = torch.ones(nbytes // 4 // ranks)
-    group._allgather_base(torch.empty(len(part) * ranks), part).wait()  # type: ignore[attr-defined]
+def all_gather(group: Group, whole: torch.Tensor, part: torch.Tensor) -> None:
+    """Gather the whole tensor from equal parts."""
+    group._allgather_base(whole, part).wait()  # type: ignore[attr-defined]
 
 
 KINDS: dict[str, tuple[Act, int]] = {"all-reduce": (all_reduce, 2), "all-gather": (all_gather, 1)}
@@ -69,13 +69,19 @@ def measure(act: Act, ranks: int, rounds: int) -> Iterator[tuple[int, float, flo
     together(meet)
     for nbytes in SIZES:
         repeats = max(1, min(50, (1 << 22) // nbytes))
+        parts = [torch.zeros(nbytes // 4 // ranks) for _ in range(ranks)]
+        wholes = [torch.zeros(len(parts[0]) * ranks) for _ in range(ranks)]
 
-        def several(rank: int, nbytes: int = nbytes, repeats: int = repeats) -> None:
-            for _ in range(repeats):
-                act(groups[rank], nbytes, ranks)
-
+        several = partial(_several, act, groups, wholes, parts, repeats)
         taken = [together(several) / ranks / repeats for _ in range(rounds + 1)][1:]
         yield ranks, nbytes, statistics.median(taken)
+
+
+def _several(
+    act: Act, groups: dict[int, Group], wholes: list[torch.Tensor], parts: list[torch.Tensor], times: int, rank: int
+) -> None:
+    for _ in range(times):
+        act(groups[rank], wholes[rank], parts[rank])
 
 
 def rows(kind: str, rounds: int) -> tuple[AlphaBeta, list[tuple[str, ...]]]:
@@ -105,7 +111,10 @@ def main() -> int:
     for kind in KINDS:
         fits[kind], more = rows(kind, o.rounds)
         table += more
-    told = "; ".join(f"{k}: {f.alpha * 1e6:.0f} us a message, {1e-9 / f.beta:.2f} GB/s" for k, f in fits.items())
+    told = "; ".join(
+        f"{kind} {f.call * 1e6:.0f} us, {f.alpha * 1e6:.0f} us a message, {f.beta * 1e9:.2f} ns a byte"
+        for kind, f in fits.items()
+    )
     header = ("collective", "size", "four ranks, CPU ms of a rank", "forecast", "error")
     write("Collectives: alpha-beta model against four ranks", f"Fitted to two and three ranks: {told}.", header, table)
     return 0

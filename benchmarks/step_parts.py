@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "linear", "matmul", "convolution")
 _ATTENTION = ("attention", "flash", "softmax")
 _BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "long int": 8, "int": 4, "unsigned char": 1}
-# bytes that a rank sends for each byte of the tensor, times (ranks - 1) / ranks, in the best algorithm
-_SENT = {
-    "allreduce_": 2, "_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "reduce_scatter_": 1,
-    "reduce_": 1, "broadcast_": 1, "allgather_into_tensor_coalesced_": 1, "reduce_scatter_tensor_coalesced_": 1,
-}  # fmt: skip
+# bytes that a rank sends in the best algorithm for each byte of the tensor that it gives, by the number of ranks
+_SENT: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
+    "all_gather": lambda ranks: ranks - 1,
+    "reduce": lambda ranks: (ranks - 1) / ranks,
+    "broadcast": lambda ranks: (ranks - 1) / ranks,
+    "all_to_all": lambda ranks: (ranks - 1) / ranks,
+}
 
 
 @dataclass
@@ -61,10 +64,8 @@ def parts_of(events: Iterable[Any], ranks: int) -> Parts:
         if kind:
             under_way.append((max(start, e.time_range.start), min(end, e.time_range.end)))
             found.collective_s[kind] = found.collective_s.get(kind, 0.0) + (e.time_range.end - e.time_range.start) / 1e6
-        call = e.name.partition("c10d::")[2]
-        if call in _SENT:
-            found.calls[call] = found.calls.get(call, 0) + 1
-            found.sent += _SENT[call] * _nbytes(e) * (ranks - 1) / ranks
+            found.calls[kind] = found.calls.get(kind, 0) + 1
+            found.sent += _SENT[kind](ranks) * _nbytes(e) if kind in _SENT else 0.0
     idle = _gaps(busy, start, end)
     waiting = sum(_overlap(gap, merged) for gap in idle for merged in _merged(under_way))
     found.seconds["waiting for collectives"] = waiting / 1e6
@@ -73,16 +74,9 @@ def parts_of(events: Iterable[Any], ranks: int) -> Parts:
 
 
 def _nbytes(event: Any) -> float:
-    """Bytes of the largest tensor (or list of tensors) of an operation."""
-    sizes = [_numel(shape) for shape in event.input_shapes]
-    kinds = [_BYTES.get(kind, 4) for kind in getattr(event, "input_dtypes", [])] or [4] * len(sizes)
-    return max((size * kinds[min(n, len(kinds) - 1)] for n, size in enumerate(sizes)), default=0.0)
-
-
-def _numel(shape: Any) -> float:
-    if not isinstance(shape, list | tuple) or not shape:
-        return 0.0
-    return sum(_numel(one) for one in shape) if isinstance(shape[0], list | tuple) else float(math.prod(shape))
+    """Bytes of the tensors that a collective was given."""
+    given = zip(event.input_shapes, event.input_dtypes, strict=True)
+    return float(sum(math.prod(shape) * _BYTES.get(kind, 4) for shape, kind in given))
 
 
 def _merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,9 +1,9 @@
 """Forecast of a run on many ranks: collectives by alpha-beta models, the agreement, saves and reads, and goodput.
 
-A collective of n bytes takes a time for every message that follows another one (alpha) and a time for every byte that
-a rank sends (beta); Thakur et al. 2005 (doi 10.1177/1094342005051521) has the counts by algorithm. For NCCL the times
-are those by which it chooses its algorithms itself (`src/graph/tuning.cc`, protocol Simple). benchmarks/collectives.py
-fits gloo's to measurements on two and three ranks, and holds what they say of four against four.
+A collective of n bytes takes a time by itself, one for every message that follows another one (alpha) and one for
+every byte that a rank sends (beta); Thakur et al. 2005 (doi 10.1177/1094342005051521) has the counts by algorithm. For
+NCCL the times are those by which it chooses its algorithms itself (`src/graph/tuning.cc`, protocol Simple).
+benchmarks/collectives.py fits gloo's to two and three ranks, and holds what they say of four against four.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ _ELEMENTS = {0: 500_000_000, 3: 50_000_000}  # of DeepSpeed's buckets where none
 
 @dataclass(frozen=True)
 class AlphaBeta:
-    """Times of a link between ranks."""
+    """Times of collectives between ranks, in seconds."""
 
-    alpha: float  # seconds of a message
-    beta: float  # seconds of a byte
+    call: float  # of a collective by itself
+    alpha: float  # of a message
+    beta: float  # of a byte
 
     def all_reduce(self, nbytes: float, ranks: int) -> float:
         """Seconds of a ring all-reduce."""
-        return 2 * self.gather(nbytes, ranks)
+        return 2 * self.gather(nbytes, ranks) - self.call
 
     def gather(self, nbytes: float, ranks: int) -> float:
         """Seconds of a ring all-gather to, or reduce-scatter of, this many bytes."""
-        return (ranks - 1) * self.alpha + nbytes * (ranks - 1) / ranks * self.beta
+        return self.call + (ranks - 1) * self.alpha + nbytes * (ranks - 1) / ranks * self.beta
 
 
 def fit(measured: Sequence[tuple[int, float, float]], times: int) -> AlphaBeta:
-    """Fit both times by the least relative error.
+    """Fit the three times by the least relative error.
 
     Args:
         measured: Ranks, bytes and seconds of collectives.
         times: 2 for all-reduces, 1 for all-gathers.
     """
-    rows = [[times * (r - 1) / s, times * n * (r - 1) / r / s] for r, n, s in measured]
-    scale = np.abs(rows).max(0)
-    alpha, beta = nnls(np.array(rows) / scale, np.ones(len(rows)))[0] / scale
-    return AlphaBeta(float(alpha), float(beta))
+    rows = np.array([[1 / s, times * (r - 1) / s, times * n * (r - 1) / r / s] for r, n, s in measured])
+    scale = rows.max(0)
+    return AlphaBeta(*(nnls(rows / scale, np.ones(len(rows)))[0] / scale).tolist())
 
 
 @dataclass(frozen=True)

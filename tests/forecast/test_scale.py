@@ -25,11 +25,12 @@ def config(compose_tree: Callable[..., DictConfig]) -> Config:
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_the_fit_finds_what_made_the_times(times: int) -> None:
-    true = AlphaBeta(2e-5, 1e-9)
+    true = AlphaBeta(5e-5, 2e-5, 1e-9)
     sizes = [(ranks, float(nbytes)) for ranks in (2, 3) for nbytes in (8, 10**5, 10**7)]
-    found = fit([(r, n, times * true.gather(n, r)) for r, n in sizes], times)
-    assert (found.alpha, found.beta) == pytest.approx((2e-5, 1e-9), rel=1e-6)
-    assert true.all_reduce(4e6, 4) == pytest.approx(2 * (3 * 2e-5 + 3e6 * 1e-9))
+    taken = true.gather if times == 1 else true.all_reduce
+    found = fit([(r, n, taken(n, r)) for r, n in sizes], times)
+    assert (found.call, found.alpha, found.beta) == pytest.approx((5e-5, 2e-5, 1e-9), rel=1e-5)
+    assert true.all_reduce(4e6, 4) == pytest.approx(5e-5 + 2 * (3 * 2e-5 + 3e6 * 1e-9))
 
 
 def test_what_waits_in_rings_grows_with_the_ranks(config: Config) -> None:
