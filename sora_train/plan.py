@@ -8,6 +8,7 @@
     price=...            dollars per rank and hour, instead of the table's assumption
     disk_gb_s=2          what the shared file system writes, all ranks together
     device_hours=50676   hours that one device runs between failures
+    encoded=true         without shards at hand: the clips come encoded by data_tools.encode_latents
     rehearse=true        besides, take one real step of one rank here, the others missing; needs that rank's memory
 
 Prints parameters, batch arithmetic, FLOPs and checkpoint advice; if the shards exist, steps per epoch, packing and
@@ -45,6 +46,7 @@ class Options:
     price: float | None = number(None, least=0)
     disk_gb_s: float = number(2.0, above=0)
     device_hours: float = number(DEVICE_HOURS_PER_FAILURE, above=0)
+    encoded: bool = False
     rehearse: bool = False
 
 
@@ -83,7 +85,7 @@ def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
     device = measure_cpu() if options.hardware == "cpu" else hardware(options.hardware)
     if options.price is not None:
         device = replace(device, dollars_per_hour=options.price)
-    figures = estimate(config, data, options.world_size)
+    figures = estimate(config, data, options.world_size, options.encoded)
     sizes, share = heaviest_pass(config, data, options.world_size)
     return forecast(
         config, figures, sizes, share, device, options.per_node, disk=options.disk_gb_s * 1e9,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sora_train.config.schema import Config
+from sora_train.core.cost import TEXT_TOKENS
 from sora_train.models.text.encoder import tokenize, tokenize_captions
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, tuple[int, ...]]]  # captions to rows end to end, and their lengths
@@ -25,6 +26,19 @@ def tokenizer(config: Config, device: torch.device = torch.device("cpu")) -> Tok
 
         return ReleasedText(t.path, device, t.max_tokens, t.pad_to)
     return lambda captions: tokenize_captions(captions, t.buckets, t.max_tokens)
+
+
+def planned_tokenizer(config: Config, device: torch.device) -> Tokenize:
+    """As `tokenizer` for a forecast, which reads no files: a released encoder's embeddings are zeros."""
+    t = config.text_encoder
+    if t.path is None:
+        return tokenizer(config, device)
+    length = t.pad_to or TEXT_TOKENS
+
+    def blank(captions: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
+        return torch.zeros(length * len(captions), t.width, device=device), (length,) * len(captions)
+
+    return blank
 
 
 def count_tokens(config: Config, captions: Sequence[str]) -> list[int]:
