@@ -39,6 +39,7 @@ from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Position
 from sora_train.data.read.pool import Pool
 from sora_train.data.shards import Shards
+from sora_train.encoding.vae import trained_vae
 from sora_train.models.video_model import transformer_weights, whole_weights
 from sora_train.models.video_vae.model import VideoVAE, build_vae
 from sora_train.operations.inputs import check_inputs
@@ -74,9 +75,11 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     weights = trained_weights(o.run_dir) if o.ema_length is None else _of_length(Path(o.run_dir), o.ema_length)
     if not METHODS.get(config.method).makes_videos:
-        vae = build_vae(config.vae)
+        frozen = config.vae.frozen_encoder  # then the checkpoint holds the decoder alone, and the latents are the same
+        vae = trained_vae(config.vae) if frozen else build_vae(config.vae)
         vae.load_state_dict(weights, strict=False)  # the statistics are not parameters
-        _measure(vae, config)
+        if not frozen:
+            _measure(vae, config)
         save_file(vae.state_dict(), out / "vae.safetensors")
         shape = {key: value for key, value in asdict(config.vae).items() if key not in VAE_USE}
         (out / "config.json").write_text(json.dumps(shape, indent=1) + "\n")

@@ -24,7 +24,8 @@ _TASK_WEIGHTS = {
 }  # fmt: skip
 SCHEDULES = ("linear", "cosine")
 SOLVERS = ("euler", "heun", "adams_bashforth")
-VAE_USE = ("path", "cache_mib", "tile", "perceptual")  # settings of a run; the other keys of VaeConfig are its shape
+# settings of a run; the other keys of VaeConfig are its shape
+VAE_USE = ("path", "cache_mib", "tile", "perceptual", "frozen_encoder")
 WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
 DERIVED = {  # DeepSpeed keys that we set from ours
     "train_batch_size": "data.slots",
@@ -147,6 +148,7 @@ class VaeConfig:
     """The video autoencoder: a trained one at `path`, or the shape of one to train."""
 
     path: str | None = None  # folder written by sora_train.export, or of a diffusers VAE
+    frozen_encoder: bool = False  # train the decoder of the VAE at `path` alone, whose latents stay what they are
     class_name: str | None = None  # class of a diffusers VAE, read from its folder; null: our own
     cache_mib: int = 0  # size of each rank's cache of latents, for small data sets; 0: no cache
     tile: TileConfig = field(default_factory=TileConfig)
