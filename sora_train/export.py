@@ -21,6 +21,7 @@ A run of adapters (`model.lora`) is written in both forms with the adapters adde
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -32,7 +33,7 @@ from safetensors.torch import save_file
 from sora_train.config.load import load, to_yaml
 from sora_train.config.registry import FAMILIES, METHODS
 from sora_train.config.released import folder_of
-from sora_train.config.schema import VAE_USE, Config, LoraConfig, Prediction
+from sora_train.config.schema import TOKENIZER, VAE_USE, Config, LoraConfig, Prediction
 from sora_train.core.cli import InputError, choice, number, options, run
 from sora_train.core.pixels import to_unit
 from sora_train.data.loader import Loader
@@ -91,6 +92,8 @@ def main() -> int:
         save_file(_cast(whole_weights(config, weights), dtype), out / EXPORTED)
         merged = replace(config, model=replace(config.model, lora=LoraConfig()))
         (out / "config.yaml").write_text(to_yaml(merged))
+        if config.tokenizer_file is not None:
+            shutil.copy2(config.tokenizer_file, out / TOKENIZER)
         assert config.vae.path is not None
         copy_part(folder_of(config.vae.path, "vae"), out / "vae")
     print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")

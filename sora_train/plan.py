@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 
 from sora_train.config.hydra import run_hydra
+from sora_train.config.load import absent
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, number, options_and_overrides, run
 from sora_train.data.order.plan import Plan
@@ -66,6 +67,8 @@ def plan(config: Config, options: Options) -> int:
                 f"epochs={config.epochs:g} can't be counted in steps: {note}; give steps=... to plan without"
             )
         config = replace(config, steps=data.count(config.epochs))
+    for key in absent(config):
+        terminal.print(f"nothing is at {key}; planned with the shape that the configuration has for it", highlight=False)
     result = predict(config, options, data)
     show(terminal, config, result, note)
     if options.rehearse:

@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from sora_train.config.registry import FAMILIES, load_plugins
 from sora_train.config.released import text_width, vae_shape
 from sora_train.config.rules import check, require
-from sora_train.config.schema import VAE_USE, Config, VaeConfig
+from sora_train.config.schema import TOKENIZER, VAE_USE, Config, VaeConfig
 from sora_train.core.cli import InputError, nearest
 
 _SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential|^key$|^token$|account_?key)")
@@ -138,6 +138,8 @@ def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -
         OmegaConf.update(tree, "model.init_from", None)
     if vae is not None:
         OmegaConf.update(tree, "vae.path", vae)
+    if OmegaConf.select(tree, "text_encoder.tokenizer") == "bpe":
+        OmegaConf.update(tree, "text_encoder.tokenizer_path", str(path.parent / TOKENIZER))
     return build(tree)
 
 
