@@ -68,7 +68,7 @@ def plan(config: Config, options: Options) -> int:
             )
         config = replace(config, steps=data.count(config.epochs))
     for key in absent(config):
-        terminal.print(f"nothing is at {key}; planned with the shape that the configuration has for it", highlight=False)
+        terminal.print(f"nothing is at {key}; planned with its shape in the configuration", highlight=False)
     result = predict(config, options, data)
     show(terminal, config, result, note)
     if options.rehearse:
