@@ -49,6 +49,7 @@ from sora_train.operations.trained import EXPORTED, trained_weights
 from sora_train.training.engine.power_ema import combined
 
 _CLIPS_MEASURED = 512
+_VISITS_MEASURED = 4  # of each sample, where there are few
 
 
 @dataclass
@@ -140,14 +141,15 @@ def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path, shard
 def _measure(vae: VideoVAE, config: Config) -> None:
     """Set the mean and standard deviation of the VAE's latents per channel, measured on training clips."""
     plan = Shards(config).plan(config)
+    wanted = min(_CLIPS_MEASURED, _VISITS_MEASURED * int(plan.index.usable.sum()))
     latents: list[torch.Tensor] = []
     with Pool.of(config.data) as pool:
         everything = [list(range(plan.inputs.slots))]
-        for step in islice(Loader(plan, pool, everything, Position(), prefetch_steps=4), _CLIPS_MEASURED):
+        for step in islice(Loader(plan, pool, everything, Position(), prefetch_steps=4), wanted):
             for clip in step.packs[0].clips:
                 mean, _ = vae.encode(to_unit(clip.video_TCHW.transpose(0, 1)).unsqueeze(0))
                 latents.append(mean[0].flatten(1))
-            if len(latents) >= _CLIPS_MEASURED:
+            if len(latents) >= wanted:
                 break
     if not latents:
         raise InputError("no clip of the training shards could be read to measure the latents with")

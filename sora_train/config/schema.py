@@ -254,6 +254,7 @@ class DataConfig:
     window: int = 4096  # samples that are shuffled and packed together
     workers: int = 2  # decode processes per rank
     prefetch_steps: int = 3  # steps decoded ahead
+    decoded_mib: int = 0  # decoded clips that each rank keeps in memory, for a few clips; 0: none
     decode_timeout_s: float = 60.0  # of one clip, before its decoder is killed
     decode_memory_gib: float = 8.0  # of one decode process
     max_bad_fraction: float = 0.2  # of the last 1000 samples that may fail; more stops the run

@@ -80,7 +80,10 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
 
     def steps_from(taken: int, position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
         pin = device.type == "cuda"
-        steps = Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, pin=pin, taken=taken)
+        steps = Loader(
+            plan, pool, passes, Position(*position), d.prefetch_steps, known,
+            pin=pin, taken=taken, cache_bytes=d.decoded_mib << 20,
+        )  # fmt: skip
         return ulysses.same_clips(steps, group)
 
     def validation() -> Iterator[Pack]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from sora_train.config.cost import geometry
 from sora_train.config.schema import Config
@@ -26,10 +27,11 @@ class AutoencoderLearner(OneNetwork):
 
     def __init__(self, config: Config, network: VideoVAE, perceptual: Perceptual | None, device: torch.device) -> None:
         self.device = device
-        frozen = config.vae.frozen_encoder
-        if frozen:
+        learning: nn.Module = network
+        if config.vae.frozen_encoder:
             network.encoder.requires_grad_(False)
-        self.networks = {self.name: Network(network, [(network.decoder if frozen else network, 1.0)])}
+            learning = network.decoder
+        self.networks = {self.name: Network(network, [(learning, 1.0)], matrices=[learning])}
         if perceptual is not None:
             self.networks["perceptual"] = Network(perceptual, None)
         self.objective = Reconstruction(config.vae, geometry(config), perceptual)
