@@ -51,6 +51,9 @@ SMALLER = {
     r"n_trials=": "hydra.sweeper.n_trials=2",
     r"pip install -e": "--dry-run --no-deps --no-build-isolation",
     r"benchmarks\.gpu_step": "tiny=true",
+    r"benchmarks\.scaling": "tiny=true ranks=[1,2] rounds=1",
+    r"benchmarks\.collectives": "rounds=1",
+    r"sora_train\.calibrate": "rounds=1",
     r"tests\.faults\.bad_input": "each=1 tars=2 flips=4 hard=false samples=0 clips=0",
     r"tests\.faults\.shard_counts": "shards=2 ranks=1 workers=1",
     r"tests\.faults\.campaign": (

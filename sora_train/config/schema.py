@@ -245,6 +245,7 @@ class DataConfig:
     max_tokens: int = 8192  # of a pack
     fill: float = 0.9  # target share of the token budget that the packs of a window fill
     window: int = 4096  # samples that are shuffled and packed together
+    cost: str | None = None  # file of sora_train.calibrate: balance packs by measured seconds; null: by FLOPs
     workers: int = 2  # decode processes per rank
     prefetch_steps: int = 3  # steps decoded ahead
     decoded_mib: int = 0  # decoded clips that each rank keeps in memory, for a few clips; 0: none
