@@ -116,7 +116,7 @@ def _shown(data: bytes, track: Track) -> np.ndarray | None:
     """What a decoder shows from the start, whatever it complains about."""
     frames = []
     try:
-        with av.open(io.BytesIO(data)) as file:
+        with av.open(io.BytesIO(data), metadata_errors="replace") as file:
             stream = file.streams[track.stream]
             for packet in file.demux(stream):
                 try:
