@@ -16,7 +16,6 @@ from PIL import Image
 
 from sora_train.data.read.bitstream import INTRA, LENGTHS, is_entry, is_intact, is_slice, needs_first_packet, units
 from sora_train.data.read.decode import (
-    IMAGE_FORMATS,
     IMAGES,
     DecodeError,
     Limits,
@@ -25,6 +24,7 @@ from sora_train.data.read.decode import (
     check_pixels,
     container,
     open_image,
+    opened_image,
     shown_at,
 )
 from sora_train.data.read.mp4_tables import frame_times
@@ -55,7 +55,7 @@ def probe(data: bytes, extension: str, limits: Limits, pixels: bool = True) -> d
 
 def _still(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        with opened_image(data) as image:
             codec, pixel_format, (width, height) = str(image.format).lower(), image.mode, image.size
             check_pixels(height, width, limits)
             if pixels or codec == "png":  # whose orientation may stand behind its pixels
