@@ -34,8 +34,9 @@ class Network:
         rates: The submodules that are optimised, each with a factor on the learning rate. None: the network is frozen.
         ema: Keep an exponential moving average of the weights.
         passes: Backward passes through the network per pack.
-        matrices: The modules in which Muon may move the weights of linear layers: blocks, never embeddings, modulation
-            or the output projection. None: adapters, which AdamW moves whatever is configured.
+        matrices: The modules in which Muon may move the weights of linear layers and convolutions: blocks, never
+            embeddings, modulation or the output projection of a transformer. None: adapters, which AdamW moves
+            whatever is configured.
     """
 
     module: nn.Module

@@ -25,7 +25,7 @@ class AutoencoderLearner(OneNetwork):
 
     def __init__(self, config: Config, network: VideoVAE, perceptual: Perceptual | None, device: torch.device) -> None:
         self.device = device
-        self.networks = {self.name: Network(network, [(network, 1.0)])}
+        self.networks = {self.name: Network(network, [(network, 1.0)], matrices=[network])}
         if perceptual is not None:
             self.networks["perceptual"] = Network(perceptual, None)
         self.objective = Reconstruction(config.vae, geometry(config), perceptual)

@@ -26,7 +26,8 @@ class MatrixOptimizer(torch.optim.AdamW):
     """AdamW, with Muon for groups whose `muon` is True; `orthogonal` is set by whoever knows where pieces belong.
 
     `orthogonal(tensors, updates)` gives for the tensors of a group, from their pieces of updates, the same pieces of
-    orthogonal matrices. All ranks call it together, in the same order.
+    orthogonal matrices. All ranks call it together, in the same order. The kernel of a convolution is a matrix of a row
+    for each output channel.
     """
 
     orthogonal: Callable[[Sequence[Tensor], list[Tensor]], list[Tensor]] | None = None

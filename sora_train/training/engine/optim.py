@@ -71,8 +71,8 @@ def muon(
     config: OptimConfig,
     scales: Mapping[int, float] = _NONE,
 ) -> MatrixOptimizer:
-    """Muon for the weights of linear layers inside `blocks`, AdamW as above for the other parameters of `parts`."""
-    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    """Muon for the weights of linear layers and convolutions inside `blocks`, AdamW for the rest of `parts`."""
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, _LAYERS)]
     matrices = [layer.weight for layer in layers if layer.weight.requires_grad]
     m = config.muon
     groups: list[dict[str, Any]] = [

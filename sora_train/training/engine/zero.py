@@ -7,6 +7,7 @@ internals used here were checked against DeepSpeed 0.19; `_check_fragments` veri
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -318,7 +319,7 @@ class Engine:
                 for number, name in enumerate(names)
                 if name in mine
             ]
-            shapes = tuple((self.shapes[name][0], self.shapes[name][1]) for name in names)
+            shapes = tuple((shape[0], math.prod(shape[1:])) for shape in map(self.shapes.__getitem__, names))
             found[id(flat)] = Flat(shapes, tuple(pieces))
         return found
 

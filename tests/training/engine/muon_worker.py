@@ -22,10 +22,11 @@ calls = 0
 
 
 def network() -> nn.Module:
-    """An embedding, two blocks of matrices of unlike shapes, and a head."""
+    """An embedding, two blocks of matrices of unlike shapes and a convolution, and a head."""
     torch.manual_seed(0)
     block = (nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
-    return nn.Sequential(nn.Linear(6, 12), nn.Sequential(*block), nn.Sequential(nn.Linear(12, 12)), nn.Linear(12, 3))
+    other = (nn.Linear(12, 12), nn.Conv1d(8, 8, 3, padding=1))
+    return nn.Sequential(nn.Linear(6, 12), nn.Sequential(*block), nn.Sequential(*other), nn.Linear(12, 3))
 
 
 def inputs() -> list[Tensor]:
@@ -61,9 +62,9 @@ def alone() -> dict[str, Tensor]:
         for name, m in momentum.items():
             p, settings = names[name], OPTIM.muon
             m.mul_(settings.momentum).add_(p.grad, alpha=1 - settings.momentum)
-            update = plain([(1 - settings.momentum) * p.grad + settings.momentum * m])[0]
+            update = plain([((1 - settings.momentum) * p.grad + settings.momentum * m).flatten(1)])[0]
             p.data *= 1 - settings.lr * settings.weight_decay
-            p.data -= settings.lr * 0.2 * max(p.shape) ** 0.5 * update
+            p.data -= settings.lr * 0.2 * max(update.shape) ** 0.5 * update.view_as(p)
         made.zero_grad()
     return {name: p.detach() for name, p in names.items()}
 
@@ -105,7 +106,7 @@ def main(stages: list[int]) -> None:
             assert (expected[name] - start[name]).abs().max() > (0.05 if values.ndim > 1 else 1e-3), name
         total = torch.tensor(calls)
         dist.all_reduce(total)
-        assert int(total) == 3 * STEPS, "every matrix of a block once a step, on one rank"
+        assert int(total) == 4 * STEPS, "every matrix of a block once a step, on one rank"
         if dist.get_rank() == 0:
             print(f"stage {stage}: as by one process", flush=True)
 
