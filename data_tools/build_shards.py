@@ -16,10 +16,10 @@ copied, never encoded again. With
 `source=NAME`: of a value of that column) go to one side, and stay there.
 
 Media bytes are copied as they are. Of every file the first frame is decoded before it is accepted (`probe=packets`: its
-headers are read only); what is refused stands in `refused.jsonl` with its reason. `shard_size` is in MiB. Names that
-begin with a dot are left out. Give the same command again to go on after an interruption, or to append files added
-since; `build.jsonl` records what is in which shard. Captions and videos that were changed are noticed; `update=true`
-writes their shards anew.
+headers are read only; `probe=all`: every frame is decoded, and damage anywhere refuses the file); what is refused
+stands in `refused.jsonl` with its reason. `shard_size` is in MiB. Names that begin with a dot are left out. Give the
+same command again to go on after an interruption, or to append files added since; `build.jsonl` records what is in
+which shard. Captions and videos that were changed are noticed; `update=true` writes their shards anew.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ class Probe(Enum):
 
     packets = "packets"  # packet headers only; damaged pictures are found when training decodes them
     frame = "frame"  # the first frame too
+    all = "all"  # every frame: a file in which a decoder finds damage anywhere is refused as a whole
 
 
 class Previews(Enum):

@@ -19,9 +19,8 @@ def test_ranks_that_stood_still_for_longer_than_the_time_out_end_bitwise_as_if_t
 
 
 def test_a_resume_after_a_million_lines_starts_as_fast_as_a_fresh_run(runs: Callable[[str], Any]) -> None:
-    """Beyond what loading a checkpoint takes, which the resume with a short ledger does too."""
     spent = {name: min(seconds) for name, seconds in runs("long history").items()}
-    assert spent["long"] - spent["short"] < 0.1 * spent["fresh"], spent
+    assert spent["long"] < 1.1 * spent["fresh"], spent
 
 
 def test_a_run_in_another_plan_visits_what_is_left_of_the_epoch(runs: Callable[[str], Any]) -> None:

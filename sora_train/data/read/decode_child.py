@@ -86,7 +86,8 @@ class Server:
             if request["extension"] == EXTENSION:
                 figures = probe_animation(data, self.options.limits)
             else:
-                figures = probe(data, request["extension"], self.options.limits, request["pixels"])
+                depth = request["pixels"], request["whole"]
+                figures = probe(data, request["extension"], self.options.limits, *depth)
             return {**figures, "crc32": zlib.crc32(data)}
         options = self.options._replace(decoders=decoders[1:] if request["spare"] else decoders)
         track, resize = Track(*request["track"]), tuple(request["resize"])
