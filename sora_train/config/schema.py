@@ -65,6 +65,7 @@ class Probe(Enum):
 
     packets = "packets"  # packet headers only; damaged pictures are found when training decodes them
     frame = "frame"  # the first frame too
+    all = "all"  # every frame: a file in which a decoder finds damage anywhere is refused as a whole
 
 
 class Previews(Enum):
@@ -121,7 +122,7 @@ class ModelConfig:
     mlp_chunk: int = 0  # tokens per chunk of an MLP, recomputed in backward to save memory; 0: all tokens at once
     attention: str = "auto"  # back end: auto, sdpa, varlen (FlashAttention), flex
     compile: bool = False  # torch.compile each block
-    init_from: str | None = None  # diffusers folder of released weights to start from; its shape overrides model.*
+    init_from: str | None = None  # released weights (diffusers' or Wan's own layout); their shape overrides model.*
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

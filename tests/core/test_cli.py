@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -177,3 +178,20 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command = f'{sys.executable} -c "$0" | head -c 1'
     done = subprocess.run(["bash", "-c", command, lines], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout == "x" and done.stderr == ""
+
+
+COMMANDS = (
+    "sora_train.generation.options", "sora_train.evaluation.commands", "sora_train.compare", "sora_train.export",
+    "sora_train.doctor", "sora_train.plan", "sora_train.serve", "sora_train.import_deepspeed",
+    "sora_train.release.cards", "sora_train.release.redteam", "data_tools.build_shards", "data_tools.lint",
+    "data_tools.inspect", "data_tools.encode_latents", "data_tools.index", "data_tools.make_demo",
+    "data_tools.takedown",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_number_of_every_command_has_a_range(module: str) -> None:
+    schema = import_module(module).Options
+    hints = get_type_hints(schema)
+    numbers = [field for field in fields(schema) if {int, float} & {hints[field.name], *get_args(hints[field.name])}]
+    assert [field.name for field in numbers if not field.metadata.get("limits")] == []

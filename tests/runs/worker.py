@@ -41,6 +41,7 @@ from sora_train.training.trainer import Trainer
 from tests.faults.bed import Bed, Job, differences, losses, outcome, run, samples_by_step
 from tests.faults.sabotage import fill_disk, signal_in
 from tests.faults.trials import elastic, kill, stage_for
+from tests.runs.disturbances import launchers, long_history, other_plan, suspended
 
 AVERAGES = ("optim.ema_lengths=[0.05,0.1]", "checkpoint.snapshot_every=4")
 # eight slots: four passes on each of two ranks; two steps an epoch
@@ -400,7 +401,8 @@ KINDS: dict[str, Callable[[Bed], object]] = {
     "matrix": matrix, "whole matrix": whole_matrix, "kills": kills, "moves": moves, "mirrored": mirrored,
     "debugs": debugs, "plugs": plugs, "moved plugs": moved_plugs, "adapters": adapters, "all adapters": all_adapters,
     "minute": minute, "large minute": large_minute, "imports": imports, "side tables": side_tables,
-    "full disk": full_disk,
+    "full disk": full_disk, "suspended": suspended, "long history": long_history, "other plan": other_plan,
+    "launchers": launchers,
 }  # fmt: skip
 
 
