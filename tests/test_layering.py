@@ -53,6 +53,7 @@ HEAVY = {
     "cryptography": {"sora_train/release/certificates.py"},
     "fastapi": {"sora_train/service/app.py", "sora_train/service/server.py"},
     "peft": {"sora_train/models/wan/lora.py"},
+    "tokenizers": {"sora_train/models/text/subwords.py"},
 }
 
 
