@@ -48,7 +48,7 @@ HEAVY = {
     },
     "scenedetect": {"data_tools/curation/look.py"},
     "ray": {"data_tools/curation/on_ray.py"},
-    "httpx": {"data_tools/curation/caption_server.py"},
+    "httpx": {"sora_train/core/chat_server.py"},
     "c2pa": {"sora_train/release/provenance.py"},
     "cryptography": {"sora_train/release/certificates.py"},
     "fastapi": {"sora_train/service/app.py", "sora_train/service/server.py"},
