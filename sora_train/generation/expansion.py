@@ -72,7 +72,7 @@ def rewritten(server: Server, prompt: str, examples: Sequence[str]) -> str:
 def captions_of(config: Config) -> list[str]:
     """A few captions from all over the training shards, the longest of each sample; none where they aren't here."""
     try:
-        shards = Shards(config)
+        shards = Shards(replace(config, data=replace(config.data, validation=[])))
         if not shards.training:
             return []
         index = shards.load(config)
