@@ -58,8 +58,10 @@ class Server:
     def __init__(
         self, url: str, model: str | None, timeout_s: float = 120.0, pause_s: float = _PAUSE_S, option: str = "captions"
     ) -> None:
-        import httpx
-
+        try:
+            import httpx
+        except ImportError as error:
+            raise InputError(f"{option}={url} needs httpx: pip install -e '.[curate]'") from error
         self.url, self._pause_s, self._option = url.rstrip("/"), pause_s, option
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -29,7 +29,7 @@ import torch
 import webdataset as wds
 from safetensors.torch import load_file
 
-from sora_train import evaluate
+from sora_train import evaluate, sample
 from sora_train.config.hydra import store_schema
 from sora_train.config.registry import load_plugins
 from sora_train.config.schema import Config
@@ -37,6 +37,7 @@ from sora_train.core.media import encode_mp4
 from sora_train.data.index.make import index_shards
 from sora_train.generation.evaluator import Evaluator
 from sora_train.methods.diffusion.learner import DiffusionLearner
+from sora_train.release.folder import Settings, make
 from sora_train.training.engine.power_ema import combined
 from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of
 from sora_train.training.state.deepspeed_files import read
@@ -394,6 +395,28 @@ def _die_in_second_unit(config: Config, rank: int) -> None:
     Evaluator._judge_unit = judging  # type: ignore[method-assign]
 
 
+def refusals(bed: Bed) -> object:
+    """Two ranks sample two prompts together, the first of which the guard refuses."""
+    config = bed.config("model", "steps=2")
+    if code := run(config, 1):
+        raise RuntimeError(f"the run ended with {code}; see {config.run_dir}")
+    release, prompts, out = (bed.folder / name for name in ("release", "prompts.txt", "made"))
+    make(release, Settings("Test Lab", sign=False, mark="none"))
+    (release / "words.txt").write_text("tea: teapot\n")
+    prompts.write_text("a teapot\na block\n")
+
+    def ask(config: Config) -> int:
+        sys.argv = ["sample", f"run_dir={config.run_dir}", f"prompts={prompts}", f"out={out}", f"release={release}"]
+        return sample.main()
+
+    job = Job(config, 2, command=ask)
+    job.wait()
+    return {
+        "codes": [job.codes[rank] for rank in (0, 1)], "made": sorted(path.name for path in out.glob("*.mp4")),
+        "refused": lines_of(release / "refusals.jsonl"), "output": job.log.read_text()[-4000:],
+    }  # fmt: skip
+
+
 def full_disk(bed: Bed) -> object:
     """Two ranks on a disk that is full: at the save of a stop, at two starts, and no more."""
     config = bed.config("full", "steps=10", "checkpoint.every_steps=4")
@@ -470,7 +493,7 @@ KINDS: dict[str, Callable[[Bed], object]] = {
     "matrix": matrix, "whole matrix": whole_matrix, "kills": kills, "moves": moves, "mirrored": mirrored,
     "debugs": debugs, "plugs": plugs, "moved plugs": moved_plugs, "adapters": adapters, "all adapters": all_adapters,
     "minute": minute, "large minute": large_minute, "imports": imports, "side tables": side_tables,
-    "full disk": full_disk, "looks": looks, "evaluations": evaluations,
+    "full disk": full_disk, "looks": looks, "evaluations": evaluations, "refusals": refusals,
 }  # fmt: skip
 
 
