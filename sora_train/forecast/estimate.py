@@ -47,7 +47,7 @@ def estimate(config: Config, plan: Plan | None, ranks: int, encoded: bool = Fals
     if plan is not None:
         settings = plan.index.encoded()
         encoded = bool(settings) and "" not in settings
-    return Estimate(ranks, parameters, frozen, passes_per_rank(config, ranks), idle, flops, *figures, encoded)
+    return Estimate(ranks, parameters, frozen, passes_per_rank(config, ranks), idle, flops, *figures, encoded=encoded)
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
