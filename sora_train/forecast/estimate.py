@@ -42,12 +42,13 @@ def estimate(config: Config, plan: Plan | None, ranks: int, encoded: bool = Fals
     longest = geometry(config).tokens(config.data.max_frames, *_square(config))
     clips = max(1, config.data.max_tokens // longest)
     flops = slots * training_cost(config).training([min(longest, config.data.max_tokens)] * clips)
-    figures = packed(plan) if plan is not None else (None, None, None, None, None)
+    no_plan = (None, None, None, None, None)
+    figures: tuple[int | None, float | None, float | None, float | None, float | None] = no_plan
     idle = 1 - slots / (per_rank * groups)
     if plan is not None:
-        settings = plan.index.encoded()
+        figures, settings = packed(plan), plan.index.encoded()
         encoded = bool(settings) and "" not in settings
-    return Estimate(ranks, parameters, frozen, passes_per_rank(config, ranks), idle, flops, *figures, encoded=encoded)
+    return Estimate(ranks, parameters, frozen, passes_per_rank(config, ranks), idle, flops, *figures, encoded)
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
