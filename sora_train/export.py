@@ -7,8 +7,9 @@ A VAE run becomes `vae.safetensors` and `config.json`, its latents' mean and dev
 video model becomes `model.safetensors`, `config.yaml` and a copy of its VAE under `vae/`. In the form of diffusers a
 video model becomes `transformer/` (`WanTransformer3DModel`), which `model.init_from` starts a run from again; where
 it was trained with a released VAE and text encoder, these are copied beside it and `WanPipeline.from_pretrained`
-loads the whole folder. Averaged (EMA) weights; with `ema_length=0.07` those of that relative length, made of the run's
-snapshots (`optim.ema_lengths`).
+loads the whole folder. `format=original` is the transformer in the names of Wan's own repository, which ComfyUI and
+`model.init_from` read too. Averaged (EMA) weights; with `ema_length=0.07` those of that relative length, made of the
+run's snapshots (`optim.ema_lengths`).
 
     python -m sora_train.export run_dir=runs/lora out=runs/lora/export format=adapter
 
@@ -58,7 +59,7 @@ class Options:
 
     run_dir: str
     out: str
-    format: str = choice(("safetensors", "diffusers", "adapter"), "safetensors")
+    format: str = choice(("safetensors", "diffusers", "original", "adapter"), "safetensors")
     ema_length: float | None = number(None, above=0, below=1)
     layout: str = choice(("diffusers", "original"), "diffusers")  # names in a file of adapters
     dtype: str = choice(("fp32", "bf16", "fp16"), "fp32")
@@ -87,6 +88,10 @@ def main() -> int:
         (out / "config.json").write_text(json.dumps(shape, indent=1) + "\n")
     elif o.format == "adapter":
         FAMILIES.get(config.model.family).save_adapters(transformer_weights(weights), config.model, out, o.layout)
+    elif o.format == "original":
+        whole, family = _cast(whole_weights(config, weights), dtype), FAMILIES.get(config.model.family)
+        width = config.text_encoder.width
+        family.save(transformer_weights(whole), config.model, width, out, o.shard_gib, layout="original")
     elif o.format == "diffusers":
         _pipeline(_cast(whole_weights(config, weights), dtype), config, out, o.shard_gib)
     else:

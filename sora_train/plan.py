@@ -8,6 +8,7 @@
     price=...            dollars per rank and hour, instead of the table's assumption
     disk_gb_s=2          what the shared file system writes, all ranks together
     device_hours=50676   hours that one device runs between failures
+    scale=true           besides, 64 to 16,384 ranks with as much work each: collectives, agreement, saves, goodput
     encoded=true         without shards at hand: the clips come encoded by data_tools.encode_latents
     rehearse=true        besides, take one real step of one rank here, the others missing; needs that rank's memory
 
@@ -33,8 +34,11 @@ from sora_train.forecast.footprint import stage_of
 from sora_train.forecast.forecast import Forecast, forecast, show
 from sora_train.forecast.hardware import hardware
 from sora_train.forecast.rehearsal import rehearse
+from sora_train.forecast.scale import scaled
+from sora_train.forecast.scale import table as scale_table
 from sora_train.forecast.this_machine import measure_cpu
 from sora_train.forecast.timing import DEVICE_HOURS_PER_FAILURE
+from sora_train.forecast.trace import trace
 
 
 @dataclass
@@ -47,6 +51,7 @@ class Options:
     price: float | None = number(None, least=0)
     disk_gb_s: float = number(2.0, above=0)
     device_hours: float = number(DEVICE_HOURS_PER_FAILURE, above=0)
+    scale: bool = False
     encoded: bool = False
     rehearse: bool = False
 
@@ -71,6 +76,15 @@ def plan(config: Config, options: Options) -> int:
         terminal.print(f"nothing is at {key}; planned with its shape in the configuration", highlight=False)
     result = predict(config, options, data)
     show(terminal, config, result, note)
+    if options.scale:
+        if result.device.gloo is not None:
+            raise InputError("scale=true is for GPUs; give hardware=h100, or another")
+        sizes, share = heaviest_pass(config, data, options.world_size)
+        rows = scaled(
+            config, result.figures, trace(config, sizes), share, result.device, options.per_node,
+            disk=options.disk_gb_s * 1e9, hours_per_failure=options.device_hours,
+        )  # fmt: skip
+        terminal.print(scale_table(rows, result.device))
     if options.rehearse:
         sizes, _ = heaviest_pass(config, data, options.world_size)
         took = rehearse(config, options.world_size, result.figures.passes, sizes)

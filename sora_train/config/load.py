@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from sora_train.config.registry import FAMILIES, load_plugins
-from sora_train.config.released import text_width, vae_shape
+from sora_train.config.released import original_config, text_width, vae_shape
 from sora_train.config.rules import check, require
 from sora_train.config.schema import TOKENIZER, VAE_USE, Config, VaeConfig
 from sora_train.core.cli import InputError, nearest
@@ -116,6 +116,11 @@ def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
+        if original_config(run_dir) is not None:
+            raise InputError(
+                f"{run_dir} is a transformer alone, in the layout of Wan's own repository: train from it "
+                "(model.init_from), or sample from the same release in the layout of diffusers (-Diffusers)"
+            )
         raise InputError(f"{run_dir} holds no run (there is no {path}); check run_dir")
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)

@@ -69,6 +69,7 @@ class Probe(Enum):
 
     packets = "packets"  # packet headers only; damaged pictures are found when training decodes them
     frame = "frame"  # the first frame too
+    all = "all"  # every frame: a file in which a decoder finds damage anywhere is refused as a whole
 
 
 class Previews(Enum):
@@ -125,7 +126,7 @@ class ModelConfig:
     mlp_chunk: int = 0  # tokens per chunk of an MLP, recomputed in backward to save memory; 0: all tokens at once
     attention: str = "auto"  # back end: auto, sdpa, varlen (FlashAttention), flex
     compile: bool = False  # torch.compile each block
-    init_from: str | None = None  # diffusers folder of released weights to start from; its shape overrides model.*
+    init_from: str | None = None  # released weights (diffusers' or Wan's own layout); their shape overrides model.*
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -252,6 +253,7 @@ class DataConfig:
     max_tokens: int = 8192  # of a pack
     fill: float = 0.9  # target share of the token budget that the packs of a window fill
     window: int = 4096  # samples that are shuffled and packed together
+    cost: str | None = None  # file of sora_train.calibrate: balance packs by measured seconds; null: by FLOPs
     workers: int = 2  # decode processes per rank
     prefetch_steps: int = 3  # steps decoded ahead
     decoded_mib: int = 0  # decoded clips that each rank keeps in memory, for a few clips; 0: none

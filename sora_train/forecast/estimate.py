@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,7 @@ class Estimate:
     fill: float | None  # share of the token budget that packs use
     balance: float | None  # mean over max cost of the slots of a step
     departure: float | None  # largest distance of a step's token shares from the mix, see `data.order.packing`
+    slot_s: float | None  # seconds of a step's dearest slot, where `data.cost` has measured ones
     encoded: bool = False  # clips come as latents, computed before training
 
 
@@ -40,10 +42,11 @@ def estimate(config: Config, plan: Plan | None, ranks: int, encoded: bool = Fals
     longest = geometry(config).tokens(config.data.max_frames, *_square(config))
     clips = max(1, config.data.max_tokens // longest)
     flops = slots * training_cost(config).training([min(longest, config.data.max_tokens)] * clips)
-    figures = packed(plan) if plan is not None else (None, None, None, None)
+    no_plan = (None, None, None, None, None)
+    figures: tuple[int | None, float | None, float | None, float | None, float | None] = no_plan
     idle = 1 - slots / (per_rank * groups)
     if plan is not None:
-        settings = plan.index.encoded()
+        figures, settings = packed(plan), plan.index.encoded()
         encoded = bool(settings) and "" not in settings
     return Estimate(ranks, parameters, frozen, passes_per_rank(config, ranks), idle, flops, *figures, encoded)
 
@@ -100,7 +103,9 @@ def heaviest_pass(config: Config, plan: Plan | None, ranks: int) -> tuple[list[S
     dearest: list[Size] = []
     most, total, steps = 0, 0, plan.steps(0, 0)
     for slots in steps:
-        loads = {cost_of.training([tokens(*v.size) for v in slot]): slot for slot in slots}
+        loads = {
+            cost_of.of_slot([tokens(*v.size) for v in slot], [math.prod(v.size) for v in slot]): slot for slot in slots
+        }
         total += max(loads)
         if max(loads) > most:
             most, dearest = max(loads), [v.size for v in loads[max(loads)]]

@@ -209,12 +209,12 @@ def trace(config: Config, sizes: Sequence[Size], encoded: bool = False) -> Trace
         pack = Pack([_with_latents(clip, config) for clip in clips] if encoded else list(clips))
         recorder, encoder = Recorder([t for module in (*learning, *frozen) for t in _tensors(module)]), [0]
 
-        def encoded(_: nn.Module, arguments: Any) -> None:
+        def begun(_: nn.Module, arguments: Any) -> None:
             """Attribute the peak so far to the encoder, when the first trained network begins."""
             if not encoder[0]:
                 encoder[0], recorder.peak = recorder.peak, recorder.live
 
-        learning[0].register_forward_pre_hook(encoded)
+        learning[0].register_forward_pre_hook(begun)
         for parameter in (p for module in learning for p in module.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(_let_go(recorder))
         engines = _Networks({name: _Network(network.module) for name, network in trained(networks)})

@@ -133,7 +133,10 @@ def check_prompt(world: World, sample: Sample, safeguards: Safeguards) -> None:
     if world.is_main:
         try:
             shown = [given.glimpse(sample.sides) for given in sample.given.values()]
-            safeguards.check_prompt([shot.caption for shot in sample.shots], shown)
+            texts = [shot.caption for shot in sample.shots]
+            if sample.options.expanded_from is not None:
+                texts.append(sample.options.expanded_from)
+            safeguards.check_prompt(texts, shown)
         except Refused as error:
             refusal = error
     if world.size > 1:

@@ -55,9 +55,18 @@ class Family(Protocol):
         """Copy released weights into the network. Raises InputError that lists tensors that don't match."""
 
     def save(
-        self, weights: Mapping[str, Tensor], config: ModelConfig, text_width: int, folder: Path, shard_gib: float
+        self,
+        weights: Mapping[str, Tensor],
+        config: ModelConfig,
+        text_width: int,
+        folder: Path,
+        shard_gib: float,
+        *,
+        layout: str = "diffusers",
     ) -> None:
         """Write weights in the released format, in files of at most `shard_gib`.
+
+        In the names of diffusers, or (layout `original`) of the family's own repository.
 
         Raises InputError if it can't express an option of the model.
         """

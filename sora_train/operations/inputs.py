@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sora_train.config.released import folder_of
@@ -18,20 +19,21 @@ INPUTS = "inputs.json"
 _VALIDATION = "data.validation"
 
 
-def check_inputs(config: Config, run_dir: str | Path, instead: str) -> None:
+def check_inputs(config: Config, run_dir: str | Path, instead: str, told: Sequence[str] = ()) -> None:
     """Raise InputError where a path of the configuration holds other weights than those the checkpoints belong to.
 
     Args:
         config: Configuration of the run.
         run_dir: Its folder; nothing is checked if there is no record of what it was trained with.
         instead: What else to do, for the message.
+        told: Keys whose weights the user named anew, which may be others.
     """
     path = Path(run_dir) / INPUTS
     if not path.is_file() or not any((Path(run_dir) / "checkpoints").glob("step-*")):
         return
     known = json.loads(path.read_text())
     for key, (where, found) in _weights(config).items():
-        if known.get(key, found) != found:
+        if key not in told and known.get(key, found) != found:
             raise InputError(
                 f"{key}={where} holds other weights than those that the checkpoints in {run_dir} were trained with; "
                 f"put those back{instead}"

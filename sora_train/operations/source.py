@@ -59,8 +59,8 @@ def model_config(o: Options) -> Config:
     """The configuration of the model at `run_dir`, with what the options change for all samples. Raises InputError."""
     of_a_run = {"checkpoint": o.checkpoint is not None, "weights=raw": o.weights == "raw"}
     config = _released(o.run_dir) if is_released(o.run_dir) else load(o.run_dir, o.vae, o.base)
-    if o.vae is None:
-        check_inputs(config, o.run_dir, ", or say where they are: base=FOLDER, vae=FOLDER")
+    told = ("vae.path",) if o.vae is not None else ()
+    check_inputs(config, o.run_dir, ", or say where they are: base=FOLDER, vae=FOLDER", told)
     given = [key for key, is_given in of_a_run.items() if is_given]
     if given and not (Path(o.run_dir) / "checkpoints").is_dir():
         raise InputError(f"{o.run_dir} is no run, so it has no {given[0]}; leave it out")
