@@ -190,7 +190,7 @@ def _check_muon(config: Config) -> None:
         return
     require(optim.muon.lr > 0, f"optim.muon.lr={optim.muon.lr} must be above 0")
     require(0.0 <= optim.muon.momentum < 1.0, f"optim.muon.momentum={optim.muon.momentum} must be in [0, 1)")
-    offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+    offload = (config.deepspeed.get("zero_optimization") or {}).get("offload_optimizer", {})
     require(
         offload.get("device", "none") in ("none", "cpu"),
         "optim.matrices=muon needs the optimizer's state in memory; take offload_optimizer.device=nvme out",
