@@ -5,6 +5,8 @@ Imports no deepspeed, which takes seconds; a test compares these with what is in
 
 from __future__ import annotations
 
+BUCKET = 25 << 20  # bytes of gradients that are sent together without ZeRO in fp32, as in torch's DDP
+
 DEEPSPEED = (
     "activation_checkpointing", "aio", "amp", "autotuning", "check_overflow", "checkpoint", "comms_logger",
     "communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning",

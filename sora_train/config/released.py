@@ -108,7 +108,14 @@ def vae_shape(path: str | Path) -> dict[str, Any] | None:
     if c["_class_name"] not in VAES:
         raise InputError(f"{folder} holds a {c['_class_name']}; vae.path reads {', '.join(VAES)}, or a VAE of our own")
     temporal, spatial = c.get("scale_factor_temporal", 4), c.get("scale_factor_spatial", 8)
-    return {"class_name": c["_class_name"], "channels": c["z_dim"], "patch": 1, "strides": [[temporal, spatial]]}
+    return {"class_name": c["_class_name"], "channels": c["z_dim"], **_like(temporal, spatial)}
+
+
+def _like(temporal: int, spatial: int) -> dict[str, Any]:
+    """Shape of a VAE of our own with the strides of a released one, as which forecasts plan it."""
+    return {
+        "patch": spatial // 4, "strides": [[temporal // 2, 2], [2, 2]], "widths": [96, 192, 384], "blocks": [1, 2, 2],
+    }  # fmt: skip
 
 
 def text_width(path: str | Path) -> int:

@@ -7,7 +7,9 @@ Recomputation under activation checkpointing is not counted: these are model FLO
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 TEXT_TOKENS = 32  # of a typical caption; stands for captions that aren't known yet
 
@@ -67,6 +69,38 @@ class Cost:
     def training(self, lengths: list[int] | tuple[int, ...], texts: tuple[int, ...] | None = None) -> int:
         """FLOPs of forward and backward over a pack: lengths of its clips, and of their captions where known."""
         return 3 * _of_pack(self, lengths, texts)
+
+    def of_clips(self, tokens: Any, pixels: Any) -> Any:
+        """Costs by which clips are dealt to slots: forward FLOPs, the caption's excluded. Integers or arrays."""
+        return self.per_token * tokens + self.per_pair * tokens**2
+
+    def of_slot(self, tokens: Sequence[int], pixels: Sequence[int]) -> int:
+        """Cost of the clips of a slot."""
+        return self.training(list(tokens))
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Measured time of a clip in forward and backward pass, in femtoseconds, see `sora_train.calibrate`.
+
+    Time = `per_clip + per_token * N + per_pair * N^2 + per_pixel * V` for N tokens and V pixels of all frames together,
+    which the VAE encodes. `per_pack` comes on top of every pack.
+    """
+
+    per_pack: int
+    per_clip: int
+    per_token: int
+    per_pair: int
+    per_pixel: int
+
+    def of_clips(self, tokens: Any, pixels: Any) -> Any:
+        """Costs by which clips are dealt to slots. Integers or arrays."""
+        return self.per_clip + self.per_token * tokens + self.per_pair * tokens**2 + self.per_pixel * pixels
+
+    def of_slot(self, tokens: Sequence[int], pixels: Sequence[int]) -> int:
+        """Cost of the clips of a slot."""
+        clips = sum(self.of_clips(n, v) for n, v in zip(tokens, pixels, strict=True))
+        return int(self.per_pack + clips)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sora_train.config.cost import cost, geometry
+from sora_train.config.cost import balancing_cost, geometry
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, Probe, clip_rate
 from sora_train.data.index.consolidated import load_consolidated
@@ -106,6 +106,6 @@ def plan_inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> 
     return PlanInputs(
         seed=config.seed, slots=d.slots, max_tokens=d.max_tokens, fill=d.fill, window=d.window,
         fps=clip_rate(d.fps), max_frames=d.max_frames, max_pixels=d.max_pixels, fit=d.fit.value, tasks=weighted,
-        repeats=(1.0,) * len(filters), geometry=geometry(config), cost=cost(config), filters=tuple(filters),
+        repeats=(1.0,) * len(filters), geometry=geometry(config), cost=balancing_cost(config), filters=tuple(filters),
         captions=tuple(sorted(d.captions.items())), weight=d.weight,
     )  # fmt: skip

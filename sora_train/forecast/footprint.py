@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sora_train.config.deepspeed_keys import BUCKET
 from sora_train.config.schema import Config, Precision
 from sora_train.forecast.trace import Trace
 
@@ -160,9 +161,13 @@ def _sent(sizes: _Sizes, zero: dict[str, Any]) -> tuple[int, int]:
 
 def _unpartitioned(s: _Sizes) -> tuple[int, int, int]:
     """Bucket, backward and update peak at stage 0: all gradients are alive at the end, and are reduced in buckets."""
-    copied = min(s.all, _BUCKET * s.each)
     held = s.all if s.passes > 1 else 0  # later passes begin with the gradients of the earlier ones
-    backward = max(s.activations + held, 0 if held else s.accumulating, s.all + copied)
+    if s.each == 4:  # `training/engine/collectives.py`; with several buckets, all but the last during the pass
+        copied = min(s.all, BUCKET) if s.ranks > 1 else 0
+        during = copied if copied < s.all else 0
+    else:
+        copied, during = min(s.all, _BUCKET * s.each), 0
+    backward = max(s.activations + held + during, 0 if held else s.accumulating + during, s.all + copied)
     return copied, backward, s.all + (s.master if s.each == 2 else 0)
 
 

@@ -70,17 +70,19 @@ def step_time(
 def _moved(config: Config, parameters: int, owned: int, passes: int, stage: int, *, each: int, averages: int) -> float:
     """Bytes of device memory that a rank reads and writes for gradients and the update, in addition to the passes.
 
-    Counted from the code of DeepSpeed 0.19, like `footprint.py`. A copy is a read and a write.
+    Counted from the code of DeepSpeed 0.19 and of `training/engine/collectives.py`. A copy is a read and a write.
     """
     copy = 2 * each
     contiguous = config.deepspeed.get("zero_optimization", {}).get("contiguous_gradients", True)
-    sending = 2 * copy  # flattened, and divided by the number of ranks
-    sending += copy if stage and contiguous else 0  # into the bucket
-    taking = copy  # back into the gradient
-    taking += copy if stage == 3 or (stage and contiguous) else 0  # out of the bucket
+    if stage == 0 and each == 4:
+        sending, taking = copy, 0  # flattened; the optimizer reads them there
+    else:
+        sending = 2 * copy  # flattened, and divided by the number of ranks
+        sending += copy if stage and contiguous else 0  # into the bucket
+        taking = copy  # back into the gradient
+        taking += copy if stage == 3 or (stage and contiguous) else 0  # out of the bucket
     times = passes if stage >= 2 else 1
-    norm = 2 * 8 + each if stage else each  # ZeRO computes it from a copy in fp64
-    norm += 2 * each if each == 2 and stage in (1, 2) else 0  # the check for non-finite values in bf16
+    norm = 2 * 8 + each if stage == 3 else each  # ZeRO-3 computes it from a copy in fp64
     clip = 2 * 4
     cast = (copy if stage else 0) + (each + 4 if each == 2 else 0)  # gradient to fp32 for Adam
     back = 4 + each if each == 2 or stage in (1, 2) else 0  # new weights to the model's precision

@@ -25,6 +25,7 @@ class Family(Protocol):
 
     settings: type[ModelConfig]  # dataclass of its keys under `model`
     adapter_targets: tuple[str, ...]  # suffixes of the names of linear layers that LoRA may adapt
+    alike: bool  # all blocks have the same layers and shapes, so that a forecast traces a few of them
 
     def rules(self, config: Config) -> None:
         """Check the keys that only this family has. Raises InputError."""

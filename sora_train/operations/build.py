@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sora_train.config.cost import geometry, training_cost
+from sora_train.config.cost import geometry, keep_cost, training_cost
 from sora_train.config.hydra import write_exit
 from sora_train.config.load import to_dict
 from sora_train.config.registry import METHODS
@@ -59,6 +59,7 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
         plan.share(run, owner=world.local_rank == 0)
     ledger = Ledger(run_dir, world.rank)
     if world.is_main:  # before the engines' first collective, hence before any rank refuses a sample
+        keep_cost(config)
         if not any((run_dir / "checkpoints").glob("step-*")):
             ledger.forget_rollbacks()
         indexes = [plan.index, *([held_out.index] if held_out else [])]
@@ -80,7 +81,10 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
 
     def steps_from(taken: int, position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
         pin = device.type == "cuda"
-        steps = Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, pin=pin, taken=taken)
+        steps = Loader(
+            plan, pool, passes, Position(*position), d.prefetch_steps, known,
+            pin=pin, taken=taken, cache_bytes=d.decoded_mib << 20,
+        )  # fmt: skip
         return ulysses.same_clips(steps, group)
 
     def validation() -> Iterator[Pack]:

@@ -5,6 +5,7 @@ They are kept in run_dir/inputs.json. The order of the training data has its own
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,4 +61,17 @@ def _weights(config: Config) -> dict[str, tuple[str, str]]:
     paths = {"vae.path": (config.vae.path, "vae"), "text_encoder.path": (config.text_encoder.path, "text_encoder")}
     if config.model.lora.rank:
         paths["model.init_from"] = (config.model.init_from, "transformer")
-    return {key: (path, weights_hash(folder_of(path, part))) for key, (path, part) in paths.items() if path is not None}
+    found = {
+        key: (path, weights_hash(folder_of(path, part))) for key, (path, part) in paths.items() if path is not None
+    }
+    if (file := config.tokenizer_file) is not None:
+        found["text_encoder.tokenizer"] = (file, tokenizer_hash(file))
+    return found
+
+
+def tokenizer_hash(file: str) -> str:
+    """SHA-256 of the file of a tokenizer, 16 hex digits. Raises InputError if it is missing."""
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    except FileNotFoundError as error:
+        raise InputError(f"{file} is missing, the tokenizer that the model was trained with; put it back") from error

@@ -22,7 +22,7 @@ from sora_train.data.read.encoded import weights_hash
 from sora_train.generation.options import Options
 from sora_train.generation.sampler import Sampler
 from sora_train.models.layers import ulysses
-from sora_train.operations.inputs import check_inputs
+from sora_train.operations.inputs import check_inputs, tokenizer_hash
 from sora_train.operations.trained import EXPORTED, Weights, checkpoint_of, load_sampler
 
 _TI2V_CHANNELS = 48  # of the latents of Wan 2.2's 5B model, which runs at another rate and size than the others
@@ -108,6 +108,8 @@ def fingerprint(config: Config, o: Options) -> str:
     parts.append(weights_hash(folder_of(config.vae.path or "", "vae")))
     if config.text_encoder.path is not None:
         parts.append(weights_hash(folder_of(config.text_encoder.path, "text_encoder")))
+    if config.tokenizer_file is not None:
+        parts.append(tokenizer_hash(config.tokenizer_file))
     for path, _ in map(adapter, o.lora):
         with adapter_file(path).open("rb") as file:
             parts.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])

@@ -98,16 +98,6 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Sums of a step over all ranks."""
-
-    weight: float  # loss weight, at least 1
-    arrived: int  # samples
-    refused: int  # samples
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Place:
     """Step, phase and pack at which something happened in a run."""
 

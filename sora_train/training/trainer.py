@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from sora_train.config.schema import Config
 from sora_train.core.batch import Pack
 from sora_train.core.cli import STOPPED, InputError
 from sora_train.core.world import World
+from sora_train.training.agreement import Ahead, Numbers, Request, Taken
 from sora_train.training.engine.optim import lr_factor
 from sora_train.training.engine.power_ema import Snapshots
 from sora_train.training.health.guard import BadShare
 from sora_train.training.health.spikes import Health, Verdict, differing_ranks
-from sora_train.training.parts import Agreement, Noted, Parts, Place, Step
+from sora_train.training.parts import Noted, Parts, Place, Step
 from sora_train.training.report.profiling import StepProfile
 from sora_train.training.state.checkpoint import Checkpoints, Pieces, load_into, pieces, read_state
 
@@ -48,6 +49,7 @@ class Trainer:
         self.sizes: list[tuple[int, int, int]] = []  # frames, height, width of the clips in the current or last pack
         self.left_out: set[tuple[int, ...]] = set()  # positions of steps that rollbacks left out
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
+        self.taken: Taken | None = None  # the last step, until the others are told its loss
         self.best: tuple[float, int] | None = None  # best score of an evaluation, and its step
         self.reason = "failed; see the logs"  # why the run ended
         newest = self.checkpoints.newest()
@@ -68,31 +70,27 @@ class Trainer:
 
     def loop(self) -> int:
         """Take steps until the last one, or until a signal; returns the exit code."""
-        batches = self.batches()
         self.meter.start()
+        batches, batch, agreed = self.start()
         while self.step < self.config.steps:
             self.profile.before(self.step + 1)
-            with self.meter.waiting():
-                self.enter("data")
-                batch = next(batches)
-            if self.world.sequence_rank == 0:  # the others of the group have the same samples
-                self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
-            self.enter("agreement")
-            agreed = self.agree(batch)  # an all-reduce on the CPU
-            self.leave_out(batch, agreed)
+            assert batch is not None, "there is a step to take"
+            self.begin(batch, agreed)
+            ahead = self.ask(batches, self.step + 2)
             self.enter("forward and backward")
             factor = lr_factor(self.step, self.config.steps, self.config.optim)
             self.engines.set_pace(agreed.weight, factor, self.before_update)
             result = self.learner.step(self.engines, Noted(batch.packs, self.note))
             if result.applied:
                 self.engines.update_averages()
-            verdict = self.advance(batch, self.engines.loss.read(), result.applied)
+            self.advance(batch, self.engines.loss.read(), result.applied)
             self.profile.after(self.step)
             self.meter.add(result.losses, agreed.weight)
-            self.meter.step_done(agreed.arrived, agreed.tokens, agreed.refused, result.applied)
-            self.bad.add(agreed.arrived, agreed.refused, self.causes)
-            if verdict is not None and self.roll_back(verdict):
-                batches = self.batches()
+            self.meter.step_done(int(agreed.arrived), int(agreed.tokens), int(agreed.refused), result.applied)
+            self.bad.add(int(agreed.arrived), int(agreed.refused), self.causes)
+            batch, agreed = self.hear(ahead)
+            if self.went_back(ahead.taken, agreed.loss):
+                batches, batch, agreed = self.start()
                 continue
             self.report()
             if self.due(self.config.guard.hash_every) or self.saves():
@@ -113,6 +111,11 @@ class Trainer:
                     STOPPED, f"stopped by {self.guard.received or 'a signal to another rank'} after saving"
                 )
         return self.leave(0, "done")
+
+    def start(self) -> tuple[Iterator[Step], Step | None, Numbers]:
+        """Steps from the current position on, the first of them, and what the ranks agreed about it. Collective."""
+        batches = self.batches()
+        return batches, *self.hear(self.ask(batches, self.step + 1))
 
     def batches(self) -> Iterator[Step]:
         """Yield the plan's steps from the current position on, except those that rollbacks left out."""
@@ -154,29 +157,47 @@ class Trainer:
         """True if something that is done every `every` steps and at the last one is due; never for 0."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
-    def agree(self, batch: Step) -> Agreement:
-        """All-reduce a step's loss weight, samples, refusals, tokens and stop requests (on the CPU)."""
-        for refusal in batch.refused:
+    def ask(self, batches: Iterator[Step], number: int) -> Ahead:
+        """Fetch the step of this number, if there is one, and send this rank's numbers to the others. Collective."""
+        batch = None
+        with self.meter.waiting():
+            self.enter("data")
+            if number <= self.config.steps:
+                batch = next(batches)
+        taken, self.taken = self.taken, None
+        packs, refused = (batch.packs, batch.refused) if batch else ([], [])
+        for refusal in refused:
             self.causes[refusal.cause] = self.causes.get(refusal.cause, 0) + 1
-        mine = [
-            sum(self.learner.weight(pack) for pack in batch.packs),
-            float(len(batch.samples)),
-            float(len(batch.refused)),
-            float(sum(self.meter.tokens(pack) for pack in batch.packs)),
-            float(self.guard.wants_stop),
-        ]
-        total = torch.tensor(mine, dtype=torch.float64)
-        dist.all_reduce(total)
-        weight, arrived, refused, tokens, stop = total.tolist()
-        self.stop = self.stop or stop > 0
-        arrived, refused, tokens = (int(count) // self.world.sequence for count in (arrived, refused, tokens))
-        return Agreement(max(weight, 1.0), arrived, refused, tokens)
+        mine = Numbers(
+            weight=sum(self.learner.weight(pack) for pack in packs),
+            arrived=len(batch.samples) if batch else 0,
+            refused=len(refused),
+            tokens=sum(self.meter.tokens(pack) for pack in packs),
+            stop=self.guard.wants_stop,
+            loss=taken.own_loss if taken else 0.0,
+        )
+        return Ahead(batch, taken, Request(mine))
 
-    def leave_out(self, batch: Step, agreed: Agreement) -> None:
+    def hear(self, ahead: Ahead) -> tuple[Step | None, Numbers]:
+        """Wait for the sums over all ranks of what was sent, which have arrived unless a rank is late."""
+        self.enter("agreement")
+        told = ahead.request.read()
+        self.stop = self.stop or told.stop > 0
+        same = self.world.sequence  # so many ranks have the same samples
+        arrived, refused, tokens = (count // same for count in (told.arrived, told.refused, told.tokens))
+        return ahead.batch, replace(told, weight=max(told.weight, 1.0), arrived=arrived, refused=refused, tokens=tokens)
+
+    def begin(self, batch: Step, agreed: Numbers) -> None:
+        """Record the samples of a step that is about to be taken. Collective where samples were refused."""
+        if self.world.sequence_rank == 0:  # the others of the group have the same samples
+            self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
+        self.leave_out(batch, agreed)
+
+    def leave_out(self, batch: Step, agreed: Numbers) -> None:
         """With `data.drop_refused`, leave the samples that any rank refused out of later epochs. Collective."""
         if not self.config.data.drop_refused or not agreed.refused:
             return
-        rows = torch.zeros(self.world.size, agreed.refused, dtype=torch.int64)
+        rows = torch.zeros(self.world.size, int(agreed.refused), dtype=torch.int64)
         mine = [refusal.sample + 1 for refusal in batch.refused]
         rows[self.world.rank, : len(mine)] = torch.tensor(mine, dtype=torch.int64)
         dist.all_reduce(rows)
@@ -190,26 +211,51 @@ class Trainer:
         self.stop = bool(told.item())
         return self.stop
 
-    def advance(self, batch: Step, own_loss: float, applied: bool) -> Verdict | None:
-        """Count the step, move the position behind it, and check it for spikes and non-finite values.
+    def advance(self, batch: Step, own_loss: float, applied: bool) -> None:
+        """Count a step, and move the position behind it.
 
         Args:
             batch: The step that was taken.
             own_loss: This rank's share of its loss.
             applied: False if the update was skipped because of a non-finite value.
-
-        Returns:
-            A verdict if the run should go back to a checkpoint.
         """
         epoch, window, step = batch.position
         self.step, self.position = self.step + 1, (epoch, window, step + 1)
         self.watch.step = self.step
         self.applied += applied
-        verdict = self.health.judge(self.step, tuple(batch.position), own_loss, applied)
+        self.taken = Taken(self.step, tuple(batch.position), own_loss, applied)
         if not applied:
             self.console.say(f"step {self.step}: a loss or gradient was not finite; nothing was changed")
-            self.ledger.write_skipped(self.step, batch.position, batch.samples, self.health.own_loss)
-        return verdict
+            self.ledger.write_skipped(self.step, batch.position, batch.samples, own_loss)
+
+    def went_back(self, taken: Taken | None, loss: float) -> bool:
+        """Check the steps whose loss is known for spikes and non-finite values. Collective.
+
+        Args:
+            taken: The step before the last one.
+            loss: Its loss, over all ranks.
+
+        Returns:
+            True if the run went back to a checkpoint.
+        """
+        if taken is not None and self.judge(taken, loss):
+            return True
+        if self.taken is None or not self.rests():
+            return False
+        last, self.taken = self.taken, None
+        return self.judge(last, Request(Numbers(loss=last.own_loss)).read().loss)
+
+    def judge(self, taken: Taken, loss: float) -> bool:
+        """Judge a step by its loss over all ranks; True if the run went back to a checkpoint."""
+        verdict = self.health.judge(taken.step, taken.position, loss, taken.applied)
+        return verdict is not None and self.roll_back(verdict)
+
+    def rests(self) -> bool:
+        """True if something is about to rest on the last step, so that its verdict can't come with the next one."""
+        logging, keep = self.config.logging, self.config.checkpoint
+        often = [logging.validate_every, logging.sample_every, logging.evaluate_every, keep.every_steps]
+        snapshots = self.snapshots.every if self.snapshots else 0
+        return self.stop or self.step == self.config.steps or any(map(self.due, [*often, snapshots]))
 
     def roll_back(self, verdict: Verdict) -> bool:
         """Go back to the newest checkpoint before the bad steps, and leave these out of the plan.
@@ -352,6 +398,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path | None) -> None:
         """Load a checkpoint, if there is one, and remove the ledger's entries of later steps."""
+        self.taken = None
         if checkpoint is not None:
             state = read_state(checkpoint)
             engines = self.engines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +47,7 @@ class Options:
     format: str | None = choice(("mp4", "gif"), None)
     shards: list[str] = number([])
     factors: list[float] | None = number(None, above=0)
+    models: dict[str, str] = field(default_factory=dict)
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Options:
@@ -118,6 +119,23 @@ def test_what_is_wrong_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, argu
     with pytest.raises(InputError, match=REFUSED[argument]) as refused:
         typed(monkeypatch, argument)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{}", {}), ("{clip: /models/clip}", {"clip": "/models/clip"}), ("{a: x:y, b: z}", {"a": "x:y", "b": "z"}),
+        ("{clip:x,image:y}", {"clip": "x", "image": "y"}),
+    ],
+)  # fmt: skip
+def test_a_map_has_its_entries(monkeypatch: pytest.MonkeyPatch, text: str, found: dict[str, str]) -> None:
+    assert typed(monkeypatch, f"models={text}").models == found
+
+
+@pytest.mark.parametrize("text", ["clip", "{clip}", "{a: 1, a: 2}", "{: x}", "{a: }", "[a: b]"])
+def test_no_map_is_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    with pytest.raises(InputError, match="must be a map"):
+        typed(monkeypatch, f"models={text}")
 
 
 def test_the_last_value_counts_and_lists_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:

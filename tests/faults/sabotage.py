@@ -136,21 +136,21 @@ def multiply_gradient(factor: Callable[[int], float]) -> None:
 
 
 def _know_the_factor(factor: Callable[[int], float], at: Callable[[Any], bool]) -> None:
-    agree = Trainer.agree
+    begin = Trainer.begin
 
-    def agreeing(self: Trainer, batch: Any) -> Any:
+    def beginning(self: Trainer, batch: Any, agreed: Any) -> None:
         _here["factor"] = factor(self.step + 1) if at(batch.position) else 1.0
-        return agree(self, batch)
+        begin(self, batch, agreed)
 
-    Trainer.agree = agreeing  # type: ignore[method-assign]
+    Trainer.begin = beginning  # type: ignore[method-assign]
 
 
 def note_changes(path: Path) -> None:
     """Write after every step which weights, moments and averages changed."""
-    judge = Trainer.advance
+    advance = Trainer.advance
 
-    def advancing(self: Trainer, batch: Any, own_loss: torch.Tensor, applied: bool) -> Any:
-        verdict = judge(self, batch, own_loss, applied)
+    def advancing(self: Trainer, batch: Any, own_loss: float, applied: bool) -> None:
+        advance(self, batch, own_loss, applied)
         now, before = _state(self), _here.get("tensors")
         _here["tensors"] = now
         changed = [name for name in now if before is None or not torch.equal(now[name], before[name])]
@@ -158,7 +158,6 @@ def note_changes(path: Path) -> None:
         with path.open("a") as file:
             line = {"step": self.step, "changed": changed, "applied": applied, "counters": counters}
             file.write(json.dumps(line) + "\n")
-        return verdict
 
     Trainer.advance = advancing  # type: ignore[method-assign]
 

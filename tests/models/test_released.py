@@ -89,8 +89,6 @@ def test_the_shapes_of_released_models_replace_those_of_the_configuration(config
     [
         (("vae.channels=6",), "4 latent channels, the VAE 6"),
         (("vae.channels=4", "text_encoder.width=128"), "text 16 wide, the text encoder gives 128"),
-        (("model.init_from=nowhere",), "no transformer at model.init_from=nowhere"),
-        (("text_encoder.path=nowhere",), "no text encoder at text_encoder.path=nowhere"),
         (("model.init_from=null", "text_encoder.pad_to=512"), "text_encoder.pad_to is for a released encoder"),
     ],
 )
@@ -99,6 +97,20 @@ def test_parts_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         build(compose_tree("experiment=demo", f"model.init_from={pipeline}", *overrides), need_vae=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.init_from=nowhere", "no transformer at model.init_from=nowhere"),
+        ("text_encoder.path=nowhere", "no text encoder at text_encoder.path=nowhere"),
+    ],
+)
+def test_a_run_needs_the_folders_it_names(
+    compose_tree: Callable[..., DictConfig], pipeline: Path, override: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build(compose_tree("experiment=demo", f"vae.path={pipeline}", override))
 
 
 def test_the_vae_gives_diffusers_latents_normalised(config: Config, pipeline: Path) -> None:

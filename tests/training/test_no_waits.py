@@ -70,7 +70,7 @@ class _Engine(Engine):
         self.names = {p: f"net/{name}" for name, p in network.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
         self.optimizer = torch.optim.AdamW([{"params": list(self.names), "base_lr": 1.0}], lr=1.0)
-        self.module, self.engine, self._grad_norm = network, _DeepSpeed(network), 0.0
+        self.module, self.engine, self._grad_norm, self._buckets = network, _DeepSpeed(network), 0.0, None
         self._own_loss = torch.zeros((), dtype=torch.float64, device=DEVICE)
         masters = {name: p.detach().float().view(-1) for p, name in self.names.items()}
         self.fragments = [stubs.fragment(name, master) for name, master in masters.items()]

@@ -23,7 +23,7 @@ import numpy as np
 
 from sora_train.core.batch import Visit
 from sora_train.core.cli import InputError
-from sora_train.core.cost import Cost, Geometry
+from sora_train.core.cost import Cost, Geometry, Seconds
 from sora_train.core.seeds import FIRST_FRAME, TASK, hash64, order, uniform
 from sora_train.data.index.index import Index
 from sora_train.data.order.packing import pack
@@ -83,7 +83,7 @@ class PlanInputs:
     tasks: tuple[tuple[str, float], ...]
     repeats: tuple[float, ...]  # of each shard
     geometry: Geometry
-    cost: Cost
+    cost: Cost | Seconds
     filters: tuple[str, ...] = ()  # of each shard, or none at all
     captions: tuple[tuple[str, float], ...] = ()  # weights by name; drawn by the loader
     weight: str = ""  # visits of each sample per epoch, times its shard's; an expression, empty for one
@@ -237,7 +237,7 @@ class Plan:
             return None, []
         shuffled = order(i.seed, epoch, _SAMPLES, rows, repeat)
         visits = self._visits(epoch, rows[shuffled], repeat[shuffled], rates[shuffled])
-        costs = i.cost.per_token * visits.tokens + i.cost.per_pair * visits.tokens**2
+        costs = i.cost.of_clips(visits.tokens, visits.pixels)
         seed = int(hash64(i.seed, epoch, _DEAL, int(shards[0])))
         return visits, pack(visits.tokens, costs, i.slots, i.max_tokens, i.fill, seed)
 

@@ -29,6 +29,11 @@ class Visits:
     seed: np.ndarray
     tokens: np.ndarray
 
+    @property
+    def pixels(self) -> np.ndarray:
+        """Pixels of all frames of each clip together."""
+        return np.asarray(self.frames, dtype=np.int64) * self.crop[:, 2] * self.crop[:, 3]
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Every column by name, to be written to a file; `Visits(**...)` of what is read back is the same."""
         return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}

@@ -87,7 +87,8 @@ def _video(data: bytes, limits: Limits, pixels: bool, whole: bool) -> dict[str, 
         check_pixels(first.height, first.width, limits)
         codec = stream.codec_context.name
         sequential = line.unclear or needs_first_packet(codec, first.format.name, packet)
-        count, out = int(line.shown.sum()), list[int | None]()
+        count = int(line.shown.sum())
+        out: list[Any] = []
         if sequential or whole:
             packets = packets or _packets(file, stream)
             source = Source(stream.codec_context, packets, line, complaints)

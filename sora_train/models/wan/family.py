@@ -22,6 +22,7 @@ class Wan:
     """Implementation of `models.base.Family` for Wan 2.1 and 2.2 transformers."""
 
     settings = WanConfig
+    alike = True
     adapter_targets = (
         "q", "k", "v", "out", "self_attention.q", "self_attention.k", "self_attention.v", "self_attention.out",
         "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.out", "mlp.0", "mlp.2",

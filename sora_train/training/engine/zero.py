@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sora_train.config.schema import Config, Precision
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
+from sora_train.training.engine.collectives import Buckets, norm_of, spare
 from sora_train.training.engine.muon import Flat, MatrixOptimizer, Piece, Sharing
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam; Muon has the first
@@ -150,6 +151,10 @@ class Engine:
             where = ".".join(map(str, first["loc"]))
             raise InputError(f"deepspeed: {where}={first['input']}: {first['msg']} ({error.title})") from error
         self._grad_norm: Tensor | float | None = 0.0
+        self._buckets: Buckets | None = None
+        if self.stage == 0 and self.fp32 and self.world > 1:
+            self._buckets, self.engine.enable_backward_allreduce = Buckets(self.names), False
+        spare(self.engine.optimizer)
         self._create_moments()
         self.fragments = sorted(self._fragments(), key=lambda f: f.name)
         self._check_fragments(whole)
@@ -167,9 +172,12 @@ class Engine:
         """
         weight = self.pace.weight
         self._own_loss += loss_sum.detach() / weight
-        scale = torch.where(torch.isfinite(loss_sum.detach()), self.world / weight, float("nan"))
-        self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
+        averaged = 1 if self._buckets else self.world  # DeepSpeed divides the sum over ranks, buckets don't
+        scale = torch.where(torch.isfinite(loss_sum.detach()), averaged / weight, float("nan"))
         self._done += 1
+        if self._buckets and self._done == self.passes:
+            self._buckets.open()
+        self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
         if self._done < self.passes:
             self.engine.step()  # at an accumulation boundary that isn't the last, DeepSpeed only counts the pass
 
@@ -193,11 +201,13 @@ class Engine:
 
     def _step_fp32(self) -> bool:
         """Step of stage 0 in fp32, for which DeepSpeed neither checks for NaN nor keeps the gradient norm."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        gradients = self._buckets.close() if self._buckets else [p.grad for p in self.names if p.grad is not None]
+        norm = norm_of(gradients).sqrt()
         self._grad_norm = known = float(norm)  # the only synchronisation with the device in such a step
         finite = known < float("inf")  # False for NaN too
         if finite:
-            torch.nn.utils.clip_grads_with_norm_(list(self.names), self.clip, norm)
+            if (factor := self.clip / (known + 1e-6)) < 1.0:  # as in torch's clip_grad_norm_
+                torch._foreach_mul_(gradients, factor)
         else:
             for p in self.names:
                 p.grad = None

@@ -43,24 +43,19 @@ class Health:
         self._losses: deque[float] = deque(maxlen=limits.spike_window)
         remembered = max(limits.max_bad_steps, limits.spike_steps) + limits.leave_out_before
         self._recent: deque[tuple[int, Position]] = deque(maxlen=remembered)
-        self.own_loss = 0.0  # this rank's share of the last step's loss
 
-    def judge(self, step: int, position: Position, own_loss: float, applied: bool) -> Verdict | None:
-        """Judge a step that was just taken. Collective.
+    def judge(self, step: int, position: Position, loss: float, applied: bool) -> Verdict | None:
+        """Judge a step that was taken; steps come in order.
 
         Args:
             step: Number of the step.
             position: Position of the step in the plan.
-            own_loss: This rank's share of the loss.
+            loss: Its loss, over all ranks.
             applied: False if the update was skipped.
 
         Returns:
             A verdict if a limit of `guard` is reached.
         """
-        self.own_loss = own_loss
-        total = torch.tensor([own_loss], dtype=torch.float64)
-        dist.all_reduce(total)
-        [loss] = total.tolist()
         self._recent.append((step, position))
         if not applied or not math.isfinite(loss):
             self.not_finite += 1

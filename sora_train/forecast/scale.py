@@ -1,0 +1,141 @@
+"""Forecast of a run on many ranks: collectives by alpha-beta models, the agreement, saves and reads, and goodput.
+
+A collective of n bytes takes a time by itself, one for every message that follows another one (alpha) and one for
+every byte that a rank sends (beta); Thakur et al. 2005 (doi 10.1177/1094342005051521) has the counts by algorithm. For
+NCCL the times are those by which it chooses its algorithms itself (`src/graph/tuning.cc`, protocol Simple).
+benchmarks/collectives.py fits gloo's to two and three ranks, and holds what they say of four against four.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.table import Table
+from scipy.optimize import nnls
+
+from sora_train.config.deepspeed_keys import BUCKET
+from sora_train.config.schema import Config, Precision
+from sora_train.forecast.estimate import Estimate
+from sora_train.forecast.footprint import kept_gathered, stage_of
+from sora_train.forecast.hardware import Hardware
+from sora_train.forecast.timing import save_advice, step_time
+from sora_train.forecast.trace import Trace
+from sora_train.training.report.console import duration
+
+RANKS = (64, 256, 1024, 4096, 16384)
+_CALL_S = 8.4e-6  # of NCCL, for a collective
+_NEAR_S, _FAR_S = 3.4e-6, 14e-6  # of NCCL, for a message in a ring: over NVLink, over the network
+_HOST_S = 3e-5  # assumed: a message between hosts over TCP, as gloo sends it
+_GROUPS = 4  # of parameters, whose new weights ZeRO-1 and 2 gather one by one
+_START_S = 120.0  # assumed: from a failure to the first new step, without reading the checkpoint
+_ELEMENTS = {0: 500_000_000, 3: 50_000_000}  # of DeepSpeed's buckets where none is configured; of its prefetches
+
+
+@dataclass(frozen=True)
+class AlphaBeta:
+    """Times of collectives between ranks, in seconds."""
+
+    call: float  # of a collective by itself
+    alpha: float  # of a message
+    beta: float  # of a byte
+
+    def all_reduce(self, nbytes: float, ranks: int) -> float:
+        """Seconds of a ring all-reduce."""
+        return 2 * self.gather(nbytes, ranks) - self.call
+
+    def gather(self, nbytes: float, ranks: int) -> float:
+        """Seconds of a ring all-gather to, or reduce-scatter of, this many bytes."""
+        return self.call + (ranks - 1) * self.alpha + nbytes * (ranks - 1) / ranks * self.beta
+
+
+def fit(measured: Sequence[tuple[int, float, float]], times: int) -> AlphaBeta:
+    """Fit the three times by the least relative error.
+
+    Args:
+        measured: Ranks, bytes and seconds of collectives.
+        times: 2 for all-reduces, 1 for all-gathers.
+    """
+    rows = np.array([[1 / s, times * (r - 1) / s, times * n * (r - 1) / r / s] for r, n, s in measured])
+    scale = rows.max(0)
+    return AlphaBeta(*(nnls(rows / scale, np.ones(len(rows)))[0] / scale).tolist())
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Figures of a run on a number of ranks; times in seconds."""
+
+    ranks: int
+    step: float
+    collectives: float  # of a step
+    waiting: float  # the part of it that messages take which wait for others: it grows with the ranks
+    efficiency: float  # share of a step that computes
+    ring: float  # the agreement of a step as a ring, as gloo does it; it is hidden if it is shorter than a step
+    tree: float  # the same as a tree
+    written: float  # checkpoint to disk, in the background
+    read: float  # checkpoint from disk, at a start
+    failure_every: float
+    goodput: float  # share of the time that ends up in the weights
+
+
+def waiting(config: Config, parameters: int, passes: int, stage: int, ranks: int, per_node: int) -> float:
+    """Seconds that the messages of a step's collectives wait for one another: in rings over all ranks."""
+    each = 2 if config.precision is Precision.bf16 else 4
+    zero = config.deepspeed.get("zero_optimization", {})
+    bucket = int(zero.get("reduce_bucket_size", _ELEMENTS[0])) if stage or each == 2 else BUCKET // each
+    reduced = -(-parameters // bucket) * (passes if stage >= 2 else 1)
+    gathered = {0: 0, 1: _GROUPS, 2: _GROUPS}.get(stage, 0)
+    if stage == 3:
+        fetched = -(-parameters // int(zero.get("stage3_prefetch_bucket_size", _ELEMENTS[3])))
+        gathered = fetched * passes * (1 if kept_gathered(zero, parameters) else 2)
+    machines = -(-ranks // per_node)
+    once = _CALL_S + (ranks - machines) * _NEAR_S + (machines - 1) * _FAR_S
+    rings = reduced * (1 if stage == 3 else 2) + gathered + 2  # and the norm of the gradients
+    return rings * once
+
+
+def scaled(
+    config: Config, figures: Estimate, traced: Trace, share: float, device: Hardware, per_node: int, *, disk: float,
+    hours_per_failure: float,
+) -> list[Scale]:  # fmt: skip
+    """Forecast a run on `RANKS` ranks that have as much work each as planned; see `step_time` and `save_advice`."""
+    parameters, found = figures.parameters - figures.frozen, []
+    for ranks in RANKS:
+        time = step_time(
+            config, parameters, traced, ranks, figures.passes, stage_of(config), device=device, per_node=per_node,
+            share=share, frozen=figures.frozen,
+        )  # fmt: skip
+        waits = waiting(config, parameters, figures.passes, stage_of(config), ranks, per_node)
+        save = save_advice(parameters, ranks, disk, hours_per_failure, 1 + len(config.optim.ema_lengths))
+        read, step = save.checkpoint_bytes / disk, time.total + waits
+        lost = save.lost + (_START_S + read) / save.failure_every_s
+        hops = math.ceil(math.log2(ranks))
+        found.append(
+            Scale(
+                ranks, step, time.communication + waits, waits, (time.compute + time.update) / step,
+                2 * (ranks - 1) * _HOST_S, 2 * hops * _HOST_S, save.written_s, read, save.failure_every_s,
+                max(0.0, 1.0 - lost),
+            )
+        )  # fmt: skip
+    return found
+
+
+def table(rows: Sequence[Scale], device: Hardware) -> Table:
+    """Table of a forecast by ranks."""
+    title = f"on more ranks of {device.name}, each with as much work; collectives as rings, overlapping nothing"
+    found = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    heads = ("ranks", "step", "comm.", "of it waiting", "computes", "agreement", "as a tree", "save", "read",
+             "fails every", "goodput")  # fmt: skip
+    for head in heads:
+        found.add_column(head, justify="right")
+    for s in rows:
+        times = (s.step, s.collectives, s.waiting)
+        found.add_row(
+            f"{s.ranks:,}", *(f"{x:.2g} s" for x in times), f"{s.efficiency:.0%}", f"{1e3 * s.ring:.0f} ms",
+            f"{1e3 * s.tree:.1f} ms", f"{s.written:.0f} s", f"{s.read:.0f} s", duration(s.failure_every),
+            f"{s.goodput:.1%}",
+        )  # fmt: skip
+    return found
