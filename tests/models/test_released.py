@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from omegaconf import DictConfig
+from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel, UMT5ForConditionalGeneration
@@ -191,6 +192,50 @@ def test_an_export_runs_in_a_wan_pipeline_and_gives_what_our_sampler_gives(
     assert (denormalised[0] - theirs).abs().max() < 1e-5 * theirs.abs().max()
     video = pipe("a block", height=32, width=32, num_frames=5, num_inference_steps=1, output_type="np").frames[0]
     assert video.shape == (5, 32, 32, 3) and np.isfinite(video).all()
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_a_ti2v_export_makes_of_an_image_what_our_sampler_makes(
+    compose_tree: Callable[..., DictConfig],
+    pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+) -> None:
+    """In the pipeline that takes images, where each token of the given frame has timestep 0."""
+    base, run, out = tmp_path / "base", tmp_path / "run", tmp_path / "out"
+    shutil.copytree(pipeline, base)
+    (base / "model_index.json").write_text(json.dumps({"expand_timesteps": True}))
+    keys = [f"{key}={base}" for key in ("model.init_from", "vae.path", "text_encoder.path")]
+    more = ("flow.prediction=velocity", "flow.guidance=2", f"flow.sampling_steps={steps}", "flow.shift=3")
+    text = ("text_encoder.pad_to=512", "text_encoder.max_tokens=512")
+    config = build(compose_tree("experiment=demo", *keys, *more, *text))
+    torch.manual_seed(1)
+    network = start(config, CPU).networks["video"].module.requires_grad_(False)
+    for p in network.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(export, "trained_weights", lambda _: network.state_dict())
+    monkeypatch.setattr(sys, "argv", ["export", f"run_dir={run}", f"out={out}", "format=diffusers"])
+    assert export.main() == 0
+    monkeypatch.setattr("diffusers.pipelines.wan.pipeline_wan_i2v.prompt_clean", str)  # else it wants ftfy
+    pipe = WanImageToVideoPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.expand_timesteps
+    image = np.random.default_rng(2).integers(0, 256, (32, 32, 3), np.uint8)
+    noise = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    theirs = pipe(
+        Image.fromarray(image), "a block", height=32, width=32, num_frames=5, num_inference_steps=steps,
+        guidance_scale=2.0, max_sequence_length=512, latents=noise.unsqueeze(0), output_type="latent",
+    ).frames[0]  # fmt: skip
+    sampler = Sampler(config, network, FrozenVae.load(config.vae, CPU), CPU)
+    given = sampler.vae.encode(torch.from_numpy(image).permute(2, 0, 1)[None, :, None])[0]
+    request = replace(request_for(config, "a block", (5, 32, 32), 3), given=((0, given),))
+    denormalised: list[torch.Tensor] = []
+    monkeypatch.setattr(sampler.vae, "decode", lambda x: denormalised.append(x) or np.zeros(1))
+    sampler.videos([request])
+    assert (denormalised[0] - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
 ADAPTED = "q,k,v,out,mlp.0,mlp.2,text_in.0,text_in.2,time_in.0,time_in.2,time_modulation.1,out.project"
