@@ -66,7 +66,7 @@ def main() -> int:
             done = pipeline.run()
         finally:
             engine.close()
-        done.books.write(out / "dropped.jsonl")
+        done.outcomes.write(out / "dropped.jsonl")
         write_report(out / REPORT, pipeline, done)
     return _say(asked, out, done)
 
@@ -85,9 +85,9 @@ def _say(asked: Settings, out: Path, done: Curated) -> int:
     from data_tools.candidates import say
     from data_tools.curation.pipeline import REPORT
 
-    for alarm in done.books.alarms:
+    for alarm in done.outcomes.alarms:
         say(f"note: {alarm}")
-    failed = sum(line.failed.total() for line in done.books.yields)
+    failed = sum(line.failed.total() for line in done.outcomes.yields)
     if failed:
         say(f"{failed} failed and are tried again by the same command; {out / 'dropped.jsonl'} names them")
     say(f"{out / REPORT}: what was kept and why the rest was not")

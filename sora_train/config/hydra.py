@@ -104,10 +104,7 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
 
     main.codes = codes  # type: ignore[attr-defined]  # hydra_plugins' launcher, whose jobs are processes, appends here
     try:
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
-            _refuse_sweep_under_torchrun()
-        else:
-            sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
+        _prepare_arguments()
         hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")(main)()
         if mistakes:
             raise mistakes[0]
@@ -119,6 +116,14 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
         _leave_note(str(error))
         raise
     return max(codes, default=0)
+
+
+def _prepare_arguments() -> None:
+    """Make the command line what Hydra must be given; a sweep keeps its lists of values."""
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        _refuse_sweep_under_torchrun()
+    else:
+        sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
 
 
 def _flags_first(arguments: list[str]) -> list[str]:

@@ -149,7 +149,7 @@ def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -
 
 
 def _where(path: str, run_dir: Path) -> str:
-    """A path of a run's configuration; if it isn't there, beneath the folder above the run where it is."""
+    """Find a path of a run's configuration: as it is, else relative to the nearest folder above the run that has it."""
     if Path(path).is_absolute() or Path(path).exists():
         return path
     above = (folder / path for folder in run_dir.resolve().parents)

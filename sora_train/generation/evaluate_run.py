@@ -117,7 +117,7 @@ def _history(path: Path, outcome: Outcome) -> dict[str, list[tuple[int, float]]]
 
 
 def _identity(evaluator: Evaluator, task: Task, about: Mapping[str, str]) -> str:
-    """A name for this very evaluation: another checkpoint, setting or metric has another."""
+    """Name of an evaluation, a hash of checkpoint, settings and metrics."""
     config = evaluator.sampler.config
     what = {
         "checkpoint": evaluator.checkpoint, "clips": about["clips"], "task": asdict(task),

@@ -93,7 +93,7 @@ def _expanded(job: Job, rewrite: Rewrite) -> Job:
 
 
 def _made_before(job: Job) -> dict[str, Any]:
-    """The options in the JSON of the sample that is there already; none where there is none."""
+    """Options in the JSON of the sample that an earlier command made; empty if there is none."""
     place = job.place.with_suffix("") if has_format(job.place) else job.place
     try:
         found = json.loads(place.with_name(f"{place.name}.json").read_bytes())["options"]

@@ -79,7 +79,7 @@ class Model(Protocol):
     world: World
 
     def open(self) -> Sampler:
-        """Load it."""
+        """Load the model, ready to sample."""
 
 
 def make_all(
