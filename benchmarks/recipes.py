@@ -62,7 +62,7 @@ class Recipe:
         room = hardware(self.options.hardware).memory_gib
         return (
             f"{self.peak:.0f} of {room:.0f} GiB a GPU, {self.seconds:.3g} s a step; {_time(self.hours)}, "
-            f"{self.hours * self.options.world_size:,.0f} GPU hours, ${self.dollars:,.0f}"
+            f"{_round(self.hours * self.options.world_size)} GPU hours, ${_round(self.dollars)}"
         )
 
     def row(self) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ class Recipe:
         return (
             f"`{self.name}`", f"{o.world_size} {hardware(o.hardware).name}", str(stage_of(self.config)), trained,
             f"{data.slots * data.max_tokens:,}", f"{self.peak:.0f}", f"{self.seconds:.3g}", f"{self.config.steps:,}",
-            _time(self.hours), f"{self.hours * o.world_size:,.0f}", f"${self.dollars:,.0f}",
+            _time(self.hours), _round(self.hours * o.world_size), f"${_round(self.dollars)}",
         )  # fmt: skip
 
 
@@ -104,6 +104,11 @@ def planned(name: str, config: Config, o: Options) -> Recipe:
 
 def _time(hours: float) -> str:
     return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.0f} h" if hours >= 10 else f"{hours:.1f} h"
+
+
+def _round(value: float) -> str:
+    """Three digits: a forecast has no more."""
+    return f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _short(parameters: int) -> str:
