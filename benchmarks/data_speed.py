@@ -188,7 +188,7 @@ def indexing(shard: str, pool: Pool, rounds: int) -> tuple[list[float], list[flo
     """
     megabytes, again = Path(shard).stat().st_size / 1e6, 20
     work: tuple[Callable[[], object], ...] = (
-        lambda: scan_shard(shard, pool, pixels=False), lambda: zlib.crc32(Path(shard).read_bytes()),
+        lambda: scan_shard(shard, pool), lambda: zlib.crc32(Path(shard).read_bytes()),
     )  # fmt: skip
     rates: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):

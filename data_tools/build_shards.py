@@ -16,10 +16,10 @@ copied, never encoded again. With
 `source=NAME`: of a value of that column) go to one side, and stay there.
 
 Media bytes are copied as they are. Of every file the first frame is decoded before it is accepted (`probe=packets`: its
-headers are read only); what is refused stands in `refused.jsonl` with its reason. `shard_size` is in MiB. Names that
-begin with a dot are left out. Give the same command again to go on after an interruption, or to append files added
-since; `build.jsonl` records what is in which shard. Captions and videos that were changed are noticed; `update=true`
-writes their shards anew.
+headers are read only; `probe=all`: every frame is decoded, and damage anywhere refuses the file); what is refused
+stands in `refused.jsonl` with its reason. `shard_size` is in MiB. Names that begin with a dot are left out. Give the
+same command again to go on after an interruption, or to append files added since; `build.jsonl` records what is in
+which shard. Captions and videos that were changed are noticed; `update=true` writes their shards anew.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from data_tools.sample_builder import Sample, SampleBuilder
 from data_tools.shard_writer import Journal, Mark, ShardWriter
 from data_tools.tables import check_encoding
 from sora_train.config.schema import Probe
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, number, options, run
 from sora_train.data.read.decode import IMAGES, VIDEOS
 
 VALIDATION = "validation"  # folder of shards that are held out
@@ -55,11 +55,11 @@ class Options:
     columns: str | None = None
     root: str | None = None
     encoding: str | None = None
-    validation: float = 0.0  # share of the sources
+    validation: float = number(0.0, least=0, below=1)  # share of the sources
     source: str = "file"
     update: bool = False
-    shard_size: float = 256.0  # MiB
-    workers: int | None = None
+    shard_size: float = number(256.0, above=0)  # MiB
+    workers: int | None = number(None, least=1)
     probe: Probe = Probe.frame  # here what is refused can still be seen to
 
 
@@ -109,10 +109,6 @@ def _checked(asked: Options) -> tuple[Path, Path]:
     missing = [f"{name}=..." for name in ("videos", "out") if not getattr(asked, name)]
     if missing:
         raise InputError(f"missing: {', '.join(missing)}; --help shows what they mean")
-    if asked.shard_size <= 0 or (asked.workers or 1) < 1:
-        raise InputError("shard_size must be above 0 and workers at least 1")
-    if not 0 <= asked.validation < 1:
-        raise InputError(f"validation={asked.validation:g} must be a share of the sources: 0, or below 1")
     check_encoding(asked.encoding)
     folder, out = Path(asked.videos), Path(asked.out)
     if not folder.is_dir():

@@ -196,7 +196,7 @@ def _of_rows(file: str, rows: list[Row], refusals: Refusals) -> Iterator[Candida
 
 
 def _joined(file: str, rows: list[Row], refusals: Refusals) -> dict[str, str]:
-    """The captions of several rows of a file under different names; a text that comes again is left out and said."""
+    """Join the captions of several rows of one file under distinct names; repeated texts are dropped and reported."""
     captions: dict[str, str] = {}
     seen: dict[str, int] = {}
     for row in rows:

@@ -99,7 +99,7 @@ def drawn(plan: Plan, step: Slots) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table of text."""
+    """HTML table of rows of text."""
     lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"] if head else []
     lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
     return f"<table>{''.join(lines)}</table>"

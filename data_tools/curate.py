@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.curation.settings import Settings
+from data_tools.out_lock import alone_on
 from sora_train.core.cli import InputError, options, run
 
 if TYPE_CHECKING:
@@ -58,14 +59,15 @@ def main() -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot use out={out}: {error.strerror}") from error
-    engine = _engine(asked)
-    pipeline = Pipeline(asked, licences, engine)
-    try:
-        done = pipeline.run()
-    finally:
-        engine.close()
-    done.books.write(out / "dropped.jsonl")
-    write_report(out / REPORT, pipeline, done)
+    with alone_on(out):
+        engine = _engine(asked)
+        pipeline = Pipeline(asked, licences, engine)
+        try:
+            done = pipeline.run()
+        finally:
+            engine.close()
+        done.outcomes.write(out / "dropped.jsonl")
+        write_report(out / REPORT, pipeline, done)
     return _say(asked, out, done)
 
 
@@ -83,9 +85,9 @@ def _say(asked: Settings, out: Path, done: Curated) -> int:
     from data_tools.candidates import say
     from data_tools.curation.pipeline import REPORT
 
-    for alarm in done.books.alarms:
+    for alarm in done.outcomes.alarms:
         say(f"note: {alarm}")
-    failed = sum(line.failed.total() for line in done.books.yields)
+    failed = sum(line.failed.total() for line in done.outcomes.yields)
     if failed:
         say(f"{failed} failed and are tried again by the same command; {out / 'dropped.jsonl'} names them")
     say(f"{out / REPORT}: what was kept and why the rest was not")

@@ -8,6 +8,7 @@ Shards are paths, globs ('data/*.tar'), brace ranges ('{000..012}.tar') or URLs 
 is current aren't indexed again, so that an interrupted command resumes where it was. The frames of every video and
 image are counted, its headers read and its checksum computed. `probe=frame` also decodes each image and each video's
 first frame: this takes several times longer, and finds some of the damage that training would otherwise refuse.
+`probe=all` decodes every frame, and refuses a file in which a decoder finds damage anywhere.
 
 The index of a remote shard is stored in the node's cache. With `upload=true` it is also written beside the shard (s3,
 gs, hf), from where every other node takes it.

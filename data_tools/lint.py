@@ -1,8 +1,9 @@
 """Check shards for faults of the tar, the names, the media, the captions and the index, counted by cause.
 
-    python -m data_tools.lint SHARD [SHARD ...] [format=table|json] [examples=3]
+    python -m data_tools.lint SHARD [SHARD ...] [format=table|json] [examples=3] [probe=frame]
 
-Shards are paths, globs, brace ranges or URLs. Videos and images are checked as for the index, and where a shard has an
+Shards are paths, globs, brace ranges or URLs. Videos and images are checked as for the index (`probe=all`: every frame
+is decoded), and where a shard has an
 index, every member is compared with its checksum. Nothing is written. Exit code: 0 nothing found, 1 faults that lose
 samples (errors), 2 wrong usage. Warnings alone give 0.
 """
@@ -21,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_tools.progress import progress
-from sora_train.config.schema import DataConfig
+from sora_train.config.schema import DataConfig, Probe
 from sora_train.core.cli import InputError, choice, number, options_and_paths, run
 from sora_train.data.index.captions import CAPTIONS
 from sora_train.data.index.files import is_current
@@ -117,6 +118,7 @@ class Options:
 
     format: str = choice(("table", "json"), "table")
     examples: int = number(3, least=0)
+    probe: Probe = Probe.frame
 
 
 def main() -> int:
@@ -125,7 +127,7 @@ def main() -> int:
     if not patterns:
         raise InputError("no shard given; --help shows how to name them")
     store = Store.of(DataConfig())
-    found = lint(expand(patterns, store), store)
+    found = lint(expand(patterns, store), store, o.probe)
     if o.format == "json":
         print(json.dumps(found.as_json(o.examples), indent=1))
     else:
@@ -133,7 +135,7 @@ def main() -> int:
     return 1 if found.errors else 0
 
 
-def lint(shards: list[str], store: Store) -> Findings:
+def lint(shards: list[str], store: Store, probe: Probe = Probe.frame) -> Findings:
     """Check every shard by itself, then all against each other."""
     found = Findings()
     keys: dict[str, str] = {}
@@ -142,7 +144,7 @@ def lint(shards: list[str], store: Store) -> Findings:
         for shard in shards:
             with store.local(shard) as path:
                 _members(shard, path, found)
-                scan = scan_shard(str(path), pool, pixels=True)
+                scan = scan_shard(str(path), pool, probe)
             rows = scan.table.to_pylist()
             for name, why in scan.ignored.items():
                 found.add(shard, "ignored_field", f"{name}: {why}")

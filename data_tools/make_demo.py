@@ -31,7 +31,7 @@ from sora_train.data.index.make import index_shards
 from sora_train.demo_world import scenes as shapes_world
 from sora_train.demo_world.render import render
 
-VERSION = 4  # of the world and the way it is written; a change here changes the bytes
+VERSION = 5  # of the world and the way it is written; a change here changes the bytes
 
 
 @dataclass

@@ -63,7 +63,8 @@ class SampleBuilder:
         """Future result of probing a file. One that hangs is given up."""
         if isinstance(file, Refused):
             return None
-        return pool.probe(str(file), extension_of(file.name), pixels=self.probe is Probe.frame)
+        pixels, whole = self.probe is not Probe.packets, self.probe is Probe.all
+        return pool.probe(str(file), extension_of(file.name), pixels=pixels, whole=whole)
 
     def _made(
         self, candidate: Candidate, file: Path | Refused, figures: Future[dict[str, Any]] | None

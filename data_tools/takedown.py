@@ -20,6 +20,7 @@ from data_tools.candidates import say
 from data_tools.curation.output import check_shards
 from data_tools.curation.removal import find_removal, note, remove, remove_from_shard
 from data_tools.curation.trained_on import checkpoints_that_saw
+from data_tools.out_lock import alone_on
 from data_tools.shard_writer import opened_journal
 from sora_train.core.cli import InputError, number, options_and_paths, run
 from sora_train.data.index.patterns import expand
@@ -43,14 +44,19 @@ def main() -> int:
     out = Path(asked.out)
     if not (out / "build.jsonl").is_file():
         raise InputError(f"out={out} holds nothing that data_tools.curate wrote")
-    removal = find_removal(out, sources[0])
+    with alone_on(out):
+        return _take_down(out, sources[0], asked)
+
+
+def _take_down(out: Path, source: str, asked: Options) -> int:
+    removal = find_removal(out, source)
     shards = [out / name for name in opened_journal(out).shards]
     found = [place for run_dir in asked.runs for place in checkpoints_that_saw(run_dir, shards, removal.keys)]
     removal.checkpoints = sorted({*removal.checkpoints, *found})
     note(out, removal)
     count = remove(out, removal)
     check_shards(opened_journal(out), 1)
-    say(f"{out}: {len(removal.films)} film(s) of {sources[0]} taken down, {count} samples removed from shards")
+    say(f"{out}: {len(removal.films)} film(s) of {source} taken down, {count} samples removed from shards")
     for shard in expand(asked.shards, Store()) if asked.shards else []:
         say(f"{shard}: {remove_from_shard(shard, set(removal.keys))} samples removed")
     for place in removal.checkpoints:

@@ -61,7 +61,8 @@ class TorchrunLauncher(Launcher):
         with open_dict(composed):
             composed.hydra.job.id, composed.hydra.job.num = str(number), number
         HydraConfig.instance().set_config(composed)
-        ours = [o for o in overrides if o.startswith("hydra.searchpath=")]
+        given = self.config.hydra.overrides.hydra  # Hydra's own, which a job's overrides leave out
+        ours = [str(o) for o in given if o.startswith("hydra.searchpath=")]
         ours += [o for o in overrides if not o.lstrip("+~").startswith(("hydra/", "hydra.", "run_dir="))]
         return Job(root / job_name(), ours, config_flags(sys.argv[1:]))
 

@@ -1,7 +1,7 @@
 """Measure how good videos are: of a run on its own held-out clips or on prompts, or of any folder.
 
     python -m sora_train.evaluate run_dir=RUN [split=val|test|train] [shards=[...]] [metrics=quick|full|NAME]
-        [count=256] [seed=0] [models={clip: FOLDER}] [release=FOLDER|off]
+        [count=256] [seed=0] [models={clip: FOLDER}] [release=FOLDER|off] [vae=FOLDER] [base=FOLDER]
     python -m sora_train.evaluate run_dir=RUN tasks=[image_to_video,extension,extension_backwards,interpolation]
     python -m sora_train.evaluate run_dir=RUN prompts=FILE
     python -m sora_train.evaluate videos=DIR [reference=DIR] [prompts=FILE] metrics=quick out=FILE.json
@@ -12,13 +12,13 @@
     python -m sora_train.evaluate votes=[FILE,...] key=PAGE.key.json      what people voted
     python -m sora_train.evaluate videos=DIR memorised=[SHARD,...] out=FILE.json     training clips that samples repeat
 
-See docs/evaluation.md. What a run's evaluation has done is kept: after an interruption give the command again, and
-under torchrun the ranks share the samples out.
+See docs/evaluation.md. `run_dir` is a run or an export of one. What a run's evaluation has done is kept: after an
+interruption give the command again, and under torchrun the ranks share the samples out.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 from sora_train.config.load import load
 from sora_train.config.schema import Config
@@ -47,16 +47,18 @@ def _with_model(o: Options) -> int:
     import torch  # these take seconds to import, and only this needs them
 
     from sora_train.generation.evaluate_run import evaluate_run
-    from sora_train.operations.trained import load_sampler
+    from sora_train.operations.inputs import check_inputs
+    from sora_train.operations.trained import load_sampler, named_weights
     from sora_train.release.chosen import safeguards_for
-    from sora_train.training.state.checkpoint import latest_intact
 
-    config, world = load(o.run_dir), from_environment()
+    config, world = replace(load(o.run_dir, o.vae, o.base), run_dir=o.run_dir), from_environment()
+    told = ("vae.path",) if o.vae is not None else ()
+    check_inputs(config, o.run_dir, ", or say where they are: base=FOLDER, vae=FOLDER", told)
     plan = None if o.prompts else _plan(config, o)
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    checkpoint = latest_intact(Path(o.run_dir) / "checkpoints").name
     safeguards = safeguards_for(o.release, mark=False, guard=False)  # captions of the data, unmarked pixels
-    return evaluate_run(o, load_sampler(config, o.run_dir, device), checkpoint, plan, world, safeguards)
+    sampler = load_sampler(config, o.run_dir, device)
+    return evaluate_run(o, sampler, named_weights(o.run_dir), plan, world, safeguards)
 
 
 def _plan(config: Config, o: Options) -> Plan:

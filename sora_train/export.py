@@ -7,8 +7,9 @@ A VAE run becomes `vae.safetensors` and `config.json`, its latents' mean and dev
 video model becomes `model.safetensors`, `config.yaml` and a copy of its VAE under `vae/`. In the form of diffusers a
 video model becomes `transformer/` (`WanTransformer3DModel`), which `model.init_from` starts a run from again; where
 it was trained with a released VAE and text encoder, these are copied beside it and `WanPipeline.from_pretrained`
-loads the whole folder. Averaged (EMA) weights; with `ema_length=0.07` those of that relative length, made of the run's
-snapshots (`optim.ema_lengths`).
+loads the whole folder. `format=original` is the transformer in the names of Wan's own repository, which ComfyUI and
+`model.init_from` read too. Averaged (EMA) weights; with `ema_length=0.07` those of that relative length, made of the
+run's snapshots (`optim.ema_lengths`).
 
     python -m sora_train.export run_dir=runs/lora out=runs/lora/export format=adapter
 
@@ -21,6 +22,7 @@ A run of adapters (`model.lora`) is written in both forms with the adapters adde
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -32,13 +34,14 @@ from safetensors.torch import save_file
 from sora_train.config.load import load, to_yaml
 from sora_train.config.registry import FAMILIES, METHODS
 from sora_train.config.released import folder_of
-from sora_train.config.schema import VAE_USE, Config, LoraConfig, Prediction
+from sora_train.config.schema import TOKENIZER, VAE_USE, Config, LoraConfig, Prediction
 from sora_train.core.cli import InputError, choice, number, options, run
 from sora_train.core.pixels import to_unit
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Position
 from sora_train.data.read.pool import Pool
 from sora_train.data.shards import Shards
+from sora_train.encoding.vae import trained_vae
 from sora_train.models.video_model import transformer_weights, whole_weights
 from sora_train.models.video_vae.model import VideoVAE, build_vae
 from sora_train.operations.inputs import check_inputs
@@ -47,6 +50,7 @@ from sora_train.operations.trained import EXPORTED, trained_weights
 from sora_train.training.engine.power_ema import combined
 
 _CLIPS_MEASURED = 512
+_VISITS_MEASURED = 4  # of each sample, where there are few
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Options:
 
     run_dir: str
     out: str
-    format: str = choice(("safetensors", "diffusers", "adapter"), "safetensors")
+    format: str = choice(("safetensors", "diffusers", "original", "adapter"), "safetensors")
     ema_length: float | None = number(None, above=0, below=1)
     layout: str = choice(("diffusers", "original"), "diffusers")  # names in a file of adapters
     dtype: str = choice(("fp32", "bf16", "fp16"), "fp32")
@@ -74,20 +78,28 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     weights = trained_weights(o.run_dir) if o.ema_length is None else _of_length(Path(o.run_dir), o.ema_length)
     if not METHODS.get(config.method).makes_videos:
-        vae = build_vae(config.vae)
+        frozen = config.vae.frozen_encoder  # then the checkpoint holds the decoder alone, and the latents are the same
+        vae = trained_vae(config.vae) if frozen else build_vae(config.vae)
         vae.load_state_dict(weights, strict=False)  # the statistics are not parameters
-        _measure(vae, config)
+        if not frozen:
+            _measure(vae, config)
         save_file(vae.state_dict(), out / "vae.safetensors")
         shape = {key: value for key, value in asdict(config.vae).items() if key not in VAE_USE}
         (out / "config.json").write_text(json.dumps(shape, indent=1) + "\n")
     elif o.format == "adapter":
         FAMILIES.get(config.model.family).save_adapters(transformer_weights(weights), config.model, out, o.layout)
+    elif o.format == "original":
+        whole, family = _cast(whole_weights(config, weights), dtype), FAMILIES.get(config.model.family)
+        width = config.text_encoder.width
+        family.save(transformer_weights(whole), config.model, width, out, o.shard_gib, layout="original")
     elif o.format == "diffusers":
         _pipeline(_cast(whole_weights(config, weights), dtype), config, out, o.shard_gib)
     else:
         save_file(_cast(whole_weights(config, weights), dtype), out / EXPORTED)
         merged = replace(config, model=replace(config.model, lora=LoraConfig()))
         (out / "config.yaml").write_text(to_yaml(merged))
+        if config.tokenizer_file is not None:
+            shutil.copy2(config.tokenizer_file, out / TOKENIZER)
         assert config.vae.path is not None
         copy_part(folder_of(config.vae.path, "vae"), out / "vae")
     print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
@@ -134,14 +146,15 @@ def _pipeline(weights: dict[str, torch.Tensor], config: Config, out: Path, shard
 def _measure(vae: VideoVAE, config: Config) -> None:
     """Set the mean and standard deviation of the VAE's latents per channel, measured on training clips."""
     plan = Shards(config).plan(config)
+    wanted = min(_CLIPS_MEASURED, _VISITS_MEASURED * int(plan.index.usable.sum()))
     latents: list[torch.Tensor] = []
     with Pool.of(config.data) as pool:
         everything = [list(range(plan.inputs.slots))]
-        for step in islice(Loader(plan, pool, everything, Position(), prefetch_steps=4), _CLIPS_MEASURED):
+        for step in islice(Loader(plan, pool, everything, Position(), prefetch_steps=4), wanted):
             for clip in step.packs[0].clips:
                 mean, _ = vae.encode(to_unit(clip.video_TCHW.transpose(0, 1)).unsqueeze(0))
                 latents.append(mean[0].flatten(1))
-            if len(latents) >= _CLIPS_MEASURED:
+            if len(latents) >= wanted:
                 break
     if not latents:
         raise InputError("no clip of the training shards could be read to measure the latents with")

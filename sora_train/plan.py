@@ -9,6 +9,7 @@
     disk_gb_s=2          what the shared file system writes, all ranks together
     device_hours=50676   hours that one device runs between failures
     scale=true           besides, 64 to 16,384 ranks with as much work each: collectives, agreement, saves, goodput
+    encoded=true         without shards at hand: the clips come encoded by data_tools.encode_latents
     rehearse=true        besides, take one real step of one rank here, the others missing; needs that rank's memory
 
 Prints parameters, batch arithmetic, FLOPs and checkpoint advice; if the shards exist, steps per epoch, packing and
@@ -23,6 +24,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 
 from sora_train.config.hydra import run_hydra
+from sora_train.config.load import absent
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, number, options_and_overrides, run
 from sora_train.data.order.plan import Plan
@@ -50,6 +52,7 @@ class Options:
     disk_gb_s: float = number(2.0, above=0)
     device_hours: float = number(DEVICE_HOURS_PER_FAILURE, above=0)
     scale: bool = False
+    encoded: bool = False
     rehearse: bool = False
 
 
@@ -69,6 +72,8 @@ def plan(config: Config, options: Options) -> int:
                 f"epochs={config.epochs:g} can't be counted in steps: {note}; give steps=... to plan without"
             )
         config = replace(config, steps=data.count(config.epochs))
+    for key in absent(config):
+        terminal.print(f"nothing is at {key}; planned with its shape in the configuration", highlight=False)
     result = predict(config, options, data)
     show(terminal, config, result, note)
     if options.scale:
@@ -97,7 +102,7 @@ def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
     device = measure_cpu() if options.hardware == "cpu" else hardware(options.hardware)
     if options.price is not None:
         device = replace(device, dollars_per_hour=options.price)
-    figures = estimate(config, data, options.world_size)
+    figures = estimate(config, data, options.world_size, options.encoded)
     sizes, share = heaviest_pass(config, data, options.world_size)
     return forecast(
         config, figures, sizes, share, device, options.per_node, disk=options.disk_gb_s * 1e9,

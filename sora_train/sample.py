@@ -6,6 +6,7 @@
         [guidance=3] [steps=20] [solver=euler] [shift=1] [guidance_interval=[0,1]] [guidance_rescale=0]
         [format=mp4|webm|gif|frames|png] [fps=8] [crf=18] [lora=[a.safetensors:0.8,b.safetensors]]
         [checkpoint=1000] [weights=ema|raw] [dtype=fp32|bf16] [vae=FOLDER] [rope_scaling=ntk rope_factors=[2,1,1]]
+        [expand=true expand_url=http://localhost:8000/v1]
         [release=FOLDER|off] [release.sign=false] [release.mark=false] [release.guard=false]
     python -m sora_train.sample run_dir=runs/demo shots='[{"seconds": 1, "caption": "a red ring"}, ...]'
     python -m sora_train.sample run_dir=runs/demo prompts=prompts.txt|.csv|.jsonl [out=FOLDER]
@@ -32,6 +33,7 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, run
 from sora_train.data.order.plan import Position
 from sora_train.data.shards import Shards
+from sora_train.generation.expansion import expand_all
 from sora_train.generation.options import Job, Options, jobs_of, parse
 from sora_train.generation.samples import make_all
 from sora_train.operations.source import Source
@@ -45,7 +47,10 @@ def main() -> int:
     o, recorded = parse(__doc__)
     model = Source(o)
     safeguards = safeguards_for(o.release, sign=o.sign, mark=o.mark, guard=o.guard)
-    make_all(model, jobs_of(o) or _held_out(model.config, o), recorded, safeguards)
+    jobs = jobs_of(o) or _held_out(model.config, o)
+    if o.expand:
+        jobs = expand_all(jobs, o, model.config, model.world.size)
+    make_all(model, jobs, recorded, safeguards)
     return 0
 
 
@@ -61,14 +66,9 @@ def _held_out(config: Config, o: Options) -> list[Job]:
         caption = plan.index.captions(visit.sample)[0][0]
         frames, height, width = visit.size
         its = replace(
-            o,
-            prompt=caption,
-            seed=o.seed + n,
-            seconds=frames / config.data.made_fps,
-            height=height,
-            width=width,
+            o, prompt=caption, seed=o.seed + n, seconds=frames / config.data.made_fps, height=height, width=width,
             count=None,
-        )
+        )  # fmt: skip
         jobs.append(Job(its, folder / f"{n:02d}", caption))
     return jobs
 

@@ -97,6 +97,7 @@ def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
     from sora_train.operations.build import build_trainer
     from sora_train.operations.indexing import index_everywhere
     from sora_train.operations.memory import out_of_memory
+    from sora_train.operations.vocabulary import with_tokenizer
     from sora_train.training.engine.zero import connect, disconnect
     from sora_train.training.report.console import setup_logging
 
@@ -118,6 +119,7 @@ def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
                 logging.getLogger(__name__).warning("nothing to train: the run has its %d steps", config.steps)
             elif world.is_main:
                 (run_dir / "config.yaml").write_text(to_yaml(config))
+            config = with_tokenizer(config, shards, world)
         with Pool.of(config.data, shards.store) as pool, out_of_memory(config, world) as known:
             with usable(run_dir):
                 trainer = build_trainer(config, world, device, shards, pool)

@@ -81,6 +81,12 @@ NOT_RUN = {
     "python -m sora_train.release redteam run_dir=RUN prompts=FILE.jsonl out=FOLDER": "the same",
     "python -m sora_train.release redteam compare=[FOLDER,FOLDER]": "the same",
     "python -m sora_train.release cards run_dir=RUN facts=facts.yaml out=FOLDER": "wants facts; tests/release has some",
+    'python -m sora_train.sample run_dir=RUN prompt="a red ring" expand=true out=clip.mp4': (
+        "wants a server; tests/generation/test_expansion.py has one"
+    ),
+    "python -m data_tools.score shards=[runs/curated/*.tar] 'models={aesthetic: FOLDER}' out=runs/scores.parquet": (
+        "wants a model; tests/data_tools/test_score.py has some"
+    ),
     "python -m sora_train.serve run_dir=RUN": "runs for ever; tests/service starts and ends it",
     "python -m sora_train.serve run_dir=RUN add=ada seconds_per_day=60": "wants the key that it made; tests/service",
     "python -m sora_train.serve run_dir=RUN revoke=ada": "the same",

@@ -36,7 +36,7 @@ MAY_IMPORT = {  # beside themselves
 }  # fmt: skip
 HEAVY = {
     "decord": {"sora_train/data/read/back_ends.py"},
-    "deepspeed": {"sora_train/training/engine/zero.py"},
+    "deepspeed": {"sora_train/training/engine/collectives.py", "sora_train/training/engine/zero.py"},
     "wandb": {"sora_train/training/report/writers.py"},
     "hydra": {"sora_train/config/hydra.py"},
     "diffusers": {"sora_train/models/video_vae/released.py"},
@@ -44,15 +44,18 @@ HEAVY = {
         "sora_train/models/text/released.py",
         "sora_train/evaluation/networks.py",
         "data_tools/curation/caption_folder.py",
+        "data_tools/model_scores.py",
         "sora_train/release/local_guard.py",
     },
     "scenedetect": {"data_tools/curation/look.py"},
+    "onnxruntime": {"data_tools/model_scores.py"},
     "ray": {"data_tools/curation/on_ray.py"},
-    "httpx": {"data_tools/curation/caption_server.py"},
+    "httpx": {"sora_train/core/chat_server.py"},
     "c2pa": {"sora_train/release/provenance.py"},
     "cryptography": {"sora_train/release/certificates.py"},
     "fastapi": {"sora_train/service/app.py", "sora_train/service/server.py"},
     "peft": {"sora_train/models/wan/lora.py"},
+    "tokenizers": {"sora_train/models/text/subwords.py"},
 }
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from data_tools.curation.caption_server import Reply
 from data_tools.media_files import hash_of
+from sora_train.core.chat_server import Reply
 from sora_train.core.cli import InputError
 
 

@@ -9,15 +9,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_tools.curation.caption_server import Refused, Reply, Server, ServerError
-from data_tools.curation.caption_text import PROMPT, BadCaption, read_answer
+from data_tools.curation.caption_text import PROMPT, read_answer
 from data_tools.curation.stage import Drop, Fail, Item, Outcome, Stage, attempt
+from sora_train.core.chat_server import Refused, Reply, Server, ServerError
+from sora_train.core.model_text import BadText
 
 _TRIES = 3  # answers that are asked for before a clip is left without a caption
 _WARMER = 0.7  # temperature of all but the first
 _TOKENS = 700
 _READS = ("key", "digest", "stills")
-_MODULES = ("data_tools.curation.captions", "data_tools.curation.caption_text")
+_MODULES = ("data_tools.curation.captions", "data_tools.curation.caption_text", "sora_train.core.model_text")
 
 
 class Model(Protocol):
@@ -47,14 +48,14 @@ def stage(model: Model) -> Stage:
 
 def ask_for_captions(model: Model, prompt: str, pictures: Sequence[bytes]) -> Item:
     """The captions and fields of a model's first good answer; raises Drop where no answer passes."""
-    reason = BadCaption("no caption", "")
+    reason = BadText("no caption", "")
     for number in range(_TRIES):
         try:
             reply = model.ask(prompt, pictures, _WARMER if number else 0.0, _TOKENS)
             if reply.cut_off:
-                raise BadCaption("cut off", reply.text[-80:])
+                raise BadText("cut off", reply.text[-80:])
             return dict(read_answer(reply.text))
-        except BadCaption as error:
+        except BadText as error:
             reason = error
         except Refused as error:
             raise Drop("no caption", str(error)) from error

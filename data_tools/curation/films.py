@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
+import cv2
 import numpy as np
 from av.stream import Discard
-from av.video.reformatter import Interpolation
+from av.video.reformatter import ColorRange, Interpolation
 
 from data_tools.curation.stage import Drop
 from sora_train.data.read.by_pyav import Complaints
@@ -24,6 +25,10 @@ from sora_train.data.read.packets import choose_stream
 
 _HEAD = 4096  # bytes that tell the container
 SHORT_SIDE = 128  # pixels of the small pictures that are looked at
+_PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")  # three planes of bytes
+_LEVELS = np.arange(256.0)
+_LUMA = np.clip((_LEVELS - 16) * 255 / 219, 0, 255).round().astype(np.uint8)  # from the levels of television
+_CHROMA = np.clip((_LEVELS - 128) * 255 / 224 + 128, 0, 255).round().astype(np.uint8)
 
 
 class Shown(NamedTuple):
@@ -95,8 +100,40 @@ def seconds_of(film: Any, stream: Any) -> float:
 def small_picture(frame: Any, size: tuple[int, int], rotation: int, mirrored: bool) -> np.ndarray:
     """A frame upright and small, `(*size, 3)` uint8, by the mean of the pixels: faster than what training is shown."""
     height, width = size[::-1] if rotation % 180 else size
-    flat = frame.reformat(width, height, "rgb24", interpolation=Interpolation.AREA).to_ndarray()
+    if frame.format.name in _PLANAR:
+        flat = _from_planes(frame, height, width)
+    else:
+        flat = frame.reformat(width, height, "rgb24", interpolation=Interpolation.AREA).to_ndarray()
     return np.ascontiguousarray(upright(flat, rotation, mirrored))
+
+
+def _from_planes(frame: Any, height: int, width: int) -> np.ndarray:
+    """The planes are made small one by one, and only what is left becomes RGB (BT.601): the pixels are many."""
+    small = [_shrunk(_plane(plane), height, width) for plane in frame.planes]
+    if frame.color_range != ColorRange.JPEG and not frame.format.name.startswith("yuvj"):
+        small = [cv2.LUT(plane, table) for plane, table in zip(small, (_LUMA, _CHROMA, _CHROMA), strict=True)]
+    luma, blue, red = small
+    return cv2.cvtColor(cv2.merge((luma, red, blue)), cv2.COLOR_YCrCb2RGB)
+
+
+def _shrunk(plane_HW: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The mean of whole blocks of pixels, which is quick, then what is missing to the size, which is less than half."""
+    step = min(plane_HW.shape[0] // height, plane_HW.shape[1] // width)
+    if step > 1:
+        rows, columns = (side // step for side in plane_HW.shape)
+        plane_HW = cv2.resize(plane_HW[: rows * step, : columns * step], (columns, rows), interpolation=cv2.INTER_AREA)
+    return cv2.resize(plane_HW, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def luma_of(frame: Any) -> np.ndarray:
+    """The brightness of a frame in its own levels, `(H, W)` uint8."""
+    if frame.format.name in _PLANAR:
+        return _plane(frame.planes[0])
+    return np.asarray(frame.reformat(format="gray").to_ndarray())
+
+
+def _plane(plane: Any) -> np.ndarray:
+    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
 
 
 def small_size(height: int, width: int, side: int = SHORT_SIDE) -> tuple[int, int]:

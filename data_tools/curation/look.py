@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from data_tools.curation.films import frames, opened, small_picture, small_size
+from data_tools.curation.films import frames, luma_of, opened, small_picture, small_size
 from data_tools.curation.forbidden import read_forbidden
 from data_tools.curation.hashes import hashes_of
 from data_tools.curation.motion import motion
@@ -119,7 +119,7 @@ def _take_picture(seen: Seen, number: int, picture: np.ndarray, gray: np.ndarray
 
 def noise_of(frame: Any) -> float:
     """Standard deviation of the noise in a frame's middle, in levels of 255, after Immerkaer (1996)."""
-    full = frame.reformat(format="gray").to_ndarray()
+    full = luma_of(frame)
     height, width = full.shape
     middle = full[height // 4 : height - height // 4, width // 4 : width - width // 4].astype(np.float32)
     mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)

@@ -10,7 +10,6 @@ from pathlib import Path
 from data_tools.candidates import say
 from data_tools.curation import captions, cut, look, output, probe, scores, shots
 from data_tools.curation.beside import caption_beside
-from data_tools.curation.books import Books
 from data_tools.curation.clips import by_rule, clips_of, without_copies, without_near
 from data_tools.curation.duplicates import Near
 from data_tools.curation.engine import Engine, take_through
@@ -18,6 +17,7 @@ from data_tools.curation.find import find_films
 from data_tools.curation.forbidden import list_parameters
 from data_tools.curation.ledger import Ledger, write_text
 from data_tools.curation.licences import Licences
+from data_tools.curation.outcomes import Outcomes
 from data_tools.curation.rules import Rule
 from data_tools.curation.settings import Settings
 from data_tools.curation.stage import Item, Outcome, Stage, code_version
@@ -33,7 +33,7 @@ HASHES, SETTLED = "hashes.parquet", "settled.json"
 class Curated:
     """Outcome of a run of the pipeline."""
 
-    books: Books
+    outcomes: Outcomes
     films: list[Item] = field(default_factory=list)  # that were looked at
     clips: list[Item] = field(default_factory=list)  # that have scores
     near: Near | None = None
@@ -55,7 +55,7 @@ class Pipeline:
         self.out = Path(settings.out)
         self.ledger = Ledger(self.out)
         self.rule = Rule(settings.keep)
-        self.done = Curated(Books(settings.strict))
+        self.done = Curated(Outcomes(settings.strict))
 
     def run(self) -> Curated:
         """Do all of it; raises InputError where nothing is left, or the disk is full."""
@@ -133,8 +133,8 @@ class Pipeline:
         return self._keep(stage.name, unit, take_through(stage, items, self.ledger, self.engine))
 
     def _keep(self, stage: str, unit: str, results: list[tuple[Item, Outcome]]) -> list[Item]:
-        kept = self.done.books.pass_through(stage, unit, results)
-        say(str(self.done.books.yields[-1]))
+        kept = self.done.outcomes.pass_through(stage, unit, results)
+        say(str(self.done.outcomes.yields[-1]))
         return kept
 
     def _settled(self) -> set[str]:

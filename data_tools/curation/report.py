@@ -69,10 +69,10 @@ def write_report(path: Path, pipeline: Pipeline, done: Curated) -> None:
     seconds = sum((clip["end"] - clip["start"]) / clip["fps"] for clip in clips)
     values = {
         "films": len(done.films), "scored": len(done.clips), "stored": len(done.stored), "rule": pipeline.rule.text,
-        "seconds": f"{seconds / 60:.1f} minutes", "alarms": done.books.alarms, "yields": done.books.yields,
+        "seconds": f"{seconds / 60:.1f} minutes", "alarms": done.outcomes.alarms, "yields": done.outcomes.yields,
         "histograms": [h for name in COLUMNS if (h := _histogram(name, done.clips, pipeline.rule.thresholds()))],
         "groups": _groups(done, pictures), "pairs": _pairs(done, pictures), "licences": _licences(done.films),
-        "others": [e for e in done.books.entries if e["unit"] == "film"][:500], "width": _WIDTH, "height": _HEIGHT,
+        "others": [e for e in done.outcomes.entries if e["unit"] == "film"][:500], "width": _WIDTH, "height": _HEIGHT,
     }  # fmt: skip
     write_text(path, page("Curated footage", _TEMPLATE, values))
 
@@ -100,7 +100,7 @@ def _groups(done: Curated, pictures: _Pictures) -> list[dict[str, Any]]:
     """Pictures of clips that were kept, and of those that were dropped for each reason."""
     shots = {key_of(sample_name(film, shot)): (film, shot) for film in done.films for shot in film["shots"]}
     by_reason: dict[str, list[tuple[str, str]]] = {}
-    for entry in done.books.entries:
+    for entry in done.outcomes.entries:
         if entry["unit"] == "clip" and entry["id"] in shots:
             by_reason.setdefault(f"{entry['reason']}", []).append((entry["id"], entry["detail"]))
     left_out = {key for found in by_reason.values() for key, _ in found}

@@ -9,6 +9,12 @@ An experiment file begins with
     #   time:     the time it takes there
     #   result:   the measured result
 
+or, where nobody has run it yet, with these in place of time and result, and perhaps the command before it (encode):
+
+    #   plan:     the command that forecasts it
+    #   planned:  memory, time of a step, length and cost by that command
+    #   sources:  the papers that its settings are from
+
 Other files of conf/ may begin with a sentence.
 """
 
@@ -17,7 +23,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-FIELDS = ("command", "hardware", "time", "result")
+MEASURED = ("command", "hardware", "time", "result")
+PLANNED = ("command", "hardware", "plan", "planned", "sources")
+_FIELDS = {*MEASURED, *PLANNED, "encode"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Head:
 
     name: str
     purpose: str
-    facts: dict[str, str] = field(default_factory=dict)  # by name, the FIELDS that are present
+    facts: dict[str, str] = field(default_factory=dict)  # by name, those of _FIELDS that are present
 
 
 def read_head(path: Path) -> Head:
@@ -41,7 +49,7 @@ def read_head(path: Path) -> Head:
             break
         text = line.removeprefix("#").strip()
         name, colon, rest = text.partition(":")
-        if colon and name in FIELDS:
+        if colon and name in _FIELDS:
             last, facts[name] = name, rest.strip()
         elif last:
             facts[last] += " " + text
@@ -57,7 +65,7 @@ def group(conf: Path, name: str) -> list[Head]:
 
 def help_text(usage: str, conf: Path) -> str:
     """Text of `--help`: the command's usage, the experiments, and the other config groups."""
-    lines = [usage.strip(), "", "Experiments (their files in conf/experiment say command, hardware, time and result):"]
+    lines = [usage.strip(), "", "Experiments (their files in conf/experiment say command, hardware, time and cost):"]
     lines += [f"  experiment={head.name:<12} {first_sentence(head.purpose)}" for head in group(conf, "experiment")]
     lines += ["", "To look for a mistake, beside an experiment:"]
     lines += [f"  debug={head.name:<17} {first_sentence(head.purpose)}" for head in group(conf, "debug")]

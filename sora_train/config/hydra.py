@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -31,6 +31,10 @@ from sora_train.core.cli import BAD_INPUT, STOPPED, InputError, list_items, near
 from sora_train.core.world import from_environment
 
 _OWN_LAUNCHER = re.compile("BasicLauncher|TorchrunLauncher")  # those that hand on the codes of jobs
+_WITH_VALUE = (  # flags of Hydra whose value is the next argument
+    "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c",
+    "--experimental-rerun",
+)  # fmt: skip
 _HERE = Path(__file__).parents[1]
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # installed from a wheel, or a checkout
 
@@ -73,7 +77,7 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
         print(help_text(usage, CONF))
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]  # which DeepSpeed's launcher adds
+    sys.argv[1:] = _flags_first([a for a in sys.argv[1:] if not a.startswith("--local_rank=")])  # as DeepSpeed adds it
     load_plugins(_plugins())
     store_schema()
     codes: list[int] = []
@@ -100,10 +104,7 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
 
     main.codes = codes  # type: ignore[attr-defined]  # hydra_plugins' launcher, whose jobs are processes, appends here
     try:
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
-            _refuse_sweep_under_torchrun()
-        else:
-            sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
+        _prepare_arguments()
         hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")(main)()
         if mistakes:
             raise mistakes[0]
@@ -115,6 +116,24 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
         _leave_note(str(error))
         raise
     return max(codes, default=0)
+
+
+def _prepare_arguments() -> None:
+    """Make the command line what Hydra must be given; a sweep keeps its lists of values."""
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        _refuse_sweep_under_torchrun()
+    else:
+        sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """The same arguments with flags before overrides: Hydra's parser knows no override behind a flag between them."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for place, argument in enumerate(arguments):
+        is_value = place > 0 and arguments[place - 1] in _WITH_VALUE
+        (flags if is_value or argument.startswith("-") else overrides).append(argument)
+    return flags + overrides
 
 
 def as_typed(argument: str) -> str:
@@ -270,4 +289,7 @@ def _one_line(error: Exception) -> str:
         folder = CONF / group
         known = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
         return f"there is no {group or 'config'}={name}; {nearest(name, known)}" if known else lines[0]
+    if isinstance(error, OverrideParseException) and {"-m", "--multirun"} & set(sys.argv[1:]):
+        quoted = f"in a sweep Hydra's grammar reads every value: quote text, 'run_dir=\"a b\"' ({lines[0]})"
+        return f"{error.override}: {quoted}"
     return lines[0] if lines else type(error).__name__

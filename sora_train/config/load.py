@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from sora_train.config.registry import FAMILIES, load_plugins
-from sora_train.config.released import text_width, vae_shape
+from sora_train.config.released import original_config, text_width, vae_shape
 from sora_train.config.rules import check, require
-from sora_train.config.schema import VAE_USE, Config, VaeConfig
+from sora_train.config.schema import TOKENIZER, VAE_USE, Config, VaeConfig
 from sora_train.core.cli import InputError, nearest
 
 _SECRET = re.compile(r"(?i)(api_?key|secret|password|access_?token|credential|^key$|^token$|account_?key)")
@@ -26,7 +26,8 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
 
     Args:
         tree: Values of all keys; keys that are missing get the schema's defaults.
-        need_vae: Raise if there is no VAE at `vae.path`. False keeps the tree's shape instead.
+        need_vae: Raise if there is no VAE at `vae.path`, or no released model at another path. False keeps the tree's
+            shapes instead.
 
     Raises:
         InputError: One line about the first mistake.
@@ -46,7 +47,7 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
     assert isinstance(config, Config)
     checkpointing = config.model.activation_checkpointing
     config.model.activation_checkpointing = {"False": "none", "True": "block"}.get(checkpointing, checkpointing)
-    _take_released_shapes(config)
+    _take_released_shapes(config, need_vae)
     if config.vae.path is not None and config.vae.class_name is None:
         shape = Path(config.vae.path) / "config.json"
         if shape.is_file():
@@ -70,15 +71,19 @@ def schema_of(tree: DictConfig) -> DictConfig:
     return schema
 
 
-def _take_released_shapes(config: Config) -> None:
-    """Replace shapes in the configuration by those of the released models it names, and check that they match."""
+def _take_released_shapes(config: Config, needed: bool) -> None:
+    """Replace shapes in the configuration by those of the released models it names, and check that they match.
+
+    A folder that isn't there is an error if it is `needed`; else the shape in the configuration stays.
+    """
+    missing = [] if needed else absent(config)
     if config.vae.path is not None:
         for key, value in (vae_shape(config.vae.path) or {}).items():
             setattr(config.vae, key, value)
     text = config.text_encoder
-    if text.path is not None:
+    if text.path is not None and "text_encoder.path" not in missing:
         text.width = text_width(text.path)
-    if config.model.init_from is None:
+    if config.model.init_from is None or "model.init_from" in missing:
         return
     shape = FAMILIES.get(config.model.family).released_shape(config.model.init_from)
     channels, width = shape.pop("channels"), shape.pop("text_width")
@@ -97,6 +102,12 @@ def _take_released_shapes(config: Config) -> None:
 _PATHS = ("vae.path", "text_encoder.path", "model.init_from")
 
 
+def absent(config: Config) -> list[str]:
+    """Keys of the trained or released models that a configuration names and that aren't there."""
+    paths = dict(zip(_PATHS, (config.vae.path, config.text_encoder.path, config.model.init_from), strict=True))
+    return [key for key, path in paths.items() if path is not None and not Path(path).exists()]
+
+
 def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -> Config:
     """Read the configuration of a run or of an export from its folder.
 
@@ -105,6 +116,11 @@ def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
+        if original_config(run_dir) is not None:
+            raise InputError(
+                f"{run_dir} is a transformer alone, in the layout of Wan's own repository: train from it "
+                "(model.init_from), or sample from the same release in the layout of diffusers (-Diffusers)"
+            )
         raise InputError(f"{run_dir} holds no run (there is no {path}); check run_dir")
     tree = OmegaConf.load(path)
     assert isinstance(tree, DictConfig)
@@ -127,11 +143,13 @@ def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -
         OmegaConf.update(tree, "model.init_from", None)
     if vae is not None:
         OmegaConf.update(tree, "vae.path", vae)
+    if OmegaConf.select(tree, "text_encoder.tokenizer") == "bpe":
+        OmegaConf.update(tree, "text_encoder.tokenizer_path", str(path.parent / TOKENIZER))
     return build(tree)
 
 
 def _where(path: str, run_dir: Path) -> str:
-    """A path of a run's configuration; if it isn't there, beneath the folder above the run where it is."""
+    """Find a path of a run's configuration: as it is, else relative to the nearest folder above the run that has it."""
     if Path(path).is_absolute() or Path(path).exists():
         return path
     above = (folder / path for folder in run_dir.resolve().parents)

@@ -24,7 +24,8 @@ _ABOVE_0 = (
     "logging.peak_tflops",
 )  # fmt: skip
 _AT_LEAST_0 = (
-    "vae.cache_mib", "vae.tile.overlap", "vae.perceptual.weight", "vae.blocks", "vae.mse_weight", "vae.kl_weight",
+    "data.decoded_mib", "vae.cache_mib", "vae.tile.overlap", "vae.perceptual.weight", "vae.blocks", "vae.mse_weight",
+    "vae.kl_weight",
     "text_encoder.pad_to", "flow.shift_tokens", "flow.guidance", "optim.text_lr_scale", "optim.rates",
     "optim.weight_decay", "optim.muon.weight_decay", "optim.warmup_steps", "checkpoint.keep_every", "guard.spike",
     "guard.leave_out_before", "guard.max_rollbacks", "guard.hash_every", "guard.max_futile_restarts",

@@ -26,14 +26,25 @@ def is_released(path: str | Path) -> bool:
 def expands_timesteps(path: str | Path) -> bool:
     """Tell whether a folder's transformer was trained with given frames, each token having a timestep of its own."""
     index = Path(path) / "model_index.json"
-    return index.is_file() and bool(json.loads(index.read_text()).get("expand_timesteps"))
+    if index.is_file():
+        return bool(json.loads(index.read_text()).get("expand_timesteps"))
+    return (original_config(path) or {}).get("model_type") == "ti2v"
 
 
 def second_transformer(path: str | Path) -> bool:
     """Tell whether a pipeline has two transformers, for the halves of the noise (Wan 2.2's A14B)."""
     index = Path(path) / "model_index.json"
     found = json.loads(index.read_text()).get("transformer_2") if index.is_file() else None
-    return bool(found and found[0])
+    return bool(found and found[0]) or (Path(path) / "high_noise_model").is_dir()
+
+
+def original_config(path: str | Path) -> dict[str, Any] | None:
+    """The config.json of a folder in the layout of Wan's own repository; None for anything else."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return None
+    found = read_config(Path(path), "transformer", "model.init_from")
+    return found if found.get("_class_name") == "WanModel" else None
 
 
 def flow_shift(path: str | Path) -> float | None:
@@ -85,6 +96,10 @@ def read_config(folder: Path, what: str, key: str) -> dict[str, Any]:
 def vae_shape(path: str | Path) -> dict[str, Any] | None:
     """Values for `VaeConfig` from a diffusers VAE folder; None if the folder isn't one (a VAE of our own)."""
     folder = folder_of(path, "vae")
+    if folder.is_file():
+        raise InputError(
+            f"vae.path={path} is a file; give a folder: vae/ of a -Diffusers release, or an export of a VAE run"
+        )
     if not (folder / "config.json").is_file():
         return None
     c = read_config(folder, "VAE", "vae.path")
@@ -93,7 +108,14 @@ def vae_shape(path: str | Path) -> dict[str, Any] | None:
     if c["_class_name"] not in VAES:
         raise InputError(f"{folder} holds a {c['_class_name']}; vae.path reads {', '.join(VAES)}, or a VAE of our own")
     temporal, spatial = c.get("scale_factor_temporal", 4), c.get("scale_factor_spatial", 8)
-    return {"class_name": c["_class_name"], "channels": c["z_dim"], "patch": 1, "strides": [[temporal, spatial]]}
+    return {"class_name": c["_class_name"], "channels": c["z_dim"], **_like(temporal, spatial)}
+
+
+def _like(temporal: int, spatial: int) -> dict[str, Any]:
+    """Shape of a VAE of our own with the strides of a released one, as which forecasts plan it."""
+    return {
+        "patch": spatial // 4, "strides": [[temporal // 2, 2], [2, 2]], "widths": [96, 192, 384], "blocks": [1, 2, 2],
+    }  # fmt: skip
 
 
 def text_width(path: str | Path) -> int:

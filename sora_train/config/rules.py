@@ -16,6 +16,7 @@ from sora_train.config.schema import (
     DERIVED,
     NATIVE,
     SCHEDULES,
+    TOKENIZERS,
     WRITERS,
     Config,
     DataConfig,
@@ -23,6 +24,8 @@ from sora_train.config.schema import (
     VaeConfig,
 )
 from sora_train.core.cli import InputError, nearest
+
+_FEWEST = 257  # entries of a vocabulary of subwords: the bytes, and the start of a caption
 
 
 def check(config: Config) -> None:
@@ -79,6 +82,14 @@ def _check_mirror(mirror: str | None) -> None:
 def _check_text(text: TextEncoderConfig) -> None:
     require(text.path is not None or text.width % text.heads == 0,
              f"text_encoder.width={text.width} must be a multiple of its heads")  # fmt: skip
+    require(text.tokenizer in TOKENIZERS,
+             f"text_encoder.tokenizer={text.tokenizer}; {nearest(text.tokenizer, list(TOKENIZERS))}")  # fmt: skip
+    require(
+        text.tokenizer != "bpe" or text.buckets >= _FEWEST,
+        f"text_encoder.buckets={text.buckets} must be at least {_FEWEST} with tokenizer=bpe: each byte is a token",
+    )
+    require(text.tokenizer_path is None or text.tokenizer == "bpe",
+             "text_encoder.tokenizer_path is for text_encoder.tokenizer=bpe; set that, or leave it out")  # fmt: skip
     require(
         text.path is not None or text.pad_to == 0,
         "text_encoder.pad_to is for a released encoder: set text_encoder.path too, or text_encoder.pad_to=0",
@@ -179,7 +190,7 @@ def _check_muon(config: Config) -> None:
         return
     require(optim.muon.lr > 0, f"optim.muon.lr={optim.muon.lr} must be above 0")
     require(0.0 <= optim.muon.momentum < 1.0, f"optim.muon.momentum={optim.muon.momentum} must be in [0, 1)")
-    offload = config.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+    offload = (config.deepspeed.get("zero_optimization") or {}).get("offload_optimizer", {})
     require(
         offload.get("device", "none") in ("none", "cpu"),
         "optim.matrices=muon needs the optimizer's state in memory; take offload_optimizer.device=nvme out",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -18,13 +19,16 @@ TASKS = (
     "text_to_video", "image_to_video", "extension", "extension_backwards", "interpolation", "frames", "image",
 )  # fmt: skip
 NATIVE = "native"  # as data.fps
+TOKENIZERS = ("hashed", "bpe")
+TOKENIZER = "tokenizer.json"  # file of a trained tokenizer, in the folder of a run or an export
 _TASK_WEIGHTS = {
     "text_to_video": 0.8, "image_to_video": 0.1, "extension": 0.1, "extension_backwards": 0.0, "interpolation": 0.0,
     "frames": 0.0,
 }  # fmt: skip
 SCHEDULES = ("linear", "cosine")
 SOLVERS = ("euler", "heun", "adams_bashforth")
-VAE_USE = ("path", "cache_mib", "tile", "perceptual")  # settings of a run; the other keys of VaeConfig are its shape
+# settings of a run; the other keys of VaeConfig are its shape
+VAE_USE = ("path", "cache_mib", "tile", "perceptual", "frozen_encoder")
 WRITERS = ("tensorboard", "wandb", "prometheus")  # beside metrics.jsonl
 DERIVED = {  # DeepSpeed keys that we set from ours
     "train_batch_size": "data.slots",
@@ -65,6 +69,7 @@ class Probe(Enum):
 
     packets = "packets"  # packet headers only; damaged pictures are found when training decodes them
     frame = "frame"  # the first frame too
+    all = "all"  # every frame: a file in which a decoder finds damage anywhere is refused as a whole
 
 
 class Previews(Enum):
@@ -121,7 +126,7 @@ class ModelConfig:
     mlp_chunk: int = 0  # tokens per chunk of an MLP, recomputed in backward to save memory; 0: all tokens at once
     attention: str = "auto"  # back end: auto, sdpa, varlen (FlashAttention), flex
     compile: bool = False  # torch.compile each block
-    init_from: str | None = None  # diffusers folder of released weights to start from; its shape overrides model.*
+    init_from: str | None = None  # released weights (diffusers' or Wan's own layout); their shape overrides model.*
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -147,6 +152,7 @@ class VaeConfig:
     """The video autoencoder: a trained one at `path`, or the shape of one to train."""
 
     path: str | None = None  # folder written by sora_train.export, or of a diffusers VAE
+    frozen_encoder: bool = False  # train the decoder of the VAE at `path` alone, whose latents stay what they are
     class_name: str | None = None  # class of a diffusers VAE, read from its folder; null: our own
     cache_mib: int = 0  # size of each rank's cache of latents, for small data sets; 0: no cache
     tile: TileConfig = field(default_factory=TileConfig)
@@ -179,7 +185,9 @@ class TextEncoderConfig:
     width: int = 128
     depth: int = 2  # layers
     heads: int = 4
-    buckets: int = 2048  # rows of the word embedding table; each word is the sum of two
+    tokenizer: str = "hashed"  # hashed: words, no file; bpe: subwords, trained on the captions and kept with the run
+    tokenizer_path: str | None = None  # file of a bpe tokenizer to take; null: that of init_from, or a new one
+    buckets: int = 2048  # rows of the embedding table; a hashed word is the sum of two, a subword is one
     max_tokens: int = 128  # longer captions are cut off
 
 
@@ -248,6 +256,7 @@ class DataConfig:
     cost: str | None = None  # file of sora_train.calibrate: balance packs by measured seconds; null: by FLOPs
     workers: int = 2  # decode processes per rank
     prefetch_steps: int = 3  # steps decoded ahead
+    decoded_mib: int = 0  # decoded clips that each rank keeps in memory, for a few clips; 0: none
     decode_timeout_s: float = 60.0  # of one clip, before its decoder is killed
     decode_memory_gib: float = 8.0  # of one decode process
     max_bad_fraction: float = 0.2  # of the last 1000 samples that may fail; more stops the run
@@ -404,3 +413,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def tokenizer_file(self) -> str | None:
+        """File of the trained tokenizer of a text encoder of our own; None for hashed words and released encoders."""
+        text = self.text_encoder
+        if text.path is not None or text.tokenizer != "bpe":
+            return None
+        return text.tokenizer_path or str(Path(self.run_dir) / TOKENIZER)

@@ -174,7 +174,7 @@ class LatentPack:
     """Input of the diffusion model: noised tokens by stream, and the encoded captions."""
 
     streams: dict[str, Stream]
-    text: Any  # ids_L2 for the text encoder that is trained with the model, or embeddings text_LE of a frozen one
+    text: Any  # ids_LR for the text encoder that is trained with the model, or embeddings text_LE of a frozen one
 
     @property
     def video(self) -> Stream:

@@ -4,7 +4,8 @@ The dataclass of a command's options says what each value is, and the value reac
 never read as YAML, so a colon, a hash or the word "no" is only text. Numbers are finite and checked against the range
 that their field states. A list is written `[a,b]`; an item that holds a comma stands in quotes, and brackets or braces
 inside an item keep theirs (`[train-{0,1}.tar,val.tar]`). One item needs no brackets, and a list's key may come several
-times. `null` leaves a number or a choice that may be absent at its default.
+times. A map is written `{name: value, other: value}`. `null` leaves a number or a choice that may be absent at its
+default.
 """
 
 from __future__ import annotations
@@ -198,6 +199,11 @@ def _value(key: str, field: dataclasses.Field[Any], hint: Any, given: Any) -> An
         if not isinstance(items, list):
             raise InputError(f"{key}={_shown(given)} must be a list, [a,b]")
         return [_one(key, field, get_args(kind)[0], item) for item in items]
+    if get_origin(kind) is dict:
+        entries = map_items(key, given) if isinstance(given, str) else given
+        if not isinstance(entries, Mapping):
+            raise InputError(f"{key}={_shown(given)} must be a map, {{name: value}}")
+        return {name: _one(key, field, get_args(kind)[1], value) for name, value in entries.items()}
     return _one(key, field, kind, given)
 
 
@@ -296,6 +302,20 @@ def list_items(key: str, text: str) -> list[str]:
     if not all(stripped):
         raise InputError(f"{key}={_shown(text)} has an empty item")
     return [item[1:-1] if item[0] in "\"'" and item[-1] == item[0] and len(item) > 1 else item for item in stripped]
+
+
+def map_items(key: str, text: str) -> dict[str, str]:
+    """The entries of a map as it is typed; a value may hold colons."""
+    inner, entries = text.strip(), dict[str, str]()
+    wrong = InputError(f"{key}={_shown(text)} must be a map with each name once, {{name: value, other: value}}")
+    if inner[:1] != "{" or inner[-1:] != "}":
+        raise wrong
+    for item in list_items(key, f"[{inner[1:-1]}]"):
+        name, _, value = (part.strip() for part in item.partition(":"))
+        if not name or not value or name in entries:
+            raise wrong
+        entries[name] = value
+    return entries
 
 
 def _unbracketed(text: str) -> str | None:

@@ -97,7 +97,15 @@ def threads_here(world: World) -> int:
 
 
 def _refuse_lone_task() -> None:
-    """Raise InputError for one of several tasks that srun or mpirun started, as nothing makes them one run."""
+    """Raise InputError for one of several tasks that srun or mpirun started, as nothing makes them one run.
+
+    So is the only process that `accelerate launch --cpu` starts where several were asked for.
+    """
+    if "ACCELERATE_USE_CPU" in os.environ and os.environ.get("MASTER_ADDR"):
+        raise InputError(
+            "accelerate started one process where several were asked for, as it does on CPUs; start with torchrun, or "
+            "ask it for one (--num_processes 1)"
+        )
     for name, launcher in _TASKS.items():
         if os.environ.get(name, "1") not in ("", "0", "1"):
             raise InputError(

@@ -77,8 +77,10 @@ class Loader:
         *,
         pin: bool = False,
         taken: int = 0,
+        cache_bytes: int = 0,
     ) -> None:
         self.plan, self.index, self.pool = plan, plan.index, pool
+        self._decoded = DecodedClips(cache_bytes)
         self.passes, self.known, self.pin = passes, known or {}, pin
         self._steps = plan.from_position(start, taken)
         self._flying: deque[_Flying] = deque()
@@ -104,6 +106,9 @@ class Loader:
         captions = self.pool.submit(self.index.captions, visit.sample) if self.index.captioned else None
         if extension == LATENT:
             return _Request(self.pool.submit(read, self.index, visit.sample), captions)
+        kept = self._decoded.get(visit)
+        if kept is not None:
+            return _Request(kept, captions)
         track = self.index.track(visit.sample)
         frames = source_frames(visit, track.fps, track.vfr)
         pixels = self.pool.decode(path, extension, member, frames, visit.resize, visit.crop, track=track)
@@ -129,12 +134,44 @@ class Loader:
         drawn = draw_caption(list(fields.get("captions", ())), self.plan.inputs.captions, visit.seed)
         key, found = str(self.index.key[visit.sample]), request.content.result()
         if not isinstance(found, Encoded):
+            self._decoded.keep(visit, found)
             return Clip(visit, key, captions[drawn], to_video(found))
         grid = self.plan.inputs.geometry
         frames, height, width = grid.grid(*visit.size)
         latents, texts = check_size(found, (frames, height * grid.patch, width * grid.patch))
         none = to_video(np.empty((0, *visit.size[1:], 3), np.uint8))
         return Clip(visit, key, captions[drawn], none, latents, (texts[drawn], texts[-1]) if texts else None)
+
+
+class DecodedClips:
+    """Decoded clips that stay in memory up to a number of bytes, for data sets of a few clips.
+
+    The first ones stay: every epoch asks for all of them, so that to drop the oldest would find none again.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._kept: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def get(self, visit: Visit) -> Future[np.ndarray] | None:
+        """The pixels of a visit, if a visit of the same part in the same size is kept."""
+        pixels = self._kept.get(self._part(visit))
+        if pixels is None:
+            return None
+        done: Future[np.ndarray] = Future()
+        done.set_result(pixels)
+        return done
+
+    def keep(self, visit: Visit, pixels_THWC: np.ndarray) -> None:
+        """Keep the pixels of a visit if there is room."""
+        part = self._part(visit)
+        if part not in self._kept and pixels_THWC.nbytes <= self._room:
+            self._room -= pixels_THWC.nbytes
+            self._kept[part] = pixels_THWC
+
+    @staticmethod
+    def _part(visit: Visit) -> tuple[Any, ...]:
+        return visit.sample, visit.first, visit.frames, visit.fps, visit.resize, visit.crop
 
 
 def first_clips(

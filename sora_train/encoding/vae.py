@@ -19,7 +19,7 @@ from sora_train.models.video_vae.model import build_vae
 from sora_train.models.video_vae.tiling import in_time, tiled
 
 
-def _trained_vae(config: VaeConfig) -> Any:
+def trained_vae(config: VaeConfig) -> Any:
     """Load our own trained VAE, or a released one behind the same interface."""
     if config.class_name is not None:
         from sora_train.models.video_vae.released import ReleasedVae  # diffusers takes seconds to import
@@ -46,7 +46,7 @@ class FrozenVae:
     @classmethod
     def load(cls, config: VaeConfig, device: torch.device) -> FrozenVae:
         """Load the trained VAE at `vae.path`. Raises InputError if there is none."""
-        return cls(config, _trained_vae(config).to(device), device)
+        return cls(config, trained_vae(config).to(device), device)
 
     @torch.no_grad()
     def encode(self, video_BCTHW: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from sora_train.core.cli import InputError
+from sora_train.core.cli import MAX_SEED, InputError, number
 from sora_train.core.media import write_mp4
 from sora_train.demo_world.binding import FPS, trials
 from sora_train.demo_world.render import render
@@ -37,20 +37,22 @@ class Options:
     prompts: str = ""
     metrics: list[str] = field(default_factory=list)  # names and groups; empty: quick, or completion with tasks
     models: dict[str, str] = field(default_factory=dict)  # local networks by the name that metrics give them
-    count: int = 256
-    seed: int = 0
+    count: int = number(256, least=1)
+    seed: int = number(0, least=0, most=MAX_SEED)
     out: str = ""
     format: str = ""
-    seconds: float | None = None  # of the videos of a format
+    seconds: float | None = number(None, above=0)  # of the videos of a format
     images: str | None = None  # folder of first frames for a format
     binding: str = ""
-    each: int = 8  # trials of a category and degree
+    each: int = number(8, least=1)  # trials of a category and degree
     side_by_side: list[str] = field(default_factory=list)
-    repeats: float = 0.1  # share of the questions that are asked twice
+    repeats: float = number(0.1, least=0, most=1)  # share of the questions that are asked twice
     votes: list[str] = field(default_factory=list)
     key: str = ""
     memorised: list[str] = field(default_factory=list)
     release: str | None = None  # the release folder that signs the samples, or off
+    vae: str | None = None  # where the run's VAE is, if it has been moved
+    base: str | None = None  # where the released weights are that the run was trained from, if they have been moved
 
     def judges(self) -> Judges:
         """The metrics asked for."""

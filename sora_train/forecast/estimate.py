@@ -18,7 +18,7 @@ from sora_train.methods.base import trained
 
 @dataclass(frozen=True)
 class Estimate:
-    """Batch figures of a run on a number of ranks. The last five are None without data."""
+    """Batch figures of a run on a number of ranks. Those that need the plan are None without data."""
 
     ranks: int
     parameters: int  # of the trained networks
@@ -31,19 +31,24 @@ class Estimate:
     balance: float | None  # mean over max cost of the slots of a step
     departure: float | None  # largest distance of a step's token shares from the mix, see `data.order.packing`
     slot_s: float | None  # seconds of a step's dearest slot, where `data.cost` has measured ones
+    encoded: bool = False  # clips come as latents, computed before training
 
 
-def estimate(config: Config, plan: Plan | None, ranks: int) -> Estimate:
-    """Compute the batch figures of a configuration, and of its plan if there is data."""
+def estimate(config: Config, plan: Plan | None, ranks: int, encoded: bool = False) -> Estimate:
+    """Compute the batch figures of a configuration, and of its plan if there is data, which says if it is encoded."""
     parameters, frozen = count_parameters(config)
     groups = max(1, ranks // config.parallel.sequence)
     slots, per_rank = config.data.slots, -(-config.data.slots // groups)
     longest = geometry(config).tokens(config.data.max_frames, *_square(config))
     clips = max(1, config.data.max_tokens // longest)
     flops = slots * training_cost(config).training([min(longest, config.data.max_tokens)] * clips)
-    figures = packed(plan) if plan is not None else (None, None, None, None, None)
+    no_plan = (None, None, None, None, None)
+    figures: tuple[int | None, float | None, float | None, float | None, float | None] = no_plan
     idle = 1 - slots / (per_rank * groups)
-    return Estimate(ranks, parameters, frozen, passes_per_rank(config, ranks), idle, flops, *figures)
+    if plan is not None:
+        figures, settings = packed(plan), plan.index.encoded()
+        encoded = bool(settings) and "" not in settings
+    return Estimate(ranks, parameters, frozen, passes_per_rank(config, ranks), idle, flops, *figures, encoded)
 
 
 def count_parameters(config: Config) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config
+from sora_train.forecast.deep import deep_trace
 from sora_train.forecast.estimate import Degree, Estimate
 from sora_train.forecast.footprint import Memory, memory, stage_of
 from sora_train.forecast.hardware import Hardware
@@ -61,26 +62,28 @@ def forecast(
         hours_per_failure: Mean time between failures of one device, hours.
         degrees: Degrees of sequence parallelism to compare at the configured stage.
     """
-    stages = _stages(config, figures, sizes, share, device, per_node)
+    stages = by_stage(config, figures, sizes, share, device, per_node)
     recomputing = {}
     for choice in _MORE[config.model.activation_checkpointing] if METHODS.get(config.method).recomputes else ():
         other = replace(config, model=replace(config.model, activation_checkpointing=choice))
         name = f"model.activation_checkpointing={choice}"
-        recomputing[name] = _stages(other, figures, sizes, share, device, per_node)
+        recomputing[name] = by_stage(other, figures, sizes, share, device, per_node)
     averages = 1 + len(config.optim.ema_lengths)
     save = save_advice(figures.parameters - figures.frozen, figures.ranks, disk, hours_per_failure, averages)
     sharing = {}
     for degree, one in (degrees or {}).items():
         same = replace(figures, passes=one.passes)
-        each = _stages(one.config, same, one.sizes, one.share, device, per_node)
+        each = by_stage(one.config, same, one.sizes, one.share, device, per_node)
         sharing[degree] = each[stage_of(config)]
     return Forecast(figures, device, stages, recomputing, save, sharing)
 
 
-def _stages(
+def by_stage(
     config: Config, figures: Estimate, sizes: list[Size], share: float, device: Hardware, per_node: int
 ) -> dict[int, StageForecast]:  # fmt: skip
-    traced = trace(config, sizes)
+    """Memory and step time at every ZeRO stage, otherwise as configured; the arguments are those of `forecast`."""
+    # a CPU's time is measured with the operations in their order
+    traced = (trace if device.gloo else deep_trace)(config, sizes, figures.encoded)
     count, ranks, passes = figures.parameters - figures.frozen, figures.ranks, figures.passes
     found = {}
     for stage in range(METHODS.get(config.method).highest_stage + 1):
@@ -139,6 +142,7 @@ def _facts(config: Config, result: Forecast, note: str) -> Table:
         ("parameters", f"{e.parameters / 1e6:.1f}M" + (f", {e.frozen / 1e6:.1f}M of them frozen" if e.frozen else "")),
         ("slots per step", f"{data.slots}, {e.passes} pass(es) per rank, {e.idle:.0%} of the places idle"),
         ("tokens per step, at most", f"{data.slots * data.max_tokens:,}"),
+        ("clips", "latents and text embeddings from the shards" if e.encoded else "encoded anew in every step"),
         ("model FLOPs per full step", f"{e.step_flops:.3g}"),
         ("model FLOPs of the run", f"{e.step_flops * config.steps:.3g}"),
         ("checkpoint", f"{save.checkpoint_bytes / 2**30:.2f} GiB; written in {save.written_s:.0f} s"),

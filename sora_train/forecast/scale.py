@@ -124,7 +124,7 @@ def scaled(
 
 
 def table(rows: Sequence[Scale], device: Hardware) -> Table:
-    """Table of a forecast by ranks."""
+    """Table of a forecast, a line for each number of ranks."""
     title = f"on more ranks of {device.name}, each with as much work; collectives as rings, overlapping nothing"
     found = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     heads = ("ranks", "step", "comm.", "of it waiting", "computes", "agreement", "as a tree", "save", "read",

@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from sora_train.config.cost import geometry
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config
 from sora_train.core.batch import Clip, Pack, Visit
@@ -189,8 +190,11 @@ class _Networks(dict[str, _Network]):
         yield
 
 
-def trace(config: Config, sizes: Sequence[Size]) -> Trace:
-    """Trace one forward and backward pass of a rank over a pack of clips of these sizes."""
+def trace(config: Config, sizes: Sequence[Size], encoded: bool = False) -> Trace:
+    """Trace one forward and backward pass of a rank over a pack of clips of these sizes.
+
+    With `encoded` the clips' latents come from the shards, else the frozen VAE encodes their pixels.
+    """
     # lengths of attention's groups are real tensors, because the FLOPs depend on their values
     with _fresh_caches(), FakeTensorMode(allow_non_fake_inputs=True):
         learner = METHODS.get(config.method).planned(config)
@@ -201,15 +205,16 @@ def trace(config: Config, sizes: Sequence[Size]) -> Trace:
         if others.parts > 1:
             for module in learning:
                 module.split_sequence(others)
-        pack = Pack([clip_of(number, size) for number, size in enumerate(sizes)])
+        clips = (clip_of(number, size) for number, size in enumerate(sizes))
+        pack = Pack([_with_latents(clip, config) for clip in clips] if encoded else list(clips))
         recorder, encoder = Recorder([t for module in (*learning, *frozen) for t in _tensors(module)]), [0]
 
-        def encoded(_: nn.Module, arguments: Any) -> None:
+        def begun(_: nn.Module, arguments: Any) -> None:
             """Attribute the peak so far to the encoder, when the first trained network begins."""
             if not encoder[0]:
                 encoder[0], recorder.peak = recorder.peak, recorder.live
 
-        learning[0].register_forward_pre_hook(encoded)
+        learning[0].register_forward_pre_hook(begun)
         for parameter in (p for module in learning for p in module.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(_let_go(recorder))
         engines = _Networks({name: _Network(network.module) for name, network in trained(networks)})
@@ -218,6 +223,13 @@ def trace(config: Config, sizes: Sequence[Size]) -> Trace:
     weights = sum(p.numel() * p.element_size() for module in frozen for p in module.parameters())
     r, modules = recorder, sum(1 for module in learning for _ in module.modules())
     return Trace(r.peak, tuple(r.made), encoder[0], weights, tuple(r.operations), modules, others.sent)
+
+
+def _with_latents(clip: Clip, config: Config) -> Clip:
+    """The clip as it comes from shards with precomputed latents: without pixels."""
+    (frames, height, width), grid = clip.visit.size, geometry(config)
+    shape = (1 + (frames - 1) // grid.temporal_stride, height // grid.spatial_stride, width // grid.spatial_stride)
+    return replace(clip, video_TCHW=clip.video_TCHW[:0], latents_CTHW=torch.zeros(config.vae.channels, *shape))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -102,7 +102,8 @@ def _history(path: Path, outcome: Outcome) -> dict[str, list[tuple[int, float]]]
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     now = {row.name: row.cells[SAMPLES].value for row in outcome.rows if SAMPLES in row.cells}
     now |= {figure.name: figure.made.value for figure in outcome.distances.get(SAMPLES, [])}
-    step = int(outcome.about["checkpoint"].rpartition("-")[2])
+    name, _, number = outcome.about["checkpoint"].rpartition("-")
+    step = int(number) if name == "step" else 0  # an export has no steps
     alike = {key: outcome.about.get(key) for key in ("clips", "seed")} | {"count": len(outcome.columns[SAMPLES])}
     lines = [line for line in lines if line["step"] != step or line["alike"] != alike]
     lines.append({"step": step, "alike": alike, "figures": now})
@@ -116,7 +117,7 @@ def _history(path: Path, outcome: Outcome) -> dict[str, list[tuple[int, float]]]
 
 
 def _identity(evaluator: Evaluator, task: Task, about: Mapping[str, str]) -> str:
-    """A name for this very evaluation: another checkpoint, setting or metric has another."""
+    """Name of an evaluation, a hash of checkpoint, settings and metrics."""
     config = evaluator.sampler.config
     what = {
         "checkpoint": evaluator.checkpoint, "clips": about["clips"], "task": asdict(task),

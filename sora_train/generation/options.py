@@ -18,8 +18,12 @@ FILES = ("image", "video", "end_image", "end_video")
 _PATHS = ("run_dir", "vae", "base", *FILES)  # recorded as absolute paths
 _OF_THE_COMMAND = {  # the same for all rows of a file of prompts
     "from", "prompts", "run_dir", "vae", "base", "checkpoint", "weights", "lora", "dtype", "rope_scaling",
-    "rope_factors", "release", "release.sign", "release.mark", "release.guard",
+    "rope_factors", "release", "release.sign", "release.mark", "release.guard", "expand", "expand_url", "expand_model",
 }  # fmt: skip
+_UNRECORDED = (
+    "from", "prompts", "count", "out", "release", "release.sign", "release.mark", "release.guard", "expand",
+    "expand_url", "expand_model",
+)  # fmt: skip
 
 
 @dataclass
@@ -32,6 +36,10 @@ class Options:
     negative: str = ""
     shots: str | None = None  # JSON: [{"seconds": 2, "caption": "..."}, ...]
     prompts: str | None = None  # a file of prompts: .txt, .csv or .jsonl
+    expand: bool = False  # have prompts rewritten to the wording of the training captions
+    expand_url: str = "http://localhost:8000/v1"  # of a server with OpenAI's interface, which rewrites them
+    expand_model: str | None = None  # its model; default: the first
+    expanded_from: str | None = None  # the prompt before; written into the JSON, never given
     out: str | None = None
     format: str | None = choice(FORMATS, None)
     fps: float | None = number(None, above=0, most=1000)  # of the file; the frames stay the same
@@ -115,7 +123,7 @@ def record(o: Options) -> dict[str, Any]:
     """The options of one sample as its JSON has them: all that aren't absent, by key, files with their whole paths."""
     names = keys(Options)
     values = {names[name]: value for name, value in asdict(o).items() if value is not None}
-    for key in ("from", "prompts", "count", "out", "release", "release.sign", "release.mark", "release.guard"):
+    for key in _UNRECORDED:
         values.pop(key, None)
     for key in _PATHS:
         if key in values:

@@ -113,7 +113,7 @@ class Prompt:
 
 
 def spans(shots: Sequence[Shot], frames: int, first: int, stride: int, fps: float) -> tuple[tuple[int, str], ...]:
-    """Latent frames that each caption conditions, of a clip that begins at frame `first`; the last one goes on."""
+    """Latent frames that each caption conditions in a clip that begins at frame `first`; the last holds to the end."""
     ends = np.cumsum([shot.seconds for shot in shots])[:-1]
     at = [(first + max(0, 1 + (place - 1) * stride)) / fps for place in range(frames)]  # a latent's first frame
     which = np.searchsorted(ends, at, side="right")

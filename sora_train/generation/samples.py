@@ -20,6 +20,7 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
 from sora_train.data.read.pool import Pool
+from sora_train.encoding.captions import count_tokens
 from sora_train.generation.given import Given
 from sora_train.generation.long_video import check_overlap, in_pieces
 from sora_train.generation.options import FILES, Job, Options, Recorded, record
@@ -28,7 +29,6 @@ from sora_train.generation.requests import Prompt, Shot, Size, clip_size, fits, 
 from sora_train.generation.safeguards import NO_SAFEGUARDS, Refused, Safeguards
 from sora_train.generation.sampler import Sampler
 from sora_train.generation.video import Video, pieces_of
-from sora_train.models.text.encoder import tokenize
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Model(Protocol):
     world: World
 
     def open(self) -> Sampler:
-        """Load it."""
+        """Load the model, ready to sample."""
 
 
 def make_all(
@@ -133,7 +133,10 @@ def check_prompt(world: World, sample: Sample, safeguards: Safeguards) -> None:
     if world.is_main:
         try:
             shown = [given.glimpse(sample.sides) for given in sample.given.values()]
-            safeguards.check_prompt([shot.caption for shot in sample.shots], shown)
+            texts = [shot.caption for shot in sample.shots]
+            if sample.options.expanded_from is not None:
+                texts.append(sample.options.expanded_from)
+            safeguards.check_prompt(texts, shown)
         except Refused as error:
             refusal = error
     if world.size > 1:
@@ -237,8 +240,7 @@ def _say_what_is_cut(config: Config, captions: list[str]) -> None:
     t = config.text_encoder
     if t.path is not None:
         return
-    for caption in captions:
-        tokens = len(tokenize(caption, t.buckets, len(caption) + 2))
+    for caption, tokens in zip(captions, count_tokens(config, captions), strict=True):
         if tokens > t.max_tokens:
             text = f"a prompt of {tokens} tokens is cut at text_encoder.max_tokens={t.max_tokens}: {caption[:60]!r}..."
             print(f"warning: {text}", file=sys.stderr, flush=True)

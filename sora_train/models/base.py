@@ -25,6 +25,7 @@ class Family(Protocol):
 
     settings: type[ModelConfig]  # dataclass of its keys under `model`
     adapter_targets: tuple[str, ...]  # suffixes of the names of linear layers that LoRA may adapt
+    alike: bool  # all blocks have the same layers and shapes, so that a forecast traces a few of them
 
     def rules(self, config: Config) -> None:
         """Check the keys that only this family has. Raises InputError."""
@@ -54,9 +55,18 @@ class Family(Protocol):
         """Copy released weights into the network. Raises InputError that lists tensors that don't match."""
 
     def save(
-        self, weights: Mapping[str, Tensor], config: ModelConfig, text_width: int, folder: Path, shard_gib: float
+        self,
+        weights: Mapping[str, Tensor],
+        config: ModelConfig,
+        text_width: int,
+        folder: Path,
+        shard_gib: float,
+        *,
+        layout: str = "diffusers",
     ) -> None:
         """Write weights in the released format, in files of at most `shard_gib`.
+
+        In the names of diffusers, or (layout `original`) of the family's own repository.
 
         Raises InputError if it can't express an option of the model.
         """

@@ -54,16 +54,10 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     passes = passes_of_rank(d.slots, world.data_rank, world.data_size, config.parallel.accumulation)
     plan, held_out = shards.plan(config), shards.held_out(config)
     require_agreement(facts(config, _name(device), plan.index.fingerprint))
-    if world.local_size > 1:
-        run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
-        plan.share(run, owner=world.local_rank == 0)
-    ledger = Ledger(run_dir, world.rank)
-    if world.is_main:  # before the engines' first collective, hence before any rank refuses a sample
+    _share(plan, run_dir, world)
+    if world.is_main:
         keep_cost(config)
-        if not any((run_dir / "checkpoints").glob("step-*")):
-            ledger.forget_rollbacks()
-        indexes = [plan.index, *([held_out.index] if held_out else [])]
-        ledger.refused_before([r for index in indexes for r in refusals(index)])
+    ledger = _ledger(run_dir, world, plan, held_out)
     if logging.memory_history:
         record_memory()
     group = ulysses.sequence_group(world)
@@ -72,16 +66,15 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     peak = peak_flops(device, logging.peak_tflops)
     meter = Meter(geometry(config), training_cost(config), device, peak, d.slots * d.max_tokens, world.sequence)
     console = Console(config.steps, world.is_main, run_dir)
-    console.say(_summary(config, world, plan, engines, len(passes)))
-    for line in note_inputs(config, held_out.index.fingerprint if held_out else "") if world.is_main else ():
+    for line in _opening(config, world, held_out, pool, _summary(config, world, plan, engines, len(passes))):
         console.say(line)
-    for name, error in pool.load_errors().items():
-        if error:
-            console.say(f"warning: the decoder {name} can't be loaded here and is left out: {error}")
 
     def steps_from(taken: int, position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
         pin = device.type == "cuda"
-        steps = Loader(plan, pool, passes, Position(*position), d.prefetch_steps, known, pin=pin, taken=taken)
+        steps = Loader(
+            plan, pool, passes, Position(*position), d.prefetch_steps, known,
+            pin=pin, taken=taken, cache_bytes=d.decoded_mib << 20,
+        )  # fmt: skip
         return ulysses.same_clips(steps, group)
 
     def validation() -> Iterator[Pack]:
@@ -115,6 +108,35 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
         Mirror.of(config) if world.is_main else None, Guard(), watch,
     )  # fmt: skip
     return Trainer(config, world, device, parts)
+
+
+def _share(plan: Stages, run_dir: Path, world: World) -> None:
+    """Have the ranks of a node keep one copy of the plan."""
+    if world.local_size > 1:
+        run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
+        plan.share(run, owner=world.local_rank == 0)
+
+
+def _ledger(run_dir: Path, world: World, plan: Stages, held_out: Plan | None) -> Ledger:
+    """The ledger of a rank. What the indexes refuse is noted before the engines' first collective, hence before any
+    rank refuses a sample."""
+    ledger = Ledger(run_dir, world.rank)
+    if world.is_main:
+        if not any((run_dir / "checkpoints").glob("step-*")):
+            ledger.forget_rollbacks()
+        indexes = [plan.index, *([held_out.index] if held_out else [])]
+        ledger.refused_before([r for index in indexes for r in refusals(index)])
+    return ledger
+
+
+def _opening(config: Config, world: World, held_out: Plan | None, pool: Pool, summary: str) -> Iterator[str]:
+    """Lines that a run begins with: its summary, inputs that have changed, decoders that are missing."""
+    yield summary
+    if world.is_main:
+        yield from note_inputs(config, held_out.index.fingerprint if held_out else "")
+    for name, error in pool.load_errors().items():
+        if error:
+            yield f"warning: the decoder {name} can't be loaded here and is left out: {error}"
 
 
 def build_learner(config: Config, world: World, device: torch.device, group: ulysses.Group) -> Learner:

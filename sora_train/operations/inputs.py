@@ -5,7 +5,9 @@ They are kept in run_dir/inputs.json. The order of the training data has its own
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sora_train.config.released import folder_of
@@ -17,20 +19,21 @@ INPUTS = "inputs.json"
 _VALIDATION = "data.validation"
 
 
-def check_inputs(config: Config, run_dir: str | Path, instead: str) -> None:
+def check_inputs(config: Config, run_dir: str | Path, instead: str, told: Sequence[str] = ()) -> None:
     """Raise InputError where a path of the configuration holds other weights than those the checkpoints belong to.
 
     Args:
         config: Configuration of the run.
         run_dir: Its folder; nothing is checked if there is no record of what it was trained with.
         instead: What else to do, for the message.
+        told: Keys whose weights the user named anew, which may be others.
     """
     path = Path(run_dir) / INPUTS
     if not path.is_file() or not any((Path(run_dir) / "checkpoints").glob("step-*")):
         return
     known = json.loads(path.read_text())
     for key, (where, found) in _weights(config).items():
-        if known.get(key, found) != found:
+        if key not in told and known.get(key, found) != found:
             raise InputError(
                 f"{key}={where} holds other weights than those that the checkpoints in {run_dir} were trained with; "
                 f"put those back{instead}"
@@ -58,4 +61,17 @@ def _weights(config: Config) -> dict[str, tuple[str, str]]:
     paths = {"vae.path": (config.vae.path, "vae"), "text_encoder.path": (config.text_encoder.path, "text_encoder")}
     if config.model.lora.rank:
         paths["model.init_from"] = (config.model.init_from, "transformer")
-    return {key: (path, weights_hash(folder_of(path, part))) for key, (path, part) in paths.items() if path is not None}
+    found = {
+        key: (path, weights_hash(folder_of(path, part))) for key, (path, part) in paths.items() if path is not None
+    }
+    if (file := config.tokenizer_file) is not None:
+        found["text_encoder.tokenizer"] = (file, tokenizer_hash(file))
+    return found
+
+
+def tokenizer_hash(file: str) -> str:
+    """SHA-256 of the file of a tokenizer, 16 hex digits. Raises InputError if it is missing."""
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    except FileNotFoundError as error:
+        raise InputError(f"{file} is missing, the tokenizer that the model was trained with; put it back") from error

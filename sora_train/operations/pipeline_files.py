@@ -11,13 +11,20 @@ from sora_train.config.released import expands_timesteps, folder_of, is_released
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 
-_EULER = "FlowMatchEulerDiscreteScheduler"
+_EULER = "FlowMapEulerDiscreteScheduler"  # whose steps are evenly spaced before the shift and end at 0, as ours are
 _ENCODERS = {"umt5": "UMT5EncoderModel", "t5": "T5EncoderModel"}  # transformers' classes by model_type
 _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "spiece", "sentencepiece", "vocab", "merges")  # beginnings
 
 
 def save_pipeline(config: Config, out: Path) -> None:
-    """Write everything of a `WanPipeline` but `transformer/`, which is there already."""
+    """Write everything of a `WanPipeline` but `transformer/`, which is there already.
+
+    Says where the pipeline's schedule can't be that of `sample`.
+    """
+    flow = config.flow
+    if flow.solver != "euler" or flow.shift_tokens:
+        other = f"flow.solver={flow.solver}" if flow.solver != "euler" else f"flow.shift_tokens={flow.shift_tokens}"
+        print(f"diffusers has no {other}: the pipeline samples by Euler with shift {flow.shift:g} at every size")
     text, vae = str(config.text_encoder.path), str(config.vae.path)
     copy_part(folder_of(vae, "vae"), out / "vae")
     copy_part(folder_of(text, "text_encoder"), out / "text_encoder", leave_out=() if is_released(text) else _TOKENIZER)

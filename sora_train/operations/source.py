@@ -22,7 +22,7 @@ from sora_train.data.read.encoded import weights_hash
 from sora_train.generation.options import Options
 from sora_train.generation.sampler import Sampler
 from sora_train.models.layers import ulysses
-from sora_train.operations.inputs import check_inputs
+from sora_train.operations.inputs import check_inputs, tokenizer_hash
 from sora_train.operations.trained import EXPORTED, Weights, checkpoint_of, load_sampler
 
 _TI2V_CHANNELS = 48  # of the latents of Wan 2.2's 5B model, which runs at another rate and size than the others
@@ -59,8 +59,8 @@ def model_config(o: Options) -> Config:
     """The configuration of the model at `run_dir`, with what the options change for all samples. Raises InputError."""
     of_a_run = {"checkpoint": o.checkpoint is not None, "weights=raw": o.weights == "raw"}
     config = _released(o.run_dir) if is_released(o.run_dir) else load(o.run_dir, o.vae, o.base)
-    if o.vae is None:
-        check_inputs(config, o.run_dir, ", or say where they are: base=FOLDER, vae=FOLDER")
+    told = ("vae.path",) if o.vae is not None else ()
+    check_inputs(config, o.run_dir, ", or say where they are: base=FOLDER, vae=FOLDER", told)
     given = [key for key, is_given in of_a_run.items() if is_given]
     if given and not (Path(o.run_dir) / "checkpoints").is_dir():
         raise InputError(f"{o.run_dir} is no run, so it has no {given[0]}; leave it out")
@@ -108,6 +108,8 @@ def fingerprint(config: Config, o: Options) -> str:
     parts.append(weights_hash(folder_of(config.vae.path or "", "vae")))
     if config.text_encoder.path is not None:
         parts.append(weights_hash(folder_of(config.text_encoder.path, "text_encoder")))
+    if config.tokenizer_file is not None:
+        parts.append(tokenizer_hash(config.tokenizer_file))
     for path, _ in map(adapter, o.lora):
         with adapter_file(path).open("rb") as file:
             parts.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])

@@ -15,6 +15,7 @@ from sora_train.config.registry import FAMILIES, METHODS
 from sora_train.config.released import is_released
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
+from sora_train.data.read.encoded import weights_hash
 from sora_train.encoding.vae import FrozenVae
 from sora_train.generation.sampler import Sampler
 from sora_train.methods.base import Network, trained
@@ -54,6 +55,13 @@ def checkpoint_of(run_dir: str | Path, step: int | None) -> Path:
     if fault := verify(path):
         raise InputError(f"checkpoint={step} of {run_dir} is damaged ({fault}); choose another step")
     return path
+
+
+def named_weights(run_dir: str | Path) -> str:
+    """A name of the weights that `load_sampler` takes by itself: the newest checkpoint's, or an export's hash."""
+    if (Path(run_dir) / EXPORTED).is_file():
+        return f"export-{weights_hash(Path(run_dir))}"
+    return checkpoint_of(run_dir, None).name
 
 
 def load_sampler(config: Config, run_dir: str | Path, device: torch.device, weights: Weights = AVERAGED) -> Sampler:

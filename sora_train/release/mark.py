@@ -23,13 +23,12 @@ from scipy.ndimage import uniform_filter
 
 BITS = 48
 ENOUGH = 40  # bits that must agree with a known id: chance alone does it once in 580,000 times
-STRENGTHS = (1.5, 2.5, 4.0)  # tried one after the other until the encoded video shows the id
+STRENGTHS = (1.5, 2.5, 4.0)  # tried one after the other until the video shows the id, also when encoded anew
 SMALLEST = 32  # pixels a side
 # Frequencies used, in half cycles per picture, by the size of their grid; and pixels a side that a grid needs.
 _BANDS = {128: (14, 160), 96: (12, 120), 64: (9, 80), 32: (4, 40)}
 _ROOM = {128: 360, 96: 140, 64: 60, 32: SMALLEST}
 _PRESENT = 60.0  # sum of the bits' clipped strengths; unmarked 38 with a deviation of 4
-WELL_PRESENT = 80.0  # what is embedded should show in the finished file
 _CLIP = 3.0  # of a bit, and of a frequency: a few strong lines of the picture must not decide
 _AROUND = 7  # frequencies a side that a weight looks at
 _FLOOR = 2.0  # of a frequency's size: below it the codec's noise is larger than the picture

@@ -117,7 +117,8 @@ def build_app(folder: Path, database: Database, terms: Terms, bounds: Bounds, wa
     app.add_middleware(Guarded, bounds=bounds, audit=folder / AUDIT, uploads=UPLOADS)
     app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
     _add_page(app)
-    _add_jobs(app, folder, database, terms, known, wake)
+    _add_jobs(app, database, terms, known, wake)
+    _add_job(app, folder, database, known)
     _add_uploads(app, folder, database, terms, known)
     return app
 
@@ -163,19 +164,9 @@ def _add_page(app: FastAPI) -> None:
         return {"status": "ok"}
 
 
-def _add_jobs(
-    app: FastAPI, folder: Path, database: Database, terms: Terms, known: _Door, wake: Callable[[], None]
-) -> None:
+def _add_jobs(app: FastAPI, database: Database, terms: Terms, known: _Door, wake: Callable[[], None]) -> None:
+    """Add what a key can ask for: its account, a new job, its jobs."""
     Known = Annotated[Key, Depends(known)]
-
-    def owned(id: Id, key: Known, request: Request) -> Job:
-        job = database.job(id, key.name)
-        if job is None:
-            raise HTTPException(404, "no job of yours has this id")
-        request.state.audit["job"] = id
-        return job
-
-    Owned = Annotated[Job, Depends(owned)]
 
     @app.get("/api/me")
     def me(key: Known) -> Me:
@@ -203,6 +194,19 @@ def _add_jobs(
     @app.get("/api/jobs")
     def jobs(key: Known) -> list[Shown]:
         return [_shown(job, database) for job in database.jobs(key.name)]
+
+
+def _add_job(app: FastAPI, folder: Path, database: Database, known: _Door) -> None:
+    """Add what can be asked of one job, by its owner alone."""
+
+    def owned(id: Id, key: Annotated[Key, Depends(known)], request: Request) -> Job:
+        job = database.job(id, key.name)
+        if job is None:
+            raise HTTPException(404, "no job of yours has this id")
+        request.state.audit["job"] = id
+        return job
+
+    Owned = Annotated[Job, Depends(owned)]
 
     @app.get("/api/jobs/{id}", responses=_NO_JOB)
     def job(job: Owned) -> Shown:

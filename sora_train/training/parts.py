@@ -43,6 +43,9 @@ class Plan(Protocol):
     def amendments(self) -> Sequence[Any]:
         """Samples left out, each list with the epoch from which on it applies."""
 
+    def before(self, at: Any, taken: int) -> str:
+        """A hash of the shards that the epoch of the step at `at` visits in windows before it."""
+
     def amend(self, at: Any, taken: int, ahead: int, samples: Sequence[int]) -> None:
         """Leave samples out of epochs that begin more than `ahead` steps (which may be prefetched) after `at`."""
 

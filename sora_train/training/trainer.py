@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -380,7 +381,7 @@ class Trainer:
             state = {
                 "step": self.step, "applied": self.applied,
                 "position": self.position, "plan_hash": self.parts.plan.hash,
-                "amendments": self.parts.plan.amendments,
+                "before": self.parts.plan.before(self.position, self.step), "amendments": self.parts.plan.amendments,
                 "ema_updates": engines.ema.updates, "totals": asdict(self.meter.totals), "shapes": engines.shapes,
                 "health": self.health.state(), "left_out": sorted(self.left_out),
                 "best": self.best,
@@ -415,11 +416,9 @@ class Trainer:
             if state["plan_hash"] == self.parts.plan.hash:
                 self.parts.plan.restore(state["amendments"])
             else:
-                epoch, window, taken = self.position
-                self.position = (epoch, window, 0)
+                self.position, where = self._in_a_new_plan(state)
                 self.console.say(
-                    "the data or its packing changed since the checkpoint: going on in a new plan, at the beginning "
-                    f"of window {window} of epoch {epoch}; the {taken} step(s) taken of it are taken again"
+                    f"the data or its packing changed since the checkpoint: going on in a new plan, {where}"
                 )
             self.console.say(
                 f"resumed {checkpoint.name}, saved on {state['ranks']} rank(s) at ZeRO stage {state['stage']}"
@@ -431,6 +430,18 @@ class Trainer:
         if self.world.is_main:
             self.ledger.cut(self.step)
         dist.barrier()
+
+    def _in_a_new_plan(self, state: dict[str, Any]) -> tuple[tuple[int, int, int], str]:
+        """The position from which every sample of the epoch is visited that wasn't yet, and a line's end that says so.
+
+        A window is begun again; the epoch, where the shards of the windows before are others, or in another order.
+        """
+        epoch, window, taken = self.position
+        if window == 0 or state.get("before") == self.parts.plan.before(self.position, self.step):
+            again = f"the {taken} step(s) taken of it are taken again"
+            return (epoch, window, 0), f"at the beginning of window {window} of epoch {epoch}; {again}"
+        again = f"so what the {window} window(s) before held, and {taken} step(s), are taken again"
+        return (epoch, 0, 0), f"at the beginning of epoch {epoch}, as its shards are others; {again}"
 
     def leave(self, code: int, reason: str) -> int:
         """Wait for background saves and uploads, and return the exit code; 1 if the last checkpoint wasn't written."""

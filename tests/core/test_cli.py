@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -46,6 +47,7 @@ class Options:
     format: str | None = choice(("mp4", "gif"), None)
     shards: list[str] = number([])
     factors: list[float] | None = number(None, above=0)
+    models: dict[str, str] = field(default_factory=dict)
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Options:
@@ -119,6 +121,23 @@ def test_what_is_wrong_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, argu
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{}", {}), ("{clip: /models/clip}", {"clip": "/models/clip"}), ("{a: x:y, b: z}", {"a": "x:y", "b": "z"}),
+        ("{clip:x,image:y}", {"clip": "x", "image": "y"}),
+    ],
+)  # fmt: skip
+def test_a_map_has_its_entries(monkeypatch: pytest.MonkeyPatch, text: str, found: dict[str, str]) -> None:
+    assert typed(monkeypatch, f"models={text}").models == found
+
+
+@pytest.mark.parametrize("text", ["clip", "{clip}", "{a: 1, a: 2}", "{: x}", "{a: }", "[a: b]"])
+def test_no_map_is_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    with pytest.raises(InputError, match="must be a map"):
+        typed(monkeypatch, f"models={text}")
+
+
 def test_the_last_value_counts_and_lists_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     made = typed(monkeypatch, "prompt=a", "shards=[a,b]", "prompt=b", "shards=c")
     assert (made.prompt, made.shards) == ("b", ["a", "b", "c"])
@@ -177,3 +196,20 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command = f'{sys.executable} -c "$0" | head -c 1'
     done = subprocess.run(["bash", "-c", command, lines], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout == "x" and done.stderr == ""
+
+
+COMMANDS = (
+    "sora_train.generation.options", "sora_train.evaluation.commands", "sora_train.compare", "sora_train.export",
+    "sora_train.doctor", "sora_train.plan", "sora_train.serve", "sora_train.import_deepspeed",
+    "sora_train.release.cards", "sora_train.release.redteam", "data_tools.build_shards", "data_tools.lint",
+    "data_tools.inspect", "data_tools.encode_latents", "data_tools.index", "data_tools.make_demo",
+    "data_tools.takedown",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_number_of_every_command_has_a_range(module: str) -> None:
+    schema = import_module(module).Options
+    hints = get_type_hints(schema)
+    numbers = [field for field in fields(schema) if {int, float} & {hints[field.name], *get_args(hints[field.name])}]
+    assert [field.name for field in numbers if not field.metadata.get("limits")] == []

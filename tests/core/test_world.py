@@ -10,7 +10,7 @@ from sora_train.core.world import World, from_environment, threads_here
 _NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SORA_RESTARTS", "SLURM_STEP_NUM_TASKS",
-    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "OMP_NUM_THREADS",
+    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "OMP_NUM_THREADS", "ACCELERATE_USE_CPU",
 )  # fmt: skip
 MEETING = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
@@ -43,6 +43,7 @@ def test_each_launcher_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RANK": "one", "WORLD_SIZE": "4", **MEETING}, "must be whole numbers"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 tasks .*, each of which would run alone"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 tasks"),
+        ({"ACCELERATE_USE_CPU": "True", **MEETING}, "accelerate started one process where several were asked for"),
     ],
 )
 def test_what_would_train_alone_is_refused(

@@ -1,10 +1,10 @@
 """Videos that were damaged before they were indexed, and what training makes of them.
 
-    python -m tests.data.damaged_clips COUNT [CODEC=libx264] [SEED]
+    python -m tests.data.damaged_clips COUNT [CODEC=libx264] [SEED] [all]
 
 Each is flipped in one to three bits, has a stretch of zeros, or is cut. A clip is wrong if a block of 16x16 pixels of
 one of its frames differs by more than `VISIBLE` levels on average from the same frame of the file before the damage:
-what concealment hides is less.
+what concealment hides is less. With `all` they are indexed as by `probe=all`, which decodes every frame.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _shown(data: bytes, track: Track) -> np.ndarray | None:
     """What a decoder shows from the start, whatever it complains about."""
     frames = []
     try:
-        with av.open(io.BytesIO(data)) as file:
+        with av.open(io.BytesIO(data), metadata_errors="replace") as file:
             stream = file.streams[track.stream]
             for packet in file.demux(stream):
                 try:
@@ -129,12 +129,12 @@ def _shown(data: bytes, track: Track) -> np.ndarray | None:
     return np.stack(frames) if frames and len({frame.shape for frame in frames}) == 1 else None
 
 
-def examine(kind: str, data: bytes, true: np.ndarray, extension: str, pool: Pool, path: Path, out: Outcome) -> None:
+def examine(kind: str, path: Path, true: np.ndarray, pool: Pool, out: Outcome, whole: bool = False) -> None:
     """Index a damaged video and ask for all of its frames, eight at a time."""
     out.files += 1
-    path.write_bytes(data)
+    data, extension = path.read_bytes(), path.suffix[1:]
     try:
-        said = pool.probe(str(path), extension, pixels=False).result()
+        said = pool.probe(str(path), extension, pixels=whole, whole=whole).result()
     except DecodeError as error:
         out.unusable[error.cause] += 1
         return
@@ -161,7 +161,7 @@ def examine(kind: str, data: bytes, true: np.ndarray, extension: str, pool: Pool
         out.whole += 1
 
 
-def campaign(count: int, codec: str, seed: int, folder: Path) -> Outcome:
+def campaign(count: int, codec: str, seed: int, folder: Path, whole: bool = False) -> Outcome:
     """Damage and examine `count` files, twenty of each clean one."""
     rng, out = random.Random(seed), Outcome()
     with Pool(1, timeout_s=60) as pool:
@@ -169,16 +169,17 @@ def campaign(count: int, codec: str, seed: int, folder: Path) -> Outcome:
             if number % 20 == 0:
                 extension = rng.choice(("mp4", "mp4", "mkv", "mov"))
                 options, gop = rng.choice(_OPTIONS[codec]), rng.choice((12, 24, 250))
-                whole = clean(codec, options, gop, extension, footage(np.random.default_rng(number + seed)), folder)
+                clip = clean(codec, options, gop, extension, footage(np.random.default_rng(number + seed)), folder)
                 path = folder / f"damaged.{extension}"
-                path.write_bytes(whole)
+                path.write_bytes(clip)
                 track = Track.of(pool.probe(str(path), extension).result())
                 every = list(range(_FRAMES))
                 true = pool.decode(
                     str(path), extension, (0, -1, None), every, _SIZE, (0, 0, *_SIZE), track=track
                 ).result()
-            kind, data = damaged(whole, rng)
-            examine(kind, data, true, extension, pool, path, out)
+            kind, data = damaged(clip, rng)
+            path.write_bytes(data)
+            examine(kind, path, true, pool, out, whole)
     return out
 
 
@@ -186,7 +187,8 @@ def main() -> None:
     """Run a campaign and print what came of it."""
     count, codec = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "libx264"
     with TemporaryDirectory() as folder:
-        out = campaign(count, codec, int(sys.argv[3]) if len(sys.argv) > 3 else 0, Path(folder))
+        seed, whole = int(sys.argv[3]) if len(sys.argv) > 3 else 0, "all" in sys.argv[4:]
+        out = campaign(count, codec, seed, Path(folder), whole)
     print(f"{out.files} files of {codec}: {out.wrong.total()} with wrong frames trained on {dict(out.wrong)}, "
           f"{out.whole} whole, {out.unusable.total()} unusable {dict(out.unusable)}, {out.refused} with refused clips, "
           f"of them {out.refused_right} that a decoder shows right")  # fmt: skip

@@ -99,6 +99,32 @@ def test_each_visit_draws_its_caption_anew(corpus: list[str], pool: Pool) -> Non
     assert 0.25 < np.mean(drawn) < 0.75
 
 
+def test_clips_that_are_kept_are_the_same_and_decoded_once(
+    corpus: list[str], pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(corpus)
+    steps = 4 * epoch_steps(plan)
+    plain = load(plan, pool, 0, 1, steps)
+    asked: list[tuple[object, ...]] = []
+    decode = pool.decode
+
+    def counted(*request: Any, **more: Any) -> Any:
+        asked.append(request[2])
+        return decode(*request, **more)
+
+    monkeypatch.setattr(pool, "decode", counted)
+    assert list(map(identity, clips_of(load(plan, pool, 0, 1, steps)))) == list(map(identity, clips_of(plain)))
+    without = len(asked)
+    asked.clear()
+    kept = load(plan, pool, 0, 1, steps, cache_bytes=64 << 20)
+    assert list(map(identity, clips_of(kept))) == list(map(identity, clips_of(plain)))
+    parts = {(v.sample, v.first, v.frames, v.resize, v.crop) for v in (clip.visit for clip in clips_of(plain))}
+    assert len(parts) <= len(asked) < without, "each part is decoded once, or again while it is being decoded"
+    asked.clear()
+    load(plan, pool, 0, 1, steps, cache_bytes=1)
+    assert len(asked) == without, "no room"
+
+
 def test_positions_come_with_the_steps_and_a_resumed_loader_goes_on(corpus: list[str], pool: Pool) -> None:
     plan = make_plan(corpus)
     count = epoch_steps(plan) + 1

@@ -27,6 +27,7 @@ DISTANCE = distance_on("test", lambda video, sample: video.reshape(-1)[:6].astyp
 
 @pytest.mark.parametrize("n", [5, 40], ids=["fewer than features", "more"])
 def test_frechet_equals_its_definition(n: int) -> None:
+    """As cd-fvd and pytorch-fid compute it: means, np.cov, and scipy's root of the product of the covariances."""
     a, b = RNG.normal(size=(n, 12)), RNG.normal(0.5, 2.0, size=(n + 1, 12))
     covariances = [np.cov(x, rowvar=False) for x in (a, b)]
     root = sqrtm(covariances[0] @ covariances[1] + 1e-14 * np.eye(12))

@@ -135,14 +135,15 @@ def _shard(path: Path, first: int) -> str:
 class Job:
     """The ranks of one start, forked. As torchrun does, the first that fails has the others told to end, then killed.
 
-    `then` are runs that the same processes make afterwards, as long as every one ends with 0.
+    `then` are runs that the same processes make afterwards, as long as every one ends with 0. `command` is what each
+    rank does with a configuration; it returns the exit code.
     """
 
     def __init__(
         self, config: Config, ranks: int, sabotage: Sabotage | None = None, restarts: int = 0,
-        then: Sequence[Config] = (),
+        then: Sequence[Config] = (), command: Callable[[Config], int] = train,
     ) -> None:  # fmt: skip
-        self.config, self.started, self.codes = config, time.monotonic(), {}
+        self.config, self.command, self.started, self.codes = config, command, time.monotonic(), {}
         runs = [(each, _free_port()) for each in (config, *then)]
         self.log = Path(config.run_dir).with_suffix(".out")
         self.pids = [self._fork(rank, ranks, runs, sabotage, restarts) for rank in range(ranks)]
@@ -213,7 +214,7 @@ class Job:
                 mine = copy.deepcopy(config)
                 if sabotage is not None:
                     sabotage(mine, rank)
-                if code := train(mine):
+                if code := self.command(mine):
                     break
         except InputError as error:
             print(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Shared parts of the trials of bad input: small media, shards, damage behind an index, and the books of a run."""
+"""Shared parts of the trials of bad input: small media, shards, damage behind an index, and the ledger of a run."""
 
 from __future__ import annotations
 

@@ -74,6 +74,24 @@ def test_one_frame_of_gif_is_an_image_and_what_is_transparent_is_white(pool: Poo
     assert given.frames == 1 and given.decoded(0, 1, (32, 32)).min() == 255
 
 
+def test_images_with_more_than_eight_bits_and_hidden_colours_are_shown_as_in_training(
+    pool: Pool, tmp_path: Path
+) -> None:
+    ramp = np.linspace(0, 65535, 32, dtype=np.uint16)[None].repeat(32, 0)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")  # 16 bits of grey
+    shown = Given(str(tmp_path / "grey.png"), 8.0, Fit.crop, pool).decoded(0, 1, (32, 32))[0]
+    assert np.abs(shown[16, :, 0] - ramp[0] / 257).max() <= 1 and (shown == shown[..., :1]).all()
+    for mode, hidden in (("RGBA", (200, 0, 0, 0)), ("LA", (0, 0)), ("PA", None)):
+        picture = Image.new("RGBA", (32, 32), (200, 0, 0, 0)) if hidden is None else Image.new(mode, (32, 32), hidden)
+        picture.paste((0, 0, 255, 255) if picture.mode == "RGBA" else (0, 255), (0, 0, 16, 32))
+        picture = picture.quantize() if hidden is None else picture
+        picture.save(tmp_path / f"{mode}.png")
+        left, right = np.split(
+            Given(str(tmp_path / f"{mode}.png"), 8.0, Fit.crop, pool).decoded(0, 1, (32, 32))[0], 2, 1
+        )
+        assert left[:, :14, :2].max() == 0 and right[:, 2:].min() == 255, mode
+
+
 def test_a_photo_is_upright(pool: Pool, tmp_path: Path) -> None:
     """EXIF orientation 6: what is stored at the left is shown at the top."""
     picture = Image.new("RGB", (64, 32), "black")

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sora_train import evaluate, export
+from sora_train.config.load import build, to_yaml
 from sora_train.core.cli import InputError
+from sora_train.models.video_model import starting_model
 from sora_train.models.wan.adapter_files import read_adapters
+from sora_train.operations.inputs import note_inputs
+from sora_train.training.state.checkpoint import Checkpoints
 from tests.models.test_released import write_pipeline
 
 Give = Callable[..., None]
@@ -107,3 +115,39 @@ def test_two_experts_and_strange_adapters_are_refused(sample: Give, pipeline: Pa
     Path("text.safetensors").write_text("no")
     with pytest.raises(InputError, match="can't be read as safetensors"):
         sample(f"run_dir={pipeline}", "prompt=a", *SMALL, "lora=text.safetensors")
+
+
+def test_the_base_of_adapters_may_be_moved_and_not_be_replaced(
+    sample: Give, pipeline: Path, folder: Path, compose_tree: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, moved, run = folder / "base", folder / "moved", folder / "lora"
+    shutil.copytree(pipeline, base)
+    keys = [f"{key}={base}" for key in ("model.init_from", "vae.path", "text_encoder.path")]
+    more = ("flow.prediction=velocity", "model.lora.rank=2", "optim.matrices=adamw", "data.max_pixels=1024")
+    config = build(compose_tree("experiment=demo", *keys, *more, f"run_dir={run}"))
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config))
+    note_inputs(config, "none")
+    torch.manual_seed(5)
+    trained = {name: torch.randn_like(p) for name, p in starting_model(config).named_parameters() if p.requires_grad}
+    pieces = {f"ema/model/{name}": (0, p.reshape(-1)) for name, p in trained.items()}
+    checkpoints = Checkpoints(run / "checkpoints", keep=2)
+    checkpoints.save(1, pieces, {"step": 1, "shapes": {f"model/{name}": tuple(p.shape) for name, p in trained.items()}})
+    assert checkpoints.wait()
+    sample(f"run_dir={run}", "prompt=a block", *SMALL, "out=there")
+    base.rename(moved)
+    sample(f"run_dir={run}", "prompt=a block", *SMALL, f"base={moved}", "out=again")
+    assert pixels("there") == pixels("again")
+    with pytest.raises(InputError, match="no .* at .*base"):
+        sample(f"run_dir={run}", "prompt=a block", *SMALL, "out=gone")
+
+    (file,) = (moved / "transformer").glob("*.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in load_file(file).items()}, file)
+    said = r"model.init_from=.*moved holds other weights than those that the checkpoints .*base=FOLDER"
+    for its in ([f"base={moved}"], [f"base={moved}", f"vae={pipeline}"]):  # another VAE was asked for, no other base
+        with pytest.raises(InputError, match=said):
+            sample(f"run_dir={run}", "prompt=a block", *SMALL, *its, "out=swapped")
+    for command, its in ((export, ["out=out", "format=adapter"]), (evaluate, ["prompts=p.txt", "metrics=flicker"])):
+        monkeypatch.setattr(sys, "argv", ["command", f"run_dir={run}", f"base={moved}", *its])
+        with pytest.raises(InputError, match=said):
+            command.main()

@@ -11,16 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from sora_train import export
+from sora_train import evaluate, export
+from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.media import read_mp4, write_mp4
 from sora_train.generation.sampler import Sampler
+from sora_train.methods.base import Network
+from sora_train.models.video_model import build_video_model
 from sora_train.operations import source
+from sora_train.operations.trained import load_starting_weights, trained_weights
 
 Give = Callable[..., None]
 
@@ -307,6 +312,24 @@ def test_an_export_is_sampled_like_its_run(sample: Give, monkeypatch: pytest.Mon
     assert Path("again.mp4").read_bytes() == Path("run.mp4").read_bytes()
     weights = load_file("given away/model.safetensors")
     assert weights, "the export holds the network"
+
+
+def test_an_export_is_evaluated_and_trained_from(
+    sample: Give, config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In its own folder, not in that of the run that it was made of, which may be gone."""
+    monkeypatch.setattr(sys, "argv", ["export", "run_dir=run", "out=given", "format=safetensors"])
+    assert export.main() == 0
+    trained = trained_weights("run")
+    shutil.move("run", "gone")
+    Path("p.jsonl").write_text('{"video": "a", "prompt": "a block"}\n')
+    monkeypatch.setattr(sys, "argv", ["evaluate", "run_dir=given", "prompts=p.jsonl", "count=1", "metrics=flicker"])
+    assert evaluate.main() == 0
+    assert Path("given/evaluation/p.json").is_file() and Path("given/samples/p/0000.mp4").is_file()
+    assert not Path("run").exists()
+    network = build_video_model(config)
+    load_starting_weights({"video": Network(network, rates=[(network, 1.0)])}, "given")
+    assert all(torch.equal(p, trained[name]) for name, p in network.named_parameters())
 
 
 def test_a_run_is_found_from_another_folder(sample: Give, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
@@ -68,6 +69,47 @@ def test_a_job_is_torchrun_of_the_training_command(tmp_path: Path) -> None:
     assert command[command.index("--nproc-per-node") + 1] == "4"
     last = [*flags, "experiment=demo", "optim.lr=1e-3", f"run_dir={tmp_path / '0-x'}"]
     assert command[-len(last) - 1 :] == ["sora_train.train", *last]
+
+
+PRINTED = """
+import sys
+from sora_train.config.hydra import run_hydra
+from sora_train.operations import sweep
+
+def told(jobs, *rest):
+    for job in jobs:
+        print("job", job.command(1)[job.command(1).index("sora_train.train") + 1:])
+    sys.exit(0)
+
+sweep.run_jobs = told
+run_hydra(lambda config: 0)
+"""
+
+
+@pytest.mark.parametrize("where", ["--config-dir {}", "hydra.searchpath=[file://{}]"])
+def test_jobs_find_configurations_where_the_sweep_was_told_they_are(tmp_path: Path, where: str) -> None:
+    """Wherever a flag stands among the overrides, and whatever is in the name of the folder."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nsteps: 3\n")
+    said = where.format(tmp_path)
+    given = ["-m", "hydra/launcher=torchrun", *said.split(" "), "experiment=[demo,mine]", "seed=0,1", "vae.path=x",
+             f"run_dir='{tmp_path}/s (1)'"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTED, *given], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    jobs = [ast.literal_eval(line[4:]) for line in done.stdout.splitlines() if line.startswith("job ")]
+    assert len(jobs) == 2, done.stdout + done.stderr
+    for number, job in enumerate(jobs):
+        assert " ".join(job).startswith(said) and "experiment=[demo,mine]" in job and f"seed={number}" in job
+        assert job[-1] == f"run_dir={tmp_path}/s (1)/{number}-seed-{number}"
+
+
+def test_a_value_that_a_sweep_cannot_read_is_answered_with_how_to_quote_it(tmp_path: Path) -> None:
+    given = ["-m", "seed=0,1", f"run_dir={tmp_path}/s (1)"]
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTED, *given], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert f"InputError: run_dir={tmp_path}/s (1): in a sweep Hydra's grammar reads every value: quote" in done.stderr
 
 
 @pytest.mark.timeout(280)

@@ -57,7 +57,7 @@ class Mixer(nn.Module):
 
 
 class Family:
-    settings, adapter_targets = MixerConfig, ("mlp.1", "mlp.3")
+    settings, adapter_targets, alike = MixerConfig, ("mlp.1", "mlp.3"), True
 
     def rules(self, config: Config) -> None:
         require(config.model.sharpness > 0, f"model.sharpness={config.model.sharpness} must be above 0")  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.release_marks import texture
 from sora_train.core.cli import InputError
 from sora_train.release import __main__ as command
 from sora_train.release.folder import ReleaseFolder
@@ -60,15 +61,6 @@ def scene() -> Callable[..., np.ndarray]:
     """Make frames of soft textures that drift, as pictures of the world have them; every seed another."""
 
     def make(seed: int, frames: int = 16, height: int = 144, width: int = 192) -> np.ndarray:
-        rng = np.random.default_rng(seed)
-        waves = rng.normal(size=(height + 64, width + 64, 3))
-        spectrum = np.fft.rfft2(waves, axes=(0, 1))
-        v, u = np.fft.fftfreq(height + 64)[:, None], np.fft.rfftfreq(width + 64)[None]
-        spectrum /= (np.hypot(v, u) + 1 / width)[..., None] ** rng.uniform(0.9, 1.4)
-        picture = np.fft.irfft2(spectrum, (height + 64, width + 64), axes=(0, 1))
-        picture = 128 + picture / picture.std() * rng.uniform(20, 50)
-        dy, dx = rng.integers(0, 3, 2)
-        moved = [picture[(dy * t) % 64 :, (dx * t) % 64 :][:height, :width] for t in range(frames)]
-        return np.clip(np.stack(moved), 0, 255).astype(np.uint8)
+        return texture(seed, (height, width), frames)
 
     return make

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 
 from sora_train.service.database import hash_of
 from sora_train.service.limits import Bounds
@@ -205,6 +209,26 @@ def test_fuzzed_requests_meet_no_error(service: Service, ada: str, method: str, 
     sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode("utf-8", "replace")
     answer = service.call(method, path, ada, sent, Content_Type="application/json")
     assert answer.status < 500, (method, path, body, answer)
+
+
+def test_requests_made_from_its_own_description_meet_no_error(service: Service, ada: str) -> None:
+    """Schemathesis makes right and wrong requests of every operation that /openapi.json describes."""
+    schemathesis = pytest.importorskip("schemathesis")
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{service.port}/openapi.json")
+    tried: Counter[str] = Counter()
+
+    def answered(case: Any) -> None:
+        for key in (ada, "sora_wrong"):
+            answer = case.call(headers={"Authorization": f"Bearer {key}"}, timeout=20)
+            tried[f"{case.method} {case.operation.path}"] += 1
+            assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+
+    quick = settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    for found in schema.get_all_operations():
+        for mode in schemathesis.GenerationMode:
+            with suppress(Unsatisfiable):  # where there is nothing in a request that could be wrong
+                quick(given(case=found.ok().as_strategy(generation_mode=mode))(answered))()
+    assert len(tried) >= 8 and sum(tried.values()) > 300, tried
 
 
 def test_no_path_of_a_client_is_opened() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,31 +11,17 @@ import numpy as np
 import pytest
 
 from sora_train.core.media import write_mp4
+from tests.browser import opened_page
 from tests.service.conftest import Service
 
 pytestmark = pytest.mark.campaign  # a browser takes seconds to start, and not every machine has one
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
 
 @pytest.fixture
 def page() -> Iterator[Any]:
-    """A page of the browser that is installed here, with the errors that its scripts meet in `page.problems`."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no chromium here")
-    with playwright.sync_playwright() as control:
-        browser = control.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-        )
-        found = browser.new_page()
-        found.set_default_timeout(15_000)
-        found.problems = []
-        found.on("pageerror", lambda error: found.problems.append(str(error)))
-        found.on("console", lambda line: found.problems.append(line.text) if "Content Security" in line.text else None)
+    """A page of the browser that is installed here."""
+    with opened_page() as found:
         yield found
-        browser.close()
 
 
 def enter(page: Any, service: Service, key: str) -> None:

@@ -89,6 +89,9 @@ class _Plan:
     hash = "plan"
     amendments = ()
 
+    def before(self, at: Any, taken: int) -> str:
+        return ""
+
     def amend(self, at: Any, taken: int, ahead: int, samples: Any) -> None:
         return
 

@@ -94,32 +94,32 @@ class Consolidated(Index):
         return self._load(shard), row - int(self.first[shard])  # type: ignore[operator]
 
     def member(self, row: int) -> tuple[str, str, tuple[int, int, int]]:
-        """As of `Index`."""
+        """Shard, extension and place of a video or image; see `Index.member`."""
         index, at = self._at(row)
         return index.member(at)
 
     def refusal(self, row: int) -> DecodeError:
-        """As of `Index`."""
+        """Reason why the index refuses a sample; see `Index.refusal`."""
         index, at = self._at(row)
         return index.refusal(at)
 
     def track(self, row: int) -> Track:
-        """As of `Index`."""
+        """Video track of a sample; see `Index.track`."""
         index, at = self._at(row)
         return index.track(at)
 
     def captions(self, row: int) -> tuple[list[str], dict[str, Any]]:
-        """As of `Index`."""
+        """Captions and fields of a sample; see `Index.captions`."""
         index, at = self._at(row)
         return index.captions(at)
 
     def further(self, row: int) -> dict[str, tuple[int, int, int]]:
-        """As of `Index`."""
+        """Places of the further members of a sample; see `Index.further`."""
         index, at = self._at(row)
         return index.further(at)
 
     def encoded(self) -> set[str]:
-        """As of `Index`, of sixteen shards spread over all: the others are not opened before they are read."""
+        """Settings that latents were made with, of sixteen shards spread over all; see `Index.encoded`."""
         some = np.unique(np.linspace(0, len(self.shards) - 1, _LOOKED_AT).astype(int))
         return set().union(*(self._load(int(shard)).encoded() for shard in some))  # type: ignore[operator]
 

@@ -18,13 +18,14 @@ from sora_train.data.read.decode import DecodeError, Limits
 from sora_train.data.read.store import PIPE, Store, scheme
 
 VERSION = 4
+_DEPTHS = (Probe.packets, Probe.frame, Probe.all)  # each decodes all that the one before does
 REQUESTS = 8  # shards that are asked about at a time: a remote one answers after a while
 
 
 def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Probe = Probe.packets) -> bool:
     """Tell whether a shard has an index that was made from it as it is now, by this version (and with these limits).
 
-    With `probe=frame` it must be one for which pictures were decoded.
+    It must be one for which as much was decoded as `probe` says, or more.
 
     Raises InputError for a file in the index's place that isn't one of ours.
     """
@@ -58,7 +59,7 @@ def _fits(known: dict[str, str], limits: Limits | None, probe: Probe) -> bool:
     return (
         known.get("sora_train.version") == str(VERSION)
         and (limits is None or known["sora_train.limits"] == json.dumps(limits))
-        and probe.value in (Probe.packets.value, known.get("sora_train.probe", Probe.frame.value))
+        and _DEPTHS.index(probe) <= _DEPTHS.index(Probe(known.get("sora_train.probe", Probe.frame.value)))
     )
 
 

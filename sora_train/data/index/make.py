@@ -78,7 +78,7 @@ def _index(shard: str, pool: Pool, store: Store, probe: Probe, advance: Callable
     try:
         identity = store.identity(shard)
         with store.local(shard) as path:
-            found = scan_shard(str(path), pool, probe is Probe.frame, advance)
+            found = scan_shard(str(path), pool, probe, advance)
         mark = shard_mark(shard, store, found.headers)
     except (OSError, DecodeError) as error:
         raise InputError(f"{shard} can't be read: {getattr(error, 'strerror', None) or error}") from error

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
+from sora_train.config.schema import Probe
 from sora_train.data.index.captions import MAX_CAPTION_BYTES, columns_of, has_captions, parse_captions, parse_fields
 from sora_train.data.index.tar import Fault, Member, walk
 from sora_train.data.read.decode import IMAGES, VIDEOS, DecodeError
@@ -70,13 +71,12 @@ class Scan(NamedTuple):
     ignored: dict[str, str]
 
 
-def scan_shard(path: str, pool: Pool, pixels: bool, advance: Callable[[int], None] = lambda count: None) -> Scan:
-    """Read one shard. Faults of the tar are rows without a key.
-
-    With `pixels` the first picture of each video, and each image, is decoded.
-    """
+def scan_shard(
+    path: str, pool: Pool, depth: Probe = Probe.packets, advance: Callable[[int], None] = lambda count: None
+) -> Scan:
+    """Read one shard, of whose media as much is decoded as `depth` says. Faults of the tar are rows without a key."""
     samples, faults, headers = members_of(path)
-    probed = dict(_start_probes(path, {key: members for key, (members, _) in samples.items()}, pool, pixels))
+    probed = dict(_start_probes(path, {key: members for key, (members, _) in samples.items()}, pool, depth))
     rows, fields = [], []
     with Path(path).open("rb") as file:
         for key, (members, double) in samples.items():
@@ -118,7 +118,7 @@ def _media(members: Members) -> str | None:
     return next((extension for extension in (LATENT, *VIDEOS, *IMAGES) if extension in members), None)
 
 
-def _start_probes(path: str, samples: dict[str, Members], pool: Pool, pixels: bool) -> Iterator[tuple[str, Place]]:
+def _start_probes(path: str, samples: dict[str, Members], pool: Pool, depth: Probe) -> Iterator[tuple[str, Place]]:
     """Have all media of a shard probed that may be: where each sample's figures will be."""
     media = ((key, _media(members), members) for key, members in samples.items())
     wanted = [(key, (path, e, m[e].offset, m[e].size)) for key, e, m in media if e is not None and e != LATENT]
@@ -127,9 +127,11 @@ def _start_probes(path: str, samples: dict[str, Members], pool: Pool, pixels: bo
     for number, (_, member) in enumerate(wanted):
         total += member[3]
         last = number + 1 == len(wanted) or total + wanted[number + 1][1][3] > _TOGETHER_BYTES
-        if last or number + 1 - first == _TOGETHER:
+        if last or depth is Probe.all or number + 1 - first == _TOGETHER:
             together = wanted[first : number + 1]
-            future = pool.probe_all([member for _, member in together], pixels)
+            future = pool.probe_all(
+                [member for _, member in together], depth is not Probe.packets, whole=depth is Probe.all
+            )
             yield from ((key, (future, place)) for place, (key, _) in enumerate(together))
             first, total = number + 1, 0
 

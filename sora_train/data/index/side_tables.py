@@ -40,7 +40,7 @@ class Lacking(NamedTuple):
     shard: str
 
     def error(self) -> InputError:
-        """The error of a run that needs these rows."""
+        """Error to raise in a run that needs the missing rows."""
         return InputError(
             f"data.side_tables={self.table} has no row for {self.samples} sample(s) such as {self.key!r} of "
             f"{self.shard}; add them (null where there is no value), or leave the shard out"
@@ -135,19 +135,25 @@ class SideTables:
         return sorted(n for t in self._tables for n, column in t.columns.items() if not pa.types.is_string(column.type))
 
     def lacking(self, index: Index) -> list[Lacking]:
-        """Of each table that lacks rows for usable samples of an index, which."""
+        """Rows that the tables lack for usable samples of an index, by table."""
         return [found for table in self._tables if (found := table.lacking(index))]
 
     def claims(self) -> list[np.ndarray]:
-        """Shard that uses each row of each table, -1 for none yet: no two shards may share one by a key of both."""
+        """Number of the shard that uses each row of each table, -1 for none yet; no two shards may use one row."""
         return [np.full(len(table.keys), _UNUSED, dtype=np.int32) for table in self._tables]
 
     def values(self, index: Index, first_shard: int, claims: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """The tables' columns at the rows of an index of shards that are number `first_shard` and on of a run.
+        """Columns of all tables, in the order of the samples of an index.
 
         Numbers are float64, NaN where there is none; text is empty there.
 
-        Raises InputError where a usable sample has no row, or a column is the index's own.
+        Args:
+            index: Index of some of a run's shards.
+            first_shard: Number of the first of them among the run's shards.
+            claims: Result of `claims`; the rows used here are noted in it.
+
+        Raises:
+            InputError: A usable sample has no row, or the index has a column of the same name.
         """
         found: dict[str, np.ndarray] = {}
         for table, claimed in zip(self._tables, claims, strict=True):

@@ -125,7 +125,7 @@ def _text(field: bytes) -> str:
 
 
 def _extended(kind: bytes, data: bytes) -> dict[str, str]:
-    """Name and size of an extended (pax) header or a GNU long name; a line that can't be read ends it."""
+    """Name and size of an extended (pax) header or a GNU long name; stops at a malformed line."""
     if kind == b"L":
         return {"path": _text(data)}
     found: dict[str, str] = {}

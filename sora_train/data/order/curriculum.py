@@ -56,6 +56,10 @@ class Stages:
                 if self.stage(taken) != stage:
                     break
 
+    def before(self, at: tuple[int, int, int], taken: int) -> str:
+        """A hash of the shards that the epoch of the step at `at` visits in earlier windows."""
+        return self.plans[self.stage(taken)].before(Position(*at))
+
     def amend(self, at: Position, taken: int, ahead: int, samples: Sequence[int]) -> None:
         """Leave samples out from the first epoch that begins more than `ahead` steps after the one at `at`, which
         follows `taken` steps: what was given away already stays as it is. A pure function of its arguments, the

@@ -138,6 +138,17 @@ class Plan:
             self._windows = kept | {epoch: np.split(shards, np.flatnonzero(np.diff(number)) + 1)}
         return self._windows[epoch]
 
+    def before(self, at: Position) -> str:
+        """A hash of the shards that an epoch visits in the windows before the one at `at`, by the names of their files.
+
+        Where another plan has the same, its window at `at` holds what is left of the epoch.
+        """
+        names = [
+            [self.index.shards[shard].rpartition("/")[2] for shard in shards.tolist()]
+            for shards in self.windows(at.epoch)[: at.window]
+        ]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
     def steps(self, epoch: int, window: int) -> list[Slots]:
         """The steps of one window; the last few are remembered."""
         with self._lock:

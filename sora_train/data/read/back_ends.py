@@ -155,3 +155,10 @@ def first_line(error: Exception) -> str:
     """An exception as one short line of ASCII."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     return text.encode("ascii", "backslashreplace").decode()[:200]
+
+
+def by_ffmpeg(error: OSError) -> str:
+    """An error that FFmpeg returned, as one short line of ASCII: what it logged last, and its code."""
+    log = getattr(error, "log", None)
+    said = " ".join(str(log[2]).split()) if log else f"{error.filename} failed"
+    return f"FFmpeg: {said} (code {error.errno})".encode("ascii", "backslashreplace").decode()[:200]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "avif")
 VIDEOS = (
@@ -129,12 +129,21 @@ def check_pixels(height: int, width: int, limits: Limits) -> None:
 def open_image(data: bytes, limits: Limits, resize: tuple[int, int] | None = None) -> np.ndarray:
     """An image, `(H, W, 3)` uint8, upright, as a browser shows it. Of a known format, whatever its name says."""
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        with opened_image(data) as image:
             check_pixels(image.height, image.width, limits)
             rgb = _as_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise DecodeError("pixels", str(error)) from error
     return np.asarray(rgb if resize is None else rgb.resize(resize[::-1], Image.Resampling.BICUBIC))
+
+
+def opened_image(data: bytes) -> Image.Image:
+    """An image whose pixels aren't decoded yet, of one of the known formats."""
+    try:
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError as error:
+        known = ", ".join(IMAGE_FORMATS)
+        raise DecodeError("undecodable", f"no image ({known}); it begins with {data[:8]!r}") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

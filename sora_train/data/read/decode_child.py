@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sora_train.data.read.animation import EXTENSION, decode_animation, probe_animation
-from sora_train.data.read.back_ends import Options, decode, first_line, load_error
+from sora_train.data.read.back_ends import Options, by_ffmpeg, decode, first_line, load_error
 from sora_train.data.read.decode import Conversion, DecodeError, Limits, Track, checked, read_member
 from sora_train.data.read.probe import probe
 
@@ -65,6 +65,9 @@ class Server:
         except FileNotFoundError as error:
             return {"cause": "missing", "detail": str(error)}
         except OSError as error:
+            # FFmpeg's codes look like the system's: the -1 of a demuxer or decoder would be a missing permission
+            if type(error).__module__.startswith("av."):
+                return {"cause": "undecodable", "detail": by_ffmpeg(error)}
             return {"cause": "io" if error.errno else "undecodable", "detail": first_line(error)}
         except Exception as error:
             return {"cause": "undecodable", "detail": first_line(error)}
@@ -83,7 +86,8 @@ class Server:
             if request["extension"] == EXTENSION:
                 figures = probe_animation(data, self.options.limits)
             else:
-                figures = probe(data, request["extension"], self.options.limits, request["pixels"])
+                depth = request["pixels"], request["whole"]
+                figures = probe(data, request["extension"], self.options.limits, *depth)
             return {**figures, "crc32": zlib.crc32(data)}
         options = self.options._replace(decoders=decoders[1:] if request["spare"] else decoders)
         track, resize = Track(*request["track"]), tuple(request["resize"])

@@ -43,12 +43,14 @@ def made_with(config: Config) -> dict[str, Any]:
 
 
 def weights_hash(folder: Path) -> str:
-    """A hash of a model's folder: its config.json, and name, size and 256 blocks, evenly spread, of each weights file.
+    """A hash of a model's folder, or file: config.json, and name, size and 256 blocks, evenly spread, of its weights.
 
     Blocks and not all of it, because every rank does it at every start, and text encoders have 20 GB.
     """
     digest = hashlib.sha256()
     paths = [path for path in (folder / "config.json",) if path.is_file()] + sorted(folder.glob("*.safetensors"))
+    if folder.is_file():
+        paths = [folder]
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())

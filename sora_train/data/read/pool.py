@@ -77,17 +77,19 @@ class Pool:
         return cls(data.workers, data.decode_timeout_s, memory, data.decoders, limits, store, conversion=conversion)
 
     def probe(
-        self, path: str, extension: str, offset: int = 0, size: int = -1, pixels: bool = True
+        self, path: str, extension: str, offset: int = 0, size: int = -1, *, pixels: bool = True, whole: bool = False
     ) -> Future[dict[str, Any]]:
         """The index's figures and the crc32 of a video or image in a file (or in part of it); see `probe.py`."""
-        return self._threads.submit(self._ask, _probing((path, extension, offset, size), pixels))
+        return self._threads.submit(self._ask, _probing((path, extension, offset, size), pixels, whole))
 
-    def probe_all(self, members: Sequence[tuple[str, str, int, int]], pixels: bool) -> Future[list[Probed]]:
+    def probe_all(
+        self, members: Sequence[tuple[str, str, int, int]], pixels: bool, whole: bool = False
+    ) -> Future[list[Probed]]:
         """The same for several local members (path, extension, offset, size) in one message; errors are returned.
 
         They share one deadline. Where it passes, or the child dies, each is tried again by itself.
         """
-        return self._threads.submit(self._ask_all, [_probing(member, pixels) for member in members])
+        return self._threads.submit(self._ask_all, [_probing(member, pixels, whole) for member in members])
 
     def decode(
         self,
@@ -321,10 +323,10 @@ class _Child:
         return self.process
 
 
-def _probing(member: tuple[str, str, int, int], pixels: bool) -> dict[str, Any]:
+def _probing(member: tuple[str, str, int, int], pixels: bool, whole: bool) -> dict[str, Any]:
     path, extension, offset, size = member
     about = {"path": path, "extension": extension, "offset": offset, "size": size, "crc32": None}
-    return {"op": "probe", "pixels": pixels, **about}
+    return {"op": "probe", "pixels": pixels, "whole": whole, **about}
 
 
 def _shared_memory(folder: str | None) -> Any:

@@ -16,7 +16,6 @@ from PIL import Image
 
 from sora_train.data.read.bitstream import INTRA, LENGTHS, is_entry, is_intact, is_slice, needs_first_packet, units
 from sora_train.data.read.decode import (
-    IMAGE_FORMATS,
     IMAGES,
     DecodeError,
     Limits,
@@ -25,6 +24,7 @@ from sora_train.data.read.decode import (
     check_pixels,
     container,
     open_image,
+    opened_image,
     shown_at,
 )
 from sora_train.data.read.mp4_tables import frame_times
@@ -42,20 +42,21 @@ STILL = Track(frames=1, stream=0)
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # of EXIF
 
 
-def probe(data: bytes, extension: str, limits: Limits, pixels: bool = True) -> dict[str, Any]:
+def probe(data: bytes, extension: str, limits: Limits, pixels: bool = True, whole: bool = False) -> dict[str, Any]:
     """The index's figures of one video or image; raises DecodeError if it can't be used.
 
     `fps` is 0 for an image. `width` and `height` are those of the picture as it is shown: upright, pixels square. `vfr`
     says that frames don't come at a constant rate; `Track` says what the others mean. Without `pixels` no picture is
-    decoded, beyond its header, unless nothing else tells which frames come out.
+    decoded, beyond its header, unless nothing else tells which frames come out. With `whole` every one is, and a file
+    in which a decoder finds damage anywhere is refused.
     """
     admit(data, extension, limits)
-    return _still(data, limits, pixels) if extension in IMAGES else _video(data, limits, pixels)
+    return _still(data, limits, pixels) if extension in IMAGES else _video(data, limits, pixels, whole)
 
 
 def _still(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        with opened_image(data) as image:
             codec, pixel_format, (width, height) = str(image.format).lower(), image.mode, image.size
             check_pixels(height, width, limits)
             if pixels or codec == "png":  # whose orientation may stand behind its pixels
@@ -68,7 +69,7 @@ def _still(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
     return {**still, "width": width, "height": height, "codec": codec, "pixel_format": pixel_format}
 
 
-def _video(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
+def _video(data: bytes, limits: Limits, pixels: bool, whole: bool) -> dict[str, Any]:
     from av.stream import Discard
 
     from sora_train.data.read.by_pyav import Complaints, Source
@@ -86,11 +87,15 @@ def _video(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
         check_pixels(first.height, first.width, limits)
         codec = stream.codec_context.name
         sequential = line.unclear or needs_first_packet(codec, first.format.name, packet)
-        count, out = int(line.shown.sum()), []
-        if sequential:
+        count = int(line.shown.sum())
+        out: list[Any] = []
+        if sequential or whole:
             packets = packets or _packets(file, stream)
-            out = Source(stream.codec_context, packets, line, complaints).stamps()
-            count = len(out)
+            source = Source(stream.codec_context, packets, line, complaints)
+            stamps = source.stamps()
+            if whole:
+                source.refuse_damage()
+            out, count = (stamps, len(stamps)) if sequential else (out, count)
         times = times_of(line, count, float(stream.time_base or 1))
         claimed = _claimed(stream, times)
         times = _before_gap(times, claimed) if cut else times

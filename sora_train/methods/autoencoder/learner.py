@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from sora_train.config.cost import geometry
 from sora_train.config.schema import Config
 from sora_train.core.batch import Clip, Pack
 from sora_train.core.loss import Loss
 from sora_train.core.pixels import to_frames, to_unit
+from sora_train.encoding.vae import trained_vae
 from sora_train.methods.autoencoder.reconstruction import Reconstruction
 from sora_train.methods.base import Engines, Network, OneNetwork, precision_of
 from sora_train.models.video_vae.model import VideoVAE, build_vae
@@ -19,13 +21,17 @@ from sora_train.models.video_vae.perceptual import Perceptual
 
 
 class AutoencoderLearner(OneNetwork):
-    """Trains the video VAE. A preview shows the clip beside its reconstruction."""
+    """Trains the video VAE, or its decoder alone. A preview shows the clip beside its reconstruction."""
 
     name = "vae"
 
     def __init__(self, config: Config, network: VideoVAE, perceptual: Perceptual | None, device: torch.device) -> None:
         self.device = device
-        self.networks = {self.name: Network(network, [(network, 1.0)], matrices=[network])}
+        learning: nn.Module = network
+        if config.vae.frozen_encoder:
+            network.encoder.requires_grad_(False)
+            learning = network.decoder
+        self.networks = {self.name: Network(network, [(learning, 1.0)], matrices=[learning])}
         if perceptual is not None:
             self.networks["perceptual"] = Network(perceptual, None)
         self.objective = Reconstruction(config.vae, geometry(config), perceptual)
@@ -48,7 +54,8 @@ class AutoencoderLearner(OneNetwork):
 
 def start(config: Config, device: torch.device) -> AutoencoderLearner:
     """Build the learner of a run."""
-    network, wanted = build_vae(config.vae), config.vae.perceptual
+    network = trained_vae(config.vae) if config.vae.frozen_encoder else build_vae(config.vae)
+    wanted = config.vae.perceptual
     perceptual = Perceptual().load(wanted.files).to(device) if wanted.weight else None
     return AutoencoderLearner(config, network, perceptual, device)
 

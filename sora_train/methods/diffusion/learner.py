@@ -13,7 +13,7 @@ from sora_train.config.cost import geometry
 from sora_train.config.schema import Config
 from sora_train.core.batch import Clip, LatentPack, Pack
 from sora_train.core.loss import Loss
-from sora_train.encoding.captions import tokenizer
+from sora_train.encoding.captions import Tokenize, planned_tokenizer, tokenizer
 from sora_train.encoding.encoder import Encoder
 from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.objective import FlowObjective
@@ -61,7 +61,7 @@ def start(config: Config, device: torch.device) -> DiffusionLearner:
     """Build the learner of a run."""
     # the VAE first: building it draws from the global generator, and so the order determines the network's weights
     vae = FrozenVae.load(config.vae, device)
-    return _learner(config, starting_model(config), vae, config.vae.cache_mib << 20)
+    return _learner(config, starting_model(config), vae, tokenizer(config, device), config.vae.cache_mib << 20)
 
 
 def planned(config: Config) -> DiffusionLearner:
@@ -69,10 +69,13 @@ def planned(config: Config) -> DiffusionLearner:
     with precision_of(config):
         network = planned_model(config)
     vae = FrozenVae(config.vae, build_vae(config.vae), next(network.parameters()).device)
-    return _learner(config, network, vae, cache_bytes=0)  # the forecast assumes that every clip is encoded
+    # the forecast assumes that every clip is encoded
+    return _learner(config, network, vae, planned_tokenizer(config, vae.device), cache_bytes=0)
 
 
-def _learner(config: Config, network: VideoModel, vae: FrozenVae, cache_bytes: int) -> DiffusionLearner:
+def _learner(
+    config: Config, network: VideoModel, vae: FrozenVae, tokenize: Tokenize, cache_bytes: int
+) -> DiffusionLearner:
     device = vae.device
     rates: list[tuple[nn.Module, float]] = [(network.dit, 1.0)]
     if network.text is not None:
@@ -82,7 +85,7 @@ def _learner(config: Config, network: VideoModel, vae: FrozenVae, cache_bytes: i
         "vae": Network(vae.vae, None),
     }
     objective = FlowObjective(config.flow, geometry(config), config.vae.channels)
-    encoder = Encoder(vae.encode, tokenizer(config, device), device, cache_bytes)
+    encoder = Encoder(vae.encode, tokenize, device, cache_bytes)
 
     def sample(live: Any, clip: Clip) -> np.ndarray:
         request = request_for(config, clip.caption, clip.visit.size, clip.visit.seed >> 1)

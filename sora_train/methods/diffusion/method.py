@@ -42,6 +42,9 @@ class Diffusion:
             f"model.width={model.width} must be an even multiple of model.heads={model.heads}",
         )
         require(
+            not config.vae.frozen_encoder, "vae.frozen_encoder is for method=autoencoder; here the VAE is frozen anyway"
+        )
+        require(
             config.vae.path is not None, "vae.path is not set; train a VAE (experiment=demo_vae) and export it first"
         )
         for name, chosen, known in (

@@ -55,13 +55,7 @@ class _Gelu(Function):
 
     @staticmethod
     def forward(ctx: Any, x_NF: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            y_NF, slope_NF = _value_and_slope(x_NF)
-        else:
-            y_NF, slope_NF = torch.empty_like(x_NF), torch.empty_like(x_NF)
-            for x, y, slope in zip(*(t.split(_ROWS) for t in (x_NF, y_NF, slope_NF)), strict=True):
-                for to, part in zip((y, slope), _value_and_slope(x), strict=True):
-                    to.copy_(part)
+        y_NF, slope_NF = (_value_and_slope if torch.compiler.is_compiling() else _by_rows)(x_NF)
         ctx.save_for_backward(slope_NF)
         return y_NF
 
@@ -93,6 +87,21 @@ class _SquaredRelu(Function):
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": Gelu, "relu2": SquaredRelu}  # of an MLP, by `model.activation`
+
+
+@torch.library.custom_op("sora_train::gelu_and_slope", mutates_args=())
+def _by_rows(x_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU and its derivative, by chunks of rows. One operation for a trace, which plans for other devices too."""
+    y_NF, slope_NF = torch.empty_like(x_NF), torch.empty_like(x_NF)
+    for x, y, slope in zip(*(t.split(_ROWS) for t in (x_NF, y_NF, slope_NF)), strict=True):
+        for to, part in zip((y, slope), _value_and_slope(x), strict=True):
+            to.copy_(part)
+    return y_NF, slope_NF
+
+
+@_by_rows.register_fake
+def _(x_NF: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_NF), torch.empty_like(x_NF)
 
 
 def _value_and_slope(x_NF: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,9 +59,12 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.words.weight, std=0.35)
 
-    def forward(self, ids_L2: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Encode packed captions to features `(L, E)`; `lengths` are the tokens of each caption."""
-        x_LE = self.words(ids_L2).sum(1)
+    def forward(self, ids_LR: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Encode packed captions to features `(L, E)`.
+
+        `ids_LR` are the rows of the table whose sum is a token's embedding, `lengths` the tokens of each caption.
+        """
+        x_LE = self.words(ids_LR).sum(1)
         rope, groups = line_rotations(lengths, self.head_dim, _THETA, x_LE.device), host_lengths(lengths)
         for layer in self.layers:
             x_LE = layer(x_LE, groups, rope)

@@ -1,4 +1,4 @@
-"""Conversion between our DiT and diffusers' `WanTransformer3DModel` folders, in both directions.
+"""Conversion between our DiT and diffusers' `WanTransformer3DModel` (or Wan's own `WanModel`), in both directions.
 
 The networks compute the same function. They differ in parameter names and in two kinds of shapes: diffusers embeds
 patches by a convolution over (channel, time, height, width), ours by a matrix over (height, width, channel); and its
@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,6 +23,14 @@ from torch import Tensor, nn
 from sora_train.config.released import ADAPTERS, folder_of, unreadable
 from sora_train.core.cli import InputError
 from sora_train.models.wan.lora import pairs
+from sora_train.models.wan.original import (
+    PREFIX,
+    is_original,
+    is_pickled,
+    original_files,
+    original_settings,
+    pickled,
+)
 from sora_train.models.wan.released import ROPE_THETA
 from sora_train.models.wan.settings import WanConfig
 
@@ -58,6 +67,8 @@ _ORIGINAL: dict[str, str | Callable[[re.Match[str]], str]] = {  # names of diffu
     r"^condition_embedder\.text_embedder\.linear_([12])$": lambda m: f"text_embedding.{2 * (int(m[1]) - 1)}",
     r"^condition_embedder\.time_embedder\.linear_([12])$": lambda m: f"time_embedding.{2 * (int(m[1]) - 1)}",
     r"^condition_embedder\.time_proj$": "time_projection.1", r"^proj_out$": "head.head",
+    r"^(blocks\.\d+)\.norm2$": r"\1.norm3", r"^scale_shift_table$": "head.modulation",
+    r"\.scale_shift_table$": ".modulation",
 }  # fmt: skip
 
 
@@ -66,6 +77,12 @@ def original_name(name: str) -> str:
     for theirs, its in _ORIGINAL.items():
         name = re.sub(theirs, its, name)
     return name
+
+
+def original_parameter(name: str) -> str:
+    """Name of a parameter in Wan's own repository, from its name in diffusers."""
+    layer, _, kind = name.rpartition(".")
+    return f"{original_name(layer)}.{kind}" if kind in ("weight", "bias") else original_name(name)
 
 
 def wan_name(name: str) -> str:
@@ -81,15 +98,18 @@ def wan_name(name: str) -> str:
 
 
 def load_wan(dit: nn.Module, path: str | Path) -> None:
-    """Copy the weights of a diffusers transformer (or of the one inside a pipeline folder) into our DiT.
+    """Copy the weights of a Wan transformer into our DiT.
 
+    `path` is a diffusers transformer, a pipeline with one, or a checkpoint in the layout of Wan's own repository.
     Raises InputError that lists the tensors that are missing, superfluous or of another shape.
     """
-    folder = folder_of(path, "transformer")
-    wanted = {wan_name(name): (name, p) for name, p in dit.named_parameters()}
+    wanted, folder = {wan_name(name): (name, p) for name, p in dit.named_parameters()}, folder_of(path, "transformer")
+    if original := is_original(path):
+        wanted = {original_parameter(name): ours for name, ours in wanted.items()}
+    files = original_files(path) if original else _files(folder)
     found: set[str] = set()
     surplus, shapes = [], []
-    for name, tensor in _tensors(folder):
+    for name, tensor in _tensors(files):
         if name not in wanted:
             surplus.append(name)
             continue
@@ -107,15 +127,36 @@ def load_wan(dit: nn.Module, path: str | Path) -> None:
 
 
 def save_wan(
-    weights: Mapping[str, Tensor], model: WanConfig, text_width: int, folder: Path, shard_gib: float = 10.0
+    weights: Mapping[str, Tensor],
+    model: WanConfig,
+    text_width: int,
+    folder: Path,
+    shard_gib: float = 10.0,
+    *,
+    layout: str = "diffusers",
 ) -> None:
     """Write the weights of a DiT as a folder that `WanTransformer3DModel.from_pretrained` loads.
 
-    Weights of more than `shard_gib` become several files with an index, as diffusers has them.
+    With the layout `original`, as a folder that `WanModel.from_pretrained` of Wan's own repository loads. Weights of
+    more than `shard_gib` become several files with an index, as both have them.
     Raises InputError for a model with options that Wan doesn't have.
     """
-    require_wan(model, "diffusers")
+    require_wan(model, layout)
     channels = weights["patch_in.weight"].shape[1] // model.patch**2
+    theirs = {wan_name(name): _to_theirs(name, tensor, model.patch) for name, tensor in weights.items()}
+    if layout == "original":
+        theirs = {original_parameter(name): tensor for name, tensor in theirs.items()}
+        settings = original_settings(asdict(model) | {"channels": channels}, text_width)
+    else:
+        settings = _settings(model, channels, text_width)
+    folder.mkdir(parents=True, exist_ok=True)
+    pattern = _WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    save_torch_state_dict(theirs, folder, filename_pattern=pattern, max_shard_size=int(shard_gib * 2**30))
+    (folder / "config.json").write_text(settings)
+
+
+def _settings(model: WanConfig, channels: int, text_width: int) -> str:
+    """The config.json of a `WanTransformer3DModel`."""
     shape = {
         "_class_name": "WanTransformer3DModel",
         "patch_size": [1, model.patch, model.patch],
@@ -135,11 +176,7 @@ def save_wan(
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": None,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    theirs = {wan_name(name): _to_theirs(name, tensor, model.patch) for name, tensor in weights.items()}
-    pattern = _WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
-    save_torch_state_dict(theirs, folder, filename_pattern=pattern, max_shard_size=int(shard_gib * 2**30))
-    (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
+    return json.dumps(shape, indent=2) + "\n"
 
 
 def save_adapters(adapters: Mapping[str, Tensor], model: WanConfig, folder: Path, layout: str = "diffusers") -> None:
@@ -175,13 +212,16 @@ def require_wan(model: WanConfig, form: str) -> None:
         )
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a folder (one file or several) one at a time, since 14B doesn't fit into memory twice."""
-    for file in _files(folder):
+def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of weights files one at a time, since 14B doesn't fit into memory twice."""
+    for file in files:
+        if is_pickled(file):
+            yield from ((name.removeprefix(PREFIX), tensor) for name, tensor in pickled(file, "cpu").items())
+            continue
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    yield name, opened.get_tensor(name)
+                    yield name.removeprefix(PREFIX), opened.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise unreadable(file, error) from error
 

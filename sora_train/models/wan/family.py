@@ -22,6 +22,7 @@ class Wan:
     """Implementation of `models.base.Family` for Wan 2.1 and 2.2 transformers."""
 
     settings = WanConfig
+    alike = True
     adapter_targets = (
         "q", "k", "v", "out", "self_attention.q", "self_attention.k", "self_attention.v", "self_attention.out",
         "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.out", "mlp.0", "mlp.2",
@@ -49,7 +50,7 @@ class Wan:
         )
 
     def released_shape(self, path: str) -> dict[str, Any]:
-        """Shape of a diffusers `WanTransformer3DModel` folder."""
+        """Shape of a Wan transformer, of diffusers or of Wan's own repository."""
         return transformer_shape(path)
 
     def cost(self, config: ModelConfig, shapes: Shapes) -> Cost:
@@ -71,18 +72,25 @@ class Wan:
         return list(network.get_submodule("blocks").children())
 
     def load(self, network: nn.Module, path: str) -> None:
-        """Copy the weights of a diffusers folder."""
+        """Copy the weights of a folder of diffusers, or of a folder or file of Wan's own repository."""
         from sora_train.models.wan.convert import load_wan
 
         load_wan(network, path)
 
     def save(
-        self, weights: Mapping[str, Tensor], config: ModelConfig, text_width: int, folder: Path, shard_gib: float
+        self,
+        weights: Mapping[str, Tensor],
+        config: ModelConfig,
+        text_width: int,
+        folder: Path,
+        shard_gib: float,
+        *,
+        layout: str = "diffusers",
     ) -> None:
-        """Write a diffusers folder."""
+        """Write a folder of diffusers, or of Wan's own repository."""
         from sora_train.models.wan.convert import save_wan
 
-        save_wan(weights, _own(config), text_width, folder, shard_gib)
+        save_wan(weights, _own(config), text_width, folder, shard_gib, layout=layout)
 
     def save_adapters(self, adapters: Mapping[str, Tensor], config: ModelConfig, folder: Path, layout: str) -> None:
         """Write a file that `WanPipeline.load_lora_weights` reads, or one in the names of Wan's own repository."""

@@ -1,7 +1,7 @@
 """Mirror of a run's checkpoints (`checkpoint.mirror`) in object storage, or anywhere that fsspec can write.
 
     URL/run.json                 identity of the run folder that owns the mirror
-    URL/config.yaml, inputs.json what the run was configured as, and which weights it read
+    URL/config.yaml, inputs.json what the run was configured as, and which weights it read; tokenizer.json if it has one
     URL/step-00001000/...        files of a checkpoint; manifest.json last, so that partial copies are never used
     URL/snapshots/step-.../...   snapshots of averages, all of those that are in the run folder
 
@@ -25,14 +25,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from sora_train.config.schema import Config
+from sora_train.config.schema import TOKENIZER, Config
 from sora_train.core.cli import InputError
 from sora_train.training.state.files import Damage, check_file, read_manifest, stays, surplus, sync_folder
 
 _FLAT = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # object stores, which have no directories to create
 _AT_ONCE = 8  # concurrent downloads, if the file system supports them
 _SNAPSHOTS = "snapshots/"
-_NOTES = ("config.yaml", "inputs.json")  # of the run folder
+_NOTES = ("config.yaml", "inputs.json", TOKENIZER)  # of the run folder
 _DAMAGED = (Damage, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError)  # errors of a damaged copy
 _log = logging.getLogger(__name__)
 

@@ -422,3 +422,25 @@ def test_any_plan_covers_its_samples_once_and_resumes_at_any_position(data: st.D
     whole = list(islice(plan.from_position(Position(epoch, 0, 0)), 12))
     at = draw(st.integers(0, len(whole) - 1))
     assert list(islice(make_plan(index, **settings).from_position(whole[at][0]), 12 - at)) == whole[at:]
+
+
+def test_another_plan_goes_on_where_the_epoch_has_the_same_shards_behind_it() -> None:
+    """Other slots and budgets leave the windows as they are, so that the rest of the epoch is visited; data don't."""
+    plan, usable = make_plan(), set(np.flatnonzero(make_index().usable).tolist())
+    assert len(plan.windows(0)) >= 3
+    at = Position(0, 2, 1)
+    taken = {visit.sample for window in range(2) for slots in plan.steps(0, window) for slot in slots for visit in slot}
+    other = make_plan(slots=5, max_tokens=512)
+    assert other.hash != plan.hash and other.before(at) == plan.before(at)
+    rest = {
+        visit.sample
+        for position, slots in islice(other.from_position(Position(0, 2, 0)), 200)
+        if position.epoch == 0
+        for slot in slots
+        for visit in slot
+    }
+    dropped = usable - taken - rest  # what doesn't fill the last step of a window
+    assert not taken & rest and len(dropped) < 0.1 * len(usable)
+    assert make_plan(make_index(shards=13)).before(at) != plan.before(at)
+    assert make_plan(make_index(shards=2)).before(at) != plan.before(at), "fewer windows than were taken"
+    assert make_plan(seed=4).before(at) != plan.before(at) and plan.before(Position()) == other.before(Position())

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import decord
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from sora_train.core.cli import InputError
 from sora_train.core.media import encode_mp4, read_mp4
 from sora_train.data.index.index import load_index
 from sora_train.data.read.decode import DecodeError, Limits
+from sora_train.data.read.decode_child import Server
 from sora_train.data.read.pool import Pool
 
 VIDEO = 2  # rows of the corpus: 17 frames of 64x64 at 8 fps
@@ -343,3 +345,23 @@ def test_torchcodec_without_its_libraries_is_left_out_with_one_line_and_the_chai
             pytest.skip("FFmpeg's libraries are installed here")
         assert "\n" not in said and "finds none of libavutil.so" in said and len(said) < 300
         assert ask(pool, corpus, VIDEO, [0, 1]).shape == (2, 64, 64, 3)
+
+
+def test_an_error_code_of_ffmpeg_is_not_one_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg's -1 looks like a missing permission: the sample is at fault, and isn't read again as one of a network."""
+    server, raised = Server.__new__(Server), []
+
+    def failing(self: Server, request: dict[str, object]) -> dict[str, object]:
+        raise raised[0]
+
+    monkeypatch.setattr(Server, "_answer", failing)
+    logged = (16, "mpeg2video", "invalid mb type in P-frame\n")
+    for error, cause, said in (
+        (av.error.PermissionError(1, "Operation not permitted", "avcodec_send_packet()", logged), "undecodable",
+         "FFmpeg: invalid mb type in P-frame (code 1)"),
+        (av.error.PermissionError(1, "Operation not permitted", "avformat_open_input"), "undecodable",
+         "FFmpeg: avformat_open_input failed (code 1)"),
+        (OSError(5, "Input/output error"), "io", "OSError: [Errno 5] Input/output error"),
+    ):  # fmt: skip
+        raised[:] = [error]
+        assert server._reply({}) == {"cause": cause, "detail": said}

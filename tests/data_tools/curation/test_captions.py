@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from data_tools.curation import captions
-from data_tools.curation.caption_server import Server
-from data_tools.curation.caption_text import BadCaption, checked, read_answer
+from data_tools.curation.caption_text import read_answer
 from data_tools.curation.engine import take_through
 from data_tools.curation.ledger import Ledger
+from sora_train.core.chat_server import Server
 from sora_train.core.cli import InputError
+from sora_train.core.model_text import BadText, checked
 from tests.data_tools.curation import films
 from tests.data_tools.curation.caption_stub import GOOD, serve
 from tests.data_tools.curation.outputs import lines, samples
@@ -107,11 +108,11 @@ def test_answers_are_read_and_checked() -> None:
         "red": "length", "word " * 500: "length",
         "the ball rolls over the hill and " * 8: "repetition",
     }.items():  # fmt: skip
-        with pytest.raises(BadCaption) as caught:
+        with pytest.raises(BadText) as caught:
             checked("long", text)
         assert caught.value.kind == kind
     for text in ('{"short": "cut', '{"colour": "red"}', "{}"):
-        with pytest.raises(BadCaption):
+        with pytest.raises(BadText):
             read_answer(text)
 
 

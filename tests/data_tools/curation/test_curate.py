@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.curation.engine import ProcessPool
-from data_tools.curation.stage import Stage
+from data_tools.curation.stage import Stage, attempt
+from data_tools.out_lock import alone_on
 from sora_train.core.cli import InputError
 from sora_train.core.media import read_mp4
 from sora_train.data.index.index import load_index
@@ -110,6 +113,16 @@ def test_the_same_command_adds_nothing_and_a_new_film_only_itself(
         curated(folder, again, "crf=30")
 
 
+def test_two_commands_never_share_an_output(
+    out: Path, footage: Path, tmp_path: Path, curated: Callable[..., int]
+) -> None:
+    again = tmp_path / "out"
+    shutil.copytree(out, again)
+    with alone_on(again), pytest.raises(InputError, match="another command is at work in out="):
+        curated(footage, again)
+    assert shards_of(again) == shards_of(out) and curated(footage, again) == 0
+
+
 class NoWork:
     """An engine that may not be asked."""
 
@@ -130,6 +143,40 @@ def test_another_rule_decodes_nothing(
     assert "not motion" not in (again / "dropped.jsonl").read_text()
     with pytest.raises(InputError, match="did you mean 'motion'"):
         curated(footage, again, "keep=motoin >= 0")
+
+
+class Cutting(NoWork):
+    """Cuts clips in this process; at clip number `full_at` the disk is full."""
+
+    def __init__(self, full_at: int = 0) -> None:
+        self.full_at = full_at
+
+    def run(self, stage: Stage, items: Any, folder: Path) -> Any:
+        assert stage.name == "cut"
+
+        def full(*arguments: Any) -> Any:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        for number, item in enumerate(items, 1):
+            yield number - 1, attempt(replace(stage, work=full) if number == self.full_at else stage, item, folder)
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    out: Path, footage: Path, tmp_path: Path, curated: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = tmp_path / "out"
+    shutil.copytree(out, again)
+    for path in [*again.glob("*.tar"), *again.glob("*.index.parquet"), again / "build.jsonl", again / "settled.json"]:
+        path.unlink()
+    shutil.rmtree(again / "work/cut")
+    (again / "ledger/cut.jsonl").unlink()
+    monkeypatch.setattr("data_tools.curate._engine", lambda asked: Cutting(full_at=3))
+    with pytest.raises(InputError, match="no room in .*No space left.*make room, then give the same command"):
+        curated(footage, again)
+    assert len(lines(again / "ledger/cut.jsonl")) == 2 and not shards_of(again)
+    monkeypatch.setattr("data_tools.curate._engine", lambda asked: Cutting())
+    assert curated(footage, again) == 0
+    assert shards_of(again) == shards_of(out) and len(lines(again / "ledger/cut.jsonl")) == 5
 
 
 def test_one_worker_and_a_kill_give_the_same_bytes(out: Path, footage: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Yield:
         return f"{self.stage}: {self.kept} of {self.given} {self.unit}s" + (f" ({', '.join(out)})" if out else "")
 
 
-class Books:
+class Outcomes:
     """The yields of the stages, in their order, and an entry for everything that was left out."""
 
     def __init__(self, strict: bool = False) -> None:

@@ -50,14 +50,19 @@ class Server:
         model: Name of the model; None takes the first that the server has.
         timeout_s: Seconds that an answer may take.
         pause_s: Seconds before the second try.
+        option: Key of the command that named the address, for messages.
 
     Raises InputError where no server answers, or it has no such model.
     """
 
-    def __init__(self, url: str, model: str | None, timeout_s: float = 120.0, pause_s: float = _PAUSE_S) -> None:
-        import httpx
-
-        self.url, self._pause_s = url.rstrip("/"), pause_s
+    def __init__(
+        self, url: str, model: str | None, timeout_s: float = 120.0, pause_s: float = _PAUSE_S, option: str = "captions"
+    ) -> None:
+        try:
+            import httpx
+        except ImportError as error:
+            raise InputError(f"{option}={url} needs httpx: pip install -e '.[curate]'") from error
+        self.url, self._pause_s, self._option = url.rstrip("/"), pause_s, option
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(timeout=timeout_s, headers=headers, trust_env=False)
@@ -120,16 +125,17 @@ class Server:
         return Reply(text, choice.get("finish_reason") == "length")
 
     def _model(self, model: str | None) -> str:
+        where = f"{self._option}={self.url}"
         try:
             response = self._client.get(f"{self.url}/models")
             response.raise_for_status()
             names = [entry["id"] for entry in response.json()["data"]]
         except self._errors as error:
-            raise InputError(f"captions={self.url}: no server with OpenAI's interface answers ({error})") from error
+            raise InputError(f"{where}: no server with OpenAI's interface answers ({error})") from error
         except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"captions={self.url}: {self.url}/models gives no list of models ({error})") from error
+            raise InputError(f"{where}: {self.url}/models gives no list of models ({error})") from error
         if model is None and names:
             return str(names[0])
         if model not in names:
-            raise InputError(f"captions={self.url}: model {model} isn't there; it has {', '.join(map(str, names[:8]))}")
+            raise InputError(f"{where}: model {model} isn't there; it has {', '.join(map(str, names[:8]))}")
         return str(model)
