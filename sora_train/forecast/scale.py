@@ -75,8 +75,7 @@ class Scale:
     efficiency: float  # share of a step that computes
     ring: float  # the agreement of a step as a ring, as gloo does it; it is hidden if it is shorter than a step
     tree: float  # the same as a tree
-    written: float  # checkpoint to disk, in the background
-    read: float  # checkpoint from disk, at a start
+    written: float  # checkpoint to disk in the background, or from it at a start
     failure_every: float
     goodput: float  # share of the time that ends up in the weights
 
@@ -110,13 +109,13 @@ def scaled(
         )  # fmt: skip
         waits = waiting(config, parameters, figures.passes, stage_of(config), ranks, per_node)
         save = save_advice(parameters, ranks, disk, hours_per_failure, 1 + len(config.optim.ema_lengths))
-        read, step = save.checkpoint_bytes / disk, time.total + waits
-        lost = save.lost + (_START_S + read) / save.failure_every_s
+        step = time.total + waits
+        lost = save.lost + (_START_S + save.written_s) / save.failure_every_s
         hops = math.ceil(math.log2(ranks))
         found.append(
             Scale(
                 ranks, step, time.communication + waits, waits, (time.compute + time.update) / step,
-                2 * (ranks - 1) * _HOST_S, 2 * hops * _HOST_S, save.written_s, read, save.failure_every_s,
+                2 * (ranks - 1) * _HOST_S, 2 * hops * _HOST_S, save.written_s, save.failure_every_s,
                 max(0.0, 1.0 - lost),
             )
         )  # fmt: skip
@@ -125,17 +124,19 @@ def scaled(
 
 def table(rows: Sequence[Scale], device: Hardware) -> Table:
     """Table of a forecast, a line for each number of ranks."""
-    title = f"on more ranks of {device.name}, each with as much work; collectives as rings, overlapping nothing"
+    title = (
+        f"on more ranks of {device.name}, each with as much work: a step, its collectives as rings, the part that "
+        "waits for other messages, the share that computes, the agreement as a ring and as a tree in ms, a checkpoint "
+        "to or from disk; else in seconds"
+    )
     found = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
-    heads = ("ranks", "step", "comm.", "of it waiting", "computes", "agreement", "as a tree", "save", "read",
-             "fails every", "goodput")  # fmt: skip
+    heads = ("ranks", "step", "comm.", "waits", "busy", "agree", "tree", "disk", "fails", "goodput")
     for head in heads:
-        found.add_column(head, justify="right")
+        found.add_column(head, justify="right", no_wrap=True)
     for s in rows:
-        times = (s.step, s.collectives, s.waiting)
         found.add_row(
-            f"{s.ranks:,}", *(f"{x:.2g} s" for x in times), f"{s.efficiency:.0%}", f"{1e3 * s.ring:.0f} ms",
-            f"{1e3 * s.tree:.1f} ms", f"{s.written:.0f} s", f"{s.read:.0f} s", duration(s.failure_every),
+            f"{s.ranks:,}", *(f"{x:.2g}" for x in (s.step, s.collectives, s.waiting)), f"{s.efficiency:.0%}",
+            f"{1e3 * s.ring:.0f}", f"{1e3 * s.tree:.1f}", f"{s.written:.0f}", duration(s.failure_every),
             f"{s.goodput:.1%}",
         )  # fmt: skip
     return found
