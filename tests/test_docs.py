@@ -21,7 +21,7 @@ from tests.documented import ROOT, commands
 
 OURS = r"(?:[A-Z_]+=\S+ )*(?:python -m (?:sora_train|data_tools|benchmarks)\.|\./launch/|sbatch .*launch/)"
 PLACEHOLDER = re.compile(r"\.\.\.|\b[A-Z]{2,}\b|\[\w+=")
-MIXED = ("data_tools.encode_latents", "data_tools.inspect")
+MIXED = ("sora_train.calibrate", "data_tools.encode_latents", "data_tools.inspect")
 TRAINING = ("sora_train.train", "sora_train.plan")
 
 

@@ -43,7 +43,8 @@ def exported(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(compose_tree: Callable[..., DictConfig], exported: Path) -> Config:
-    keys = ("experiment=demo_vae", f"vae.path={exported}", "vae.frozen_encoder=true", "optim.lr=1e-2")
+    keys = ("experiment=demo_vae", f"vae.path={exported}", "vae.frozen_encoder=true", "optim.lr=1e-2",
+            "optim.matrices=adamw")  # fmt: skip
     return build(compose_tree(*keys))
 
 

@@ -38,7 +38,8 @@ def test_debug_groups_and_a_rank_without_memory(runs: Callable[[str], Any], tmp_
         trace = json.loads((tmp_path / f"bed/profile/profile/rank-{rank}-steps-6-9.json").read_text())
         names = [str(event.get("name")) for event in trace["traceEvents"]]
         for phase in ("data", "agreement", "forward and backward", "optimizer step"):
-            assert names.count(phase) == 4
+            # what the ranks agree about the next step is heard behind the last step of the trace
+            assert names.count(phase) == (3 if phase == "agreement" else 4)
     assert not [file for file in found["profile"]["files"] if file.startswith(("samples", "tensorboard"))]
 
     memory = found["memory"]

@@ -90,7 +90,7 @@ def test_a_refusal_is_dropped_and_a_dead_server_is_asked_again(tmp_path: Path) -
         outcomes = ask(stub.url, tmp_path, [item | {"digest": "other"} for item in clips(tmp_path, 30)])
         assert all(o["failed"][0] == "no answer" for o in outcomes) and len(stub.requests) < 60
     with serve(["slow"] * 6) as stub:
-        [late] = ask(stub.url, tmp_path, clips(tmp_path, 4)[3:], timeout_s=0.05)
+        [late] = ask(stub.url, tmp_path, clips(tmp_path, 4)[3:], timeout_s=0.5)
         assert late["failed"][0] == "no answer" and "Timeout" in late["failed"][1]
     with pytest.raises(InputError, match="no server with OpenAI's interface answers"):
         Server(stub.url, None)

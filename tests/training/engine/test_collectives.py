@@ -48,7 +48,8 @@ def test_gradients_are_sent_as_they_come_in_the_last_pass_alone(twins: _Twins) -
             assert twins.sizes == []
             buckets.open()
         network(x).square().sum().backward()
-    assert sent_by == [0, 2] and twins.sizes == [27, 8, 32]  # two before the first weight has its gradient
+    # before the first weight has its gradient: that of its bias may come before or after it
+    assert sent_by[0] == 0 and sent_by[1] in (1, 2) and twins.sizes == [27, 8, 32]
     flats = buckets.close()
     assert twins.sizes == [27, 8, 32, 6]
     for mine, theirs in zip(network.parameters(), plain.parameters(), strict=True):
