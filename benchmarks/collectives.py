@@ -31,7 +31,7 @@ Act = Callable[[Group, torch.Tensor, torch.Tensor], None]
 
 @dataclass
 class Options:
-    """How often each is measured; the median counts."""
+    """The number of measurements of each; the median counts."""
 
     rounds: int = number(7, least=1)
 

@@ -1,4 +1,4 @@
-"""How ranks add up: a step on 1, 2 and 4 ranks, by ZeRO stage, beside torch's DDP and FSDP2 on the same packs.
+"""Scaling over ranks: a step on 1, 2 and 4 ranks, by ZeRO stage, beside torch's DDP and FSDP2 on the same packs.
 
     python -m benchmarks.scaling [ranks=[1,2,4]] [precisions=[fp32,bf16]] [steps=[small,large]] [rounds=5] [tiny=true]
 
@@ -40,7 +40,7 @@ _STEPS = 3  # of each way in a round
 
 @dataclass
 class Options:
-    """What to measure."""
+    """The measurements to take."""
 
     ranks: list[int] = field(default_factory=lambda: [1, 2, 4])
     precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])
@@ -59,7 +59,7 @@ class Case:
     ranks: int
 
     def asked(self, o: Options, out: Path) -> Asked:
-        """What its ranks are to measure."""
+        """The measurements that its ranks take."""
         overrides, clips, pixels = _TINY if o.tiny else _SIZES[self.step]
         chosen = [*overrides, f"precision={self.precision}"]
         return Asked(chosen, list(o.ways), clips, pixels, o.rounds, 1 if o.tiny else _STEPS, str(out))
@@ -160,7 +160,7 @@ PART_HEADER = ("step", "ranks", "way", *_PARTS, "collectives under way")
 
 
 def part_rows(found: Found) -> list[tuple[str, ...]]:
-    """What the time of a step goes into, for the most ranks up to two."""
+    """Parts of the time of a step, for the most ranks up to two."""
     shown = max((case.ranks for case in found if case.ranks <= 2), default=max(case.ranks for case in found))
     rows = []
     for case, ways in found.items():

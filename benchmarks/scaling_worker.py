@@ -42,7 +42,7 @@ Step = Callable[["Batch"], None]
 
 @dataclass
 class Asked:
-    """What to measure."""
+    """The measurements to take."""
 
     overrides: list[str]
     ways: list[str]  # zero0 to zero3, ddp, fsdp2

@@ -1,4 +1,4 @@
-"""Where a step's time goes, from the events of torch's profiler, and what its collectives send."""
+"""Parts of a step's time, from the events of torch's profiler, and what its collectives send."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Parts:
 
 
 def kind_of(name: str) -> str:
-    """What an operation is: products, attention or elementwise; empty if it isn't an operation."""
+    """The kind of an operation: products, attention or elementwise; empty if it isn't an operation."""
     if any(word in name for word in _ATTENTION):
         return "attention"
     if not name.startswith("aten::"):

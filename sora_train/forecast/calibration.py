@@ -40,7 +40,7 @@ class Measured:
 
     @property
     def row(self) -> list[float]:
-        """What the terms of `Seconds` are multiplied by."""
+        """The numbers by which the terms of `Seconds` are multiplied."""
         squares = sum(n * n for n in self.tokens)
         return [1.0, float(len(self.tokens)), float(sum(self.tokens)), float(squares), float(sum(self.pixels))]
 
