@@ -45,6 +45,7 @@ from sora_train.training.trainer import Trainer
 from tests.faults.bed import Bed, Job, differences, lines_of, losses, outcome, run, samples_by_step
 from tests.faults.sabotage import fill_disk, signal_in
 from tests.faults.trials import elastic, kill, stage_for
+from tests.runs.degrees import degrees, failing_part
 from tests.runs.disturbances import launchers, long_history, other_plan, suspended
 
 AVERAGES = ("optim.ema_lengths=[0.05,0.1]", "checkpoint.snapshot_every=4")
@@ -496,6 +497,7 @@ KINDS: dict[str, Callable[[Bed], object]] = {
     "minute": minute, "large minute": large_minute, "imports": imports, "side tables": side_tables,
     "full disk": full_disk, "suspended": suspended, "long history": long_history, "other plan": other_plan,
     "launchers": launchers,
+    "degrees": degrees, "failing part": failing_part,
     "looks": looks, "evaluations": evaluations, "refusals": refusals,
 }  # fmt: skip
 

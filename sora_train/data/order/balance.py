@@ -33,7 +33,7 @@ def packed(plan: Plan) -> Packed:
         lengths = [[grid.tokens(*size) for size in slot] for slot in sizes]
         pixels = [[math.prod(size) for size in slot] for slot in sizes]
         used += sum(map(sum, lengths))
-        loads = [cost_of.of_slot(*slot) for slot in zip(lengths, pixels, strict=True)]
+        loads = [cost_of.of_pack(lengths[first], pixels[first], width) for first, width in slots.spans]
         balance += sum(loads) / len(loads) / max(loads)
         dearest += max(loads)
         flat += [(n, v, number) for slot in zip(lengths, pixels, strict=True) for n, v in zip(*slot, strict=True)]
