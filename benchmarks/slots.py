@@ -4,11 +4,11 @@
 
 First, clips of 1 to 60 s (log-uniform; latents that are ready) on four ranks: all packs shared by four ranks, as the
 longest clip needs (`parallel.sequence=4`), beside packs that take one to four slots (`data.pack_slots=4`), the same
-clips in each step. Then clips of several lengths and sizes and images, encoded by the VAE, on two ranks: packs balanced
-by FLOPs and by what `sora_train.calibrate` measures first. All ways are built in the same processes and take their steps
-in turns, forward and backward pass and update, one thread a rank, at a learning rate of 0, so that losses can be
-compared. Where other processes compete for the cores only CPU seconds mean something. `tiny=true` tries it all on a
-small network and writes nothing.
+clips in each step. Then clips of several lengths and sizes and images, encoded by the VAE, on two ranks: packs
+balanced by FLOPs and by what `sora_train.calibrate` measures first. All ways are built in the same processes and take
+their steps in turns, forward and backward pass and update, one thread a rank, at a learning rate of 0, so that losses
+can be compared. Where other processes compete for the cores only CPU seconds mean something. `tiny=true` tries it all
+on a small network and writes nothing.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> int:
         "packs",
         "step, median s",
         "CPU s of all ranks",
-        "steps a CPU second, relative",
+        "steps a CPU second",
         "balance",
         "loss differs",
     )
@@ -105,7 +105,8 @@ def long_clips(o: Options, folder: Path) -> list[tuple[str, ...]]:
     measured = _calibrated(config, folder, latents=True, rounds=o.rounds)
     by_seconds = [_redealt(measured, sizes, step, d.slots, d.max_tokens, d.pack_slots) for step in by_flops]
     ways = [
-        Way("shared by four ranks, all", fixed, fixed=4), Way("one to four slots each, by FLOPs", by_flops, d.pack_slots),
+        Way("shared by four ranks, all", fixed, fixed=4),
+        Way("one to four slots each, by FLOPs", by_flops, d.pack_slots),
         Way("one to four slots each, by seconds", by_seconds, d.pack_slots),
     ]  # fmt: skip
     found = _measure(sizes, True, ways, 4, o, folder)
@@ -118,7 +119,7 @@ def long_clips(o: Options, folder: Path) -> list[tuple[str, ...]]:
         balanced = "-" if way.fixed > 1 else f"{statistics.mean(balance(mine['slots'])):.1%}"
         rows.append((
             way.name, f"{statistics.median(mine['seconds']):.2f}", f"{statistics.median(mine['cpu_seconds']):.2f}",
-            f"{rate:.2f}", balanced, f"{differs:.0e}",
+            f"{rate:.2f} times", balanced, f"{differs:.0e}",
         ))  # fmt: skip
     return rows
 

@@ -1,7 +1,7 @@
 """One rank of `benchmarks.slots`: the same clips as steps of several ways, in turns.
 
-Reads its configuration from the JSON file that its argument names, and rank and meeting point from the environment. Rank 0 writes what
-all ranks measured to a file.
+Reads its configuration from the JSON file that its argument names, and rank and meeting point from the environment.
+Rank 0 writes what all ranks measured to a file.
 """
 
 from __future__ import annotations
@@ -85,12 +85,10 @@ class Taken:
         self.engines = Engines(networks, len(passes), config)
         self.steps = []
         for step in way.steps:
-            own = [sharing.of(slots_of_pass, spans(step, way.most)) for slots_of_pass in passes]
-            self.steps.append([
-                Pack([_clip(config, asked, n) for slot in taken for n in sorted(step[slot], key=lambda n: asked.sizes[n])],
-                     part=part)
-                for taken, part in own
-            ])  # fmt: skip
+            own = [sharing.of(passed, spans(step, way.most)) for passed in passes]
+            clips = [sorted((n for slot in taken for n in step[slot]), key=asked.sizes.__getitem__) for taken, _ in own]
+            packs = [[_clip(config, asked, n) for n in numbers] for numbers in clips]
+            self.steps.append([Pack(pack, part=part) for pack, (_, part) in zip(packs, own, strict=True)])
         self.weights = [_sum([self.learner.weight(p) / p.part[1] for p in packs]) for packs in self.steps]
 
     def step(self, number: int) -> tuple[list[float], float]:
