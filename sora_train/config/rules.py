@@ -188,7 +188,9 @@ def _check_packs(config: Config) -> None:
         f"{name} needs a forward pass per slot, since packs that run together must have the same ranks; leave "
         f"parallel.accumulation={parallel.accumulation} out",
     )
-    require(METHODS.get(config.method).splits_sequence, f"{name}: method={config.method} has no sequence to share; 1")
+    require(
+        METHODS.get(config.method).splits_sequence, f"{name}: method={config.method} has no sequence to share; set 1"
+    )
 
 
 def _check_evaluation(config: Config) -> None:

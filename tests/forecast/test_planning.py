@@ -352,3 +352,16 @@ def test_ranks_that_share_a_pack_need_less_each(compose_tree: Callable[..., Dict
         for d in (1, 4)
     )
     assert shared - alone == pytest.approx(traces[4].exchanged * 3 / 4 / GPUS["h100"].link)
+
+
+def test_a_long_clip_is_planned_on_the_ranks_that_share_it(compose_tree: Callable[..., DictConfig]) -> None:
+    """65 frames are 528 tokens: more than two slots of 200, so four ranks share them; two where a machine has two."""
+    keys = ("experiment=demo", "data.max_frames=65", "data.max_tokens=200", "data.slots=8", "data.pack_slots=8")
+    config = build(compose_tree(*keys), need_vae=False)
+    whole, halves, quarters = (heaviest_pass(config, None, ranks, node) for ranks, node in ((1, 8), (8, 2), (8, 8)))
+    assert [h.ranks for h in (whole, halves, quarters)] == [1, 2, 4] and whole.sizes == [(65, 48, 48)]
+    traces = [trace(config, h.sizes, ranks=h.ranks) for h in (whole, quarters)]
+    assert [t.ranks for t in traces] == [1, 4] and traces[0].exchanged == 0 < traces[1].exchanged
+    work = [sum(o.flops for o in t.operations if o.kind in ("matmul", "attention")) for t in traces]
+    assert work[1] == pytest.approx(work[0] / 4, rel=0.1)
+    assert degrees(config, None, 8) == {}, "no degree for all packs to compare"

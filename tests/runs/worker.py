@@ -47,6 +47,7 @@ from tests.faults.sabotage import fill_disk, signal_in
 from tests.faults.trials import elastic, kill, stage_for
 from tests.runs.degrees import degrees, failing_part
 from tests.runs.disturbances import launchers, long_history, other_plan, suspended
+from tests.runs.late_rank import late_rank
 
 AVERAGES = ("optim.ema_lengths=[0.05,0.1]", "checkpoint.snapshot_every=4")
 # eight slots: four passes on each of two ranks; two steps an epoch
@@ -497,7 +498,7 @@ KINDS: dict[str, Callable[[Bed], object]] = {
     "minute": minute, "large minute": large_minute, "imports": imports, "side tables": side_tables,
     "full disk": full_disk, "suspended": suspended, "long history": long_history, "other plan": other_plan,
     "launchers": launchers,
-    "degrees": degrees, "failing part": failing_part,
+    "degrees": degrees, "failing part": failing_part, "late rank": late_rank,
     "looks": looks, "evaluations": evaluations, "refusals": refusals,
 }  # fmt: skip
 
