@@ -161,7 +161,7 @@ def test_every_rule_across_keys_names_its_keys(answer: Answer, overrides: list[s
         (["data.pack_slots=8", "data.slots=7"], "data.pack_slots=8: a step has only data.slots=7; lower it to 4"),
         (
             ["data.pack_slots=2", "parallel.sequence=2"],
-            "data.pack_slots=2 has the plan say how many ranks share a pack",
+            "data.pack_slots=2 has the plan say how many ranks share",
         ),
         (["data.pack_slots=2", "parallel.accumulation=1"], "data.pack_slots=2 needs a forward pass per slot"),
     ],
