@@ -1,27 +1,32 @@
 """Slots of real steps: packs that each have their own ranks beside a fixed degree, and balance in measured seconds.
 
-    python -m benchmarks.slots [rounds=3] [steps=6] [tiny=true]
+    python -m benchmarks.slots [tables=[long,mixed]] [rounds=3] [steps=6] [tiny=true]
 
-First, clips of 1 to 60 s (log-uniform; latents that are ready) on four ranks: all packs shared by four ranks, as the
-longest clip needs (`parallel.sequence=4`), beside packs that take one to four slots (`data.pack_slots=4`), the same
-clips in each step. Then clips of several lengths and sizes and images, encoded by the VAE, on two ranks: packs
-balanced by FLOPs and by what `sora_train.calibrate` measures first. All ways are built in the same processes and take
-their steps in turns, forward and backward pass and update, one thread a rank, at a learning rate of 0, so that losses
-can be compared. Where other processes compete for the cores only CPU seconds mean something. `tiny=true` tries it all
-on a small network and writes nothing.
+long    clips of 1 to 60 s (log-normal, median 6 s; latents that are ready) on four ranks, and a tiny model: all packs
+        shared by four ranks, as the longest clips need (`parallel.sequence=4`), beside packs that take one to four
+        slots (`data.pack_slots=4`), the same clips in each step
+mixed   clips of several lengths and sizes and images, encoded by the demo's VAE, on two ranks: packs balanced by FLOPs
+        and by what `sora_train.calibrate` measures first
+
+All ways are built in the same processes and take their steps in turns, forward and backward pass and update, one thread
+a rank, at a learning rate of 0, so that losses can be compared. Where other processes compete for the cores only CPU
+seconds mean something. `tiny=true` tries it with a smaller model yet and writes nothing.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -29,7 +34,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from benchmarks.report import write
-from benchmarks.slots_worker import Asked, Way
+from benchmarks.slots_worker import Asked, Size, Way
 from sora_train.config.cost import balancing_cost, geometry
 from sora_train.config.hydra import CONF
 from sora_train.config.load import build
@@ -37,24 +42,26 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import number, options
 from sora_train.core.cli import run as run_command
 from sora_train.core.seeds import below, uniform
-from sora_train.data.order.packing import pack
+from sora_train.data.order.packing import pack, spans
 from sora_train.forecast.calibration import as_json, fit, measure
 
 _TINY = ["model.width=32", "model.heads=2", "model.ffn=64"]
 _LONG = [
-    "experiment=demo", "optim.matrices=adamw", "data.max_frames=241", "data.max_tokens=768", "data.slots=8",
-    "data.pack_slots=4",
+    "experiment=demo", "optim.matrices=adamw", "model.width=64", "model.ffn=256", "model.depth=4", "data.slots=8",
+    "data.max_frames=241", "data.max_tokens=768", "data.pack_slots=4",
 ]  # fmt: skip
-_MIXED = ["experiment=demo", "optim.matrices=adamw", "data.max_frames=33", "data.max_tokens=1536", "data.slots=8"]
+_MIXED = ["experiment=demo", "optim.matrices=adamw", "data.max_frames=33", "data.max_tokens=768", "data.slots=8"]
 _FILL = 0.85
 
 Steps = list[list[list[int]]]
+Table = tuple[str, str, tuple[str, ...], list[tuple[str, ...]]]  # title, about, header, rows
 
 
 @dataclass
 class Options:
     """The measurements to take."""
 
+    tables: list[str] = field(default_factory=lambda: ["long", "mixed"])
     rounds: int = number(3, least=1)
     steps: int = number(6, least=1)
     tiny: bool = False
@@ -64,79 +71,87 @@ def main() -> int:
     """Measure, print, and write the tables to docs/results.md."""
     o = options(Options, __doc__)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        long, mixed = (run(o, Path(folder)) for run in (long_clips, mixed_sizes))
-    if o.tiny:
-        for row in (*long, *mixed):
-            print(" | ".join(row))
-        return 0
-    cores = f"one thread a rank; {len(os.sched_getaffinity(0))} cores, shared with other processes"
-    about = (
-        f"Four ranks, clips of 1 to 60 s at 4 frames a second (latents of 48 x 48), {o.steps} steps of 8 slots of 768 "
-        f"tokens, each taken {o.rounds} times in turns, {cores}. Balance: mean over max of the slots' CPU seconds, "
-        "median of the rounds, averaged over steps."
-    )
-    header = (
-        "packs",
-        "step, median s",
-        "CPU s of all ranks",
-        "steps a CPU second",
-        "balance",
-        "loss differs",
-    )
-    write("A degree per pack beside a fixed one", about, header, long)
-    about = (
-        f"Two ranks, clips of 1 to 33 frames in 24 x 24 to 48 x 48, encoded by the VAE in the step, {o.steps} steps of "
-        f"8 slots, each taken {o.rounds} times in turns, {cores}. Balance as above, of the same slots."
-    )
-    write("Balance of slots in measured seconds", about, ("balanced by", "balance", "lowest step"), mixed)
+    for table in o.tables:
+        with tempfile.TemporaryDirectory() as folder:
+            title, about, header, rows = {"long": long_clips, "mixed": mixed_sizes}[table](o, Path(folder))
+        if o.tiny:
+            for row in rows:
+                print(" | ".join(row))
+        else:
+            write(title, f"{about} One thread a rank; {len(os.sched_getaffinity(0))} cores, shared.", header, rows)
     return 0
 
 
-def long_clips(o: Options, folder: Path) -> list[tuple[str, ...]]:
-    """Rows of the first table."""
+def long_clips(o: Options, folder: Path) -> Table:
+    """A degree for each pack beside a fixed one."""
     config = _config([*_LONG, *(_TINY if o.tiny else [])])
-    d, n = config.data, np.arange(40 * o.steps)
-    seconds = 60.0 ** uniform(11, n)
-    frames = 1 + (4 * seconds).astype(np.int64) // 2 * 2
-    sizes = [(int(f), 48, 48) for f in frames]
-    by_flops = _planned(config, sizes, o.steps)
-    fixed = [_redealt(config, sizes, step, d.slots // 4, 4 * d.max_tokens) for step in by_flops]
-    measured = _calibrated(config, folder, latents=True, rounds=o.rounds)
-    by_seconds = [_redealt(measured, sizes, step, d.slots, d.max_tokens, d.pack_slots) for step in by_flops]
-    ways = [
-        Way("shared by four ranks, all", fixed, fixed=4),
-        Way("one to four slots each, by FLOPs", by_flops, d.pack_slots),
-        Way("one to four slots each, by seconds", by_seconds, d.pack_slots),
-    ]  # fmt: skip
+    d, n, normal = config.data, np.arange(60 * o.steps), NormalDist()
+    low, high = (normal.cdf(math.log(s / 6.0)) for s in (1, 60))
+    drawn = low + uniform(11, n) * (high - low)
+    seconds = 6.0 * np.exp(np.array([normal.inv_cdf(u) for u in drawn.tolist()]))
+    sizes = [(int(f), 48, 48) for f in 1 + (4 * seconds).astype(np.int64) // 2 * 2]
+    own = _dealt(config, sizes, range(len(sizes)), (d.slots, d.max_tokens, d.pack_slots))[: o.steps]
+    all_shared = [_dealt(config, sizes, _clips(step), (d.slots // 4, 4 * d.max_tokens, 1), 1.0)[0] for step in own]
+    ways = [Way("shared by four ranks, all", all_shared, fixed=4), Way("one to four slots each", own, d.pack_slots)]
     found = _measure(sizes, True, ways, 4, o, folder)
-    first = found[ways[0].name]
-    rows = []
+    first, rows = found[ways[0].name], []
     for way in ways:
         mine = found[way.name]
-        rate = sum(first["cpu_seconds"]) / sum(mine["cpu_seconds"])
+        ratios = [sum(first[name]) / sum(mine[name]) for name in ("seconds", "cpu_seconds")]
         differs = max(abs(a / b - 1) for a, b in zip(mine["losses"], first["losses"], strict=True))
         balanced = "-" if way.fixed > 1 else f"{statistics.mean(balance(mine['slots'])):.1%}"
         rows.append((
-            way.name, f"{statistics.median(mine['seconds']):.2f}", f"{statistics.median(mine['cpu_seconds']):.2f}",
-            f"{rate:.2f} times", balanced, f"{differs:.0e}",
+            way.name, f"{_shared(way):.0%}", f"{statistics.median(mine['seconds']):.2f}",
+            f"{statistics.median(mine['cpu_seconds']):.2f}", *(f"{ratio:.2f}" for ratio in ratios), balanced,
+            f"{differs:.0e}",
         ))  # fmt: skip
-    return rows
+    about = (
+        f"Four ranks, a model of width {config.model.width} and {config.model.depth} blocks, clips of 1 to 60 s at 4 "
+        f"frames a second (48 x 48, latents ready), {o.steps} steps of {d.slots} slots of {d.max_tokens} tokens, each "
+        f"taken {o.rounds} times in turns. Rates: steps in the same time, and in the same CPU time of all ranks, beside "
+        "the first line. Balance: mean over max of the slots' CPU seconds, medians of rounds, averaged over steps."
+    )
+    header = (
+        "packs",
+        "slots shared",
+        "step, s",
+        "CPU s of all ranks",
+        "rate",
+        "rate, CPU",
+        "balance",
+        "loss differs by",
+    )
+    return "A degree for each pack beside a fixed one", about, header, rows
 
 
-def mixed_sizes(o: Options, folder: Path) -> list[tuple[str, ...]]:
-    """Rows of the second table."""
+def _shared(way: Way) -> float:
+    """Share of the slots that are shared."""
+    widths = [width for step in way.steps for _, width in spans(step, way.most)]
+    return 1.0 if way.fixed > 1 else 1 - widths.count(1) / len(widths)
+
+
+def mixed_sizes(o: Options, folder: Path) -> Table:
+    """Balance by seconds beside balance by FLOPs."""
     config = _config([*_MIXED, *(_TINY if o.tiny else [])])
-    n = np.arange(250 * o.steps)
+    d, n = config.data, np.arange(250 * o.steps)
     frames = 1 + 2 * below(17, 3, n) * (uniform(5, n) > 0.2)
     sides = 24 + 12 * below(3, 4, n)
     sizes = [(int(f), int(s), int(s)) for f, s in zip(frames, sides, strict=True)]
-    by_flops = _planned(config, sizes, o.steps)
-    measured = _calibrated(config, folder, latents=False, rounds=o.rounds)
-    ways = [Way("FLOPs", by_flops), Way("seconds", [_redealt(measured, sizes, s, 8, 1536) for s in by_flops])]
+    limits = (d.slots, d.max_tokens, 1)
+    by_flops = _dealt(config, sizes, range(len(sizes)), limits)[: o.steps]
+    timed, error = _calibrated(config, folder, o.rounds)
+    by_seconds = [_dealt(timed, sizes, _clips(step), limits, 1.0)[0] for step in by_flops]
+    ways = [Way("FLOPs", by_flops), Way("measured seconds", by_seconds)]
     found = _measure(sizes, False, ways, 2, o, folder)
     each = {way.name: balance(found[way.name]["slots"]) for way in ways}
-    return [(name, f"{statistics.mean(values):.1%}", f"{min(values):.1%}") for name, values in each.items()]
+    rows = [(name, f"{statistics.mean(values):.1%}", f"{min(values):.1%}") for name, values in each.items()]
+    about = (
+        "Two ranks, the demo's model, images and clips of up to 33 frames in 24 x 24 to 48 x 48, encoded by the VAE in "
+        f"the step, {o.steps} steps of {d.slots} slots of {d.max_tokens} tokens with the same clips, each taken "
+        f"{o.rounds} times in turns. Balance: mean over max of the slots' CPU seconds in forward and backward pass, "
+        f"medians of the rounds. The fit of seconds is off by {error:.1%} for a pack that was left out of it."
+    )
+    return "Balance of slots in measured seconds", about, ("balanced by", "balance", "lowest step"), rows
 
 
 def balance(slots: list[list[list[float]]]) -> list[float]:
@@ -150,43 +165,33 @@ def _config(overrides: list[str]) -> Config:
         return build(compose("train", ["run_dir=runs/slots", *overrides]), need_vae=False)
 
 
-def _planned(config: Config, sizes: list[tuple[int, int, int]], count: int) -> Steps:
-    """The first steps of a window of these clips."""
-    d = config.data
-    return _dealt(config, sizes, list(range(len(sizes))), d.slots, d.max_tokens, d.pack_slots)[:count]
-
-
-def _redealt(
-    config: Config, sizes: list[tuple[int, int, int]], step: list[list[int]], slots: int, cap: int, most: int = 1
-) -> list[list[int]]:
-    """The clips of a step in other slots."""
-    (dealt,) = _dealt(config, sizes, sorted(n for slot in step for n in slot), slots, cap, most, 1.0)
-    return dealt
+def _clips(step: list[list[int]]) -> list[int]:
+    return sorted(n for slot in step for n in slot)
 
 
 def _dealt(
-    config: Config, sizes: list[tuple[int, int, int]], clips: list[int], slots: int, cap: int, most: int,
-    fill: float = _FILL,
-) -> Steps:  # fmt: skip
+    config: Config, sizes: Sequence[Size], clips: Sequence[int], limits: tuple[int, int, int], fill: float = _FILL
+) -> Steps:
+    """Steps of these clips (numbers in `sizes`); limits: slots of a step, tokens of a slot, slots of a pack."""
     cost, grid = balancing_cost(config), geometry(config)
+    slots, cap, most = limits
     tokens = np.array([grid.tokens(*sizes[n]) for n in clips])
-    pixels = np.array([np.prod(sizes[n]) for n in clips])
-    steps = pack(
-        tokens, cost.of_clips(tokens, pixels), slots, cap, fill, 1, most=most, undivided=cost.undivided(tokens, pixels)
-    )
+    pixels = np.array([math.prod(sizes[n]) for n in clips])
+    costs, undivided = cost.of_clips(tokens, pixels), cost.undivided(tokens, pixels)
+    steps = pack(tokens, costs, slots, cap, fill, 1, most=most, undivided=undivided)
     return [[[clips[n] for n in slot] for slot in step] for step in steps]
 
 
-def _calibrated(config: Config, folder: Path, latents: bool, rounds: int) -> Config:
-    """The configuration with the seconds that its packs take here."""
-    path = folder / f"cost-{latents}.json"
-    result = fit(config, list(measure(config, torch.device("cpu"), rounds, latents)))
+def _calibrated(config: Config, folder: Path, rounds: int) -> tuple[Config, float]:
+    """The configuration with the seconds that its packs take here, and the fit's median error."""
+    path = folder / "cost.json"
+    result = fit(config, list(measure(config, torch.device("cpu"), rounds, latents=False)))
     path.write_text(json.dumps(as_json(config, result, "here")))
-    return replace(config, data=replace(config.data, cost=str(path)))
+    return replace(config, data=replace(config.data, cost=str(path))), statistics.median(result.errors)
 
 
 def _measure(
-    sizes: list[tuple[int, int, int]], latents: bool, ways: list[Way], ranks: int, o: Options, folder: Path
+    sizes: list[Size], latents: bool, ways: list[Way], ranks: int, o: Options, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Start the ranks; returns what each way took."""
     overrides = _LONG if latents else _MIXED
