@@ -108,8 +108,8 @@ def long_clips(o: Options, folder: Path) -> Table:
     about = (
         f"Four ranks, a model of width {config.model.width} and {config.model.depth} blocks, clips of 1 to 60 s at 4 "
         f"frames a second (48 x 48, latents ready), {o.steps} steps of {d.slots} slots of {d.max_tokens} tokens, each "
-        f"taken {o.rounds} times in turns. Rates: steps in the same time, and in the same CPU time of all ranks, beside "
-        "the first line. Balance: mean over max of the slots' CPU seconds, medians of rounds, averaged over steps."
+        f"taken {o.rounds} times in turns. Rates: steps in the same time, and in the same CPU time of all ranks, "
+        "beside the first line. Balance: mean over max of the slots' CPU seconds, medians of rounds, means of steps."
     )
     header = (
         "packs",

@@ -17,6 +17,8 @@ from sora_train.data.order.plan import Plan
 from sora_train.forecast.trace import Size
 from sora_train.methods.base import trained
 
+_Figures = tuple[int | None, float | None, float | None, float | None, float | None, float | None]  # as `Packed`
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -33,6 +35,7 @@ class Estimate:
     balance: float | None  # mean over max cost of the slots of a step
     departure: float | None  # largest distance of a step's token shares from the mix, see `data.order.packing`
     slot_s: float | None  # seconds of a step's dearest slot, where `data.cost` has measured ones
+    shared: float | None = None  # share of the slots that are in packs of several
     encoded: bool = False  # clips come as latents, computed before training
 
 
@@ -44,8 +47,7 @@ def estimate(config: Config, plan: Plan | None, ranks: int, encoded: bool = Fals
     longest = geometry(config).tokens(config.data.max_frames, *_square(config))
     clips = max(1, config.data.max_tokens // longest)
     flops = slots * training_cost(config).training([min(longest, config.data.max_tokens)] * clips)
-    no_plan = (None, None, None, None, None)
-    figures: tuple[int | None, float | None, float | None, float | None, float | None] = no_plan
+    figures: _Figures = (None,) * 6
     idle = 1 - slots / (per_rank * groups)
     if plan is not None:
         figures, settings = packed(plan), plan.index.encoded()

@@ -157,6 +157,7 @@ def _facts(config: Config, result: Forecast, note: str) -> Table:
             ("steps per epoch", f"{e.steps_per_epoch}; the run is {epochs:.2f} epochs"),
             ("token budget used", f"{e.fill:.1%}"),
             ("balance of the slots", f"{e.balance:.1%}" + (" of measured seconds" if e.slot_s else " of FLOPs")),
+            *([("slots in packs of several", f"{e.shared:.0%}")] if e.shared else []),
             *([("a step's dearest slot, as measured", f"{e.slot_s:.3g} s")] if e.slot_s else []),
             ("a step's departure from the mix, at most", f"{e.departure:.1%} of its tokens"),
         ]
