@@ -63,6 +63,7 @@ class Found:
 
     seconds: list[float] = field(default_factory=list)  # of each step, by its slowest rank
     cpu_seconds: list[float] = field(default_factory=list)  # of each step, summed over ranks
+    slowest: list[float] = field(default_factory=list)  # CPU seconds of the rank that spends most, of each step
     slots: list[list[list[float]]] = field(default_factory=list)  # CPU seconds: round, step, pass of each rank
     losses: list[float] = field(default_factory=list)  # of each step of the first round
 
@@ -153,6 +154,7 @@ def _round(way: Taken, found: Found, counts: bool) -> None:
         if counts:
             found.seconds.append(max(float(t[0]) for t in every))
             found.cpu_seconds.append(sum(float(t[1]) for t in every))
+            found.slowest.append(max(float(t[1]) for t in every))
         else:
             found.losses.append(sum(float(t[2]) for t in every))
         spent.append(torch.stack(by_rank, 1).flatten().tolist())  # pass by pass, so slot by slot
