@@ -174,7 +174,9 @@ def across(attend: Attend, groups: Groups) -> Attend:
         if others is None:
             return attend(q, k, v, q_lengths, k_lengths)
         parts = others.parts
-        whole = F.pad(torch.stack((q, k, v)), (0, 0, 0, -heads % parts))
+        whole = torch.stack((q, k, v))
+        if heads % parts:
+            whole = F.pad(whole, (0, 0, 0, -heads % parts))
         shares = whole.unflatten(2, (parts, -1))  # 3 n P K/P d
         shares = _Exchange.apply(shares.permute(2, 0, 1, 3, 4).contiguous(), others)  # P 3 n K/P d
         q, k, v = shares.permute(1, 0, 2, 3, 4).flatten(1, 2)  # all tokens, a part of the heads
