@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from sora_train.config.schema import Config
@@ -40,17 +40,23 @@ def costs(mine: Sequence[Sequence[float]], late: Sequence[Sequence[float]]) -> d
     """What slow steps cost the rank that waits, from when each rank began each step and was ready to send gradients.
 
     Returns:
-        Medians over the slow steps, in seconds: by how much the other came later (`late`), and how much later this rank
-        began its next step than after other steps, from its own readiness on (`lost`). Then how much later it began the
-        one after next (`after`), which should be nothing.
+        Medians in seconds. `late`: by how much the other was ready later in slow steps; `lost`: how much later than
+        usual this rank began the next step, from its own readiness on. Then what it lost beyond the lateness, in the
+        slow steps (`more`) and in those after them (`after`); and of that in all others the upper quartile (`noise`).
     """
     begun, ready = zip(*mine, strict=True)
     theirs = [when for _, when in late]
-    usual = median(begun[n + 1] - max(ready[n], theirs[n]) for n in range(2, len(begun) - 1))  # from both ready on
+    beyond = [begun[n + 1] - max(ready[n], theirs[n]) for n in range(len(begun) - 1)]  # from both ready on
     slow = range(EVERY - 1, len(begun) - 2, EVERY)
-    lost = [begun[n + 1] - ready[n] - usual for n in slow]
-    after = [begun[n + 2] - max(ready[n + 1], theirs[n + 1]) - usual for n in slow]
-    return {"late": median(theirs[n] - ready[n] for n in slow), "lost": median(lost), "after": median(after)}
+    others = [value for n, value in enumerate(beyond) if n > 1 and n not in slow and n - 1 not in slow]
+    usual = median(others)
+    return {
+        "late": median(theirs[n] - ready[n] for n in slow),
+        "lost": median(begun[n + 1] - ready[n] for n in slow) - usual,
+        "more": median(beyond[n] for n in slow) - usual,
+        "after": median(beyond[n + 1] for n in slow) - usual,
+        "noise": quantiles(others, n=4)[2] - usual,
+    }
 
 
 def _noted(config: Config, rank: int) -> list[list[float]]:

@@ -20,7 +20,8 @@ def test_the_cost_of_a_late_rank_by_value() -> None:
             late.append((now, now + 1.0 + slower))
             now += 1.1 + hits * slower
         found = costs(mine, late)
-        assert found == pytest.approx({"late": 0.3, "lost": hits * 0.3, "after": 0.0}, abs=1e-9)
+        wanted = {"late": 0.3, "lost": hits * 0.3, "more": (hits - 1) * 0.3, "after": 0.0, "noise": 0.0}
+        assert found == pytest.approx(wanted, abs=1e-9)
 
 
 @pytest.mark.timeout(1800)
@@ -29,4 +30,4 @@ def test_the_others_lose_no_more_than_a_slow_step_takes_longer(runs: Callable[[s
     for name, cost in found.items():
         print(f"{name}: {cost}")
         assert cost["late"] > 0.5 * PAUSE_S * SLOWER, name
-        assert cost["lost"] < 1.25 * cost["late"] and cost["after"] < 0.25 * cost["late"], name
+        assert max(cost["more"], cost["after"]) <= max(cost["noise"], 0.1 * cost["late"]), name
