@@ -100,7 +100,7 @@ def _colourfulness(frame_HWC: np.ndarray) -> float:
     pair = red - green, np.float32(0.5) * (red + green) - blue
     means = [float(one.mean(dtype=np.float64)) for one in pair]
     deviations = [float(np.dot(x, x)) / x.size for x in ((p - m).ravel() for p, m in zip(pair, means, strict=True))]
-    return sum(deviations) ** 0.5 + 0.3 * float(np.hypot(*means))
+    return sum(deviations) ** 0.5 + 0.3 * float(np.hypot(means[0], means[1]))
 
 
 @remembered
