@@ -79,7 +79,7 @@ def _part(stream: Any, packets: list[Any], line: Line, part: Part, path: Path) -
 
     try:
         wanted, first, last = _range(stream, line, part)
-        _write(stream, packets[first : last + 1], int(line.stamps[wanted].min()), path)
+        write_part(stream, packets[first : last + 1], int(line.stamps[wanted].min()), path)
         with av.open(str(path)) as file:
             shown = sum(bool(p.size) and not p.is_discard for p in file.demux(video=0))
         if shown != len(wanted):
@@ -114,7 +114,7 @@ def _range(stream: Any, line: Line, part: Part) -> tuple[np.ndarray, int, int]:
     return places[(places >= first) & (places <= last)], first, last
 
 
-def _write(stream: Any, packets: list[Any], start: int, path: Path) -> None:
+def write_part(stream: Any, packets: list[Any], start: int, path: Path) -> None:
     """Copy packets so that the frame stamped `start` is the first: what is shown before it has negative times."""
     import av
 
