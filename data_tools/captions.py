@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from data_tools.columns import Columns
+from data_tools.cut import Part
 from data_tools.tables import Record, decoded, read_records
 from sora_train.core.cli import InputError
 from sora_train.data.index.captions import caption_text, has_captions, is_missing, named_captions, with_captions
@@ -19,6 +20,7 @@ from sora_train.data.read.decode import DecodeError
 SIDECARS = ("txt", "caption", "json")  # extensions of the texts beside a file, in order of preference
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder as Hugging Face has them
 _KINDS = {"no_caption": "empty caption", "caption_not_utf8": "caption not UTF-8", "caption_type": "caption not text"}
+_ENDS = ("start", "end", "start_frame", "end_frame", "frames")  # columns that say of which part a row is
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 
 
@@ -44,7 +46,7 @@ class Row:
     file: str
     captions: dict[str, str] | Refused  # by name, or what is wrong with them
     fields: dict[str, Any]  # whatever else the row holds
-    part: tuple[float, float] | None = None  # seconds of the file that it is about
+    part: Part | None = None  # of the file that it is about
 
 
 Bad = list[tuple[str, Refused]]  # what can't be used, each with a name for it
@@ -174,22 +176,55 @@ def _check_utf8(values: Mapping[str, Any], captions: tuple[str, ...]) -> None:
             raise Refused("row not UTF-8", f"{where} of column {column!r}; encoding=... says what the table is")
 
 
-def _part(values: Mapping[str, Any], found: Mapping[str, tuple[str, ...]]) -> tuple[float, float] | None:
-    """Seconds from and to which a row is about its file; raises ValueError for what is no time."""
-    if "start" not in found and "end" not in found:
+def _part(values: Mapping[str, Any], found: Mapping[str, tuple[str, ...]]) -> Part | None:
+    """The part of its file that a row is about, None if the whole; raises ValueError for what is none.
+
+    Seconds count where a row has both seconds and frames.
+    """
+    given = {what: values.get(found[what][0]) for what in _ENDS if what in found}
+    start, end = (_seconds(given.get(what)) for what in ("start", "end"))
+    first, last = _both(given.get("frames"))
+    frames = [_frame(value) for value in (given.get("start_frame", first), given.get("end_frame", last))]
+    of_frames = start is None and end is None
+    if of_frames:
+        start, end = frames
+    if start is None and end is None:
         return None
-    ends = [_seconds(values.get(found[what][0])) if what in found else None for what in ("start", "end")]
-    if ends == [None, None]:
+    part = Part(start or 0, math.inf if end is None else end, of_frames)
+    if not 0 <= part.start < part.end:
+        raise ValueError(f"it goes from {part.start:g} to {part.end:g} {'frames' if of_frames else 's'}")
+    return part
+
+
+def _both(value: Any) -> tuple[Any, Any]:
+    """The ends of a range of frames, [0, 48] or 0:48."""
+    if _is_absent(value):
+        return None, None
+    ends = value if isinstance(value, list) else re.split(r"\s*[:,]\s*", str(value).strip(" []()"))
+    if len(ends) != 2:
+        raise ValueError(f"{str(value)[:40]!r} is no range of frames; write [0, 48] or 0:48, or rename the column")
+    return ends[0], ends[1]
+
+
+def _frame(value: Any) -> int | None:
+    if _is_absent(value):
         return None
-    start, end = 0.0 if ends[0] is None else ends[0], math.inf if ends[1] is None else ends[1]
-    if not 0 <= start < end:
-        raise ValueError(f"it goes from {start:g} s to {end:g} s")
-    return start, end
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(value)[:40]!r} is no number of a frame") from error
+    if isinstance(value, bool) or number != math.floor(number):
+        raise ValueError(f"{str(value)[:40]!r} is no number of a frame")
+    return int(number)
+
+
+def _is_absent(value: Any) -> bool:
+    return is_missing(value) or (isinstance(value, str) and value.strip().lower() in ("", "nan", "null", "none"))
 
 
 def _seconds(value: Any) -> float | None:
     """A time as a number of seconds, or as [hours:]minutes:seconds."""
-    if is_missing(value) or (isinstance(value, str) and value.strip().lower() in ("", "nan", "null", "none")):
+    if _is_absent(value):
         return None
     clock = _CLOCK.fullmatch(value.strip()) if isinstance(value, str) else None
     try:

@@ -18,6 +18,9 @@ WANTED = {  # what is looked for, by the names that trainers and data sets give 
     "caption": ("caption", "captions", "text", "prompt", "cap", "description"),
     "start": ("start", "start_time", "start_sec", "start_seconds", "start_timestamp"),
     "end": ("end", "end_time", "end_sec", "end_seconds", "end_timestamp"),
+    "start_frame": ("start_frame", "frame_start", "begin_frame", "start_frame_index"),
+    "end_frame": ("end_frame", "frame_end", "stop_frame", "end_frame_index"),
+    "frames": ("cut", "frame_idx", "frame_range"),  # both ends: [0, 48] or 0:48
 }  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def _shown(data: bytes, track: Track) -> np.ndarray:
                     frames += [frame.to_ndarray(format="rgb24") for frame in decoded]
                 except av.error.FFmpegError:
                     continue
-    except (av.error.FFmpegError, IndexError):
+    except (av.error.FFmpegError, IndexError, AttributeError):  # the last where a stream's decoder isn't known
         return np.empty((0, 0, 0, 3), np.uint8)
     same = len({frame.shape for frame in frames}) == 1
     return np.stack(frames) if same else np.empty((0, 0, 0, 3), np.uint8)
@@ -153,7 +153,7 @@ def _is_told(data: bytes) -> bool:
                 stream.thread_type, stream.codec_context.thread_count = "NONE", 1
                 for packet in file.demux(stream):
                     stream.codec_context.decode(packet if packet.size else None)
-        except (av.error.FFmpegError, IndexError):
+        except (av.error.FFmpegError, IndexError, AttributeError):
             return True
         return bool(complaints.take())
 

@@ -191,7 +191,8 @@ def check(clip: Clip, pool: Pool, folder: Path, rng: random.Random, result: Resu
     path = folder / f"asked.{clip.extension}"
     path.write_bytes(clip.data)
     try:
-        said = pool.probe(str(path), clip.extension, pixels=rng.random() < 0.5).result()
+        depth = rng.random()
+        said = pool.probe(str(path), clip.extension, pixels=depth > 0.25, whole=depth > 0.5).result()
     except DecodeError as error:
         result.refused.append(f"{clip.about}: {error}")
         return

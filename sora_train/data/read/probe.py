@@ -204,7 +204,7 @@ def _first(file: Any, stream: Any, pixels: bool) -> tuple[Any, bytes]:
 
     codec = stream.codec_context
     if not pixels:
-        codec.options = {"ec": "0"}  # what is cut off needn't be made up
+        codec.options |= {"ec": "0"}  # what is cut off needn't be made up
     file.seek(0)
     packet = next((p for p in file.demux(stream) if p.is_keyframe and p.size), None)
     if packet is not None:

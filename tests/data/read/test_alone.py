@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections import Counter
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from sora_train.config.schema import Probe
 from sora_train.data.read.bitstream import is_entry, is_intact, is_shown, needs_first_packet
+from sora_train.data.read.by_pyav import Complaints
 from sora_train.data.read.decode import DecodeError, Track
 from sora_train.data.read.pool import Pool
 from tests.data import damaged_clips, random_clips
@@ -190,6 +193,35 @@ def test_of_damaged_videos_few_are_trained_on_wrong(tmp_path: Path) -> None:
     assert len(out) == 6 and not became["wrong"] and became["unusable"] >= 3
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
     assert damaged_clips.campaign(6, "libx264", 5, tmp_path, log=log) == out  # goes on where it was
+
+
+def test_bits_left_over_at_the_end_of_a_slice_are_damage(tmp_path: Path, pool: Pool) -> None:
+    """FFmpeg looks at them only when told to; of CAVLC they show most of the flips that leave a valid stream."""
+    options, frames = {"preset": "veryfast", "x264-params": "cabac=0"}, damaged_clips.footage(np.random.default_rng(21))
+    clip, path = damaged_clips.clean("libx264", options, 12, "mp4", frames[:16], tmp_path), tmp_path / "a.mp4"
+    path.write_bytes(clip)
+    assert pool.probe(str(path), "mp4", whole=True).result()["frames"] == 16
+    first = clip.index(b"mdat")
+    shown_by_them = 0
+    for place in range(first + 900, len(clip), (len(clip) - first) // 40):
+        damaged = clip[:place] + bytes([clip[place] ^ 16]) + clip[place + 1 :]
+        path.write_bytes(damaged)
+        try:
+            pool.probe(str(path), "mp4", whole=True).result()
+        except DecodeError:
+            shown_by_them += not _complains(damaged)
+    assert shown_by_them >= 1
+
+
+def _complains(data: bytes) -> bool:
+    """Tell whether FFmpeg reports damage by itself."""
+    with Complaints() as complaints, av.open(io.BytesIO(data)) as file:
+        try:
+            for _ in file.decode(video=0):
+                pass
+        except av.error.FFmpegError:
+            return True
+        return bool(complaints.take())
 
 
 @pytest.mark.campaign
