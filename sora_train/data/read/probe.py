@@ -99,7 +99,7 @@ def _video(data: bytes, limits: Limits, pixels: bool, whole: bool) -> dict[str, 
             source = Source(stream.codec_context, packets, line, complaints)
             stamps = source.stamps()
             if whole:
-                source.refuse_damage()
+                source.refuse_damage(cut)
             out, count = (stamps, len(stamps)) if sequential else (out, count)
         times = times_of(line, count, float(stream.time_base or 1))
         claimed = _claimed(stream, times)

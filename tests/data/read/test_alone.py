@@ -93,6 +93,7 @@ def test_a_file_that_was_cut_ends_before_the_first_missing_frame(tmp_path: Path,
     path.write_bytes(whole[: len(whole) * 6 // 10])  # the index of the file is in front
     track = said_of(path, pool)
     assert track.fps == 24.0 and not track.vfr and 10 < track.frames < len(frames) - 5
+    assert Track.of(pool.probe(str(path), "mp4", whole=True).result()) == track, "what was cut off is no damage"
     size = frames.shape[1:3]
     last = track.frames - 1
     got = pool.decode(str(path), "mp4", (0, -1, None), [last], size, (0, 0, *size), track=track).result()
