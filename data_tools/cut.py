@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 def cut_file(path: Path, parts: Sequence[Part], folder: Path) -> list[str]:
     """Write the parts of a file as `N.mp4` into a folder; what is wrong with each, empty where nothing is."""
-    asked = json.dumps([part._replace(end=None if part.end == float("inf") else part.end) for part in parts])
+    asked = json.dumps([[p.start, None if p.end == float("inf") else p.end, p.of_frames] for p in parts])
     command = [sys.executable, "-m", "data_tools.cut", str(path), str(folder)]
     try:
         done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=_DEADLINE_S)
@@ -111,15 +111,14 @@ def _range(stream: Any, line: Line, part: Part) -> tuple[np.ndarray, int, int]:
         raise DecodeError(
             "cut", "its packets don't say which frame comes when; convert it, for example to H.264 in mp4"
         )
-    base = float(stream.time_base)
+    early, unit = (0.0, "frames") if part.of_frames else (_EARLY, "s")
+    at: np.ndarray = (line.stamps - line.stamps[line.shown].min()) * float(stream.time_base)
     if part.of_frames:
-        at, early, unit = np.searchsorted(np.sort(line.stamps[line.shown]), line.stamps), 0.0, "frames"
-    else:
-        at, early, unit = (line.stamps - line.stamps[line.shown].min()) * base, _EARLY, "s"
+        at = np.searchsorted(np.sort(line.stamps[line.shown]), line.stamps).astype(np.float64)
     places = np.flatnonzero(line.shown & (at >= part.start - early) & (at < part.end - early))
     if not len(places):
-        last = f"{at[line.shown].max():.10g}"
-        raise DecodeError("cut", f"no frame from {part.start:g} to {part.end:g} {unit}; the last one is at {last}")
+        final = f"{at[line.shown].max():.10g}"
+        raise DecodeError("cut", f"no frame from {part.start:g} to {part.end:g} {unit}; the last one is at {final}")
     start = line.stamps[places].min()
     entries = np.flatnonzero(line.entries & (line.stamps <= start))
     first = int(entries[-1]) if len(entries) else 0
