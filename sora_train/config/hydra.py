@@ -35,6 +35,7 @@ _WITH_VALUE = (  # flags of Hydra whose value is the next argument
     "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c",
     "--experimental-rerun",
 )  # fmt: skip
+_LOCAL_RANK = ("--local_rank=", "--local-rank=")  # as the launchers of DeepSpeed and torch.distributed add it
 _HERE = Path(__file__).parents[1]
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # installed from a wheel, or a checkout
 
@@ -77,7 +78,7 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
         print(help_text(usage, CONF))
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = _flags_first([a for a in sys.argv[1:] if not a.startswith("--local_rank=")])  # as DeepSpeed adds it
+    sys.argv[1:] = _flags_first([a for a in sys.argv[1:] if not a.startswith(_LOCAL_RANK)])
     load_plugins(_plugins())
     store_schema()
     codes: list[int] = []

@@ -56,6 +56,11 @@ def test_an_unknown_key_is_answered_with_the_nearest(answer: Answer) -> None:
     )
 
 
+@pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=1"])
+def test_what_launchers_add_to_the_command_is_passed_over(answer: Answer, flag: str) -> None:
+    assert answer(flag, "experiment=demo_vae", "optim.lrr=1").startswith("there is no key 'optim.lrr'")
+
+
 @pytest.mark.parametrize("override", ["steps=abc", "optim.lr=fast", "data.slots=1.5", "precision=fp8", "data.fit=pad"])
 def test_a_wrong_type_names_its_key_and_its_value(answer: Answer, override: str) -> None:
     key, _, value = override.partition("=")
