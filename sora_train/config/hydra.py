@@ -237,6 +237,8 @@ def _tell_script(line: str) -> None:
 def _check_run_dir(tree: DictConfig) -> None:
     """Raise InputError for a run folder that isn't one, or that each rank would name otherwise."""
     written = str((OmegaConf.to_container(tree, resolve=False) or {}).get("run_dir", ""))  # type: ignore[union-attr]
+    if not written.strip():
+        raise InputError("run_dir is empty; name the folder of the run, e.g. run_dir=runs/first")
     if "://" in written:
         raise InputError(
             f"run_dir={written} must be a folder of this machine; copies of its checkpoints go to checkpoint.mirror="
@@ -293,4 +295,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OverrideParseException) and {"-m", "--multirun"} & set(sys.argv[1:]):
         quoted = f"in a sweep Hydra's grammar reads every value: quote text, 'run_dir=\"a b\"' ({lines[0]})"
         return f"{error.override}: {quoted}"
+    if lines and lines[0].startswith("Ambiguous value"):
+        return f"{lines[0]}: write [a,b] for a list, 'key=\"a,b\"' for text, a point in a number, or add -m for a sweep"
     return lines[0] if lines else type(error).__name__
