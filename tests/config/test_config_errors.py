@@ -56,6 +56,17 @@ def test_an_unknown_key_is_answered_with_the_nearest(answer: Answer) -> None:
     )
 
 
+def test_a_comma_says_how_to_write_what_it_may_mean(answer: Answer) -> None:
+    assert answer("experiment=demo_vae", "data.fps=23,976").startswith(
+        "Ambiguous value for argument 'data.fps=23,976': write [a,b] for a list, "
+    )
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=1"])
+def test_what_launchers_add_to_the_command_is_passed_over(answer: Answer, flag: str) -> None:
+    assert answer(flag, "experiment=demo_vae", "optim.lrr=1").startswith("there is no key 'optim.lrr'")
+
+
 @pytest.mark.parametrize("override", ["steps=abc", "optim.lr=fast", "data.slots=1.5", "precision=fp8", "data.fit=pad"])
 def test_a_wrong_type_names_its_key_and_its_value(answer: Answer, override: str) -> None:
     key, _, value = override.partition("=")
@@ -262,6 +273,7 @@ def test_a_run_folder_is_a_folder_that_all_ranks_name_alike(
     for run_dir, said in (
         ("s3://bucket/x", "run_dir=s3://bucket/x must be a folder .* checkpoint.mirror=s3://bucket/x"),
         ("runs/${now:%H}", "each rank would take a time of its own"),
+        ("", "run_dir is empty; name the folder"),
     ):
         GlobalHydra.instance().clear()
         monkeypatch.setattr("sys.argv", ["train", "experiment=demo_vae", f"run_dir={run_dir}"])
