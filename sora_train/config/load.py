@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,20 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
 
 
 def schema_of(tree: DictConfig) -> DictConfig:
-    """Schema with defaults for a tree; `model` has the keys of the tree's model family. Loads the tree's plugins."""
+    """Schema with defaults for a tree; `model` has the keys of the tree's model family. Loads the tree's plugins.
+
+    It is shared by all callers: not to be changed.
+    """
     load_plugins(tree.get("plugins") or [])
-    schema = OmegaConf.structured(Config)
     model = tree.get("model") or {}
-    schema.model = OmegaConf.structured(FAMILIES.get(model.get("family") or "wan").settings)
+    return _schema_with(FAMILIES.get(model.get("family") or "wan").settings)
+
+
+@cache
+def _schema_with(model: type) -> DictConfig:
+    schema = OmegaConf.structured(Config)
+    schema.model = OmegaConf.structured(model)
+    assert isinstance(schema, DictConfig)
     return schema
 
 

@@ -48,6 +48,7 @@ from sora_train.train import train
 from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of, read_state
 from sora_train.training.trainer import Trainer
 
+PYTHON = os.environ.get("PYTHON_EXEC", sys.executable)  # the fork server's, where one runs this
 Sabotage = Callable[[Config, int], None]  # configuration, rank
 _TINY = (
     "experiment=demo", "model.width=16", "model.depth=1", "model.heads=2", "model.ffn=32", "model.frequencies=16",
