@@ -31,21 +31,25 @@ _STEADY = ("data.slots=8", "data.max_tokens=4", "checkpoint.every_steps=20")
 def whole_matrix(bed: Bed) -> object:
     """Every stage with every accumulation, on one rank and on two."""
     every = [(stage, passes) for stage in range(4) for passes in (1, 2, 4)]
-    return _matrix(bed, {1: every, 2: every})
+    return _matrix(bed, {1: every, 2: every}, steps=20)
 
 
 def matrix(bed: Bed) -> object:
     """A sample of it: each stage on two ranks, each accumulation, and both ends on one rank."""
-    return _matrix(bed, {1: [(0, 1), (3, 4)], 2: [(0, 4), (1, 2), (2, 1), (3, 2)]})
+    return _matrix(bed, {1: [(0, 1), (3, 4)], 2: [(0, 4), (1, 2), (2, 1), (3, 2)]}, steps=10)
 
 
-def _matrix(bed: Bed, wanted: dict[int, list[tuple[int, int]]]) -> object:
+def _matrix(bed: Bed, wanted: dict[int, list[tuple[int, int]]], steps: int) -> object:
     """Samples and losses of each step, by ranks, ZeRO stage and accumulation; one start per number of ranks."""
     found = {}
     for ranks, ways in wanted.items():
         configs = {
             f"{ranks} rank(s), stage {stage}, accumulation {passes}": bed.config(
-                f"{ranks}-{stage}-{passes}", f"deepspeed=zero{stage}", f"parallel.accumulation={passes}", *_STEADY
+                f"{ranks}-{stage}-{passes}",
+                f"deepspeed=zero{stage}",
+                f"parallel.accumulation={passes}",
+                *_STEADY,
+                f"steps={steps}",
             )
             for stage, passes in ways
         }
