@@ -1,8 +1,8 @@
-"""Registries of training methods and model families, by the name that the configuration uses.
+"""Registries of training methods, model families and augmentations, by the name that the configuration uses.
 
 Built-in entries are import paths (`module:NAME`) and are imported on first use. A plugin is a module listed in the key
-`plugins`; when it is imported, it calls `METHODS.register` or `FAMILIES.register`. The contracts are in
-`methods/base.py` and `models/base.py`. Imports neither torch nor deepspeed.
+`plugins`; when it is imported, it calls `register` of one of them. The contracts are in `methods/base.py`,
+`models/base.py` and `data/augment.py`. Imports neither torch nor deepspeed.
 """
 
 from __future__ import annotations
@@ -53,11 +53,14 @@ METHODS = Registry(
 )
 
 
+AUGMENTATIONS = Registry("data.augment", {"mirror": "sora_train.data.augment:mirror"})
+
+
 FAMILIES = Registry("model.family", {"wan": "sora_train.models.wan.family:WAN"})
 
 
 def load_plugins(modules: Sequence[str]) -> None:
-    """Import modules that register methods or families.
+    """Import modules that register methods, families or augmentations.
 
     Raises:
         InputError: A module can't be imported.

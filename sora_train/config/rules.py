@@ -10,7 +10,7 @@ from typing import Any
 
 from sora_train.config.deepspeed_keys import DEEPSPEED, ZERO
 from sora_train.config.ranges import check_ranges
-from sora_train.config.registry import METHODS
+from sora_train.config.registry import AUGMENTATIONS, METHODS
 from sora_train.config.schema import (
     DECODERS,
     DERIVED,
@@ -54,6 +54,10 @@ def check(config: Config) -> None:
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)
+    if data.augment:
+        AUGMENTATIONS.get(data.augment)
+        require(vae.cache_mib == 0, f"vae.cache_mib={vae.cache_mib} keeps the latents of each clip, which "
+                f"data.augment={data.augment} makes anew for every visit; set vae.cache_mib=0")  # fmt: skip
     METHODS.get(config.method).rules(config)
 
 

@@ -257,6 +257,7 @@ class DataConfig:
     workers: int = 2  # decode processes per rank
     prefetch_steps: int = 3  # steps decoded ahead
     decoded_mib: int = 0  # decoded clips that each rank keeps in memory, for a few clips; 0: none
+    augment: str = ""  # registered change of training clips and their captions, e.g. mirror; empty: none
     decode_timeout_s: float = 60.0  # of one clip, before its decoder is killed
     decode_memory_gib: float = 8.0  # of one decode process
     max_bad_fraction: float = 0.2  # of the last 1000 samples that may fail; more stops the run
@@ -395,7 +396,7 @@ class Config:
 
     run_dir: str = MISSING  # folder for everything that the run writes
     method: str = "diffusion"  # training method: diffusion, autoencoder, or a plugin's
-    plugins: list[str] = field(default_factory=list)  # modules that register methods or model families
+    plugins: list[str] = field(default_factory=list)  # modules that register methods, model families, ...
     init_from: str | None = None  # run folder or export whose averaged weights a new run starts from
     seed: int = 0  # of initial weights, data order and noise
     steps: int = MISSING  # optimizer updates of the run

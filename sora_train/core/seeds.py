@@ -46,7 +46,7 @@ def order(*parts: Part) -> np.ndarray:
 
 
 # Purposes of a visit's seed: every use hashes one of these in, so that no two uses draw the same numbers.
-TASK, FIRST_FRAME, CAPTION, DROP_CAPTION, TIMESTEP, NOISE, GIVEN_FRAMES, POSTERIOR, PER_FRAME = range(9)
+TASK, FIRST_FRAME, CAPTION, DROP_CAPTION, TIMESTEP, NOISE, GIVEN_FRAMES, POSTERIOR, PER_FRAME, AUGMENT = range(10)
 
 
 def stream(seed: int, purpose: int) -> int:

@@ -78,9 +78,10 @@ class Loader:
         pin: bool = False,
         taken: int = 0,
         cache_bytes: int = 0,
+        augment: Callable[[np.ndarray, str, int], tuple[np.ndarray, str]] | None = None,
     ) -> None:
         self.plan, self.index, self.pool = plan, plan.index, pool
-        self._decoded = DecodedClips(cache_bytes)
+        self._decoded, self._augment = DecodedClips(cache_bytes), augment
         self.passes, self.known, self.pin = passes, known or {}, pin
         self._steps = plan.from_position(start, taken)
         self._flying: deque[_Flying] = deque()
@@ -135,7 +136,12 @@ class Loader:
         key, found = str(self.index.key[visit.sample]), request.content.result()
         if not isinstance(found, Encoded):
             self._decoded.keep(visit, found)
-            return Clip(visit, key, captions[drawn], to_video(found))
+            text = captions[drawn]
+            if self._augment is not None:
+                found, text = self._augment(found, text, visit.seed)
+            return Clip(visit, key, text, to_video(found))
+        if self._augment is not None:
+            raise InputError(f"data.augment: sample {key} is latents, which it can't change; train on the videos")
         grid = self.plan.inputs.geometry
         frames, height, width = grid.grid(*visit.size)
         latents, texts = check_size(found, (frames, height * grid.patch, width * grid.patch))

@@ -7,11 +7,14 @@ one piece ends and another begins. The first of them is encoded anew from the la
 frame of a clip holds one frame alone. A piece is decoded after the latents before it. Only a piece's length of them is
 kept, so memory doesn't grow with the length. What has left the picture for longer than the overlap is forgotten.
 The end of a loop's last piece is held to the loop's beginning in the same way, mirrored.
+
+A new shot begins from the last frame before it, as a clip from an image does: the movement that it tells of need not
+go on with the one before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +28,7 @@ from sora_train.core.cost import Geometry
 from sora_train.core.seeds import hash64
 from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Held, Request, noise_of
-from sora_train.generation.requests import Prompt, Size, encode, encode_end, tail
+from sora_train.generation.requests import Prompt, Shot, Size, encode, encode_end, tail
 from sora_train.generation.sampler import Sampler
 
 
@@ -35,9 +38,36 @@ def in_pieces(
     """frames_THWC uint8, `frames` of them in all, a piece at a time; `size` is a piece's.
 
     `overlap`: latent frames that a piece shares with the one before. With `loop` the last piece leads back to the first
-    frame and ends right before it; pieces aren't cut then, so there may be a few more frames. What the prompt gives as
-    beginning isn't repeated. Raises InputError for an overlap that leaves no room.
+    frame and ends right before it; pieces aren't cut then, so there may be a few more frames, and its shots change
+    within pieces. What the prompt gives as beginning isn't repeated. Raises InputError for an overlap that leaves no
+    room.
     """
+    if loop:
+        yield from _continued(config, sampler, prompt, size, frames, seed, overlap=overlap, loop=True)
+        return
+    before = prompt.before
+    for shot, first, last in _frames_of(prompt.shots, frames, config.data.made_fps):
+        alone = replace(prompt, shots=[shot], before=before)
+        own_seed = int(hash64(seed, first, last)) >> 1 if first else seed
+        for video in _continued(config, sampler, alone, size, last - first, own_seed, overlap=overlap, loop=False):
+            yield video
+            before = video[-1:]
+
+
+def _frames_of(shots: Sequence[Shot], frames: int, fps: float) -> Iterator[tuple[Shot, int, int]]:
+    """The shots that some of the video's frames belong to: first frame, and the one after the last."""
+    first = 0
+    for number, end in enumerate(np.cumsum([shot.seconds for shot in shots])):
+        last = frames if number == len(shots) - 1 else min(frames, round(end * fps))
+        if last > first:
+            yield shots[number], first, last
+            first = last
+
+
+def _continued(
+    config: Config, sampler: Sampler, prompt: Prompt, size: Size, frames: int, seed: int, *, overlap: int, loop: bool
+) -> Iterator[np.ndarray]:
+    """Pieces that go on from each other: see `in_pieces`."""
     grid = geometry(config)
     latents, stride = grid.grid(*size)[0], grid.temporal_stride
     check_overlap(latents, overlap)

@@ -14,11 +14,12 @@ import torch
 from sora_train.config.cost import geometry, keep_cost, training_cost
 from sora_train.config.hydra import write_exit
 from sora_train.config.load import to_dict
-from sora_train.config.registry import METHODS
+from sora_train.config.registry import AUGMENTATIONS, METHODS
 from sora_train.config.schema import Config, Previews
 from sora_train.core.batch import Pack, Refusal
 from sora_train.core.cli import InputError
 from sora_train.core.world import World
+from sora_train.data.augment import augmented
 from sora_train.data.left_out import left_out
 from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
 from sora_train.data.order.curriculum import Stages
@@ -69,11 +70,13 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     for line in _opening(config, world, held_out, pool, _summary(config, world, plan, engines, len(passes))):
         console.say(line)
 
+    augment = partial(augmented, d.augment, AUGMENTATIONS.get(d.augment)) if d.augment else None
+
     def steps_from(taken: int, position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
         pin = device.type == "cuda"
         steps = Loader(
             plan, pool, passes, Position(*position), d.prefetch_steps, known,
-            pin=pin, taken=taken, cache_bytes=d.decoded_mib << 20,
+            pin=pin, taken=taken, cache_bytes=d.decoded_mib << 20, augment=augment,
         )  # fmt: skip
         return ulysses.same_clips(steps, group)
 

@@ -105,6 +105,20 @@ def test_a_long_video_goes_on_from_what_is_given_and_does_not_repeat_it(config: 
     assert numbers(in_pieces(config, sampler, prompt, SIZE, 10, 5, overlap=1, loop=False)) == list(range(7, 17))
 
 
+def test_a_new_shot_begins_from_the_last_frame_before_it(config: Config) -> None:
+    sampler: Any = Recorder()
+    shots = [Shot(2.5, "a"), Shot(0.01, "no frame of this one"), Shot(2.0, "b"), Shot(1.0, "never reached")]
+    made = list(in_pieces(config, sampler, Prompt(shots), SIZE, 17, 5, overlap=2, loop=False))
+    per_second = config.data.made_fps
+    assert numbers(made) == list(range(17)) and per_second == 4.0
+    first, more, turn = sampler.requests
+    assert [r.caption for r in sampler.requests] == ["a", "a", "b"] and not any(r.shots for r in sampler.requests)
+    assert more.held is not None and not first.given and not more.given
+    ((place, latents),) = turn.given
+    assert turn.held is None and (place, latents.shape[1], int(latents[0, 0, 0, 0])) == (0, 1, 9), "ten frames of a"
+    assert len({r.seed for r in sampler.requests}) == 3
+
+
 @pytest.mark.parametrize("overlap", [1, 2])
 def test_the_end_of_a_loop_is_held_to_its_beginning_as_a_piece_is_to_the_one_before(
     config: Config, overlap: int
