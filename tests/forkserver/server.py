@@ -109,7 +109,8 @@ class Server:
                         return command
                 elif key.data is None:
                     for pid in list(self.running):
-                        self._kill(pid)
+                        with suppress(ProcessLookupError):
+                            os.killpg(pid, signal.SIGKILL)
                     return None
                 elif key.data in self.running:
                     self._end(key.data, client_is_gone=isinstance(key.fileobj, socket.socket))
@@ -140,8 +141,9 @@ class Server:
         return None
 
     def _end(self, pid: int, client_is_gone: bool) -> None:
-        if client_is_gone:
-            self._kill(pid)
+        if client_is_gone:  # killed, so the command is too: itself alone, as it would have been
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         client, pidfd = self.running.pop(pid)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         for what in (client, pidfd):
@@ -150,13 +152,6 @@ class Server:
             client.sendall(f"{code}\n".encode())
         client.close()
         os.close(pidfd)
-
-    @staticmethod
-    def _kill(pid: int) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        with suppress(ProcessLookupError):  # not yet the leader of its group
-            os.kill(pid, signal.SIGKILL)
 
 
 def become(command: Command, client: str) -> list[str]:
