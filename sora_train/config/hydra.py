@@ -43,13 +43,16 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  #
 def store_schema() -> None:
     """Register the schema with Hydra: all keys with their defaults, and each model family as a choice of `model`.
 
-    Only values are registered, not types: `load.build` checks types, and reports a mistake in one line.
+    Only values are registered, not types: `load.build` checks types, and reports a mistake in one line. What is
+    registered already stays, so that this can be called again when plugins have brought families.
     """
     store = ConfigStore.instance()
-    store.store(name="schema", node=_values(Config))
+    if "schema.yaml" not in store.repo:
+        store.store(name="schema", node=_values(Config))
+        store.store(group="vae", name="base", node=_values(VaeConfig))
     for name in FAMILIES.names():
-        store.store(group="model", name=name, node=_values(FAMILIES.get(name).settings))
-    store.store(group="vae", name="base", node=_values(VaeConfig))
+        if f"{name}.yaml" not in store.repo.get("model", {}):
+            store.store(group="model", name=name, node=_values(FAMILIES.get(name).settings))
 
 
 def _values(schema: Any) -> Any:

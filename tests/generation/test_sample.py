@@ -164,13 +164,14 @@ def once(work: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments: (kept or kept.append(work(*arguments)) or kept)[0]
 
 
-def test_300_prompts_of_a_fuzzer_reach_the_json_byte_for_byte(
-    sample: Give, drawn: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.campaign)])
+def test_prompts_of_a_fuzzer_reach_the_json_byte_for_byte(
+    sample: Give, drawn: list[str], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     for name in ("model_config", "fixed", "fingerprint", "load_sampler"):  # what isn't about the prompt takes long
         monkeypatch.setattr(source, name, once(getattr(source, name)))
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.text(st.characters(exclude_characters="\0", codec="utf-8")))
     def reaches(text: str) -> None:
         drawn.clear()
