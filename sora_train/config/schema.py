@@ -250,7 +250,8 @@ class DataConfig:
     max_pixels: int = 102400  # height x width of a clip; larger videos are scaled down
     fit: Fit = Fit.crop
     slots: int = 8  # packs per optimizer step, divided over the ranks
-    max_tokens: int = 8192  # of a pack
+    max_tokens: int = 8192  # of a slot
+    pack_slots: int = 1  # slots that a pack may take, up to 1, 2, 4, 8, ...: where clips are long, ranks share them
     fill: float = 0.9  # target share of the token budget that the packs of a window fill
     window: int = 4096  # samples that are shuffled and packed together
     cost: str | None = None  # file of sora_train.calibrate: balance packs by measured seconds; null: by FLOPs
@@ -332,7 +333,7 @@ class ParallelConfig:
     """Division of a step over ranks and forward passes."""
 
     accumulation: int | None = None  # forward passes per step and rank; null: one per slot
-    sequence: int = 1  # ranks that share the tokens of a pack (Ulysses) and act as one data-parallel rank
+    sequence: int = 1  # ranks that share the tokens of every pack (Ulysses) and act as one data-parallel rank
 
 
 @dataclass

@@ -54,6 +54,16 @@ class World:
             raise InputError(f"parallel.sequence={degree} doesn't divide the {self.size} rank(s)")
         return replace(self, sequence=degree)
 
+    def sharing(self, most: int) -> int:
+        """The largest number of neighbouring ranks of a machine that can share a pack of up to `most` slots.
+
+        A power of two that divides the ranks of every machine, so that groups of so many lie inside one.
+        """
+        degree = 1
+        while 2 * degree <= most and self.size % (2 * degree) == 0 and self.local_size % (2 * degree) == 0:
+            degree *= 2
+        return degree
+
     @property
     def launched(self) -> bool:
         """True if a launcher started this process and left the address at which the ranks meet."""

@@ -55,7 +55,7 @@ class Source:
 
         sampler = load_sampler(self.config, o.run_dir, connect(self.world), wanted)
         network: Any = sampler.network
-        network.split_sequence(ulysses.Neighbours(ulysses.sequence_group(self.world)))
+        network.split_sequence(ulysses.sequence_groups(self.world))
         return sampler
 
 
@@ -123,7 +123,7 @@ def fingerprint(config: Config, o: Options) -> str:
 def sharing(config: Config) -> World:
     """This process's place among the ranks, which share every clip's tokens. Raises InputError for too many."""
     world = from_environment()
-    if config.model.heads % world.size:
+    if config.model.heads < world.size:
         raise InputError(f"{world.size} ranks can't share {config.model.heads} heads (model.heads); start fewer")
     return world.with_sequence(world.size)
 

@@ -124,6 +124,7 @@ def test_a_deepspeed_key_that_follows_from_ours_is_refused(answer: Answer, key: 
         (["+data.storage.s3=anon"], "data.storage.s3 must be a map of options, e.g. +data.storage.s3.anon=true"),
         (["data.commands=['rm -rf']"], "data.commands=['rm -rf'] must be names of programs, without arguments"),
         (["parallel.accumulation=0"], "parallel.accumulation=0 must be above 0"),
+        (["data.slots=4", "data.pack_slots=2"], "data.pack_slots=2: method=autoencoder has no sequence to share"),
         (["vae.blocks=[1]"], "vae.widths and vae.blocks need one entry per level"),
         (["optim.ema_lengths=[0.1,0.3]"], "optim.ema_lengths=[0.1, 0.3] must be different numbers in (0, 0.28)"),
         (["checkpoint.snapshots=0"], "checkpoint.snapshots=0 must be above 0"),
@@ -168,6 +169,13 @@ def test_every_rule_across_keys_names_its_keys(answer: Answer, overrides: list[s
             "flow.tasks: no weight may be below 0, and one must be above",
         ),
         (["flow.solver=rk4"], "flow.solver='rk4'; known: adams_bashforth, euler, heun"),
+        (["data.pack_slots=3"], "data.pack_slots=3 must be a power of two: 1, 2, 4, 8, ..."),
+        (["data.pack_slots=8", "data.slots=7"], "data.pack_slots=8: a step has only data.slots=7; lower it to 4"),
+        (
+            ["data.pack_slots=2", "parallel.sequence=2"],
+            "data.pack_slots=2 has the plan say how many ranks share",
+        ),
+        (["data.pack_slots=2", "parallel.accumulation=1"], "data.pack_slots=2 needs a forward pass per slot"),
     ],
 )
 def test_rules_of_a_diffusion_run(answer: Answer, tmp_path: Path, overrides: list[str], message: str) -> None:

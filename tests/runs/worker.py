@@ -26,16 +26,19 @@ from tests.runs.compared import (
     side_tables,
     whole_matrix,
 )
+from tests.runs.degrees import degrees, failing_part
 from tests.runs.disturbances import launchers, long_history, other_plan, suspended
 from tests.runs.evaluations import evaluations, looks, refusals
 from tests.runs.interruptions import debugs, full_disk, kills, mirrored, moves
+from tests.runs.late_rank import late_rank
 
 KINDS: dict[str, Callable[[Bed], object]] = {
     "matrix": matrix, "whole matrix": whole_matrix, "kills": kills, "moves": moves, "mirrored": mirrored,
     "debugs": debugs, "plugs": plugs, "moved plugs": moved_plugs, "adapters": adapters, "all adapters": all_adapters,
     "minute": minute, "large minute": large_minute, "imports": imports, "side tables": side_tables,
     "full disk": full_disk, "suspended": suspended, "long history": long_history, "other plan": other_plan,
-    "launchers": launchers, "looks": looks, "evaluations": evaluations, "refusals": refusals,
+    "launchers": launchers, "degrees": degrees, "failing part": failing_part, "late rank": late_rank,
+    "looks": looks, "evaluations": evaluations, "refusals": refusals,
 }  # fmt: skip
 DISTURBED = ("suspended", "launchers", "long history", "other plan")
 

@@ -30,13 +30,9 @@ class Diffusion:
 
     def rules(self, config: Config) -> None:
         """Check the sections `model` and `flow`, and the adapters."""
-        model, sequence = config.model, config.parallel.sequence
+        model = config.model
         for name in ("width", "depth", "heads", "ffn", "patch"):
             require(getattr(model, name) > 0, f"model.{name}={getattr(model, name)} must be above 0")
-        require(
-            model.heads % sequence == 0,
-            f"model.heads={model.heads} must be a multiple of parallel.sequence={sequence}",
-        )
         require(
             model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
             f"model.width={model.width} must be an even multiple of model.heads={model.heads}",
