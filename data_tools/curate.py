@@ -2,8 +2,9 @@
 
     python -m data_tools.curate videos=DIR out=DIR [captions=none|beside|URL|FOLDER] [licences=FILE | licence=NAME]
         [keep="motion >= 0.001 and ..."] [until=scores] [forbidden=FILE] [min_seconds=2] [max_seconds=20] [trim=0.25]
-        [short_side=256] [max_side=null] [cut_threshold=3] [near=8] [review=12] [crf=18] [gop=24] [model=NAME]
-        [stills=8] [requests=8] [shard_size=256] [workers=null] [engine=pool|ray] [strict=false]
+        [short_side=256] [max_side=null] [cut_threshold=3] [near=8] [review=12] [near_model=FOLDER] [near_cosine=0.95]
+        [cut=encode|copy] [crf=18] [gop=24] [model=NAME] [stills=8] [requests=8] [shard_size=256] [workers=null]
+        [engine=pool|ray] [strict=false]
 
 Each film is decoded once to find shots, borders and scores; those that stay are then cut, frame by frame. `keep` is the
 rule for clips, over their scores; `until=scores` ends before the cutting, with the report, so that a rule can be found:
@@ -16,8 +17,10 @@ but its name is kept.
 
 `captions` is the address of a server with OpenAI's interface (http://HOST:8000/v1; key from OPENAI_API_KEY, `model` its
 model), a folder of a local vision-language model, `beside` (the texts beside the films), or `none`. Clips shorter than
-min_seconds are left out, longer than max_seconds are split; `trim` seconds go where a shot meets another. Of clips that
-differ by at most `near` of 64 bits one stays; up to `review` bits they are listed.
+min_seconds are left out, longer than max_seconds are split; `trim` seconds go where a shot meets another. With
+cut=copy clips are spans of their film's own packets, not encoded anew, where no border has to be cut off. Of clips that
+differ by at most `near` of 64 bits one stays; up to `review` bits they are listed. A network in near_model also drops
+those whose vectors have a cosine of near_cosine or more.
 
 Kill it at any moment and give the same command again: what is done isn't done again, and the shards are the same bytes.
 New films are added; OUT/report.html, OUT/dropped.jsonl and OUT/sources.jsonl say what became of each.

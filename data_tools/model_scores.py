@@ -1,4 +1,4 @@
-"""Models that score pictures, from local folders: aesthetics, safety, the share of text, or anything else.
+"""Models that score or embed pictures, from local folders: aesthetics, safety, the share of text, or anything else.
 
 | a folder holds | its columns |
 | --- | --- |
@@ -7,7 +7,8 @@
 
 `scores.json`: `columns` in the order of the output, `size` (`[pixels]` a side, or `[height, width]`), `mean` and `std`
 of the input in 0 to 1, `then` (`none`, `sigmoid` or `softmax` of the output) and `over_frames` (`mean`, `max` or
-`min`). Nothing is fetched, and no code of a folder is run but TorchScript.
+`min`). To embed, the same files give vectors (`columns` isn't needed), or what transformers saves of a model of images.
+Nothing is fetched, and no code of a folder is run but TorchScript.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ Scores = Callable[[np.ndarray], np.ndarray]  # frames (T, H, W, 3) uint8 to scor
 class Settings:
     """Content of `scores.json`."""
 
-    columns: list[str]
+    columns: list[str] = field(default_factory=list)
     size: list[int] = number([224], least=1)
     mean: list[float] = number(_IMAGENET[0])
     std: list[float] = number(_IMAGENET[1], above=0)
@@ -72,31 +73,59 @@ def scorer_of(name: str, folder: str) -> Scorer:
     raise InputError(f"models.{name}={folder} holds neither scores.json nor an image classifier's config.json")
 
 
-def _exported(name: str, folder: Path) -> Scorer:
+@dataclass(frozen=True)
+class Embedder:
+    """A model that gives vectors, and a hash of its files."""
+
+    hash: str
+    vectors: Scores  # frames (T, H, W, 3) uint8 to vectors (T, D)
+
+
+def embedder_of(option: str, folder: str) -> Embedder:
+    """The model of a folder that an option names, to embed pictures. Raises InputError for a folder that holds none."""
+    path = Path(folder)
+    if (path / "scores.json").is_file():
+        run, _, known = _network_of(option, path)
+        return Embedder(known, run)
+    if (path / "config.json").is_file():
+        return _image_model(option, path)
+    raise InputError(f"{option}={folder} holds neither scores.json nor an image model's config.json")
+
+
+def _network_of(option: str, folder: Path) -> tuple[Scores, Settings, str]:
+    """An exported network from frames to its output `(T, values)`, its settings, and a hash of both."""
     try:
         settings = read(Settings, json.loads((folder / "scores.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'scores.json'} is not JSON: {error}") from error
     except InputError as error:
         raise InputError(f"{folder / 'scores.json'}: {error}") from error
-    if not settings.columns or len(settings.size) > 2 or len(settings.mean) != 3 or len(settings.std) != 3:
-        raise InputError(
-            f"{folder / 'scores.json'}: columns, one or two sizes, and three means and deviations are needed"
-        )
+    if len(settings.size) > 2 or len(settings.mean) != 3 or len(settings.std) != 3:
+        raise InputError(f"{folder / 'scores.json'}: one or two sizes, and three means and deviations are needed")
     file = next((folder / one for one in _MODELS if (folder / one).is_file()), None)
     if file is None:
-        raise InputError(f"models.{name}={folder} holds neither {' nor '.join(_MODELS)}")
+        raise InputError(f"{option}={folder} holds neither {' nor '.join(_MODELS)}")
     run = _onnx(file) if file.suffix == ".onnx" else _torchscript(file)
 
+    def output(frames_THWC: np.ndarray) -> np.ndarray:
+        return run(_prepared(frames_THWC, settings)).reshape(len(frames_THWC), -1).astype(np.float64)
+
+    return output, settings, _hash([file, folder / "scores.json"])
+
+
+def _exported(name: str, folder: Path) -> Scorer:
+    run, settings, known = _network_of(f"models.{name}", folder)
+    if not settings.columns:
+        raise InputError(f"{folder / 'scores.json'}: columns are needed")
+
     def scores(frames_THWC: np.ndarray) -> np.ndarray:
-        output = run(_prepared(frames_THWC, settings)).reshape(len(frames_THWC), -1)
+        output = run(frames_THWC)
         if output.shape[1] != len(settings.columns):
             raise InputError(
-                f"{file} gives {output.shape[1]} figures, {folder / 'scores.json'} names {settings.columns}"
+                f"the model in {folder} gives {output.shape[1]} figures, its scores.json names {settings.columns}"
             )
-        return _then(output.astype(np.float64), settings.then)
+        return _then(output, settings.then)
 
-    known = _hash([file, folder / "scores.json"])
     return Scorer(_named(name, settings.columns), settings.over_frames, known, scores)
 
 
@@ -166,6 +195,31 @@ def _classifier(name: str, folder: Path) -> Scorer:
     return Scorer(
         _named(name, labels), "max", _hash(sorted(folder.glob("*.safetensors")) + [folder / "config.json"]), scores
     )
+
+
+def _image_model(option: str, folder: Path) -> Embedder:
+    try:
+        import torch
+        from transformers import AutoImageProcessor, AutoModel
+    except ImportError as error:
+        raise InputError(f"{option}={folder} needs transformers: pip install -e '.[models]'") from error
+    try:
+        prepare: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        network: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{option}={folder} is no image model: {str(error).splitlines()[0]}") from error
+    of_images = getattr(network, "get_image_features", network)  # of CLIP and its kin, which take texts too
+
+    def vectors(frames_THWC: np.ndarray) -> np.ndarray:
+        pictures = [Image.fromarray(frame) for frame in frames_THWC]
+        with torch.inference_mode():
+            output = of_images(**prepare(images=pictures, return_tensors="pt"))
+        if not isinstance(output, torch.Tensor):
+            pooled = getattr(output, "pooler_output", None)
+            output = output.last_hidden_state.mean(1) if pooled is None else pooled
+        return np.asarray(output.flatten(1).double().numpy())
+
+    return Embedder(_hash(sorted(folder.glob("*.safetensors")) + [folder / "config.json"]), vectors)
 
 
 def _named(name: str, columns: Sequence[str]) -> tuple[str, ...]:

@@ -6,8 +6,12 @@ python -m sora_train.compare RUN                     writes RUN/report.html
 python -m sora_train.compare RUN RUN metrics=[shape,psnr_db]      two evaluations clip by clip, or metrics=all
 python -m sora_train.compare a.json b.json metrics=all            the same for files that `evaluate` wrote
 
+python -m sora_train.compare RUN RUN ... evaluation=prompts [metrics=[binding]] [html=sizes.html]
+                                                     one evaluation of many runs by size of model and time of training
+
 figures    for the table and the PNG (loss, validation_loss, tokens_per_s, mfu, step_time)
-html       one page with everything: curves, samples, differences, events
+html       one page with everything: curves, samples, differences, events; or the table of an evaluation
+evaluation `clips` (of `evaluate run_dir=RUN`), or the name of the prompt file that all were evaluated on
 png        the curves, drawn by matplotlib
 """
 
@@ -16,7 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.console import Console
+
 from sora_train.core.cli import InputError, options_and_paths, run
+from sora_train.evaluation.by_size import read_sized, rows_of, sizes_page, sizes_table
 from sora_train.evaluation.paired import print_differences
 from sora_train.operations.records import Record, read
 from sora_train.operations.report import runs_page, write_report
@@ -33,6 +40,7 @@ class Options:
     html: str = ""
     png: str = ""
     metrics: list[str] = field(default_factory=list)
+    evaluation: str = ""
 
 
 def main() -> int:
@@ -40,6 +48,8 @@ def main() -> int:
     wanted, folders = options_and_paths(Options, __doc__)
     if not folders:
         raise InputError("name at least one run folder; --help shows how")
+    if wanted.evaluation:
+        return _by_size(wanted, folders)
     if wanted.metrics:
         return print_differences(folders, wanted.metrics)
     records = _told_apart([read(folder) for folder in folders])
@@ -50,6 +60,16 @@ def main() -> int:
         Path(wanted.html).write_text(runs_page("Comparison of runs", records), encoding="utf-8")
     if wanted.png:
         plot(records, wanted.figures, Path(wanted.png))
+    return 0
+
+
+def _by_size(wanted: Options, folders: list[str]) -> int:
+    runs = read_sized(folders, wanted.evaluation)
+    header, rows = rows_of(runs, [] if wanted.metrics == ["all"] else wanted.metrics)
+    Console().print(sizes_table(header, rows))
+    if wanted.html:
+        about = f"Evaluation {wanted.evaluation!r} of {len(runs)} runs, {runs[0].evaluation['videos']} videos each"
+        Path(wanted.html).write_text(sizes_page(about, header, rows), encoding="utf-8")
     return 0
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from data_tools.curation.duplicates import Hashed, Near, find_near
+from data_tools.curation.embed import from_text
 from data_tools.curation.rules import Rule
 from data_tools.curation.stage import Item, Outcome
 from data_tools.media_files import key_of
@@ -50,26 +53,52 @@ def without_copies(films: Sequence[Item]) -> Results:
     return found
 
 
-def without_near(clips: Sequence[Item], stored: Collection[str], near: float, review: float) -> tuple[Results, Near]:
-    """The clips, of which those that are near a preferred one are dropped.
-
-    Those that are in shards are preferred to others, then larger and longer ones.
-    """
+def preferred(clips: Sequence[Item], stored: Collection[str]) -> list[Item]:
+    """The clips, those that are in shards before others, then larger and longer ones."""
 
     def preference(clip: Item) -> tuple[bool, float, int, str]:
         top, bottom, left, right = clip["border"]
         pixels = (clip["height"] - top - bottom) * (clip["width"] - left - right)
         return clip["key"] not in stored, -pixels, clip["start"] - clip["end"], clip["key"]
 
-    ordered = sorted(clips, key=preference)
-    hashed = [Hashed.of(clip["key"], clip["hashes"], clip["mirrored_hashes"], clip["shot"]) for clip in ordered]
-    found = find_near(hashed, near, review)
+    return sorted(clips, key=preference)
+
+
+def without_near(clips: Sequence[Item], stored: Collection[str], near: float, review: float) -> tuple[Results, Near]:
+    """The clips, of which those that are near a preferred one are dropped."""
+    found = find_near([hashed(clip) for clip in preferred(clips, stored)], near, review)
     results: Results = []
     for clip in clips:
         other = found.dropped.get(clip["key"])
         detail = f"{other[1]:g} of 64 bits from {other[0]}" if other else ""
         results.append((clip, {"dropped": ["near duplicate", detail]} if other else {"kept": {}}))
     return results, found
+
+
+def hashed(clip: Item) -> Hashed:
+    """A clip as its hashes."""
+    return Hashed.of(clip["key"], clip["hashes"], clip["mirrored_hashes"], clip["shot"])
+
+
+def without_alike(clips: Sequence[Item], stored: Collection[str], cosine: float) -> Results:
+    """The clips, of which those whose vector is nearly that of a preferred one are dropped; not parts of one shot."""
+    kept: list[Item] = []
+    dropped: dict[str, str] = {}
+    bank_ND = np.zeros((len(clips), len(from_text(clips[0]["vector"])) if clips else 0), np.float32)
+    for clip in preferred(clips, stored):
+        vector_D = from_text(clip["vector"])
+        cosines = bank_ND[: len(kept)] @ vector_D
+        near = [int(n) for n in np.flatnonzero(cosines >= cosine) if kept[n]["shot"] != clip["shot"]]
+        if near:
+            best = max(near, key=lambda n: float(cosines[n]))
+            dropped[clip["key"]] = f"cosine {cosines[best]:.3f} with {kept[best]['key']}"
+            continue
+        bank_ND[len(kept)] = vector_D
+        kept.append(clip)
+    return [
+        (clip, {"dropped": ["alike", dropped[clip["key"]]]} if clip["key"] in dropped else {"kept": {}})
+        for clip in clips
+    ]
 
 
 def by_rule(clips: Sequence[Item], rule: Rule) -> Results:

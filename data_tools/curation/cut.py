@@ -1,7 +1,8 @@
 """The stage `cut`: a span of a film to a video of its own, frame by frame; a whole film is copied as it is.
 
 Decoding begins at the key frame before the span. The first and the last frame are compared with what the film's one
-whole decode had there; where they differ, or frames are missing, the film is decoded from its beginning.
+whole decode had there; where they differ, or frames are missing, the film is decoded from its beginning. With `copy`
+the film's own packets are taken where they can be (`packets.py`), and the same frames are compared.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from PIL import Image
 
 from data_tools.curation.films import frames, opened, small_picture, small_size
 from data_tools.curation.look import TINY
+from data_tools.curation.packets import Missed, copy_span
 from data_tools.curation.shots import mark_of
 from data_tools.curation.stage import Drop, Item, Stage
 from data_tools.media_files import hash_of, media_extension
@@ -32,10 +34,10 @@ _READS = (
     "key", "path", "sha256", "look", "stream", "height", "width", "rotation", "mirrored", "interlaced", "transfer",
     "fps", "vfr", "timed", "frames", "start", "end", "border", "marks", "stamps", "duration",
 )  # fmt: skip
-_MODULES = tuple(f"data_tools.curation.{name}" for name in ("cut", "films", "shots"))
+_MODULES = tuple(f"data_tools.curation.{name}" for name in ("cut", "films", "packets", "shots"))
 
 
-def stage(crf: int, gop: int, max_side: int | None, stills: int) -> Stage:
+def stage(crf: int, gop: int, max_side: int | None, stills: int, copy: bool = False) -> Stage:
     """The stage.
 
     Args:
@@ -43,8 +45,9 @@ def stage(crf: int, gop: int, max_side: int | None, stills: int) -> Stage:
         gop: Distance of key frames.
         max_side: Pixels of the short side that larger clips are made smaller to; None leaves them.
         stills: Pictures kept for captions.
+        copy: Take a span's packets as they are, where its frames can be had from them.
     """
-    parameters = {"crf": crf, "gop": gop, "max_side": max_side, "stills": stills}
+    parameters = {"crf": crf, "gop": gop, "max_side": max_side, "stills": stills, "copy": copy}
     return Stage("cut", cut, _READS, _MODULES, parameters, files=("clip", "stills"))
 
 
@@ -56,11 +59,14 @@ def cut(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
     extension = media_extension(item["path"]) if whole else "mp4"
     name = f"{item['key']}.{extension}"
     temporary = folder / f".{item['key']}.{os.getpid()}.mp4"
+    frames, copied = item["end"] - item["start"], whole
     try:
         if whole:
             shutil.copyfile(item["path"], temporary)
             for _ in source.pictures(from_start=True):
                 continue
+        elif parameters["copy"] and (found := source.copy(temporary)):
+            frames, copied = found, True
         else:
             source.write(temporary)
         temporary.replace(folder / name)
@@ -71,11 +77,8 @@ def cut(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
         temporary = folder / f".{item['key']}.{os.getpid()}.npz"
         np.savez(temporary, *[np.frombuffer(one, np.uint8) for one in source.stills])
         temporary.replace(folder / stills)
-    return {"clip": name, "stills": stills, "digest": hash_of(folder / name), "copied": whole}
-
-
-class _Missed(Exception):
-    """Frames that came out are not those of the film's one whole decode."""
+    end = item["start"] + frames
+    return {"clip": name, "stills": stills, "digest": hash_of(folder / name), "copied": copied, "end": end}
 
 
 class _Source:
@@ -89,10 +92,40 @@ class _Source:
         largest = parameters["max_side"]
         self.is_smaller = largest is not None and min(inner) > largest
         self.size = small_size(*inner, largest) if self.is_smaller and largest is not None else inner
-        self.wanted = self._numbers(work)
+        self._seen = np.load(work / "look" / item["look"])
+        self.wanted = self._numbers()
         self.stills: list[bytes] = []
-        places = np.linspace(0, len(self.wanted) - 1, parameters["stills"] + 2).round().astype(int)[1:-1]
-        self._still_places = set(places.tolist())
+
+    def copy(self, path: Path) -> int:
+        """Copy the span's packets; returns how many frames they show, 0 where it takes encoding to show them."""
+        if any(self.item["border"]) or self.is_smaller or self.track.rotation or self.track.mirrored:
+            return 0
+        stamps = self._seen["stamps"][self.item["start"] : self.item["end"]].tolist()
+        try:
+            count = copy_span(self.item["path"], self.item["stream"], stamps if self.item["timed"] else [], path)
+            self._look_through(path, count)
+        except (Missed, Drop):
+            self.stills.clear()
+            return 0
+        return count
+
+    def _look_through(self, path: Path, count: int) -> None:
+        """Decode a copied span, keeping stills. Raises Missed where it doesn't show what the film shows there."""
+        places, number = self._still_places(count), 0
+        with Complaints() as complaints, opened(str(path)) as (film, stream):
+            for number, shown in enumerate(frames(film, stream, complaints), 1):
+                if number in (1, count):
+                    self._compare(shown.frame, mark_of(self._seen["tiny"][self.item["start"] + number - 1]))
+                if number - 1 in places:
+                    self.stills.append(_jpeg(self._picture(shown.frame)))
+                if shown.doubtful:
+                    raise Missed("its packets can't be decoded without what is before them")
+        if number != count:
+            raise Missed(f"{number} of {count} frames came out")
+
+    def _still_places(self, count: int) -> set[int]:
+        places = np.linspace(0, count - 1, self.parameters["stills"] + 2).round().astype(int)[1:-1]
+        return set(places.tolist())
 
     def write(self, path: Path) -> None:
         """Encode the span; from a key frame, else from the film's beginning. Raises Drop where neither works."""
@@ -102,13 +135,13 @@ class _Source:
             try:
                 write_mp4(path, pictures, self.item["fps"], self.parameters["crf"], self.parameters["gop"])
                 return
-            except _Missed as error:
+            except Missed as error:
                 reason = str(error)
         raise Drop("changed", reason)
 
     def pictures(self, from_start: bool) -> Iterator[np.ndarray]:
-        """The pictures of the clip, `(H, W, 3)`, in turn. Raises _Missed."""
-        number, given = self.item["start"], 0
+        """The pictures of the clip, `(H, W, 3)`, in turn. Raises Missed."""
+        number, given, still_places = self.item["start"], 0, self._still_places(len(self.wanted))
         for frame in self._frames(from_start):
             last = number + 1 == self.item["end"]
             if number == self.item["start"] or last:
@@ -116,21 +149,21 @@ class _Source:
             picture: np.ndarray | None = None
             while given < len(self.wanted) and self.wanted[given] == number:
                 picture = self._picture(frame) if picture is None else picture
-                if given in self._still_places:
+                if given in still_places:
                     self.stills.append(_jpeg(picture))
                 yield picture
                 given += 1
             number += 1
             if last:
                 return
-        raise _Missed(f"{number - self.item['start']} of {self.item['end'] - self.item['start']} frames came out")
+        raise Missed(f"{number - self.item['start']} of {self.item['end'] - self.item['start']} frames came out")
 
-    def _numbers(self, work: Path) -> list[int]:
+    def _numbers(self) -> list[int]:
         """The film's frame that each frame of the clip shows: all of them, or at a steady rate where theirs varies."""
         first, end = self.item["start"], self.item["end"]
         if not self.item["vfr"]:
             return list(range(first, end))
-        times = np.load(work / "look" / self.item["look"])["times"][first:end]
+        times = self._seen["times"][first:end]
         count = max(1, round(float(times[-1] - times[0]) * self.item["fps"]))
         return [first + number for number in shown_at(times, range(count), self.item["fps"])]
 
@@ -156,7 +189,7 @@ class _Source:
         small = small_picture(frame, shape, self.track.rotation, self.track.mirrored)
         tiny = cv2.resize(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), TINY[::-1], interpolation=cv2.INTER_AREA)
         if mark_of(tiny) != mark:
-            raise _Missed("its frames are not those that were seen before")
+            raise Missed("its frames are not those that were seen before")
 
     def _picture(self, frame: Any) -> np.ndarray:
         top, _, left, _ = self.item["border"]

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.candidates import say
-from data_tools.curation import captions, cut, look, output, probe, scores, shots
+from data_tools.curation import captions, cut, embed, look, output, probe, scores, shots
 from data_tools.curation.beside import caption_beside
-from data_tools.curation.clips import by_rule, clips_of, without_copies, without_near
-from data_tools.curation.duplicates import Near
+from data_tools.curation.clips import (
+    by_rule,
+    clips_of,
+    hashed,
+    preferred,
+    without_alike,
+    without_copies,
+    without_near,
+)
+from data_tools.curation.duplicates import HashIndex, Near
 from data_tools.curation.engine import Engine, take_through
 from data_tools.curation.find import find_films
 from data_tools.curation.forbidden import list_parameters
@@ -79,7 +87,7 @@ class Pipeline:
         return [
             probe.stage(s.short_side, forbidden), look.stage(s.cut_threshold, forbidden),
             shots.stage(s.min_seconds, s.max_seconds, s.trim, s.short_side), scores.stage(),
-            cut.stage(s.crf, s.gop, s.max_side, s.stills if s.has_model else 0),
+            cut.stage(s.crf, s.gop, s.max_side, s.stills if s.has_model else 0, s.cut == "copy"),
         ]  # fmt: skip
 
     def _looked_at(self, films: list[Item]) -> list[Item]:
@@ -98,15 +106,26 @@ class Pipeline:
         output.write_sources(self.out, films, code_version(tuple(m for stage in self.stages() for m in stage.modules)))
         kept = self._keep("rule", "clip", by_rule(self.done.clips, self.rule))
         self.done.stored = _keys(self._journal())
-        results, self.done.near = without_near(kept, self._settled(), s.near, s.review)
-        self.done.near.index.write(self.out / HASHES)
-        return self._keep("duplicates", "clip", results)
+        settled = self._settled()
+        results, self.done.near = without_near(kept, settled, s.near, s.review)
+        kept = self._keep("duplicates", "clip", results)
+        if s.near_model:
+            kept = self._take(embed.stage(s.near_model), kept, "clip")
+            kept = self._keep("alike", "clip", without_alike(kept, settled, s.near_cosine))
+        index = HashIndex()
+        for clip in preferred(kept, settled):
+            index.add(hashed(clip))
+        index.write(self.out / HASHES)
+        return kept
 
     def _write(self, clips: list[Item]) -> None:
         """Cut, caption and store what is in no shard yet."""
         new = [clip for clip in clips if clip["key"] not in self.done.stored]
         if new:
             new = self._take(self.stages()[4], new, "clip")
+            if self.settings.cut == "copy":
+                copied = sum(clip["copied"] for clip in new)
+                say(f"{copied} of {len(new)} clips hold their film's own packets; the others took encoding")
             new = self._captioned(new)
         journal = self._journal()
         self.done.added = output.write_shards(journal, self.ledger, new, int(self.settings.shard_size * 2**20))

@@ -58,7 +58,7 @@ def _of_shot(shot: Item, seen: Mapping[str, np.ndarray], item: Item) -> Item:
         "frozen": float((np.abs(np.diff(tiny_THW, axis=0)).max(axis=(1, 2)) == 0).mean()),
         "overlay": _overlay(small_SHW) if values["motion"] >= _MOVES and len(small_SHW) >= _LEAST else np.nan,
     }
-    pictures = [_without_border(one, shot["border"], item) for one in small_SHW]
+    pictures = [without_border(one, shot["border"], item) for one in small_SHW]
     both = [hashes_of(one) for one in pictures]
     return {
         **{name: None if np.isnan(value) else round(value, 6) for name, value in values.items()},
@@ -81,9 +81,9 @@ def _overlay(small_SHW: np.ndarray) -> float:
     return float((np.min(sizes, axis=0) > _EDGE).mean())
 
 
-def _without_border(small_HW: np.ndarray, border: list[int], item: Item) -> np.ndarray:
-    """A small picture without its border, which is given in pixels of the film."""
-    height, width = small_HW.shape
+def without_border(small: np.ndarray, border: list[int], item: Item) -> np.ndarray:
+    """A small picture, `(H, W)` or `(H, W, C)`, without its border, which is given in pixels of the film."""
+    height, width = small.shape[:2]
     top, bottom = (round(pixels * height / item["height"]) for pixels in border[:2])
     left, right = (round(pixels * width / item["width"]) for pixels in border[2:])
-    return np.ascontiguousarray(small_HW[top : height - bottom, left : width - right])
+    return np.ascontiguousarray(small[top : height - bottom, left : width - right])

@@ -32,6 +32,9 @@ class Settings:
     cut_threshold: float = number(3.0, above=0)
     near: float = number(8.0, least=0, most=32)
     review: float = number(12.0, least=0, most=32)
+    near_model: str | None = None
+    near_cosine: float = number(0.95, above=0, most=1)
+    cut: str = choice(("encode", "copy"), "encode")
     crf: int = number(18, least=0, most=51)
     gop: int = number(24, least=1)
     stills: int = number(8, least=1, most=64)

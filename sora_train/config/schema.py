@@ -65,9 +65,9 @@ class Fit(Enum):
 
 
 class Probe(Enum):
-    """Part of each video or image that indexing decodes; frames are counted and checksums taken with both."""
+    """Part of each video or image that indexing decodes; frames are counted and checksums taken with each."""
 
-    packets = "packets"  # packet headers only; damaged pictures are found when training decodes them
+    packets = "packets"  # packet headers only, for huge sets; damage is found when training decodes it, not all of it
     frame = "frame"  # the first frame too
     all = "all"  # every frame: a file in which a decoder finds damage anywhere is refused as a whole
 
@@ -243,7 +243,7 @@ class DataConfig:
     stages: list[StageConfig] = field(default_factory=list)  # curriculum, in order; empty: one stage
     captions: dict[str, float] = field(default_factory=dict)  # weights of named captions; empty: equal weights
     index: str | None = None  # consolidated index of the training shards, for large sets
-    probe: Probe = Probe.packets  # part decoded when shards without an index are indexed; frame is several times slower
+    probe: Probe | None = None  # part decoded for an index; null: all for shards without one, any index counts
     drop_refused: bool = False  # leave out of later epochs the samples that were refused
     fps: int | float | str = 16.0  # frames per second to train at, or native: each video's own
     max_frames: int = 81  # of a clip

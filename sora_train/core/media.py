@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image
 
 
@@ -129,7 +129,8 @@ def read_mp4(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray, float]
     try:
         with av.open(opened, "r") as container:
             stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            converter = VideoReformatter()  # one for all frames: it takes time to set up
+            frames = [converter.reformat(frame, format="rgb24").to_ndarray() for frame in container.decode(stream)]
             rate = stream.average_rate or stream.guessed_rate
     except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"no video can be read: {error}") from error

@@ -28,7 +28,7 @@ class Wanted:
     shards: Sequence[str]
     store: Store
     limits: Limits
-    probe: Probe
+    probe: Probe | None
 
     def missing(self, shards: Sequence[str]) -> list[str]:
         """Those of some shards that have no index here."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,23 @@ def judge_folder(judges: Judges, videos: str, reference: str | None, prompts: st
         missing = sorted(set(made) - set(others)) if others else []
         if missing:
             raise InputError(f"{what} has nothing for {len(missing)} of {len(made)} videos, the first is {missing[0]}")
-    columns: dict[str, list[Judged]] = {SAMPLES: []}
-    for name, path in track(made.items(), description="judging videos"):
+
+    def judged(name: str, path: Path, beside: Path | None) -> Judged:
         frames, fps = read_video(path)
-        truth = read_video(real[name])[0] if paired else None
-        columns[SAMPLES].append(judges.judge(frames, truth, _sample(name, fps, texts)))
-    for name, path in track(real.items(), description="judging the reference", disable=not real):
-        frames, fps = read_video(path)
-        columns.setdefault(REAL, []).append(judges.judge(frames, None, _sample(name, fps, texts)))
+        truth = None if beside is None else read_video(beside)[0]
+        return judges.judge(frames, truth, _sample(name, fps, texts))
+
+    work = {SAMPLES: [(name, path, real[name] if paired else None) for name, path in made.items()]}
+    if real:
+        work[REAL] = [(name, path, None) for name, path in real.items()]
+    columns: dict[str, list[Judged]] = {}
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # most of the work is in libraries that let threads go
+    try:
+        for column, tasks in work.items():
+            found = pool.map(lambda task: judged(*task), tasks)
+            columns[column] = list(track(found, total=len(tasks), description=f"judging {column}"))
+    finally:
+        pool.shutdown(cancel_futures=True)
     about = {"folder": videos, "reference": reference, "prompts": prompts}
     return conclude(f"{videos}, {len(made)} videos", about, judges, columns)
 

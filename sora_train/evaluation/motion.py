@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from sora_train.evaluation.metric import Sample, metric
-from sora_train.evaluation.pixels import luma
+from sora_train.evaluation.pixels import edges, luma
+from sora_train.evaluation.remembered import remembered
 
 _STATIC = 0.002  # shorter sides a second: less is a still camera before nothing that moves
 _SMALL = 32  # pixels a side of the frames that are compared for consistency
@@ -21,7 +22,7 @@ def flicker(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample)
     """Mean absolute second difference of brightness in time, in steps of 255: steady motion adds little to it."""
     if len(made_THWC) < 3:
         return {"flicker": _NONE}
-    return {"flicker": float(np.abs(np.diff(luma(made_THWC), n=2, axis=0)).mean())}
+    return {"flicker": _mean_changes(made_THWC)[1]}
 
 
 @metric("jerk", groups=("quick", "full"), better="down")
@@ -32,9 +33,8 @@ def jerk(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) ->
     """
     if len(made_THWC) < 3:
         return {"jerk": _NONE}
-    first = np.diff(luma(made_THWC), axis=0)
-    amount = np.abs(first).mean()
-    return {"jerk": float(np.abs(np.diff(first, axis=0)).mean() / amount) if amount else 0.0}
+    amount, second = _mean_changes(made_THWC)
+    return {"jerk": second / amount if amount else 0.0}
 
 
 @metric("motion", groups=("quick", "full"), better=None, needs=["fps"])
@@ -56,10 +56,21 @@ def speed(frames_THWC: np.ndarray, fps: float) -> float:
     From the constraint of B. Horn and B. Schunck, "Determining optical flow", Artificial Intelligence 17 (1981): at
     one edge it is the edge's speed along its normal, whatever its contrast. 0 for flat frames.
     """
-    grey_THW = luma(frames_THWC)
-    dy, dx = np.gradient(grey_THW, axis=(1, 2))
-    edges = np.hypot(dy, dx).mean()
-    return float(np.abs(np.diff(grey_THW, axis=0)).mean() / edges / min(grey_THW.shape[1:]) * fps) if edges else 0.0
+    length = edges(frames_THWC)
+    return _mean_changes(frames_THWC)[0] / length / min(frames_THWC.shape[1:3]) * fps if length else 0.0
+
+
+@remembered
+def _mean_changes(frames_THWC: np.ndarray) -> tuple[float, float]:
+    """Mean absolute first and second differences of brightness in time."""
+    grey_THW, before = luma(frames_THWC), None
+    first, second = 0.0, 0.0
+    for one, other in pairwise(grey_THW):  # pair by pair, which stays in the cache
+        change = other - one
+        first += float(np.abs(change).mean(dtype=np.float64))
+        second += 0.0 if before is None else float(np.abs(change - before).mean(dtype=np.float64))
+        before = change
+    return first / max(1, len(grey_THW) - 1), second / max(1, len(grey_THW) - 2)
 
 
 @metric("consistency", groups=("quick", "full"), better="up")

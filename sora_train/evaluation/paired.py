@@ -57,16 +57,21 @@ def read_evaluation(place: str) -> dict[str, Any]:
     return dict(found)
 
 
-def differences(first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[str]) -> list[Difference]:
-    """The differences of these figures, of all that both have for no names.
-
-    Raises InputError for evaluations on different clips or seeds, and for a figure that one hasn't.
-    """
+def check_alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Raise InputError for evaluations on different clips, prompts or seeds."""
     for key in _SAME:
         if first.get(key) != second.get(key):
             raise InputError(
                 f"the evaluations differ in {key} ({first.get(key)} and {second.get(key)}); evaluate both alike"
             )
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[str]) -> list[Difference]:
+    """The differences of these figures, of all that both have for no names.
+
+    Raises InputError for evaluations on different clips or seeds, and for a figure that one hasn't.
+    """
+    check_alike(first, second)
     ours, theirs = ({v["name"]: v["figures"] for v in one["columns"][SAMPLES]} for one in (first, second))
     if set(ours) != set(theirs):
         raise InputError(f"the evaluations are of {len(ours)} and {len(theirs)} clips, not of the same ones")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sora_train.evaluation.metric import Metric, Models, Sample, Unavailable, metric, register
+from sora_train.evaluation.remembered import remembered
 
-_SSIM_SIDE = 11  # pixels of the window
+_SSIM_SIDE, _SSIM_SIGMA = 11, 1.5  # pixels of the window, and its deviation
+_SSIM_FLOORS = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 @metric("psnr", groups=("quick", "full"), better="up", needs=["real"], summary="median")
@@ -25,29 +25,45 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     mean rather than a mean of per-frame decibels). Raises ValueError for other types, or shapes that differ.
     """
     _check(a, b)
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+    squares = 0.0
+    for one, other in zip(a, b, strict=True):  # frame by frame, which stays in the cache
+        difference = np.subtract(one, other, dtype=np.int16).astype(np.float32).ravel()
+        squares += float(np.dot(difference, difference))
+    return float("inf") if squares == 0 else float(10 * np.log10(255.0**2 * a.size / squares))
 
 
 def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
     """Mean structural similarity of the frames of two uint8 videos `(T, H, W, C)`: 1 for equal ones.
 
     Z. Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 13 (2004),
-    with torchmetrics' Gaussian window of 11 pixels, per channel. Raises ValueError for other types or shapes, or
-    frames with a side under 11 pixels.
+    with a Gaussian window of 11 pixels, per channel, mirrored at the borders. Raises ValueError for other types or
+    shapes, or frames with a side under 11 pixels.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     _check(a_THWC, b_THWC)
     if a_THWC.ndim != 4 or min(a_THWC.shape[1:3]) < _SSIM_SIDE:
         raise ValueError(f"need videos (T, H, W, C) with sides of 11 pixels or more, got {a_THWC.shape}")
-    a, b = (_pictures(one) for one in (a_THWC, b_THWC))
-    value = structural_similarity_index_measure(a, b, data_range=255.0)
-    return float(value[0] if isinstance(value, tuple) else value)
+    frames = zip(a_THWC, b_THWC, strict=True)
+    planes = [(a[..., channel], b[..., channel]) for a, b in frames for channel in range(a.shape[-1])]
+    return float(np.mean([_ssim_of_planes(a, b) for a, b in planes]))
+
+
+def _ssim_of_planes(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
+    import cv2
+
+    def blurred(x: np.ndarray) -> np.ndarray:
+        return cv2.GaussianBlur(x, (_SSIM_SIDE, _SSIM_SIDE), _SSIM_SIGMA, borderType=cv2.BORDER_REFLECT_101)
+
+    a, b = a_HW.astype(np.float32), b_HW.astype(np.float32)
+    mean_a, mean_b = blurred(a), blurred(b)
+    product, squares = mean_a * mean_b, mean_a * mean_a + mean_b * mean_b
+    covariance, variances = blurred(a * b) - product, blurred(a * a + b * b) - squares
+    luminance, structure = _SSIM_FLOORS
+    upper = (2 * product + luminance) * (2 * covariance + structure)
+    return float((upper / ((squares + luminance) * (np.maximum(variances, 0) + structure))).mean(dtype=np.float64))
 
 
 def _build_ssim(models: Models) -> Metric:
-    require_torchmetrics()
+    require_opencv()
 
     def figures(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
         assert real_THWC is not None
@@ -63,11 +79,7 @@ register("ssim", ("quick", "full"), _build_ssim)
 @metric("sharpness", groups=("quick", "full"), better=None)
 def sharpness(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
     """Mean length of the brightness gradient, in steps of 255 a pixel: more for detail, and for noise."""
-    grey_THW = luma(made_THWC)
-    if min(grey_THW.shape[1:]) < 2:
-        return {"sharpness": float("nan")}
-    dy, dx = np.gradient(grey_THW, axis=(1, 2))
-    return {"sharpness": float(np.hypot(dy, dx).mean())}
+    return {"sharpness": edges(made_THWC) if min(made_THWC.shape[1:3]) > 1 else float("nan")}
 
 
 @metric("colour", groups=("quick", "full"), better=None)
@@ -76,33 +88,46 @@ def colour(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) 
 
     Colourfulness is that of D. Hasler and S. Suesstrunk, "Measuring colourfulness in natural images", SPIE 5007 (2003).
     """
-    red, green, blue = (made_THWC[..., c].astype(np.float64) for c in range(3))
-    red_green, yellow_blue = red - green, 0.5 * (red + green) - blue
-    spread = np.hypot(red_green.std((1, 2)), yellow_blue.std((1, 2)))
-    middle = np.hypot(red_green.mean((1, 2)), yellow_blue.mean((1, 2)))
-    grey_THW = luma(made_THWC)
     return {
-        "brightness": float(grey_THW.mean()),
-        "contrast": float(grey_THW.std((1, 2)).mean()),
-        "colourfulness": float((spread + 0.3 * middle).mean()),
+        "brightness": float(luma(made_THWC).mean(dtype=np.float64)),
+        "contrast": float(np.mean([grey_HW.std(dtype=np.float64) for grey_HW in luma(made_THWC)])),
+        "colourfulness": float(np.mean([_colourfulness(frame) for frame in made_THWC])),
     }
 
 
+def _colourfulness(frame_HWC: np.ndarray) -> float:
+    red, green, blue = (frame_HWC[..., c].astype(np.float32) for c in range(3))
+    pair = red - green, np.float32(0.5) * (red + green) - blue
+    means = [float(one.mean(dtype=np.float64)) for one in pair]
+    deviations = [float(np.dot(x, x)) / x.size for x in ((p - m).ravel() for p, m in zip(pair, means, strict=True))]
+    return sum(deviations) ** 0.5 + 0.3 * float(np.hypot(means[0], means[1]))
+
+
+@remembered
 def luma(frames_THWC: np.ndarray) -> np.ndarray:
     """Brightness `(T, H, W)`, 0 to 255 (ITU-R BT.601)."""
-    return np.asarray(frames_THWC.astype(np.float64) @ np.array([0.299, 0.587, 0.114]))
+    grey_THW = frames_THWC[..., 0] * np.float32(0.299)
+    for channel, weight in ((1, 0.587), (2, 0.114)):
+        grey_THW += frames_THWC[..., channel] * np.float32(weight)
+    return grey_THW
 
 
-def require_torchmetrics() -> None:
-    """Raises Unavailable with the install line where torchmetrics is missing."""
+@remembered
+def edges(frames_THWC: np.ndarray) -> float:
+    """Mean length of the brightness gradient; sides of two pixels or more."""
+    sums = 0.0
+    for grey_HW in luma(frames_THWC):
+        dy, dx = np.gradient(grey_HW)
+        sums += float(np.sqrt(dy * dy + dx * dx).mean(dtype=np.float64))
+    return sums / len(frames_THWC)
+
+
+def require_opencv() -> None:
+    """Raises Unavailable with the install line where OpenCV is missing."""
     try:
-        import torchmetrics  # noqa: F401
+        import cv2  # noqa: F401
     except ImportError as error:
-        raise Unavailable("needs torchmetrics (pip install -e '.[eval]')") from error
-
-
-def _pictures(frames_THWC: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(frames_THWC)).permute(0, 3, 1, 2).float()
+        raise Unavailable("needs OpenCV (pip install -e '.[eval]')") from error
 
 
 def _check(a: np.ndarray, b: np.ndarray) -> None:

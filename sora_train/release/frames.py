@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from sora_train.core.cli import InputError
@@ -37,13 +38,14 @@ def _pictures(path: Path) -> Iterator[np.ndarray]:
 def _video(path: Path) -> Iterator[np.ndarray]:
     try:
         with av.open(str(path)) as container:
-            size: tuple[int, int] | None = None
+            container.streams.video[0].thread_type = "NONE"  # a pool of threads costs more than a short video
+            size, converter = None, VideoReformatter()  # one for all frames: it takes time to set up
             for frame in container.decode(video=0):
                 if frame.width * frame.height > _MOST_PIXELS:
                     raise InputError(f"{path} has frames of {frame.width}x{frame.height}: too large")
                 size = size or (frame.width, frame.height)
                 if (frame.width, frame.height) == size:  # a stream may change its size; the mark is of the first one
-                    yield frame.to_ndarray(format="rgb24")[None]
+                    yield converter.reformat(frame, format="rgb24").to_ndarray()[None]
             if size is None:
                 raise InputError(f"{path} holds no frame")
     except (av.error.FFmpegError, IndexError) as error:

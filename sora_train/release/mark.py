@@ -23,12 +23,12 @@ from scipy.ndimage import uniform_filter
 
 BITS = 48
 ENOUGH = 40  # bits that must agree with a known id: chance alone does it once in 580,000 times
-STRENGTHS = (1.5, 2.5, 4.0)  # tried one after the other until the video shows the id, also when encoded anew
+STRENGTHS = (1.5, 2.5, 4.0)
 SMALLEST = 32  # pixels a side
 # Frequencies used, in half cycles per picture, by the size of their grid; and pixels a side that a grid needs.
 _BANDS = {128: (14, 160), 96: (12, 120), 64: (9, 80), 32: (4, 40)}
 _ROOM = {128: 360, 96: 140, 64: 60, 32: SMALLEST}
-_PRESENT = 60.0  # sum of the bits' clipped strengths; unmarked 38 with a deviation of 4
+PRESENT = 60.0  # sum of the bits' clipped strengths; unmarked 38 with a deviation of 4
 _CLIP = 3.0  # of a bit, and of a frequency: a few strong lines of the picture must not decide
 _AROUND = 7  # frequencies a side that a weight looks at
 _FLOOR = 2.0  # of a frequency's size: below it the codec's noise is larger than the picture
@@ -60,6 +60,7 @@ class ClassicalMark:
     """The mark under a secret key."""
 
     name = "classical-1"
+    strengths = STRENGTHS
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -73,13 +74,15 @@ class ClassicalMark:
         """The mark of a video."""
         best = Found("0" * (BITS // 4), 0.0, False)
         mean_HW = _mean(pieces)
-        for grid in _BANDS:  # a picture that was made smaller keeps the grid that it had
+        for grid, (_, highest) in _BANDS.items():  # a picture that was made smaller keeps the grid that it had
+            if 2 * max(mean_HW.shape) < highest:  # most of its frequencies are in no picture of this size
+                continue
             kernel = _kernel(self._key, grid)
             sums = kernel.sums(_spectrum(mean_HW, grid))
             strength = float(np.minimum(np.abs(sums), _CLIP).sum())
             if strength > best.strength:
                 id = int("".join("1" if s > 0 else "0" for s in sums), 2)
-                best = Found(f"{id:0{BITS // 4}x}", strength, strength >= _PRESENT)
+                best = Found(f"{id:0{BITS // 4}x}", strength, strength >= PRESENT)
         return best
 
     def _marked(self, frames_THWC: np.ndarray, id: str, strength: float) -> np.ndarray:
@@ -145,25 +148,26 @@ class _Kernel:
 
 def _largest_margin(held: np.ndarray, norms: np.ndarray, length: float) -> np.ndarray:
     """Amount that each bit lacks to the largest margin that a change of this length reaches."""
-    low, high = float(held.min()), float(np.abs(held).max() + length * norms.max() ** 0.5)
-    for _ in range(40):
-        margin = (low + high) / 2
-        missing = np.maximum(0.0, margin - held)
-        low, high = (low, margin) if (missing**2 / norms).sum() > length**2 else (margin, high)
-    return np.maximum(0.0, low - held)
+    order = np.argsort(held)
+    h, n = held[order], norms[order]
+    # with the k lowest bits raised to m: m^2 a - 2 m b + c = length^2
+    a, b, c = np.cumsum(1 / n), np.cumsum(h / n), np.cumsum(h**2 / n)
+    margins = (b + np.sqrt(np.maximum(0.0, b**2 - a * (c - length**2)))) / a
+    raised = np.flatnonzero(margins >= h)  # one bit can always be raised
+    return np.maximum(0.0, margins[raised[-1]] - held)
 
 
 @cache
 def _kernel(key: bytes, grid: int) -> _Kernel:
-    """The kernel of a key; the same on every machine, since the order comes from hashes."""
+    """The kernel of a key; the same on every machine, since the order comes from a hash."""
     low, high = _BANDS[grid]
     v, u = np.mgrid[:grid, :grid]
     radius = np.hypot(v, u)
     inside = np.argwhere((radius >= low) & (radius <= high))
-    hashes = [hashlib.sha256(key + bytes((grid, int(v), int(u)))).digest() for v, u in inside]
-    order = sorted(range(len(inside)), key=lambda n: hashes[n])
+    numbers = np.frombuffer(hashlib.shake_256(key + bytes((grid,))).digest(8 * len(inside)), "<u8")
+    order = np.argsort(numbers, kind="stable")
     places = inside[order]
-    signs = np.array([1.0 if hashes[n][-1] & 1 else -1.0 for n in order])
+    signs = np.where(numbers[order] & np.uint64(1), 1.0, -1.0)
     return _Kernel(places, np.arange(len(places)) % BITS, signs)
 
 

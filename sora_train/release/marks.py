@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +18,10 @@ class Mark(Protocol):
     """An invisible mark that carries an id of 12 hexadecimal digits."""
 
     name: str
+
+    @property
+    def strengths(self) -> Sequence[float]:
+        """Strengths to choose from, the least first; root mean squares of brightness levels where they are a choice."""
 
     def embedded(self, pieces: Iterable[np.ndarray], id: str, strength: float) -> Iterator[np.ndarray]:
         """The frames with the mark, piece by piece."""

@@ -27,6 +27,16 @@ TYPES = {
 }  # fmt: skip
 
 
+def _context(roots: str = "", verify_after_sign: bool = False) -> c2pa.Context:
+    """Settings of signing or reading: no thumbnails, nothing fetched; `roots` are trusted."""
+    verify = {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_after_sign": verify_after_sign}
+    trust = {"trust": {"user_anchors": roots}} if roots else {}
+    return c2pa.Context.from_dict({"verify": verify, "builder": {"thumbnail": {"enabled": False}}, **trust})
+
+
+_UNVERIFIED = _context()
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A manifest as it was found in a file."""
@@ -57,6 +67,7 @@ class Signing:
             self._signer = c2pa.Signer.from_info(c2pa.C2paSignerInfo(s.algorithm, chain, key, s.timestamps or None))
         except c2pa.C2paError as error:
             raise InputError(f"{folder.file(s.certificate)} and {s.key} can't sign: {_line(error)}") from error
+        self._context = _context(verify_after_sign=True)
 
     def sign(
         self, draft: Path, path: Path, claims: Mapping[str, Any], given: Sequence[Path] = (), title: str | None = None
@@ -79,6 +90,7 @@ class Signing:
             with builder, draft.open("rb") as source, signed.open("w+b") as target:
                 builder.sign(self._signer, TYPES[draft.suffix.lower()], source, target)
             signed.replace(path)
+            self._context = _UNVERIFIED  # one signature was read again, which tells whether the certificate will do
             if draft != path:
                 draft.unlink()
         except c2pa.C2paError as error:
@@ -102,7 +114,7 @@ class Signing:
                 {"label": ASSERTION, "data": {"provider": s.provider, "system": s.system, **claims}},
             ],
         }  # fmt: skip
-        builder = c2pa.Builder(definition, context=_context({}))
+        builder = c2pa.Builder(definition, context=self._context)
         for number, file in enumerate(given):
             suffix = _suffix(file)
             about = {"title": file.name, "relationship": "inputTo", "instance_id": f"given-{number}"}
@@ -122,7 +134,7 @@ def read_manifest(path: Path, trusted: str = "") -> Manifest | None:
         return None
     try:
         with path.open("rb") as file:
-            reader = c2pa.Reader.try_create(TYPES[suffix], file, context=_context(_trust(trusted)))
+            reader = c2pa.Reader.try_create(TYPES[suffix], file, context=_context(trusted))
             if reader is None:
                 return None
             with reader:
@@ -163,21 +175,6 @@ def _source_type(manifest: Mapping[str, Any]) -> str:
 def _faults(results: Mapping[str, Any]) -> list[str]:
     active = results.get("activeManifest") or {}
     return sorted({str(one.get("code")) for one in active.get("failure", [])})
-
-
-def _trust(roots: str) -> dict[str, Any]:
-    return {"trust": {"user_anchors": roots}} if roots else {}
-
-
-def _context(settings: Mapping[str, Any]) -> c2pa.Context:
-    """Settings of one signing or reading: no thumbnails, nothing fetched."""
-    return c2pa.Context.from_dict(
-        {
-            "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
-            "builder": {"thumbnail": {"enabled": False}},
-            **settings,
-        }
-    )
 
 
 def _suffix(path: Path) -> str:

@@ -11,27 +11,25 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sora_train.core.cli import InputError
-from sora_train.core.media import encode_mp4, read_mp4
 from sora_train.generation.options import FILES
 from sora_train.generation.safeguards import Refused, Safeguards, Write
-from sora_train.generation.video import Video, pieces_of
+from sora_train.generation.video import Video
 from sora_train.release.folder import ReleaseFolder
 from sora_train.release.frames import read_frames
 from sora_train.release.guard import Guard, guard_of
-from sora_train.release.mark import BITS, STRENGTHS
+from sora_train.release.mark import BITS
+from sora_train.release.marked import attempts
 from sora_train.release.marks import Mark, mark_of
 from sora_train.release.provenance import Signing, can_sign
 from sora_train.release.verdict import Verdict
 
 REFUSALS, MARKS = "refusals.jsonl", "marks.jsonl"  # records in the release folder
-_ANEW_CRF, _ANEW_FRAMES = 28, 24  # how, and how much of it, a finished file is encoded anew to try its mark
 
 
 class Released(Safeguards):
@@ -92,17 +90,15 @@ class Released(Safeguards):
 
     def _write_marked(self, draft: Path, video: Video, write: Write, about: Mapping[str, Any]) -> dict[str, Any]:
         """Write the draft with a mark that is found in it again; returns the claims for its manifest."""
-        mark, claims = self._mark, self._claims(about)
+        mark, claims, guarded = self._mark, self._claims(about), self._guarded(video, about)
         if mark is None:
-            write(draft, self._guarded(video, about))
+            write(draft, guarded)
             return claims
         id, held = self._id(about), False
-        again = isinstance(video, np.ndarray)  # pieces are gone once they are written
-        for strength in STRENGTHS if again else STRENGTHS[1:2]:
-            marked = mark.embedded(pieces_of(self._guarded(video, about)), id, strength)
-            write(draft, np.concatenate(list(marked)) if again else marked)
+        for marked in attempts(mark, guarded, id):
+            write(draft, marked)
             held = mark.found(read_frames(draft)).is_that(id)
-            if held and (not again or _survives(mark, id, draft)):
+            if held:
                 break
         claims["mark"] = {"id": id, "kind": mark.name, "held": held}
         if not held:
@@ -152,13 +148,6 @@ class Released(Safeguards):
         what = {key: about[key] for key in sorted(about) if key in ("options", "weights", "given", "seed", "prompt")}
         text = json.dumps(what, sort_keys=True, default=str).encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()[: BITS // 4]
-
-
-def _survives(mark: Mark, id: str, path: Path) -> bool:
-    """Tell whether the mark of a file is still there when the beginning of it is encoded anew, as sites do."""
-    frames = np.concatenate(list(islice(read_frames(path), _ANEW_FRAMES)))
-    frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
-    return mark.found([read_mp4(encode_mp4(frames, 8.0, crf=_ANEW_CRF))[0]]).is_that(id)
 
 
 def _prompt(about: Mapping[str, Any]) -> str:

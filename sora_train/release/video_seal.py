@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from sora_train.core.cli import InputError
-from sora_train.release.mark import BITS, Found
+from sora_train.release.mark import BITS, PRESENT, Found
 
 _AT_ONCE = 8  # frames in the network
-_PRESENT = 60.0  # of a message without a mark: 38 with a deviation of 4, as in the classical mark
 _LEAST = 128  # bits of a message
 
 
 class VideoSeal:
     """A mark by a TorchScript network."""
+
+    strengths = (1.0,)  # the network has a strength of its own
 
     def __init__(self, path: Path, key: bytes) -> None:
         """Load the network. Raises InputError for another file."""
@@ -40,7 +41,7 @@ class VideoSeal:
         self._signs = np.array([1.0 if byte & 1 else -1.0 for byte in digest])
 
     def embedded(self, pieces: Iterable[np.ndarray], id: str, strength: float) -> Iterator[np.ndarray]:
-        """The frames with the mark; the network has a strength of its own."""
+        """The frames with the mark."""
         bits = np.array([1.0 if bit == "1" else -1.0 for bit in f"{int(id, 16):0{BITS}b}"])
         message = torch.tensor(np.resize(bits, self._bits) * self._signs > 0, dtype=torch.float32)[None]
         for frames_THWC in pieces:
@@ -64,7 +65,7 @@ class VideoSeal:
         sums = np.bincount(rest, np.clip(values, -3, 3), BITS) / np.bincount(rest, minlength=BITS) ** 0.5
         id = int("".join("1" if s > 0 else "0" for s in sums), 2)
         strength = float(np.minimum(np.abs(sums), 3.0).sum())
-        return Found(f"{id:0{BITS // 4}x}", strength, strength >= _PRESENT)
+        return Found(f"{id:0{BITS // 4}x}", strength, strength >= PRESENT)
 
     def _detect(self, frames: Tensor) -> Tensor:
         """Output of the network for each bit, `(T, bits)`: above 0 is a one."""

@@ -117,8 +117,11 @@ def _check_flow(flow: FlowConfig, data: DataConfig) -> None:
             f"{key}: no weight may be below 0, and one must be above",
         )
     require(flow.solver in SOLVERS, f"flow.solver={flow.solver!r}; {nearest(flow.solver, list(SOLVERS))}")
-    low, high = flow.guidance_interval
-    require(0.0 <= low <= high <= 1.0, f"flow.guidance_interval={[low, high]} must be timesteps, the lower one first")
+    interval = list(flow.guidance_interval)
+    require(
+        len(interval) == 2 and 0.0 <= interval[0] <= interval[-1] <= 1.0,
+        f"flow.guidance_interval={interval} must be two timesteps, the lower one first",
+    )
 
 
 DIFFUSION = Diffusion()

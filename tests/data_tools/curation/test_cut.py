@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -29,20 +30,25 @@ def seen(path: Path, work: Path) -> Item:
     return item
 
 
-def clip(item: Item, work: Path, start: int, end: int) -> tuple[list[int], float]:
+def clip(item: Item, work: Path, start: int, end: int, copy: bool = False) -> tuple[list[int], float]:
     """The numbers in the frames of a span that was cut, and its rate."""
+    return (made := span(item, work, start, end, copy))[1], made[2]
+
+
+def span(item: Item, work: Path, start: int, end: int, copy: bool) -> tuple[Item, list[int], float]:
+    """What the stage says of a span, the numbers in its frames, and its rate."""
     arrays = np.load(work / "look" / item["look"])
-    about = {"key": "clip", "start": start, "end": end, "border": [0, 0, 0, 0],
+    about = {"key": "clip", "start": start, "end": end, "border": item.get("border", [0, 0, 0, 0]),
              "marks": [mark_of(arrays["tiny"][n]) for n in (start, end - 1)],
              "stamps": [int(arrays["stamps"][n]) for n in (start, end - 1)]}  # fmt: skip
     (work / "cut").mkdir(exist_ok=True)
-    made = cut.cut(item | about, cut.stage(12, 24, None, 2).parameters, work / "cut")
+    made = cut.cut(item | about, cut.stage(12, 24, None, 2, copy).parameters, work / "cut")
     assert len(np.load(work / "cut" / made["stills"]).files) == 2
     frames, fps = read_mp4(work / "cut" / made["clip"])
-    return [number_of(frame) for frame in frames], fps
+    return made, [number_of(frame) for frame in frames], fps
 
 
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     ("name", "codec", "options"),
     [
         ("a.mp4", "libx264", {"bf": "3", "x264-params": "open-gop=1:keyint=20:b-pyramid=normal"}),
@@ -50,12 +56,37 @@ def clip(item: Item, work: Path, start: int, end: int) -> tuple[list[int], float
         ("a.ts", "libx264", {}),
     ],
 )  # fmt: skip
+
+
+@KINDS
 def test_a_span_has_its_frames_and_no_others(name: str, codec: str, options: dict[str, str], tmp_path: Path) -> None:
     write_video(tmp_path / name, STEADY, codec, gop=20, codec_options=options)
     item = seen(tmp_path / name, tmp_path / "work")
     for start, end in ((0, 30), (17, 41), (40, 96), (59, 61)):
         numbers, fps = clip(item, tmp_path / "work", start, end)
         assert numbers == list(range(start, end)) and fps == pytest.approx(FPS, rel=0.01)
+
+
+@KINDS
+def test_a_span_is_copied_without_encoding(name: str, codec: str, options: dict[str, str], tmp_path: Path) -> None:
+    write_video(tmp_path / name, STEADY, codec, gop=20, codec_options=options)
+    item, work = seen(tmp_path / name, tmp_path / "work"), tmp_path / "work"
+    film = read_mp4(tmp_path / name)[0]
+    for start, end in ((0, 30), (17, 41), (40, 96), (59, 66)):
+        made, numbers, _ = span(item, work, start, end, copy=True)
+        assert made["copied"] and numbers == list(range(start, made["end"])) and end - 3 <= made["end"] <= end
+        with av.open(str(work / "cut" / made["clip"])) as copied:
+            shown = list(copied.decode(video=0))
+        assert [frame.time for frame in shown] == pytest.approx([n / FPS for n in range(len(numbers))], abs=0.002)
+        for number, frame in zip(numbers, shown, strict=True):
+            assert np.array_equal(frame.to_ndarray(format="rgb24"), film[number]), "pixels are the film's own"
+
+
+def test_a_span_that_packets_cannot_show_is_encoded(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", STEADY, gop=20)
+    item = seen(tmp_path / "a.mp4", tmp_path / "work")
+    made, numbers, _ = span(item | {"border": [2, 2, 0, 0]}, tmp_path / "work", 17, 41, copy=True)
+    assert not made["copied"] and numbers == list(range(17, 41))
 
 
 def test_frames_of_a_variable_rate_come_at_a_steady_one(tmp_path: Path) -> None:

@@ -72,6 +72,48 @@ def test_a_fade_from_black_is_marked_and_slow_movement_is_not(tmp_path: Path) ->
         assert slow_changes(seen_tiny(films.shot(8, 90, speed)), [], films.FPS) == []
 
 
+@pytest.mark.campaign
+@pytest.mark.timeout(1800)
+def test_shares_over_many_transitions(tmp_path: Path) -> None:
+    """60 cuts, 29 of short shots, 24 dissolves, 8 fades through black, 12 flashes and 8 whip pans, made from seeds."""
+    hard = films.joined([films.shot(1000 + n, 14 + n % 9, 0.3 + n % 4) for n in range(61)])
+    short = films.joined([films.shot(1100 + n, 6 + n % 5) for n in range(30)])
+    told = found_of(hard.cuts, seen(tmp_path, hard.frames_THWC, "hard")[0])
+    brief = found_of(short.cuts, seen(tmp_path, short.frames_THWC, "short")[0])
+    slow = [_is_told(tmp_path, n, dissolve=True) for n in range(24)]
+    fades = [_is_told(tmp_path, n, dissolve=False) for n in range(8)]
+    false = []
+    for n in range(12):
+        flashes = films.flashed(films.shot(1400 + n, 40, 0.5 + n % 3), 12 + n, 1 + n % 4)
+        false += seen(tmp_path, flashes, f"flash-{n}")[0]
+    of_pans = [cut for n in range(8) for cut in seen(tmp_path, _pan(1500 + n, 16.0 + n), f"pan-{n}")[0]]
+    print(f"cuts {told}, short {brief}, dissolves {sum(slow)}, fades {sum(fades)}, flashes {false}, pans {of_pans}")
+    assert told[0] >= 0.98 * 60 and told[1] == 0
+    assert brief[0] >= 0.95 * 29 and brief[1] == 0
+    assert sum(slow) >= 0.75 * 24 and sum(fades) >= 0.75 * 8
+    assert false == [] and of_pans == []
+
+
+def _is_told(folder: Path, n: int, dissolve: bool) -> bool:
+    """Whether a dissolve, or a fade out and in, of 8 to 30 frames is cut at or marked."""
+    frames = 8 + n % 12 * 2
+    one, other = films.shot(1200 + n, 50, 0.4), films.shot(1300 + n, 50, 0.4)
+    black = np.zeros((frames + 2, *one.shape[1:]), np.uint8)
+    film = films.dissolved(one, other, frames) if dissolve else films.dissolved(one, black, frames // 2)
+    film = film if dissolve else films.dissolved(film, other, frames // 2)
+    first, end = 50 - frames, len(film) - 50 + frames // 2
+    cuts, slow = seen(folder, film, f"{'dissolve' if dissolve else 'fade'}-{n}")
+    return any(first <= cut <= end for cut in cuts) or any(a < end and b > first for a, b in slow)
+
+
+def _pan(seed: int, fastest: float) -> np.ndarray:
+    """A shot whose camera whips over to another part of its world."""
+    ramp = np.concatenate([np.linspace(1, fastest, 6), np.full(3, fastest), np.linspace(fastest, 1, 6)])
+    moved = [films.shot(seed, 1, start=10 + float(along)) for along in np.cumsum(ramp)]
+    after = films.shot(seed, 20, 0.5, start=10 + float(ramp.sum()))
+    return np.concatenate([films.shot(seed, 20, 0.5), *moved, after])
+
+
 def seen_tiny(frames_THWC: np.ndarray) -> np.ndarray:
     import cv2
 

@@ -1,0 +1,68 @@
+"""A span of a film by its own packets, without encoding: from the last place before it at which decoding may begin.
+
+An edit list hides the frames between that place and the span. A frame at the end of the span that is stored behind a
+later one is left out, since nothing can hide the later one: up to three frames of H.264 with B-frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+
+from data_tools.curation.films import opened
+from data_tools.cut import write_part
+from sora_train.data.read.bitstream import is_entry
+from sora_train.data.read.decode import DecodeError
+
+_EARLIER_S = (0.0, 10.0, 1e6)  # a container may seek to a key frame that is shown after the place asked for
+
+
+class Missed(Exception):
+    """Frames that came out are not those of the film's one whole decode."""
+
+
+def copy_span(film_path: str, stream_number: int, stamps: Sequence[int], path: Path) -> int:
+    """Write the packets of the frames with these stamps, of as many as can be from the first on; returns how many.
+
+    Raises Missed where they can't be told from others, or the container can't hold them.
+    """
+    if not stamps:
+        raise Missed("its packets don't say which frame is when")
+    with opened(film_path, stream_number) as (film, stream):
+        packets: list[Any] = []
+        for earlier_s in _EARLIER_S:
+            film.seek(max(0, stamps[0] - round(earlier_s / stream.time_base)), stream=stream, backward=True)
+            packets = packets or _packets_of(film, stream, stamps[0], stamps[-1])
+        shown = sorted(packet.pts for packet in packets if packet.pts >= stamps[0])
+        if not shown or shown != list(stamps[: len(shown)]):
+            raise Missed("its packets are not those of its frames")
+        try:
+            write_part(stream, packets, stamps[0], path)
+        except (DecodeError, av.error.FFmpegError, ValueError) as error:
+            raise Missed(f"its packets can't be in a file of their own: {error}") from error
+    return len(shown)
+
+
+def _packets_of(film: Any, stream: Any, first: int, last: int) -> list[Any]:
+    """The packets from the nearest entry before a stamp to before the first packet that is later than the last.
+
+    None where the reading began behind every entry.
+    """
+    name, record = stream.codec_context.name, stream.codec_context.extradata or b""
+    found: list[Any] = []
+    for packet in film.demux(stream):
+        if not packet.size:
+            break
+        if packet.pts is None:
+            raise Missed("its packets don't say which frame is when")
+        if packet.pts > last:
+            break
+        if packet.is_keyframe and packet.pts <= first and is_entry(name, memoryview(packet), record):
+            found = []
+        elif not found or packet.pts < found[0].pts:  # leading pictures of an open group lack what they build on
+            continue
+        found.append(packet)
+    return found
