@@ -40,9 +40,9 @@ def costs(mine: Sequence[Sequence[float]], late: Sequence[Sequence[float]]) -> d
     """What slow steps cost the rank that waits, from when each rank began each step and was ready to send gradients.
 
     Returns:
-        Medians over the slow steps, in seconds: by how much the other came later (`late`), and how much later this rank
+        By how much the other came later (`late`; seconds, the median of the slow steps), and how much later this rank
         began its next step than after other steps, from its own readiness on (`lost`). Then how much later it began the
-        one after next (`after`), which should be nothing.
+        one after next (`after`), which should be nothing. Of these the least, since other work on the machine adds.
     """
     begun, ready = zip(*mine, strict=True)
     theirs = [when for _, when in late]
@@ -50,7 +50,7 @@ def costs(mine: Sequence[Sequence[float]], late: Sequence[Sequence[float]]) -> d
     slow = range(EVERY - 1, len(begun) - 2, EVERY)
     lost = [begun[n + 1] - ready[n] - usual for n in slow]
     after = [begun[n + 2] - max(ready[n + 1], theirs[n + 1]) - usual for n in slow]
-    return {"late": median(theirs[n] - ready[n] for n in slow), "lost": median(lost), "after": median(after)}
+    return {"late": median(theirs[n] - ready[n] for n in slow), "lost": min(lost), "after": min(after)}
 
 
 def _noted(config: Config, rank: int) -> list[list[float]]:
