@@ -61,6 +61,14 @@ def test_our_modules_are_found_by_pythonpath_and_libraries_are_there_already(giv
     assert said == f"{tmp_path}/other/sora_train/train.py True\n"
 
 
+def test_a_library_keeps_its_temporary_folder_when_a_command_ends(give: Give) -> None:
+    code = (
+        "from pathlib import Path; from wandb.sdk.data_types._private import MEDIA_TMP; "
+        "print(Path(MEDIA_TMP.name).is_dir())"
+    )
+    assert [give("-c", code).stdout for _ in range(2)] == ["True\n", "True\n"]
+
+
 def test_signals_are_passed_on_and_a_command_ends_with_its_client(python: str, tmp_path: Path) -> None:
     process = subprocess.Popen([python, "-c", SLEEPER], stdout=subprocess.PIPE, text=True)
     assert process.stdout

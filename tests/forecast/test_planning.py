@@ -262,7 +262,6 @@ def test_wrong_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         hardware("h1000")
 
 
-@pytest.mark.timeout(280)
 def test_one_rank_of_64_takes_a_step_alone(python: str) -> None:
     script = """
 from hydra import compose, initialize_config_dir
@@ -281,7 +280,7 @@ for stage in (1, 2, 3):
     planned = memory(config, took.parameters, trace(config, sizes), 64, 1, stage)
     print(stage, took.owned, took.peak, planned.peak, took.parameters, took.start)
 """
-    done = subprocess.run([python, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=270)
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=800)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [[int(word) for word in line.split()] for line in done.stdout.splitlines() if line[:2] in ("1 ", "2 ", "3 ")]
     assert [row[0] for row in rows] == [1, 2, 3]

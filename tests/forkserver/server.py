@@ -32,8 +32,11 @@ from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).parents[2]
 OURS = ("sora_train", "data_tools", "hydra_plugins", "benchmarks", "tests")
-# Their imports start threads, or cost more than they save: what needs one imports it itself.
-LEFT_OUT = ("decord", "diffusers", "fastapi", "onnxruntime", "peft", "ray", "torchcodec", "transformers", "uvicorn")
+# Their imports start threads, make a folder that the first end of a fork would remove (wandb), or cost more than they
+# save: what needs one imports it itself.
+LEFT_OUT = (
+    "decord", "diffusers", "fastapi", "onnxruntime", "peft", "ray", "torchcodec", "transformers", "uvicorn", "wandb",
+)  # fmt: skip
 # The one thread that a fork may lack: jemalloc, which pyarrow brings, starts it anew in every fork.
 HARMLESS = {"jemalloc_bg_thd"}
 # What DeepSpeed, torch, Hydra and a run of ours import later than at their own import.

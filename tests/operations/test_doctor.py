@@ -108,7 +108,6 @@ def test_a_report_without_a_folder_is_refused_before_any_check(monkeypatch: pyte
         doctor.main()
 
 
-@pytest.mark.timeout(600)  # seconds, but not on a busy machine
 def test_two_ranks_report_together_and_the_odd_one_is_named(python: str, tmp_path: Path) -> None:
     """Rank 1 plays a second machine that has a stale build lock and another NCCL setting than the first."""
     (tmp_path / "theirs" / "op").mkdir(parents=True)
@@ -119,7 +118,7 @@ def test_two_ranks_report_together_and_the_odd_one_is_named(python: str, tmp_pat
     done = subprocess.run(
         [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "sh", "-c",
          shell, python, f"run_dir={tmp_path}/run", f"json={out}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=580,
+        cwd=ROOT, capture_output=True, text=True, timeout=800,
         env=os.environ | {
             "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_BASE_URL": "http://localhost:9", "NCCL_ALGO": "Ring"
         },

@@ -108,7 +108,6 @@ def test_a_value_that_a_sweep_cannot_read_is_answered_with_how_to_quote_it(pytho
     assert f"InputError: run_dir={tmp_path}/s (1): in a sweep Hydra's grammar reads every value: quote" in done.stderr
 
 
-@pytest.mark.timeout(280)
 def test_the_launcher_under_hydra(python: str, tmp_path: Path, corpus: list[str]) -> None:
     """Two jobs from one command: one trains, the other is refused, named, and decides the sweep's code."""
     done = sweep(python, tmp_path, corpus, "hydra.launcher.nproc=1", "steps=2,0")

@@ -49,7 +49,7 @@ def figures(run_dir: Path, name: str) -> list[float]:
 
 
 @pytest.mark.campaign
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_two_ranks_that_share_the_tokens_train_as_one(tmp_path: Path, corpus: list[str]) -> None:
     torch.manual_seed(0)
     config = VaeConfig(widths=[8, 8], blocks=[0, 1], channels=4, patch=4, strides=[[4, 1]])

@@ -181,7 +181,6 @@ def test_wandb_hears_its_own_variables_and_a_moved_run_keeps_its_identity(
     assert begin("b/run", "run-2", "own")[0] == "own", "the key of the configuration comes first"
 
 
-@pytest.mark.timeout(60)
 def test_wandb_writes_an_offline_run_without_a_prompt(python: str, tmp_path: Path, video: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from sora_train.training.report.writers import Writers\n"
