@@ -21,10 +21,11 @@ import numpy as np
 from benchmarks.report import write
 from sora_train.core.cost import Cost, Geometry
 from sora_train.core.seeds import uniform
-from sora_train.data.order.packing import pack
+from sora_train.data.order.packing import pack, spans
 from sora_train.data.order.visits import fit_sizes
 
 SLOTS, WINDOW, FILL = 64, 4096, 0.9
+MOST = 8  # slots of a pack, where packs may take several
 CAPS = (1.0, 1.5, 2.0, 3.0, 4.0)  # of the longest clip
 STAGES = {"256p": 256 * 455, "480p": 480 * 853, "up to 720p": 720 * 1280}
 LENGTHS = (25, 49, 73, 97, 145, 193)  # frames of the buckets
@@ -79,14 +80,19 @@ def _tokens(frames: np.ndarray, height: np.ndarray, width: np.ndarray, max_pixel
     return (1 + (frames - 1) // 4) * crop[:, 2] * crop[:, 3] // _GEOMETRY.multiple**2
 
 
-def ours(clips: Clips, cap: int) -> tuple[Steps, np.ndarray]:
+def ours(clips: Clips, cap: int, most: int = 1) -> tuple[Steps, np.ndarray]:
     """Windows of the default size, packed as training does it."""
     steps: Steps = []
     for start in range(0, len(clips.tokens), WINDOW):
         part = slice(start, start + WINDOW)
-        packed = pack(clips.tokens[part], clips.cost[part], SLOTS, cap, FILL, start)
+        packed = pack(clips.tokens[part], clips.cost[part], SLOTS, cap, FILL, start, most=most)
         steps += [[[start + i for i in slot] for slot in step] for step in packed]
     return steps, clips.tokens
+
+
+def shared(clips: Clips, cap: int) -> tuple[Steps, np.ndarray]:
+    """The same with packs of several slots, whose ranks share the pack's tokens."""
+    return ours(clips, cap, MOST)
 
 
 def _into_steps(packs: list[list[int]]) -> Steps:
@@ -155,12 +161,12 @@ def buckets(clips: Clips, cap: int) -> tuple[Steps, np.ndarray]:
     return _into_steps(batches), tokens
 
 
-def figures(clips: Clips, steps: Steps, cap: int, tokens: np.ndarray) -> dict[str, float]:
+def figures(clips: Clips, steps: Steps, cap: int, tokens: np.ndarray, most: int = 1) -> dict[str, float]:
     """Balance, departure and use of the budget; `tokens` are what a clip has after the policy cut it."""
     octave = np.frexp(clips.cost.astype(np.float64))[1]
     octave, kinds = octave - octave.min(), int(octave.max() - octave.min()) + 1
     mix = np.bincount(octave, clips.tokens, kinds) / clips.tokens.sum()
-    loads = np.array([[cost_of(tokens[slot]).sum() for slot in step] for step in steps])
+    loads = np.array([[cost_of(tokens[s[n]]).sum() / width for n, width in spans(s, most)] for s in steps])
     items = [np.concatenate([np.asarray(slot, dtype=np.int64) for slot in step]) for step in steps]
     shares = [np.bincount(octave[i], tokens[i], kinds) / tokens[i].sum() for i in items]
     departures = [np.abs(share - mix).sum() / 2 for share in shares]
@@ -177,6 +183,7 @@ def figures(clips: Clips, steps: Steps, cap: int, tokens: np.ndarray) -> dict[st
 
 POLICIES: dict[str, Callable[[Clips, int], tuple[Steps, np.ndarray]]] = {
     "**ours**": ours,
+    f"**ours, `data.pack_slots={MOST}`**": shared,
     "packing, stream order": stream_order,
     "packing, look-ahead 32": look_ahead,
     "buckets, 6 lengths x 5 sizes x 5 aspects": buckets,
@@ -196,8 +203,8 @@ def main() -> None:
             for times in CAPS:
                 cap, started = int(times * longest), time.process_time()
                 steps, tokens = policy(clips, cap)
-                spent += [(time.process_time() - started) / count * 1e6] if policy is ours else []
-                cells.append(figures(clips, steps, cap, tokens))
+                spent += [(time.process_time() - started) / count * 1e6] if policy in (ours, shared) else []
+                cells.append(figures(clips, steps, cap, tokens, MOST if policy is shared else 1))
             two = cells[CAPS.index(2.0)]
             curve = [f"{c['balance']:.1%}, {c['departure']:.2f} ({c['farthest']:.2f})" for c in cells]
             rows.append((stage, name, f"{two['kept']:.1%}", f"{two['used']:.1%}", f"{two['by_time']:.1%}", *curve))
@@ -206,7 +213,8 @@ def main() -> None:
         "clip. Each cell: balance (mean over max FLOPs of the slots of a step, averaged over steps), then departure "
         "(total-variation distance of a step's token share by octave of clip cost from that of the whole mix: mean "
         "over steps, in brackets the farthest step). Kept: source tokens trained on, at 2x; streams lose their last, "
-        "partial step, buckets what they cut off. Nothing is padded: clips of a bucket all have its size. Ours: "
+        "partial step, buckets what they cut off. Nothing is padded: clips of a bucket all have its size. A pack of "
+        "several slots counts in each of them with its share of the FLOPs. Ours: "
         f"windows of {WINDOW:,} clips, fill {FILL}; {min(spent):.1f} to {max(spent):.1f} us of CPU per clip."
     )
     caps = [f"{c:g}x" for c in CAPS]

@@ -95,8 +95,8 @@ def configured(arguments: str) -> tuple[Config, Options]:
 def planned(name: str, config: Config, o: Options) -> Recipe:
     """Forecast a recipe."""
     figures = estimate(config, None, o.world_size, o.encoded)
-    pass_ = heaviest_pass(config, None, o.world_size)
-    stages = by_stage(config, figures, *pass_, hardware(o.hardware), o.per_node)
+    heaviest = heaviest_pass(config, None, o.world_size, o.per_node)
+    stages = by_stage(config, figures, heaviest, hardware(o.hardware), o.per_node)
     found = stages[stage_of(config)]
     trained = figures.parameters - figures.frozen
     return Recipe(name, config, o, trained, figures.frozen, found.memory.peak / 2**30, found.fits, found.time.total)

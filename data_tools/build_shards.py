@@ -2,7 +2,7 @@
 
     python -m data_tools.build_shards videos=DIR out=DIR [captions=FILE|FOLDER|none] [columns=file:NAME,caption:NAME]
         [root=FOLDER] [encoding=utf-8] [validation=0] [source=file] [update=false] [shard_size=256] [workers=null]
-        [probe=frame]
+        [probe=all]
 
 Captions come from a table (`captions=`: CSV, TSV, JSON, JSON lines, Parquet; other columns are kept as fields), from a
 folder of texts, or from what lies beside `NAME.mp4`: `NAME.txt`, `NAME.mp4.txt`, `NAME.json`. Columns are known by
@@ -15,9 +15,9 @@ copied, never encoded again. With
 `validation=0.05` keeps a twentieth of the sources in OUT/validation: all clips of a file (`source=folder`: of a folder;
 `source=NAME`: of a value of that column) go to one side, and stay there.
 
-Media bytes are copied as they are. Of every file the first frame is decoded before it is accepted (`probe=packets`: its
-headers are read only; `probe=all`: every frame is decoded, and damage anywhere refuses the file); what is refused
-stands in `refused.jsonl` with its reason. `shard_size` is in MiB. Names that begin with a dot are left out. Give the
+Media bytes are copied as they are. Every frame of a file is decoded before it is accepted, and damage anywhere refuses
+it (`probe=frame`: its first frame is decoded; `probe=packets`: its headers are read only); what is refused stands in
+`refused.jsonl` with its reason. `shard_size` is in MiB. Names that begin with a dot are left out. Give the
 same command again to go on after an interruption, or to append files added since; `build.jsonl` records what is in
 which shard. Captions and videos that were changed are noticed; `update=true` writes their shards anew.
 """
@@ -60,7 +60,7 @@ class Options:
     update: bool = False
     shard_size: float = number(256.0, above=0)  # MiB
     workers: int | None = number(None, least=1)
-    probe: Probe = Probe.frame  # here what is refused can still be seen to
+    probe: Probe = Probe.all  # here what is refused can still be seen to
 
 
 def main() -> int:

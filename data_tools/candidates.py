@@ -13,14 +13,14 @@ from typing import Any
 
 from data_tools.captions import TABLES, Names, Refused, Row, read_table, sidecar
 from data_tools.columns import Columns
+from data_tools.cut import Part
 from data_tools.matching import Matcher
 from data_tools.media_files import Media, check_file, extension_of
 from sora_train.core.cli import InputError
 from sora_train.data.index.captions import with_captions
 
 NONE = "none"  # of captions=: samples are to have none
-Part = tuple[float, float]  # seconds from and to
-_PART = re.compile(r"#[\d.e+-]+-([\d.e+]+|inf)$")  # at the end of the name of a part
+_PART = re.compile(r"#[\d.e+-]+-([\d.e+]+|inf)f?$")  # at the end of the name of a part
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """Name that no other sample of the folder has."""
-        return self.file if self.part is None else f"{self.file}#{self.part[0]:g}-{self.part[1]:g}"
+        return self.file if self.part is None else f"{self.file}#{self.part}"
 
     def group(self, source: str) -> str:
         """Group that may not be split between training and validation: of one file, folder, or value of a field."""

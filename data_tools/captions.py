@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from data_tools.columns import Columns
+from data_tools.cut import Part
+from data_tools.parts import listed, parts_of, ranges_of
 from data_tools.tables import Record, decoded, read_records
 from sora_train.core.cli import InputError
 from sora_train.data.index.captions import caption_text, has_captions, is_missing, named_captions, with_captions
 from sora_train.data.read.decode import DecodeError
 
+_TOLD = ("text", "prompt", "cap")  # fields of a sidecar that are its caption where nothing else is
 SIDECARS = ("txt", "caption", "json")  # extensions of the texts beside a file, in order of preference
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder as Hugging Face has them
 _KINDS = {"no_caption": "empty caption", "caption_not_utf8": "caption not UTF-8", "caption_type": "caption not text"}
-_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 
 
 class Refused(Exception):
@@ -44,7 +44,7 @@ class Row:
     file: str
     captions: dict[str, str] | Refused  # by name, or what is wrong with them
     fields: dict[str, Any]  # whatever else the row holds
-    part: tuple[float, float] | None = None  # seconds of the file that it is about
+    part: Part | None = None  # of the file that it is about
 
 
 Bad = list[tuple[str, Refused]]  # what can't be used, each with a name for it
@@ -69,7 +69,7 @@ def read_table(path: Path, columns: Columns, encoding: str | None = None) -> Cap
     bad: Bad = []
     for record in table.records:
         try:
-            rows.append(_row(path, record, columns))
+            rows += _rows(path, record, columns)
         except Refused as reason:
             bad.append((path.name, reason))
     if not rows:
@@ -120,6 +120,8 @@ def sidecar(path: Path, names: Names, encoding: str | None = None) -> dict[str, 
             captions = named_captions(value)
         elif texts:
             captions = {"": caption_text(_decoded(texts[0][1], encoding))}
+        elif told := next((name for name in _TOLD if has_captions({"caption": fields.get(name)})), None):
+            captions = named_captions(fields.pop(told))
         else:
             return None
     except DecodeError as error:
@@ -134,7 +136,8 @@ def sidecars_of(name: str, names: Names) -> list[str]:
     return [found for one in wanted if (found := names.find(one)) is not None]
 
 
-def _row(path: Path, record: Record, columns: Columns) -> Row:
+def _rows(path: Path, record: Record, columns: Columns) -> list[Row]:
+    """The row that a record is, or, where it has captions of several parts of its file, those that it stands for."""
     number, values = record
     if isinstance(values, str):
         raise Refused("bad caption row", values)
@@ -142,23 +145,31 @@ def _row(path: Path, record: Record, columns: Columns) -> Row:
     name = values.get(found["file"][0]) if "file" in found else None
     if not isinstance(name, str) or not name.strip():
         raise Refused("bad caption row", f"row {number} names no file")
-    special = columns.special(values)
+    ranges, taken = ranges_of(values)
+    special = columns.special(values) | taken
     fields = {key: None if is_missing(value) else value for key, value in values.items() if key not in special}
-    captions: dict[str, str] | Refused
+    texts = {column: listed(values.get(column)) for column in found.get("caption", ())}
+    value = next(iter(texts.values()), None) if len(texts) == 1 else texts
     try:
-        texts = {column: values.get(column) for column in found.get("caption", ())}
-        value = next(iter(texts.values()), None) if len(texts) == 1 else texts
         _check_utf8(values, found.get("caption", ()))
-        captions = named_captions(value)
-    except DecodeError as error:
-        captions = Refused.of(error)
+        parts = parts_of(values, found, ranges)
+        if len(parts) < 2:
+            return [Row(number, name, _named(value), fields, *parts)]
+        if not isinstance(value, list) or len(value) != len(parts):
+            count = len(value) if isinstance(value, list) else 1
+            raise ValueError(f"it names {len(parts)} parts of its file and has {count} captions")
+        return [Row(number, name, _named(text), fields, part) for text, part in zip(value, parts, strict=True)]
     except Refused as reason:
-        captions = reason
-    try:
-        part = _part(values, found)
+        return [Row(number, name, reason, fields)]
     except ValueError as error:
-        captions, part = Refused("bad caption row", f"row {number}: {error}"), None
-    return Row(number, name, captions, fields, part)
+        return [Row(number, name, Refused("bad caption row", f"row {number}: {error}"), fields)]
+
+
+def _named(value: Any) -> dict[str, str] | Refused:
+    try:
+        return named_captions(value)
+    except DecodeError as error:
+        return Refused.of(error)
 
 
 def _check_utf8(values: Mapping[str, Any], captions: tuple[str, ...]) -> None:
@@ -172,37 +183,6 @@ def _check_utf8(values: Mapping[str, Any], captions: tuple[str, ...]) -> None:
             if column in captions:
                 raise Refused("caption not UTF-8", f"{where}; encoding=... says what the table is")
             raise Refused("row not UTF-8", f"{where} of column {column!r}; encoding=... says what the table is")
-
-
-def _part(values: Mapping[str, Any], found: Mapping[str, tuple[str, ...]]) -> tuple[float, float] | None:
-    """Seconds from and to which a row is about its file; raises ValueError for what is no time."""
-    if "start" not in found and "end" not in found:
-        return None
-    ends = [_seconds(values.get(found[what][0])) if what in found else None for what in ("start", "end")]
-    if ends == [None, None]:
-        return None
-    start, end = 0.0 if ends[0] is None else ends[0], math.inf if ends[1] is None else ends[1]
-    if not 0 <= start < end:
-        raise ValueError(f"it goes from {start:g} s to {end:g} s")
-    return start, end
-
-
-def _seconds(value: Any) -> float | None:
-    """A time as a number of seconds, or as [hours:]minutes:seconds."""
-    if is_missing(value) or (isinstance(value, str) and value.strip().lower() in ("", "nan", "null", "none")):
-        return None
-    clock = _CLOCK.fullmatch(value.strip()) if isinstance(value, str) else None
-    try:
-        seconds = (
-            sum(float(p or 0) * f for p, f in zip(clock.groups(), (3600, 60, 1), strict=True))
-            if clock
-            else float(value)
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{str(value)[:40]!r} is no time in seconds") from error
-    if not math.isfinite(seconds):
-        raise ValueError(f"{str(value)[:40]!r} is no time in seconds")
-    return seconds
 
 
 def _bytes(path: Path) -> bytes:

@@ -15,9 +15,14 @@ WANTED = {  # what is looked for, by the names that trainers and data sets give 
         "file", "file_name", "filename", "file_path", "filepath", "path", "video", "video_path", "video_file",
         "video_name", "image", "image_path", "image_file", "media", "media_path",
     ),
-    "caption": ("caption", "captions", "text", "prompt", "cap", "description"),
+    "caption": ("caption", "captions", "text", "prompt", "cap", "description", "sentences"),
     "start": ("start", "start_time", "start_sec", "start_seconds", "start_timestamp"),
     "end": ("end", "end_time", "end_sec", "end_seconds", "end_timestamp"),
+    "start_frame": ("start_frame", "frame_start", "begin_frame", "start_frame_index"),
+    "end_frame": ("end_frame", "frame_end", "stop_frame", "end_frame_index"),
+}  # fmt: skip
+RANGES = {  # columns that hold both ends, [0, 48] (of frames also 0:48), or, with as many captions, a list of such
+    "frames": ("cut", "frame_idx", "frame_range"), "times": ("timestamp", "timestamps", "time_range"),
 }  # fmt: skip
 
 
@@ -61,7 +66,7 @@ class Columns:
 
     def of(self, record: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The same for one record, of whose usual names those count that hold something."""
-        there = [name for name, value in record.items() if not is_missing(value)]
+        there = [name for name, value in record.items() if not (is_missing(value) or value == "")]
         return self.chosen(record) | self.chosen(there)
 
     def refuse(self, path: Path, line: str) -> NoReturn:

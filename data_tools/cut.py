@@ -3,9 +3,10 @@ it at which decoding may begin, and an edit list hides the frames in between.
 
 Runs as a process of its own for each file, with a deadline and without network or other programs, as decoders do:
 
-    python -m data_tools.cut FILE FOLDER < '[[0.5, 1.0], [2.0, null]]'
+    python -m data_tools.cut FILE FOLDER < '[[0.5, 1.0, false], [24, null, true]]'
 
-writes FOLDER/N.mp4 for each part, and prints a list of what is wrong with each, empty where nothing is.
+writes FOLDER/N.mp4 for each part (start, end, and whether these are frames), and prints a list of what is wrong with
+each, empty where nothing is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,12 +29,22 @@ from sora_train.data.read.packets import Line, choose_stream, read_line, read_pa
 _DEADLINE_S = 600.0  # for all parts of a file
 _IN_MP4 = {"h264", "hevc", "av1", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"}  # others go into QuickTime's
 _EARLY = 1e-4  # seconds by which a frame may come before the start that was written for it
-Part = tuple[float, float]  # seconds from and to, from the first frame
+
+
+class Part(NamedTuple):
+    """A part of a video, from its first frame on: seconds, or numbers of frames of which the first is 0."""
+
+    start: float
+    end: float  # exclusive
+    of_frames: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.start:.10g}-{self.end:.10g}{'f' if self.of_frames else ''}"
 
 
 def cut_file(path: Path, parts: Sequence[Part], folder: Path) -> list[str]:
     """Write the parts of a file as `N.mp4` into a folder; what is wrong with each, empty where nothing is."""
-    asked = json.dumps([[start, None if end == float("inf") else end] for start, end in parts])
+    asked = json.dumps([[p.start, None if p.end == float("inf") else p.end, p.of_frames] for p in parts])
     command = [sys.executable, "-m", "data_tools.cut", str(path), str(folder)]
     try:
         done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=_DEADLINE_S)
@@ -48,7 +59,7 @@ def cut_file(path: Path, parts: Sequence[Part], folder: Path) -> list[str]:
 def main() -> int:
     """Cut the file of the command line into the parts of stdin."""
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    parts = [(float(start), float("inf") if end is None else float(end)) for start, end in json.load(sys.stdin)]
+    parts = [Part(start, float("inf") if end is None else end, frames) for start, end, frames in json.load(sys.stdin)]
     shut_in()
     print(json.dumps(cut(path, parts, folder)))
     return 0
@@ -100,16 +111,18 @@ def _range(stream: Any, line: Line, part: Part) -> tuple[np.ndarray, int, int]:
         raise DecodeError(
             "cut", "its packets don't say which frame comes when; convert it, for example to H.264 in mp4"
         )
-    base = float(stream.time_base)
-    seconds = (line.stamps - line.stamps[line.shown].min()) * base
-    within = line.shown & (seconds >= part[0] - _EARLY) & (seconds < part[1] - _EARLY)
-    places = np.flatnonzero(within)
+    early, unit = (0.0, "frames") if part.of_frames else (_EARLY, "s")
+    at: np.ndarray = (line.stamps - line.stamps[line.shown].min()) * float(stream.time_base)
+    if part.of_frames:
+        at = np.searchsorted(np.sort(line.stamps[line.shown]), line.stamps).astype(np.float64)
+    places = np.flatnonzero(line.shown & (at >= part.start - early) & (at < part.end - early))
     if not len(places):
-        raise DecodeError("cut", f"no frame from {part[0]:g} s to {part[1]:g} s; it is {seconds.max():.3f} s long")
+        final = f"{at[line.shown].max():.10g}"
+        raise DecodeError("cut", f"no frame from {part.start:g} to {part.end:g} {unit}; the last one is at {final}")
     start = line.stamps[places].min()
     entries = np.flatnonzero(line.entries & (line.stamps <= start))
     first = int(entries[-1]) if len(entries) else 0
-    after = np.flatnonzero(line.shown[first:] & (seconds[first:] >= part[1] - _EARLY))
+    after = np.flatnonzero(line.shown[first:] & (at[first:] >= part.end - early))
     last = first + int(after[0]) - 1 if len(after) else len(line.stamps) - 1
     return places[(places >= first) & (places <= last)], first, last
 

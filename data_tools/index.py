@@ -1,14 +1,15 @@
 """Index shards: Parquet beside each, with every sample's place in the tar, size, frames and checksum.
 
-    python -m data_tools.index SHARD [SHARD ...] [probe=packets] [workers=null] [upload=true]
+    python -m data_tools.index SHARD [SHARD ...] [probe=all] [workers=null] [upload=true]
 
     python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER [side_table=FILES ...]
 
 Shards are paths, globs ('data/*.tar'), brace ranges ('{000..012}.tar') or URLs (https, s3, gs, hf). Those whose index
 is current aren't indexed again, so that an interrupted command resumes where it was. The frames of every video and
-image are counted, its headers read and its checksum computed. `probe=frame` also decodes each image and each video's
-first frame: this takes several times longer, and finds some of the damage that training would otherwise refuse.
-`probe=all` decodes every frame, and refuses a file in which a decoder finds damage anywhere.
+image are counted, its headers read and its checksum computed. Every frame is decoded as well, and a file in which a
+decoder finds damage anywhere is refused. For huge sets this takes long: `probe=packets` decodes nothing and takes a
+hundredth of the time, `probe=frame` decodes each image and each video's first frame; damage is then found when training
+decodes it, though not all of it. An index that was made with less than an explicit `probe=` asks for is made anew.
 
 The index of a remote shard is stored in the node's cache. With `upload=true` it is also written beside the shard (s3,
 gs, hf), from where every other node takes it.
@@ -41,7 +42,7 @@ class Options:
 
     consolidate: str | None = None
     side_table: list[str] = number([])
-    probe: Probe = Probe.packets
+    probe: Probe | None = None
     workers: int | None = number(None, least=1)
     upload: bool = False
 

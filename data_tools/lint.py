@@ -1,6 +1,6 @@
 """Check shards for faults of the tar, the names, the media, the captions and the index, counted by cause.
 
-    python -m data_tools.lint SHARD [SHARD ...] [format=table|json] [examples=3] [probe=frame]
+    python -m data_tools.lint SHARD [SHARD ...] [format=table|json] [examples=3] [probe=all]
 
 Shards are paths, globs, brace ranges or URLs. Videos and images are checked as for the index (`probe=all`: every frame
 is decoded), and where a shard has an
@@ -118,7 +118,7 @@ class Options:
 
     format: str = choice(("table", "json"), "table")
     examples: int = number(3, least=0)
-    probe: Probe = Probe.frame
+    probe: Probe = Probe.all
 
 
 def main() -> int:
@@ -135,7 +135,7 @@ def main() -> int:
     return 1 if found.errors else 0
 
 
-def lint(shards: list[str], store: Store, probe: Probe = Probe.frame) -> Findings:
+def lint(shards: list[str], store: Store, probe: Probe = Probe.all) -> Findings:
     """Check every shard by itself, then all against each other."""
     found = Findings()
     keys: dict[str, str] = {}

@@ -98,7 +98,7 @@ def media_extension(name: str) -> str | None:
 
 def key_of(name: str) -> str:
     """The sample key of a relative path: readable, safe in any tar, the same in every run, one per path."""
-    file, part = re.fullmatch(r"(.*?)(#[\d.e+-]+-(?:[\d.e+]+|inf))?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
+    file, part = re.fullmatch(r"(.*?)(#[\d.e+-]+-(?:[\d.e+]+|inf)f?)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", str(PurePosixPath(file).with_suffix("")) + part)[-60:].strip("_")
     return f"{readable or 'sample'}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}"
 

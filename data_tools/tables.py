@@ -33,6 +33,7 @@ _BOMS = {  # UTF-32's before UTF-16's, which it begins with
 }  # fmt: skip
 _PROMPTS, _FILES = ("prompts", "prompt", "captions", "labels"), ("videos", "video", "files", "images")
 _MEDIA = re.compile(rf"\.({'|'.join(VIDEOS + IMAGES)})\s*$", re.IGNORECASE)
+_FORMULA = re.compile(r'="(.*)"', re.DOTALL)  # a spreadsheet's way to keep text from being read as a number
 _SEPARATOR = re.compile(r'\s*"?sep=(.)"?\s*', re.IGNORECASE)
 
 Record = tuple[int, Mapping[str, Any] | str]  # row number (the first line is 1), and the row, or what is wrong with it
@@ -58,7 +59,8 @@ def read_records(path: Path, columns: Columns, encoding: str | None = None) -> T
         return _csv(path, text, columns)
     if kind == ".txt":
         return _lines(path, text, columns, encoding)
-    records = _json(path, text, columns) if kind == ".json" else _json_lines(text)
+    whole = kind == ".json" or text.lstrip().startswith("[")
+    records = _json(path, text, columns) if whole else _json_lines(text)
     names = dict.fromkeys(name for _, record in records if not isinstance(record, str) for name in record)
     return Table(list(names), records)
 
@@ -129,7 +131,7 @@ def _csv(path: Path, text: str, columns: Columns) -> Table:
         records.append((number, _record(number, row, header, lines[at + 1 : at + taken], delimiter)))
         at += 1 if isinstance(records[-1][1], str) else taken  # a quote that isn't closed costs its own line alone
     named = [name for name in header if name]
-    return Table(named, _typed(records, columns.special(header)), len(header) - len(named))
+    return Table(named, _typed(records, columns.special(header), delimiter == ";"), len(header) - len(named))
 
 
 def _next_row(lines: Sequence[str], at: int, delimiter: str) -> tuple[list[str] | str, int]:
@@ -137,7 +139,7 @@ def _next_row(lines: Sequence[str], at: int, delimiter: str) -> tuple[list[str] 
     rest = (lines[number] for number in range(at, len(lines)))
     reader = csv.reader(rest, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
-        return [cell.strip() for cell in next(reader)], reader.line_num
+        return [_FORMULA.sub(r"\1", cell.strip()) for cell in next(reader)], reader.line_num
     except (csv.Error, StopIteration) as error:
         return f"its quotes don't pair up ({error}); double a quote that is meant, and quote the whole cell", 1
 
@@ -158,12 +160,18 @@ def _record(
     return {name: cell for name, cell in zip(header, row, strict=False) if name}
 
 
-def _typed(records: list[Record], special: set[str]) -> list[Record]:
-    """The records, with numbers and truth values in columns that hold nothing else; an empty cell is missing there."""
+def _typed(records: list[Record], special: set[str], with_commas: bool) -> list[Record]:
+    """The records, with numbers and truth values in columns that hold nothing else; an empty cell is missing there.
+
+    With `with_commas` a comma stands before the fraction of a number, as where a spreadsheet separates cells by `;`.
+    """
     rows: list[dict[str, Any]] = [dict(record) for _, record in records if not isinstance(record, str)]
     for name in dict.fromkeys(name for row in rows for name in row):
         cells = [row.get(name) or "" for row in rows]
-        convert = None if name in special else _converter([cell for cell in cells if not _is_blank(cell)])
+        filled = [cell for cell in cells if not _is_blank(cell)]
+        if with_commas and name not in special and all(_WITH_COMMA.fullmatch(cell) for cell in filled):
+            cells, filled = ([cell.replace(",", ".") for cell in some] for some in (cells, filled))
+        convert = None if name in special else _converter(filled)
         for row, cell in zip(rows, cells, strict=True):
             if name in row and convert:
                 row[name] = None if _is_blank(cell) else convert(cell)
@@ -172,6 +180,7 @@ def _typed(records: list[Record], special: set[str]) -> list[Record]:
 
 
 _INTEGER, _DECIMAL = re.compile(r"[+-]?(0|[1-9]\d{0,15})"), re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
+_WITH_COMMA = re.compile(r"[+-]?\d+(,\d+)?")
 _TRUTH = {"true": True, "false": False}
 
 
@@ -201,12 +210,17 @@ def _lines(path: Path, text: str, columns: Columns, encoding: str | None) -> Tab
             return _csv(path, text, columns)
         names = " or ".join(f"{name}.txt" for name in others[:2])
         raise InputError(f"captions={path} holds lines of text, and {names} with as many lines isn't beside it")
-    mine, theirs = text.splitlines(), _text(beside, encoding).splitlines()
+    mine, theirs = _split(text), _split(_text(beside, encoding))
     captions, files = (theirs, mine) if others is _PROMPTS else (mine, theirs)
     if len(captions) != len(files):
         raise InputError(f"captions={path} has {len(mine)} lines and {beside} {len(theirs)}: one each is wanted")
     pairs = zip(files, captions, strict=True)
     return Table(["file", "caption"], [(n, {"file": f, "caption": c}) for n, (f, c) in enumerate(pairs, 1) if f or c])
+
+
+def _split(text: str) -> list[str]:
+    """The lines of a text without empty ones at its end; other characters that break lines are part of them."""
+    return re.sub(r"\r\n?", "\n", text).rstrip("\n").split("\n")
 
 
 def _json_lines(text: str) -> list[Record]:

@@ -79,14 +79,15 @@ def plan(config: Config, options: Options) -> int:
     if options.scale:
         if result.device.gloo is not None:
             raise InputError("scale=true is for GPUs; give hardware=h100, or another")
-        sizes, share = heaviest_pass(config, data, options.world_size)
+        heaviest = heaviest_pass(config, data, options.world_size, options.per_node)
+        traced = trace(config, heaviest.sizes, ranks=heaviest.ranks)
         rows = scaled(
-            config, result.figures, trace(config, sizes), share, result.device, options.per_node,
+            config, result.figures, traced, heaviest.share, result.device, options.per_node,
             disk=options.disk_gb_s * 1e9, hours_per_failure=options.device_hours,
         )  # fmt: skip
         terminal.print(scale_table(rows, result.device))
     if options.rehearse:
-        sizes, _ = heaviest_pass(config, data, options.world_size)
+        sizes = heaviest_pass(config, data, options.world_size).sizes
         took = rehearse(config, options.world_size, result.figures.passes, sizes)
         expected = result.stages[stage_of(config)].memory.peak
         terminal.print(
@@ -103,9 +104,9 @@ def predict(config: Config, options: Options, data: Plan | None) -> Forecast:
     if options.price is not None:
         device = replace(device, dollars_per_hour=options.price)
     figures = estimate(config, data, options.world_size, options.encoded)
-    sizes, share = heaviest_pass(config, data, options.world_size)
+    heaviest = heaviest_pass(config, data, options.world_size, options.per_node)
     return forecast(
-        config, figures, sizes, share, device, options.per_node, disk=options.disk_gb_s * 1e9,
+        config, figures, heaviest, device, options.per_node, disk=options.disk_gb_s * 1e9,
         hours_per_failure=options.device_hours, degrees=degrees(config, data, options.world_size),
     )  # fmt: skip
 

@@ -13,7 +13,8 @@
     python -m sora_train.sample run_dir=runs/demo [count=8] [out=FOLDER]
     python -m sora_train.sample from=clip.json [key=value ...]
 
-`run_dir` is a run, an export, or the folder of a released Wan pipeline. A prompt is taken as it is typed. Without one,
+`run_dir` is a run, an export, the folder of a released Wan pipeline, or (with such a folder as `base`) a transformer in
+the layout of Wan's own repository, a folder or a file. A prompt is taken as it is typed. Without one,
 held-out captions are sampled into run_dir/samples/held_out. `image` or `video` is the beginning, `end_image` or
 `end_video` the end, and both together are joined; with `strength` below 1, `video` is made anew instead. More `seconds`
 than the model was trained on are made piece by piece, or at once with `whole=true`. Beside each video stand a contact

@@ -2,7 +2,7 @@
 given as they stand in the docs.
 
 `conf/` is a copy with one file more, which is merged behind the experiment. The environment is the one at hand, laid
-out as `launch/setup.sh` would have made it.
+out as `launch/setup.sh` would have made it; `python` and `torchrun` in it may be the fork server's.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ exec bash "$@"
 
 
 class Checkout:
-    """The folder. `small=False` leaves the configuration as it is."""
+    """The folder. `small=False` leaves the configuration as it is; `python` stands for the interpreter."""
 
-    def __init__(self, folder: Path, small: bool = True) -> None:
-        self.folder = folder.resolve()
+    def __init__(self, folder: Path, small: bool = True, python: str = "") -> None:
+        self.folder, self.python = folder.resolve(), python
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in LINKED:
             (self.folder / name).symlink_to(ROOT / name)
@@ -69,14 +69,22 @@ class Checkout:
         venv = self.folder / ".venv"
         venv.mkdir()
         for path in Path(sys.prefix).iterdir():
-            if not path.name.startswith(".sora"):
+            if not path.name.startswith(".sora") and path.name != "bin":
                 (venv / path.name).symlink_to(path)
+        (venv / "bin").mkdir()
+        for path in (Path(sys.prefix) / "bin").iterdir():
+            (venv / "bin" / path.name).symlink_to(path)
+        if self.python:
+            for name, text in (("python", '"$@"'), ("torchrun", '-m torch.distributed.run "$@"')):
+                (venv / "bin" / name).unlink()
+                (venv / "bin" / name).write_text(f"#!/bin/sh\nexec {self.python} {text}\n")
+                (venv / "bin" / name).chmod(0o755)
         made_from = '(echo "$PWD $PWD/.venv" && cat pyproject.toml constraints.txt) | sha256sum >.venv/.sora-setup'
         subprocess.run(["bash", "-c", made_from], cwd=self.folder, check=True)
 
     def copy(self, folder: Path) -> Checkout:
         """The same with all that was made in it, to be changed."""
-        twin = Checkout(folder)
+        twin = Checkout(folder, python=self.python)
         for path in self.folder.iterdir():
             to = twin.folder / path.name
             if path.name in (*LINKED, *COPIED, ".venv", "bin"):

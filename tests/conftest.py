@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 from sora_train.core.batch import Clip, Visit
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.make import index_shards
+from tests.forkserver.start import client_of
 
 os.environ["SORA_TRAIN_RELEASE"] = "off"  # a release folder of the user's must not change what tests make
 
@@ -34,6 +36,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("campaign"):
                 item.add_marker(pytest.mark.skip(reason="a long campaign; --campaign runs it"))
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An executable that runs commands as the interpreter does, without the seconds of importing torch and DeepSpeed.
+
+    The processes of a session share one server (tests/forkserver). What a cold start costs or imports is tested with
+    `sys.executable` instead.
+    """
+    folder, worker = tmp_path_factory.getbasetemp(), "PYTEST_XDIST_WORKER" in os.environ
+    return str(client_of((folder.parent if worker else folder) / "forkserver", os.getppid() if worker else os.getpid()))
 
 
 SIZES = ((64, 64), (48, 96), (96, 48))
@@ -120,14 +133,19 @@ def make_clip() -> Callable[..., Clip]:
     return make
 
 
+COMPOSED: dict[tuple[str, ...], DictConfig] = {}  # by overrides; many tests begin with the same
+
+
 @pytest.fixture
 def compose_tree() -> Iterator[Callable[..., DictConfig]]:
     """Compose conf/ with overrides, as the command line would."""
     from sora_train.config.hydra import CONF
 
     def make(*overrides: str) -> DictConfig:
-        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            return compose("train", overrides=["run_dir=runs/test", *overrides])
+        if overrides not in COMPOSED:
+            with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+                COMPOSED[overrides] = compose("train", overrides=["run_dir=runs/test", *overrides])
+        return copy.deepcopy(COMPOSED[overrides])
 
     GlobalHydra.instance().clear()
     yield make

@@ -125,7 +125,7 @@ def test_prometheus_reads_a_port(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     writers = Writers(tmp_path / "run", "id", {}, ["prometheus"], 10, "p", resume_step=0, prometheus_port=port)
     writers.scalars(7, FIGURES)
-    text = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10).read().decode()
+    text = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=120).read().decode()
     assert 'sora_train_mfu{run="run"} 0.3' in text and "checkpoint_age" not in text
     writers.close()
     with pytest.raises(OSError):

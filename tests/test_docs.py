@@ -68,6 +68,6 @@ def test_the_pages_build_strictly(tmp_path: Path) -> None:
     pytest.importorskip("material")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=quiet)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, env=quiet)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site/recipes/index.html").is_file()

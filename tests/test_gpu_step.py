@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,17 +43,17 @@ def test_steps_have_figures_and_what_does_not_fit_is_a_row(monkeypatch: pytest.M
     assert gpu_step.attempt("step", "other", full).failed == "out of memory"
 
 
-def test_without_a_gpu_the_whole_is_refused(tmp_path: Path) -> None:
+def test_without_a_gpu_the_whole_is_refused(python: str, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, "-m", "benchmarks.gpu_step", f"out={tmp_path}/figures.json"]
+    command = [python, "-m", "benchmarks.gpu_step", f"out={tmp_path}/figures.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "tiny=true" in done.stderr
 
 
 @pytest.mark.campaign
-def test_the_small_form_runs_whole(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_step", "tiny=true", f"out={tmp_path}/figures.json"]
+def test_the_small_form_runs_whole(python: str, tmp_path: Path) -> None:
+    command = [python, "-m", "benchmarks.gpu_step", "tiny=true", f"out={tmp_path}/figures.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "figures.json").read_text())

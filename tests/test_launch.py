@@ -80,13 +80,13 @@ class Sandbox:
         )
 
     def code(self, script: str, *arguments: str, **environment: str) -> int:
-        return self.start(script, *arguments, **environment).wait(timeout=60)
+        return self.start(script, *arguments, **environment).wait(timeout=250)
 
     def calls(self) -> list[str]:
         return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
 
     def wait_for(self, call: str) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 200
         while call not in self.calls():
             assert time.monotonic() < end, f"{call!r} never came; calls: {self.calls()}"
             time.sleep(0.05)
@@ -137,7 +137,7 @@ def test_torchrun_waits_for_the_save(sandbox: Sandbox, stop: signal.Signals) -> 
     os.killpg(process.pid, stop)  # as a terminal does, and a second time while it saves
     sandbox.wait_for("SIGNAL")
     os.killpg(process.pid, stop)
-    assert process.wait(timeout=30) == 75
+    assert process.wait(timeout=200) == 75
     assert sandbox.calls() == ["started", "SIGNAL"]
 
 

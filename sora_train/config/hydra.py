@@ -35,6 +35,7 @@ _WITH_VALUE = (  # flags of Hydra whose value is the next argument
     "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c",
     "--experimental-rerun",
 )  # fmt: skip
+_LOCAL_RANK = ("--local_rank=", "--local-rank=")  # as the launchers of DeepSpeed and torch.distributed add it
 _HERE = Path(__file__).parents[1]
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # installed from a wheel, or a checkout
 
@@ -42,13 +43,16 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  #
 def store_schema() -> None:
     """Register the schema with Hydra: all keys with their defaults, and each model family as a choice of `model`.
 
-    Only values are registered, not types: `load.build` checks types, and reports a mistake in one line.
+    Only values are registered, not types: `load.build` checks types, and reports a mistake in one line. What is
+    registered already stays, so that this can be called again when plugins have brought families.
     """
     store = ConfigStore.instance()
-    store.store(name="schema", node=_values(Config))
+    if "schema.yaml" not in store.repo:
+        store.store(name="schema", node=_values(Config))
+        store.store(group="vae", name="base", node=_values(VaeConfig))
     for name in FAMILIES.names():
-        store.store(group="model", name=name, node=_values(FAMILIES.get(name).settings))
-    store.store(group="vae", name="base", node=_values(VaeConfig))
+        if f"{name}.yaml" not in store.repo.get("model", {}):
+            store.store(group="model", name=name, node=_values(FAMILIES.get(name).settings))
 
 
 def _values(schema: Any) -> Any:
@@ -77,7 +81,7 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
         print(help_text(usage, CONF))
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = _flags_first([a for a in sys.argv[1:] if not a.startswith("--local_rank=")])  # as DeepSpeed adds it
+    sys.argv[1:] = _flags_first([a for a in sys.argv[1:] if not a.startswith(_LOCAL_RANK)])
     load_plugins(_plugins())
     store_schema()
     codes: list[int] = []
@@ -236,6 +240,8 @@ def _tell_script(line: str) -> None:
 def _check_run_dir(tree: DictConfig) -> None:
     """Raise InputError for a run folder that isn't one, or that each rank would name otherwise."""
     written = str((OmegaConf.to_container(tree, resolve=False) or {}).get("run_dir", ""))  # type: ignore[union-attr]
+    if not written.strip():
+        raise InputError("run_dir is empty; name the folder of the run, e.g. run_dir=runs/first")
     if "://" in written:
         raise InputError(
             f"run_dir={written} must be a folder of this machine; copies of its checkpoints go to checkpoint.mirror="
@@ -292,4 +298,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OverrideParseException) and {"-m", "--multirun"} & set(sys.argv[1:]):
         quoted = f"in a sweep Hydra's grammar reads every value: quote text, 'run_dir=\"a b\"' ({lines[0]})"
         return f"{error.override}: {quoted}"
+    if lines and lines[0].startswith("Ambiguous value"):
+        return f"{lines[0]}: write [a,b] for a list, 'key=\"a,b\"' for text, a point in a number, or add -m for a sweep"
     return lines[0] if lines else type(error).__name__

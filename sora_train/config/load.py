@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +66,20 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
 
 
 def schema_of(tree: DictConfig) -> DictConfig:
-    """Schema with defaults for a tree; `model` has the keys of the tree's model family. Loads the tree's plugins."""
+    """Schema with defaults for a tree; `model` has the keys of the tree's model family. Loads the tree's plugins.
+
+    It is shared by all callers: not to be changed.
+    """
     load_plugins(tree.get("plugins") or [])
-    schema = OmegaConf.structured(Config)
     model = tree.get("model") or {}
-    schema.model = OmegaConf.structured(FAMILIES.get(model.get("family") or "wan").settings)
+    return _schema_with(FAMILIES.get(model.get("family") or "wan").settings)
+
+
+@cache
+def _schema_with(model: type) -> DictConfig:
+    schema = OmegaConf.structured(Config)
+    schema.model = OmegaConf.structured(model)
+    assert isinstance(schema, DictConfig)
     return schema
 
 
@@ -163,14 +175,19 @@ def to_yaml(config: Config) -> str:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain values; values of keys that look like secrets are masked."""
-    tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return _masked(tree)
+    return {key: _plain(key, value) for key, value in vars(config).items()}
 
 
-def _masked(value: Any) -> Any:
+def _plain(key: object, value: Any) -> Any:
+    if value and _SECRET.search(str(key)):
+        return "***"
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, dict):
-        return {k: "***" if v and _SECRET.search(str(k)) else _masked(v) for k, v in value.items()}
-    return [_masked(v) for v in value] if isinstance(value, list) else value
+        return {k: _plain(k, v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain("", v) for v in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def known_keys(tree: Any = None, prefix: str = "") -> list[str]:

@@ -54,6 +54,7 @@ def check(config: Config) -> None:
     _check_data(data)
     _check_deepspeed(config.deepspeed)
     _check_mixing(data)
+    _check_packs(config)
     if data.augment:
         AUGMENTATIONS.get(data.augment)
         require(vae.cache_mib == 0, f"vae.cache_mib={vae.cache_mib} keeps the latents of each clip, which "
@@ -172,6 +173,28 @@ def _check_mixing(data: DataConfig) -> None:
     for key, values in named:
         require(min(values.values()) >= 0 and sum(values.values()) > 0,
                  f"{key}: no weight may be below 0, and one must be above")  # fmt: skip
+
+
+def _check_packs(config: Config) -> None:
+    most, slots, parallel = config.data.pack_slots, config.data.slots, config.parallel
+    if most == 1:
+        return
+    name = f"data.pack_slots={most}"
+    require(most & (most - 1) == 0, f"{name} must be a power of two: 1, 2, 4, 8, ...")
+    require(most <= slots, f"{name}: a step has only data.slots={slots}; lower it to {1 << slots.bit_length() - 1}")
+    require(
+        parallel.sequence == 1,
+        f"{name} has the plan say how many ranks share a pack, parallel.sequence={parallel.sequence} has all packs "
+        "shared by as many; set one of them to 1",
+    )
+    require(
+        parallel.accumulation is None,
+        f"{name} needs a forward pass per slot, since packs that run together must have the same ranks; leave "
+        f"parallel.accumulation={parallel.accumulation} out",
+    )
+    require(
+        METHODS.get(config.method).splits_sequence, f"{name}: method={config.method} has no sequence to share; set 1"
+    )
 
 
 def _check_evaluation(config: Config) -> None:

@@ -65,9 +65,9 @@ class Fit(Enum):
 
 
 class Probe(Enum):
-    """Part of each video or image that indexing decodes; frames are counted and checksums taken with both."""
+    """Part of each video or image that indexing decodes; frames are counted and checksums taken with each."""
 
-    packets = "packets"  # packet headers only; damaged pictures are found when training decodes them
+    packets = "packets"  # packet headers only, for huge sets; damage is found when training decodes it, not all of it
     frame = "frame"  # the first frame too
     all = "all"  # every frame: a file in which a decoder finds damage anywhere is refused as a whole
 
@@ -243,14 +243,15 @@ class DataConfig:
     stages: list[StageConfig] = field(default_factory=list)  # curriculum, in order; empty: one stage
     captions: dict[str, float] = field(default_factory=dict)  # weights of named captions; empty: equal weights
     index: str | None = None  # consolidated index of the training shards, for large sets
-    probe: Probe = Probe.packets  # part decoded when shards without an index are indexed; frame is several times slower
+    probe: Probe | None = None  # part decoded for an index; null: all for shards without one, any index counts
     drop_refused: bool = False  # leave out of later epochs the samples that were refused
     fps: int | float | str = 16.0  # frames per second to train at, or native: each video's own
     max_frames: int = 81  # of a clip
     max_pixels: int = 102400  # height x width of a clip; larger videos are scaled down
     fit: Fit = Fit.crop
     slots: int = 8  # packs per optimizer step, divided over the ranks
-    max_tokens: int = 8192  # of a pack
+    max_tokens: int = 8192  # of a slot
+    pack_slots: int = 1  # slots that a pack may take, up to 1, 2, 4, 8, ...: where clips are long, ranks share them
     fill: float = 0.9  # target share of the token budget that the packs of a window fill
     window: int = 4096  # samples that are shuffled and packed together
     cost: str | None = None  # file of sora_train.calibrate: balance packs by measured seconds; null: by FLOPs
@@ -332,7 +333,7 @@ class ParallelConfig:
     """Division of a step over ranks and forward passes."""
 
     accumulation: int | None = None  # forward passes per step and rank; null: one per slot
-    sequence: int = 1  # ranks that share the tokens of a pack (Ulysses) and act as one data-parallel rank
+    sequence: int = 1  # ranks that share the tokens of every pack (Ulysses) and act as one data-parallel rank
 
 
 @dataclass

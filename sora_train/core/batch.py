@@ -83,14 +83,19 @@ class Clip:
 
 @dataclass
 class Pack:
-    """The clips of one forward pass: those of one slot, or of several slots run together. It may hold no clip."""
+    """The clips of one forward pass: those of one slot, or of several slots run together. It may hold no clip.
+
+    `part` is `(i, n)` where n ranks share the tokens and this one is the i-th of them: all n have the same clips, and
+    each counts an n-th of the loss.
+    """
 
     clips: list[Clip]
     refused: list[Refusal] = field(default_factory=list)
+    part: tuple[int, int] = (0, 1)
 
     def pin(self) -> Pack:
         """Move the pixels to page-locked memory, so that the copy to the device can overlap with work."""
-        return Pack([clip.moved(Tensor.pin_memory) for clip in self.clips], self.refused)
+        return Pack([clip.moved(Tensor.pin_memory) for clip in self.clips], self.refused, self.part)
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,7 @@ class LatentPack:
 
     streams: dict[str, Stream]
     text: Any  # ids_LR for the text encoder that is trained with the model, or embeddings text_LE of a frozen one
+    ranks: int | None = None  # that share the tokens; None: as many as share all packs (`parallel.sequence`)
 
     @property
     def video(self) -> Stream:

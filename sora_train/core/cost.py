@@ -74,9 +74,13 @@ class Cost:
         """Costs by which clips are dealt to slots: forward FLOPs, the caption's excluded. Integers or arrays."""
         return self.per_token * tokens + self.per_pair * tokens**2
 
-    def of_slot(self, tokens: Sequence[int], pixels: Sequence[int]) -> int:
-        """Cost of the clips of a slot."""
-        return self.training(list(tokens))
+    def undivided(self, tokens: Any, pixels: Any) -> Any:
+        """Part of each clip's cost that every rank of a shared pack has anew: none. Integers or arrays."""
+        return 0 * tokens
+
+    def of_pack(self, tokens: Sequence[int], pixels: Sequence[int], slots: int = 1) -> int:
+        """Cost of the clips of a pack for each of the slots that it takes."""
+        return self.training(list(tokens)) // slots
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,15 @@ class Seconds:
         """Costs by which clips are dealt to slots. Integers or arrays."""
         return self.per_clip + self.per_token * tokens + self.per_pair * tokens**2 + self.per_pixel * pixels
 
-    def of_slot(self, tokens: Sequence[int], pixels: Sequence[int]) -> int:
-        """Cost of the clips of a slot."""
+    def undivided(self, tokens: Any, pixels: Any) -> Any:
+        """Part of each clip's time that every rank of a shared pack takes anew: the VAE's. Integers or arrays."""
+        return self.per_clip + self.per_pixel * pixels
+
+    def of_pack(self, tokens: Sequence[int], pixels: Sequence[int], slots: int = 1) -> int:
+        """Time of the clips of a pack for each of the slots that it takes."""
+        whole = sum(self.undivided(n, v) for n, v in zip(tokens, pixels, strict=True))
         clips = sum(self.of_clips(n, v) for n, v in zip(tokens, pixels, strict=True))
-        return int(self.per_pack + clips)
+        return int(self.per_pack + whole + (clips - whole) // slots)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 
 from sora_train.core.cli import InputError
 
-_TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+_TASKS = {  # numbers of tasks, by launchers
+    "SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun",
+    "MV2_COMM_WORLD_SIZE": "mpirun", "JSM_NAMESPACE_SIZE": "jsrun", "FLUX_JOB_SIZE": "flux run",
+}  # fmt: skip
+_PLACES = {  # numbers of a task among others
+    "SLURM_PROCID": "srun", "OMPI_COMM_WORLD_RANK": "mpirun", "PMI_RANK": "mpirun", "PMIX_RANK": "mpirun or srun",
+    "MV2_COMM_WORLD_RANK": "mpirun", "PALS_RANKID": "aprun", "ALPS_APP_PE": "aprun",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,16 @@ class World:
         if self.size % degree:
             raise InputError(f"parallel.sequence={degree} doesn't divide the {self.size} rank(s)")
         return replace(self, sequence=degree)
+
+    def sharing(self, most: int) -> int:
+        """The largest number of neighbouring ranks of a machine that can share a pack of up to `most` slots.
+
+        A power of two that divides the ranks of every machine, so that groups of so many lie inside one.
+        """
+        degree = 1
+        while 2 * degree <= most and self.size % (2 * degree) == 0 and self.local_size % (2 * degree) == 0:
+            degree *= 2
+        return degree
 
     @property
     def launched(self) -> bool:
@@ -106,9 +123,12 @@ def _refuse_lone_task() -> None:
             "accelerate started one process where several were asked for, as it does on CPUs; start with torchrun, or "
             "ask it for one (--num_processes 1)"
         )
-    for name, launcher in _TASKS.items():
-        if os.environ.get(name, "1") not in ("", "0", "1"):
-            raise InputError(
-                f"{launcher} started {os.environ[name]} tasks ({name}), each of which would run alone; let it start "
-                "one torchrun on each machine, as launch/slurm.sbatch does"
-            )
+    said = [f"{launcher} started {os.environ[name]} tasks ({name})" for name, launcher in _TASKS.items()
+            if os.environ.get(name, "") not in ("", "0", "1")]  # fmt: skip
+    said += [f"{launcher} started several tasks ({name}={os.environ[name]})" for name, launcher in _PLACES.items()
+             if os.environ.get(name, "") not in ("", "0")]  # fmt: skip
+    if said:
+        raise InputError(
+            f"{said[0]}, each of which would run alone; let it start one torchrun on each machine, as "
+            "launch/slurm.sbatch does"
+        )

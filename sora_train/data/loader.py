@@ -30,7 +30,10 @@ Known = Mapping[
 
 @dataclass
 class Step:
-    """One rank's packs for one optimizer step: as many packs as every other rank, some perhaps without a clip."""
+    """One rank's packs for one optimizer step: as many packs as every other rank, some perhaps without a clip.
+
+    Of ranks that share a pack, the first answers for its samples.
+    """
 
     position: Position
     packs: list[Pack]
@@ -38,12 +41,38 @@ class Step:
     @property
     def samples(self) -> list[int]:
         """Rows of the clips that arrived."""
-        return [clip.visit.sample for pack in self.packs for clip in pack.clips]
+        return [clip.visit.sample for pack in self.packs if pack.part[0] == 0 for clip in pack.clips]
 
     @property
     def refused(self) -> list[Refusal]:
         """The samples that didn't."""
-        return [refusal for pack in self.packs for refusal in pack.refused]
+        return [refusal for pack in self.packs if pack.part[0] == 0 for refusal in pack.refused]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Division of packs over ranks that share them.
+
+    Attributes:
+        part: This rank's part `(i, n)` of every pack, where all ranks of a group have the same passes.
+        most: Ranks that may share a pack, where the plan says which packs take several slots.
+    """
+
+    part: tuple[int, int] = (0, 1)
+    most: int = 1
+
+    def of(self, slots: list[int], spans: Sequence[tuple[int, int]]) -> tuple[list[int], tuple[int, int]]:
+        """The slots whose visits a rank computes in a pass that takes `slots`, and its part of the pack.
+
+        A pack of several slots is computed by the ranks of the first ones, as many as can share it; those of the other
+        slots have nothing to do in these passes.
+        """
+        if self.most == 1 or not slots:
+            return slots, self.part
+        (slot,) = slots
+        first, width = spans[slot]
+        ranks = min(width, self.most)
+        return ([first], (slot - first, ranks)) if slot < first + ranks else ([], (0, 1))
 
 
 def passes_of_rank(slots: int, rank: int, ranks: int, accumulation: int | None) -> list[list[int]]:
@@ -78,11 +107,12 @@ class Loader:
         pin: bool = False,
         taken: int = 0,
         cache_bytes: int = 0,
+        sharing: Sharing = Sharing(),  # noqa: B008 (frozen)
         augment: Callable[[np.ndarray, str, int], tuple[np.ndarray, str]] | None = None,
     ) -> None:
         self.plan, self.index, self.pool = plan, plan.index, pool
         self._decoded, self._augment = DecodedClips(cache_bytes), augment
-        self.passes, self.known, self.pin = passes, known or {}, pin
+        self.passes, self.known, self.pin, self.sharing = passes, known or {}, pin, sharing
         self._steps = plan.from_position(start, taken)
         self._flying: deque[_Flying] = deque()
         self._prefetch = prefetch_steps
@@ -95,9 +125,10 @@ class Loader:
 
     def _launch(self, position: Position, slots: Slots) -> _Flying:
         groups = []
-        for numbers in self.passes:
+        for passed in self.passes:
+            numbers, part = self.sharing.of(passed, slots.spans)
             visits = sorted((v for n in numbers for v in slots[n]), key=lambda v: v.size)
-            groups.append([(v, self._request(position, v)) for v in visits])
+            groups.append(([(v, self._request(position, v)) for v in visits], part))
         return _Flying(position, groups)
 
     def _request(self, position: Position, visit: Visit) -> _Request | Refusal:
@@ -117,8 +148,8 @@ class Loader:
 
     def _land(self, flying: _Flying) -> Step:
         packs = []
-        for group in flying.groups:
-            pack = Pack([])
+        for group, part in flying.groups:
+            pack = Pack([], part=part)
             for visit, pending in group:
                 if isinstance(pending, Refusal):
                     pack.refused.append(pending)
@@ -205,7 +236,7 @@ def draw_caption(names: list[str], weights: Sequence[tuple[str, float]], seed: i
 @dataclass
 class _Flying:
     position: Position
-    groups: list[list[tuple[Visit, _Request | Refusal]]]
+    groups: list[tuple[list[tuple[Visit, _Request | Refusal]], tuple[int, int]]]  # and the rank's part of each
 
 
 @dataclass

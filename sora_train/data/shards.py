@@ -28,7 +28,7 @@ class Wanted:
     shards: Sequence[str]
     store: Store
     limits: Limits
-    probe: Probe
+    probe: Probe | None
 
     def missing(self, shards: Sequence[str]) -> list[str]:
         """Those of some shards that have no index here."""
@@ -107,5 +107,5 @@ def plan_inputs(config: Config, filters: list[str], tasks: dict[str, float]) -> 
         seed=config.seed, slots=d.slots, max_tokens=d.max_tokens, fill=d.fill, window=d.window,
         fps=clip_rate(d.fps), max_frames=d.max_frames, max_pixels=d.max_pixels, fit=d.fit.value, tasks=weighted,
         repeats=(1.0,) * len(filters), geometry=geometry(config), cost=balancing_cost(config), filters=tuple(filters),
-        captions=tuple(sorted(d.captions.items())), weight=d.weight,
+        captions=tuple(sorted(d.captions.items())), weight=d.weight, pack_slots=d.pack_slots,
     )  # fmt: skip

@@ -100,7 +100,7 @@ def generate(
     for request in requests:
         _check(request, channels, patch)
     sizes = [math.prod(request.grid) for request in requests]
-    clip_of_N = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+    clip_of_N = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes)).to(device)
     x_NP = torch.cat([_start(request, channels, patch) for request in requests]).to(device)
     given_N1 = torch.cat([_given_mask(request) for request in requests]).unsqueeze(1).to(device)
     known_NP = torch.cat([_known(request, channels, patch) for request in requests]).to(device)
@@ -150,8 +150,9 @@ class _Guided:
             grids = tuple(request.grid for request in requests) * copies
             frames = tuple(tuple(length for length, _ in clip) for clip in shots)
             layout = Layout(grids, texts, shots=frames)
-            caption_of_N = torch.arange(len(texts)).repeat_interleave(torch.tensor(layout.spans)).to(device)
-            self.packs.append((layout, text.to(device), caption_of_N))
+            spans = torch.tensor(layout.spans)
+            caption_of_N = torch.arange(len(texts)).repeat_interleave(spans, output_size=sum(layout.spans))
+            self.packs.append((layout, text.to(device), caption_of_N.to(device)))
 
     def velocity(self, x_NP: Tensor, t_N: Tensor) -> Tensor:
         """Guided velocity of every token at its clip's timestep, `(N, P)` fp32."""

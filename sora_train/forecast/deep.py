@@ -17,20 +17,21 @@ from sora_train.forecast.trace import Made, Operation, Size, Trace, trace
 _FEW, _MORE = 3, 4  # blocks: the first, the last, and those between, which stand for all further ones
 
 
-def deep_trace(config: Config, sizes: Sequence[Size], encoded: bool = False) -> Trace:
+def deep_trace(config: Config, sizes: Sequence[Size], encoded: bool = False, ranks: int | None = None) -> Trace:
     """The figures of `trace`; operations of further blocks stand at the end instead of in their place.
 
     A method that trains several networks is traced as a whole.
     """
     further = config.model.depth - _MORE
     if further <= 0 or not (METHODS.get(config.method).recomputes and FAMILIES.get(config.model.family).alike):
-        return trace(config, sizes, encoded)
+        return trace(config, sizes, encoded, ranks)
     few, more = (
-        trace(replace(config, model=replace(config.model, depth=depth)), sizes, encoded) for depth in (_FEW, _MORE)
+        trace(replace(config, model=replace(config.model, depth=depth)), sizes, encoded, ranks)
+        for depth in (_FEW, _MORE)
     )
     made = _moments(few.made, more.made, further)
     if made is None:
-        return trace(config, sizes, encoded)
+        return trace(config, sizes, encoded, ranks)
     return Trace(
         _further(few.activations, more.activations, further),
         made,
@@ -39,6 +40,7 @@ def deep_trace(config: Config, sizes: Sequence[Size], encoded: bool = False) -> 
         more.operations + _of_a_block(few.operations, more.operations) * further,
         _further(few.modules, more.modules, further),
         _further(few.exchanged, more.exchanged, further),
+        more.ranks,
     )
 
 

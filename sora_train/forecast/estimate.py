@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from sora_train.config.cost import geometry, training_cost
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config
+from sora_train.core.world import World
 from sora_train.data.order.balance import packed
 from sora_train.data.order.plan import Plan
 from sora_train.forecast.trace import Size
 from sora_train.methods.base import trained
+
+_Figures = tuple[int | None, float | None, float | None, float | None, float | None, float | None]  # as `Packed`
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Estimate:
     balance: float | None  # mean over max cost of the slots of a step
     departure: float | None  # largest distance of a step's token shares from the mix, see `data.order.packing`
     slot_s: float | None  # seconds of a step's dearest slot, where `data.cost` has measured ones
+    shared: float | None = None  # share of the slots that are in packs of several
     encoded: bool = False  # clips come as latents, computed before training
 
 
@@ -42,8 +47,7 @@ def estimate(config: Config, plan: Plan | None, ranks: int, encoded: bool = Fals
     longest = geometry(config).tokens(config.data.max_frames, *_square(config))
     clips = max(1, config.data.max_tokens // longest)
     flops = slots * training_cost(config).training([min(longest, config.data.max_tokens)] * clips)
-    no_plan = (None, None, None, None, None)
-    figures: tuple[int | None, float | None, float | None, float | None, float | None] = no_plan
+    figures: _Figures = (None,) * 6
     idle = 1 - slots / (per_rank * groups)
     if plan is not None:
         figures, settings = packed(plan), plan.index.encoded()
@@ -65,51 +69,65 @@ def passes_per_rank(config: Config, ranks: int) -> int:
     return config.parallel.accumulation or -(-config.data.slots // groups)
 
 
+class Heaviest(NamedTuple):
+    """The most expensive forward pass of a rank."""
+
+    sizes: list[Size]  # frames, height, width of its clips
+    share: float  # mean over steps of each step's most expensive pass, as a share of this one's cost
+    ranks: int = 1  # that share it
+
+
 @dataclass(frozen=True)
 class Degree:
-    """A configuration with a degree of sequence parallelism, and its heaviest pass (see `heaviest_pass`)."""
+    """A configuration with a degree of sequence parallelism for all packs, and its heaviest pass."""
 
     config: Config
-    sizes: list[Size]
-    share: float
+    heaviest: Heaviest
     passes: int  # forward passes per rank and step
 
 
 def degrees(config: Config, plan: Plan | None, ranks: int) -> dict[int, Degree]:
-    """Degrees of sequence parallelism up to 16 that divide the heads and the ranks."""
+    """Degrees of sequence parallelism for all packs, up to 16, that divide the ranks; no more than there are heads.
+
+    None where the plan says how many ranks share a pack.
+    """
     found = {}
-    if METHODS.get(config.method).splits_sequence:
+    if METHODS.get(config.method).splits_sequence and config.data.pack_slots == 1:
         for degree in (1, 2, 4, 8, 16):
-            if config.model.heads % degree == 0 and ranks % degree == 0:
+            if config.model.heads >= degree and ranks % degree == 0:
                 other = replace(config, parallel=replace(config.parallel, sequence=degree))
-                found[degree] = Degree(other, *heaviest_pass(other, plan, ranks), passes_per_rank(other, ranks))
+                found[degree] = Degree(other, heaviest_pass(other, plan, ranks), passes_per_rank(other, ranks))
     return found
 
 
-def heaviest_pass(config: Config, plan: Plan | None, ranks: int) -> tuple[list[Size], float]:
+def heaviest_pass(config: Config, plan: Plan | None, ranks: int, per_node: int = 8) -> Heaviest:
     """Find the most expensive forward pass: in the first window of the plan, or slots full of the longest clips.
 
-    Returns:
-        Sizes (frames, height, width) of its clips, and the mean over steps of each step's most expensive pass, as a
-        share of its cost.
+    `per_node` are the ranks of one machine, which share packs of several slots.
     """
-    per_rank = -(-config.data.slots // max(1, ranks // config.parallel.sequence))
+    d, fixed = config.data, config.parallel.sequence
+    per_rank = -(-d.slots // max(1, ranks // fixed))
     together = -(-per_rank // (config.parallel.accumulation or per_rank))  # slots per pass
+    sharing = World(size=ranks, local_size=min(ranks, per_node)).sharing(d.pack_slots)
     if plan is None:
-        longest = (config.data.max_frames, *_square(config))
-        clips = max(1, config.data.max_tokens // geometry(config).tokens(*longest))
-        return [longest] * (clips * together), config.data.fill
+        longest, width = (d.max_frames, *_square(config)), 1
+        while geometry(config).tokens(*longest) > width * d.max_tokens and width < d.pack_slots:
+            width *= 2
+        clips = max(1, width * d.max_tokens // geometry(config).tokens(*longest))
+        return Heaviest([longest] * (clips * together), d.fill, min(width, sharing) * fixed)
     tokens, cost_of = plan.inputs.geometry.tokens, plan.inputs.cost
-    dearest: list[Size] = []
     most, total, steps = 0, 0, plan.steps(0, 0)
+    found = Heaviest([], 1.0)
     for slots in steps:
-        loads = {
-            cost_of.of_slot([tokens(*v.size) for v in slot], [math.prod(v.size) for v in slot]): slot for slot in slots
-        }
-        total += max(loads)
-        if max(loads) > most:
-            most, dearest = max(loads), [v.size for v in loads[max(loads)]]
-    return dearest * together, total / len(steps) / most
+        dearest = 0
+        for first, width in set(slots.spans):
+            sizes, shared = [v.size for v in slots[first]], min(width, sharing)
+            load = cost_of.of_pack([tokens(*size) for size in sizes], [math.prod(size) for size in sizes], shared)
+            dearest = max(dearest, load)
+            if load > most:
+                most, found = load, Heaviest(sizes * together, 1.0, shared * fixed)
+        total += dearest
+    return found._replace(share=total / len(steps) / most)
 
 
 def _square(config: Config) -> tuple[int, int]:

@@ -12,11 +12,11 @@ from rich.table import Table
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config
 from sora_train.forecast.deep import deep_trace
-from sora_train.forecast.estimate import Degree, Estimate
+from sora_train.forecast.estimate import Degree, Estimate, Heaviest
 from sora_train.forecast.footprint import Memory, memory, stage_of
 from sora_train.forecast.hardware import Hardware
 from sora_train.forecast.timing import SaveAdvice, StepTime, save_advice, step_time
-from sora_train.forecast.trace import Size, trace
+from sora_train.forecast.trace import trace
 from sora_train.training.report.console import duration
 
 # Settings that recompute more than each value of model.activation_checkpointing.
@@ -46,7 +46,7 @@ class Forecast:
 
 
 def forecast(
-    config: Config, figures: Estimate, sizes: list[Size], share: float, device: Hardware, per_node: int, *, disk: float,
+    config: Config, figures: Estimate, heaviest: Heaviest, device: Hardware, per_node: int, *, disk: float,
     hours_per_failure: float, degrees: Mapping[int, Degree] | None = None,
 ) -> Forecast:  # fmt: skip
     """Trace the heaviest pass, and forecast memory and time at every stage.
@@ -54,36 +54,35 @@ def forecast(
     Args:
         config: Configuration of the run.
         figures: Its batch figures.
-        sizes: Clips of the heaviest pass.
-        share: Cost of a mean step's heaviest pass, as a share of it.
+        heaviest: The heaviest pass.
         device: Hardware of a rank.
         per_node: Ranks per machine.
         disk: Rate at which all ranks together write checkpoints, byte/s.
         hours_per_failure: Mean time between failures of one device, hours.
         degrees: Degrees of sequence parallelism to compare at the configured stage.
     """
-    stages = by_stage(config, figures, sizes, share, device, per_node)
+    stages = by_stage(config, figures, heaviest, device, per_node)
     recomputing = {}
     for choice in _MORE[config.model.activation_checkpointing] if METHODS.get(config.method).recomputes else ():
         other = replace(config, model=replace(config.model, activation_checkpointing=choice))
         name = f"model.activation_checkpointing={choice}"
-        recomputing[name] = by_stage(other, figures, sizes, share, device, per_node)
+        recomputing[name] = by_stage(other, figures, heaviest, device, per_node)
     averages = 1 + len(config.optim.ema_lengths)
     save = save_advice(figures.parameters - figures.frozen, figures.ranks, disk, hours_per_failure, averages)
     sharing = {}
     for degree, one in (degrees or {}).items():
         same = replace(figures, passes=one.passes)
-        each = by_stage(one.config, same, one.sizes, one.share, device, per_node)
+        each = by_stage(one.config, same, one.heaviest, device, per_node)
         sharing[degree] = each[stage_of(config)]
     return Forecast(figures, device, stages, recomputing, save, sharing)
 
 
 def by_stage(
-    config: Config, figures: Estimate, sizes: list[Size], share: float, device: Hardware, per_node: int
-) -> dict[int, StageForecast]:  # fmt: skip
+    config: Config, figures: Estimate, heaviest: Heaviest, device: Hardware, per_node: int
+) -> dict[int, StageForecast]:
     """Memory and step time at every ZeRO stage, otherwise as configured; the arguments are those of `forecast`."""
     # a CPU's time is measured with the operations in their order
-    traced = (trace if device.gloo else deep_trace)(config, sizes, figures.encoded)
+    traced = (trace if device.gloo else deep_trace)(config, heaviest.sizes, figures.encoded, heaviest.ranks)
     count, ranks, passes = figures.parameters - figures.frozen, figures.ranks, figures.passes
     found = {}
     for stage in range(METHODS.get(config.method).highest_stage + 1):
@@ -97,7 +96,7 @@ def by_stage(
             stage,
             device=device,
             per_node=per_node,
-            share=share,
+            share=heaviest.share,
             frozen=figures.frozen,
         )
         found[stage] = StageForecast(needs, time, needs.peak <= _USABLE * device.memory_gib * 2**30)
@@ -158,6 +157,7 @@ def _facts(config: Config, result: Forecast, note: str) -> Table:
             ("steps per epoch", f"{e.steps_per_epoch}; the run is {epochs:.2f} epochs"),
             ("token budget used", f"{e.fill:.1%}"),
             ("balance of the slots", f"{e.balance:.1%}" + (" of measured seconds" if e.slot_s else " of FLOPs")),
+            *([("slots in packs of several", f"{e.shared:.0%}")] if e.shared else []),
             *([("a step's dearest slot, as measured", f"{e.slot_s:.3g} s")] if e.slot_s else []),
             ("a step's departure from the mix, at most", f"{e.departure:.1%} of its tokens"),
         ]

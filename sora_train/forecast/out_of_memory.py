@@ -59,8 +59,8 @@ def suggestion(config: Config, ranks: int, available_bytes: int) -> str:
 def peak_bytes(config: Config, ranks: int) -> int:
     """Forecast the peak bytes of one rank in a step whose slots are full of the longest clips."""
     parameters, frozen = count_parameters(config)
-    sizes, _ = heaviest_pass(config, None, ranks)
-    traced, passes = trace(config, sizes), passes_per_rank(config, ranks)
+    heaviest = heaviest_pass(config, None, ranks)
+    traced, passes = trace(config, heaviest.sizes, ranks=heaviest.ranks), passes_per_rank(config, ranks)
     return memory(config, parameters - frozen, traced, ranks, passes, stage_of(config), frozen=frozen).peak
 
 

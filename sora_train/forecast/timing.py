@@ -54,9 +54,8 @@ def step_time(
     owned = -(-parameters // ranks) if stage else parameters
     wire = device.link if ranks <= per_node else min(device.link, device.network)
     averages = 1 + len(config.optim.ema_lengths)
-    sequence = config.parallel.sequence
-    near = device.link if sequence <= per_node else min(device.link, device.network)
-    exchanged = traced.exchanged * passes * share * (sequence - 1) / sequence / near
+    near = device.link if traced.ranks <= per_node else min(device.link, device.network)
+    exchanged = traced.exchanged * passes * share * (traced.ranks - 1) / traced.ranks / near
     return StepTime(
         device.seconds(traced.operations) * passes * share,
         _moved(config, parameters, owned, passes, stage, each=each, averages=averages) / device.bandwidth,

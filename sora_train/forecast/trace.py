@@ -86,6 +86,7 @@ class Trace:
     operations: tuple[Operation, ...]
     modules: int = 0  # number of modules of the trained networks
     exchanged: int = 0  # bytes sent by a rank for sequence parallelism
+    ranks: int = 1  # that share the pack
 
     @property
     def flops(self) -> int:
@@ -190,23 +191,28 @@ class _Networks(dict[str, _Network]):
         yield
 
 
-def trace(config: Config, sizes: Sequence[Size], encoded: bool = False) -> Trace:
+def trace(config: Config, sizes: Sequence[Size], encoded: bool = False, ranks: int | None = None) -> Trace:
     """Trace one forward and backward pass of a rank over a pack of clips of these sizes.
 
-    With `encoded` the clips' latents come from the shards, else the frozen VAE encodes their pixels.
+    Args:
+        config: Configuration of the run.
+        sizes: Frames, height and width of each clip.
+        encoded: The clips' latents come from the shards; else the frozen VAE encodes their pixels.
+        ranks: Number of ranks that share the pack; None: `parallel.sequence`.
     """
     # lengths of attention's groups are real tensors, because the FLOPs depend on their values
     with _fresh_caches(), FakeTensorMode(allow_non_fake_inputs=True):
         learner = METHODS.get(config.method).planned(config)
         networks = learner.networks
-        others = ulysses.Imagined(config.parallel.sequence)
+        others = ulysses.Imagined(ranks or config.parallel.sequence)
         learning: list[Any] = [network.module for _, network in trained(networks)]
         frozen = [network.module for network in networks.values() if not network.trained]
         if others.parts > 1:
             for module in learning:
-                module.split_sequence(others)
+                module.split_sequence(ulysses.Groups({others.parts: others}))
         clips = (clip_of(number, size) for number, size in enumerate(sizes))
-        pack = Pack([_with_latents(clip, config) for clip in clips] if encoded else list(clips))
+        shared = (0, others.parts)
+        pack = Pack([_with_latents(clip, config) for clip in clips] if encoded else list(clips), part=shared)
         recorder, encoder = Recorder([t for module in (*learning, *frozen) for t in _tensors(module)]), [0]
 
         def begun(_: nn.Module, arguments: Any) -> None:
@@ -222,7 +228,7 @@ def trace(config: Config, sizes: Sequence[Size], encoded: bool = False) -> Trace
             learner.step(engines, [pack])
     weights = sum(p.numel() * p.element_size() for module in frozen for p in module.parameters())
     r, modules = recorder, sum(1 for module in learning for _ in module.modules())
-    return Trace(r.peak, tuple(r.made), encoder[0], weights, tuple(r.operations), modules, others.sent)
+    return Trace(r.peak, tuple(r.made), encoder[0], weights, tuple(r.operations), modules, others.sent, others.parts)
 
 
 def _with_latents(clip: Clip, config: Config) -> Clip:

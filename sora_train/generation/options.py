@@ -35,7 +35,7 @@ class Options:
     prompt: str | None = None
     negative: str = ""
     shots: str | None = None  # JSON: [{"seconds": 2, "caption": "..."}, ...]
-    prompts: str | None = None  # a file of prompts: .txt, .csv or .jsonl
+    prompts: str | None = None  # a file of prompts: .txt, .csv, .tsv, .jsonl or .json
     expand: bool = False  # have prompts rewritten to the wording of the training captions
     expand_url: str = "http://localhost:8000/v1"  # of a server with OpenAI's interface, which rewrites them
     expand_model: str | None = None  # its model; default: the first
@@ -140,6 +140,8 @@ def jobs_of(o: Options) -> list[Job]:
             raise InputError('what is given needs a prompt="..." too')
         return []
     place = Path(o.out) if o.out is not None else Path(o.run_dir) / "samples" / "prompt" / str(o.seed)
+    if o.out is not None and o.out.endswith("/"):  # a folder, not a name in it
+        place = place / str(o.seed)
     return copies(o, place)
 
 
@@ -162,7 +164,10 @@ def _jobs_of_file(o: Options, path: str) -> list[Job]:
     jobs = []
     known = sorted(set(keys(Options).values()) - _OF_THE_COMMAND)
     for n, row in enumerate(read_rows(path, known)):
-        typed = read(Options, {"run_dir": o.run_dir, **row})
+        try:
+            typed = read(Options, {"run_dir": o.run_dir, **row})
+        except InputError as error:
+            raise InputError(f"{path}: row {n + 1}: {error}") from error
         merged = replace(o, **{names[key]: getattr(typed, names[key]) for key in row})
         if ("prompt" in row) == ("shots" in row):
             raise InputError(f"{path}: row {n + 1} must have a prompt or shots, one of them")

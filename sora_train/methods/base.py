@@ -144,7 +144,7 @@ class OneNetwork:
         engine, result = engines[self.name], StepResult()
         for pack in packs:
             loss = self.loss(engine, pack)
-            engine.backward(loss.sum)
+            engine.backward(loss.sum / pack.part[1])
             result.losses.append((pack, loss))
         result.applied = engine.step()
         return result

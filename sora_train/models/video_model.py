@@ -42,9 +42,9 @@ class VideoModel(nn.Module):
         """The modules whose linear layers are inner ones: the blocks of the transformer, and of our text encoder."""
         return [*self.blocks(), *(self.text.layers if self.text is not None else ())]
 
-    def split_sequence(self, others: ulysses.Neighbours) -> None:
-        """Divide the tokens of every pack among the ranks of a sequence-parallel group."""
-        ulysses.apply(self, [block.self_attention for block in self.blocks()], others)
+    def split_sequence(self, groups: ulysses.Groups) -> None:
+        """Divide the tokens of every pack among the ranks that share it."""
+        ulysses.apply(self, [block.self_attention for block in self.blocks()], groups)
 
 
 def build_video_model(config: Config) -> VideoModel:

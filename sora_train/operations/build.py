@@ -21,7 +21,7 @@ from sora_train.core.cli import InputError
 from sora_train.core.world import World
 from sora_train.data.augment import augmented
 from sora_train.data.left_out import left_out
-from sora_train.data.loader import Loader, Step, passes_of_rank, refusals
+from sora_train.data.loader import Loader, Sharing, Step, passes_of_rank, refusals
 from sora_train.data.order.curriculum import Stages
 from sora_train.data.order.plan import Plan, Position
 from sora_train.data.read.pool import Pool
@@ -54,18 +54,20 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     d, logging, run_dir = config.data, config.logging, Path(config.run_dir)
     passes = passes_of_rank(d.slots, world.data_rank, world.data_size, config.parallel.accumulation)
     plan, held_out = shards.plan(config), shards.held_out(config)
-    require_agreement(facts(config, _name(device), plan.index.fingerprint))
+    shared = {"ranks that can share a pack": str(world.sharing(d.pack_slots))}
+    require_agreement(facts(config, _name(device), plan.index.fingerprint) | shared)
     _share(plan, run_dir, world)
     if world.is_main:
         keep_cost(config)
     ledger = _ledger(run_dir, world, plan, held_out)
     if logging.memory_history:
         record_memory()
-    group = ulysses.sequence_group(world)
-    learner = build_learner(config, world, device, group)
+    groups = ulysses.sequence_groups(world, d.pack_slots)
+    sharing = Sharing((world.sequence_rank, world.sequence), world.sharing(d.pack_slots))
+    learner = build_learner(config, device, groups)
     engines = Engines(learner.networks, len(passes), config)
     peak = peak_flops(device, logging.peak_tflops)
-    meter = Meter(geometry(config), training_cost(config), device, peak, d.slots * d.max_tokens, world.sequence)
+    meter = Meter(geometry(config), training_cost(config), device, peak, d.slots * d.max_tokens)
     console = Console(config.steps, world.is_main, run_dir)
     for line in _opening(config, world, held_out, pool, _summary(config, world, plan, engines, len(passes))):
         console.say(line)
@@ -76,18 +78,21 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
         pin = device.type == "cuda"
         steps = Loader(
             plan, pool, passes, Position(*position), d.prefetch_steps, known,
-            pin=pin, taken=taken, cache_bytes=d.decoded_mib << 20, augment=augment,
+            pin=pin, taken=taken, cache_bytes=d.decoded_mib << 20, sharing=sharing, augment=augment,
         )  # fmt: skip
-        return ulysses.same_clips(steps, group)
+        return ulysses.same_clips(steps, groups)
 
     def validation() -> Iterator[Pack]:
-        return validation_packs(held_out, pool, passes, logging.validation_clips, group) if held_out else iter(())
+        if held_out is None:
+            return iter(())
+        return validation_packs(held_out, pool, passes, logging.validation_clips, groups, sharing)
 
     preview = partial(learner.preview, engines)
 
     # previews of training clips need a plan of their own: the run's is shared by the ranks and moves on
     source = (lambda: held_out) if logging.previews is Previews.held_out else partial(shards.plan, config)
-    previews: PromptClips | PreviewClips = PreviewClips(source, pool, logging.sample_clips, group)
+    together = groups if world.sequence > 1 else None
+    previews: PromptClips | PreviewClips = PreviewClips(source, pool, logging.sample_clips, together)
     if logging.prompts:
         previews = PromptClips(config)
 
@@ -95,7 +100,7 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
         folder = run_dir / "samples" / f"step-{step:06d}"
         return write_previews(Previewer(preview, world, break_off), previews.get(), folder, d.made_fps)
 
-    evaluation = _evaluation(config, held_out, PreviewClips(lambda: held_out, pool, logging.evaluate_clips, group))
+    evaluation = _evaluation(config, held_out, PreviewClips(lambda: held_out, pool, logging.evaluate_clips, together))
 
     def evaluate(break_off: Callable[[], bool]) -> Marks:
         assert evaluation is not None and logging.evaluate_every
@@ -142,7 +147,7 @@ def _opening(config: Config, world: World, held_out: Plan | None, pool: Pool, su
             yield f"warning: the decoder {name} can't be loaded here and is left out: {error}"
 
 
-def build_learner(config: Config, world: World, device: torch.device, group: ulysses.Group) -> Learner:
+def build_learner(config: Config, device: torch.device, groups: ulysses.Groups) -> Learner:
     """Build the networks of a run on this rank's device, initialised from the seed or from `init_from`."""
     torch.manual_seed(config.seed)
     learner: Learner = METHODS.get(config.method).learner(config, device)
@@ -152,8 +157,8 @@ def build_learner(config: Config, world: World, device: torch.device, group: uly
         module: Any = network.module.to(device)
         if not network.trained:
             module.eval().requires_grad_(False)
-        elif world.sequence > 1:
-            module.split_sequence(ulysses.Neighbours(group))
+        elif groups.neighbours:
+            module.split_sequence(groups)
     return learner
 
 
@@ -200,6 +205,12 @@ def _summary(config: Config, world: World, plan: Stages, engines: Engines, passe
         lines.append(
             f"warning: {config.data.slots} slots don't divide by {groups} group(s) of ranks; "
             f"{share:.0%} of the places idle"
+        )
+    most, sharing = config.data.pack_slots, world.sharing(config.data.pack_slots)
+    if sharing < most:
+        lines.append(
+            f"warning: data.pack_slots={most}, but at most {sharing} of these {world.size} rank(s) can share a pack "
+            f"(they are {world.local_size} on this machine): a rank may hold {most // sharing} slots of a long clip"
         )
     lines += advice(config)
     return "\n".join([*lines, *left_out(config, plan, partial(count_tokens, config))])

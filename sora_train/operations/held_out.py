@@ -13,7 +13,7 @@ import torch
 from sora_train.config.schema import Config
 from sora_train.core.batch import Clip, Pack, Visit
 from sora_train.core.world import World
-from sora_train.data.loader import Loader, first_clips
+from sora_train.data.loader import Loader, Sharing, first_clips
 from sora_train.data.order.curriculum import Stages
 from sora_train.data.order.plan import Plan, Position
 from sora_train.data.read.pool import Pool
@@ -21,26 +21,37 @@ from sora_train.generation.output import save_sample
 from sora_train.generation.requests import clip_size
 from sora_train.models.layers import ulysses
 
-Group = ulysses.Group
+Groups = ulysses.Groups
 
 
-def validation_packs(plan: Plan, pool: Pool, passes: list[list[int]], clips: int, group: Group) -> Iterator[Pack]:
+def validation_packs(
+    plan: Plan, pool: Pool, passes: list[list[int]], clips: int, groups: Groups, sharing: Sharing
+) -> Iterator[Pack]:
     """Yield this rank's packs of the first steps with at least `clips` clips in all; the same number on every rank."""
     steps, count = 0, 0
     for position, slots in plan.from_position(Position()):
         if count >= clips or position.epoch > 0:
             break
         steps, count = steps + 1, count + sum(map(len, slots))
-    loader = Loader(plan, pool, passes, Position(), prefetch_steps=2)
-    for step in ulysses.same_clips(islice(loader, steps), group):
+    loader = Loader(plan, pool, passes, Position(), prefetch_steps=2, sharing=sharing)
+    for step in ulysses.same_clips(islice(loader, steps), groups):
         yield from step.packs
 
 
 class PreviewClips:
-    """The clips of previews: the first videos (not images) of a plan, the same on every rank. Read once and cached."""
+    """The clips of previews: the first videos (not images) of a plan, the same on every rank. Read once and cached.
 
-    def __init__(self, source: Callable[[], Plan | Stages | None], pool: Pool, count: int, group: Group) -> None:
-        self._source, self._pool, self._count, self._group = source, pool, count, group
+    Args:
+        source: Makes the plan.
+        pool: Decodes the clips.
+        count: Number of clips.
+        groups: The ranks that share every preview's tokens, if there are any.
+    """
+
+    def __init__(
+        self, source: Callable[[], Plan | Stages | None], pool: Pool, count: int, groups: Groups | None
+    ) -> None:
+        self._source, self._pool, self._count, self._groups = source, pool, count, groups
         self._clips: list[Clip] | None = None
 
     def get(self) -> list[Clip]:
@@ -48,7 +59,7 @@ class PreviewClips:
         if self._clips is None:
             plan = self._source()
             moving = (lambda clip: clip.visit.frames > 1) if plan else None
-            found = first_clips(plan, self._pool, lambda steps: ulysses.same_clips(steps, self._group)) if plan else ()
+            found = first_clips(plan, self._pool, lambda steps: ulysses.same_clips(steps, self._groups)) if plan else ()
             self._clips = list(islice(filter(moving, found), self._count))
         return self._clips
 

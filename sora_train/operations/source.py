@@ -1,4 +1,7 @@
-"""The model that samples come from: a run, an export of ours, or a released diffusers pipeline's folder."""
+"""The model that samples come from: a run, an export of ours, or released weights.
+
+Those are the folder of a diffusers pipeline, or a transformer in the layout of Wan's own repository beside one.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from sora_train.data.read.encoded import weights_hash
 from sora_train.generation.options import Options
 from sora_train.generation.sampler import Sampler
 from sora_train.models.layers import ulysses
+from sora_train.models.wan.original import is_original
 from sora_train.operations.inputs import check_inputs, tokenizer_hash
 from sora_train.operations.trained import EXPORTED, Weights, checkpoint_of, load_sampler
 
@@ -51,14 +55,14 @@ class Source:
 
         sampler = load_sampler(self.config, o.run_dir, connect(self.world), wanted)
         network: Any = sampler.network
-        network.split_sequence(ulysses.Neighbours(ulysses.sequence_group(self.world)))
+        network.split_sequence(ulysses.sequence_groups(self.world))
         return sampler
 
 
 def model_config(o: Options) -> Config:
     """The configuration of the model at `run_dir`, with what the options change for all samples. Raises InputError."""
     of_a_run = {"checkpoint": o.checkpoint is not None, "weights=raw": o.weights == "raw"}
-    config = _released(o.run_dir) if is_released(o.run_dir) else load(o.run_dir, o.vae, o.base)
+    config = _released(o) if _is_wans(o.run_dir) else load(o.run_dir, o.vae, o.base)
     told = ("vae.path",) if o.vae is not None else ()
     check_inputs(config, o.run_dir, ", or say where they are: base=FOLDER, vae=FOLDER", told)
     given = [key for key, is_given in of_a_run.items() if is_given]
@@ -90,7 +94,7 @@ def fixed(o: Options) -> Options:
         if not Path(path).exists():
             raise InputError(f"lora={path}: there is no such file or folder")
     lora = [f"{Path(path).absolute()}:{factor:g}" for path, factor in map(adapter, o.lora)]
-    if is_released(o.run_dir) or (Path(o.run_dir) / EXPORTED).is_file():
+    if _is_wans(o.run_dir) or (Path(o.run_dir) / EXPORTED).is_file():
         return replace(o, lora=lora)
     step = int(checkpoint_of(o.run_dir, o.checkpoint).name.removeprefix("step-"))
     return replace(o, checkpoint=step, lora=lora)
@@ -100,7 +104,7 @@ def fingerprint(config: Config, o: Options) -> str:
     """A hash of everything that was trained, in one line: by it a sample's JSON knows its weights again."""
     if is_released(o.run_dir):
         parts = [weights_hash(Path(o.run_dir) / "transformer")]
-    elif (Path(o.run_dir) / EXPORTED).is_file():
+    elif is_original(o.run_dir) or (Path(o.run_dir) / EXPORTED).is_file():
         parts = [weights_hash(Path(o.run_dir))]
     else:
         manifest = checkpoint_of(o.run_dir, o.checkpoint) / "manifest.json"
@@ -119,21 +123,38 @@ def fingerprint(config: Config, o: Options) -> str:
 def sharing(config: Config) -> World:
     """This process's place among the ranks, which share every clip's tokens. Raises InputError for too many."""
     world = from_environment()
-    if config.model.heads % world.size:
+    if config.model.heads < world.size:
         raise InputError(f"{world.size} ranks can't share {config.model.heads} heads (model.heads); start fewer")
     return world.with_sequence(world.size)
 
 
-def _released(folder: str) -> Config:
-    """The configuration of a text-to-video or TI2V pipeline of Wan. Raises InputError for another one."""
+def _is_wans(path: str) -> bool:
+    """Tell whether a path names released weights of Wan: a pipeline, or a transformer in their own layout."""
+    return is_released(path) or is_original(path)
+
+
+def _released(o: Options) -> Config:
+    """The configuration of a text-to-video or TI2V model of Wan. Raises InputError for another one.
+
+    A transformer in the layout of Wan's own repository comes with the VAE and the text encoder of the pipeline `base`.
+    """
+    folder = o.run_dir
+    others = folder if is_released(folder) else o.base
+    if others is None or not is_released(others):
+        raise InputError(
+            f"{folder} is in the layout of Wan's own repository, of which the transformer alone is read: say where a "
+            f"-Diffusers release with its VAE and text encoder is, base=FOLDER{f' (not {others})' if others else ''}"
+        )
+    if Path(folder).is_file() and o.out is None:
+        raise InputError(f"run_dir={folder} is a file, in which no samples can be put; say where they go: out=...")
     if second_transformer(folder):
         raise InputError(
             f"{folder} has two transformers, one for each half of the noise; only one is sampled with here"
         )
     tree = {
-        "run_dir": folder, "steps": 1, "vae": {"path": folder}, "model": {"init_from": folder},
-        "text_encoder": {"path": folder, "max_tokens": 512, "pad_to": 512},
-        "flow": {"guidance": 5.0, "sampling_steps": 50, "shift": flow_shift(folder) or 1.0, "shift_tokens": 0},
+        "run_dir": folder, "steps": 1, "vae": {"path": o.vae or others}, "model": {"init_from": folder},
+        "text_encoder": {"path": others, "max_tokens": 512, "pad_to": 512},
+        "flow": {"guidance": 5.0, "sampling_steps": 50, "shift": flow_shift(others) or 1.0, "shift_tokens": 0},
         "data": {**_WAN, "sources": {"none": {"shards": []}}},
     }  # fmt: skip
     missing = {"width": 1, "depth": 1, "heads": 1, "ffn": 1}  # the folder's shape replaces them

@@ -20,6 +20,7 @@ from sora_train.encoding.vae import FrozenVae
 from sora_train.generation.sampler import Sampler
 from sora_train.methods.base import Network, trained
 from sora_train.models.video_model import build_video_model, whole_weights
+from sora_train.models.wan.original import is_original
 from sora_train.training.state.checkpoint import latest_intact, load_full, networks_of, verify
 
 EXPORTED = "model.safetensors"  # what `export` writes a video model's weights to
@@ -65,7 +66,7 @@ def named_weights(run_dir: str | Path) -> str:
 
 
 def load_sampler(config: Config, run_dir: str | Path, device: torch.device, weights: Weights = AVERAGED) -> Sampler:
-    """A sampler of a run, of an export, or of a released pipeline's folder.
+    """A sampler of a run, of an export, or of released weights.
 
     Raises InputError for a run that isn't a video model's, and for weights that aren't there.
     """
@@ -73,7 +74,7 @@ def load_sampler(config: Config, run_dir: str | Path, device: torch.device, weig
         raise InputError(f"{run_dir} holds a {config.method} run; samples come from a video model (experiment=demo)")
     family, exported = FAMILIES.get(config.model.family), Path(run_dir) / EXPORTED
     network = build_video_model(config)
-    if is_released(run_dir):
+    if is_released(run_dir) or is_original(run_dir):
         family.load(network.dit, str(run_dir))
     elif exported.is_file():
         _load_exported(network, exported)

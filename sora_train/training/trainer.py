@@ -169,10 +169,10 @@ class Trainer:
         for refusal in refused:
             self.causes[refusal.cause] = self.causes.get(refusal.cause, 0) + 1
         mine = Numbers(
-            weight=sum(self.learner.weight(pack) for pack in packs),
+            weight=sum(self.learner.weight(pack) / pack.part[1] for pack in packs),
             arrived=len(batch.samples) if batch else 0,
             refused=len(refused),
-            tokens=sum(self.meter.tokens(pack) for pack in packs),
+            tokens=sum(self.meter.tokens(pack) for pack in packs if pack.part[0] == 0),
             stop=self.guard.wants_stop,
             loss=taken.own_loss if taken else 0.0,
         )
@@ -183,14 +183,11 @@ class Trainer:
         self.enter("agreement")
         told = ahead.request.read()
         self.stop = self.stop or told.stop > 0
-        same = self.world.sequence  # so many ranks have the same samples
-        arrived, refused, tokens = (count // same for count in (told.arrived, told.refused, told.tokens))
-        return ahead.batch, replace(told, weight=max(told.weight, 1.0), arrived=arrived, refused=refused, tokens=tokens)
+        return ahead.batch, replace(told, weight=max(told.weight, 1.0))
 
     def begin(self, batch: Step, agreed: Numbers) -> None:
         """Record the samples of a step that is about to be taken. Collective where samples were refused."""
-        if self.world.sequence_rank == 0:  # the others of the group have the same samples
-            self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
+        self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
         self.leave_out(batch, agreed)
 
     def leave_out(self, batch: Step, agreed: Numbers) -> None:
@@ -332,7 +329,8 @@ class Trainer:
                     return
                 self.note(pack)
                 loss_sum = self.learner.validate(self.engines, pack)
-                total += torch.tensor([float(loss_sum), self.learner.weight(pack)], dtype=torch.float64)
+                mine = torch.tensor([float(loss_sum), self.learner.weight(pack)], dtype=torch.float64)
+                total += mine / pack.part[1]
             dist.all_reduce(total)
         if total[1] > 0:
             value = (total[0] / total[1]).item()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -94,7 +93,7 @@ def test_a_stage_starts_from_the_weights_of_the_one_before(name: str) -> None:
 @pytest.mark.parametrize(
     "names", [pytest.param(QUICK, id="some"), pytest.param(tuple(PLANS), id="all", marks=pytest.mark.campaign)]
 )
-def test_a_rank_of_each_takes_a_step_at_its_world_size(names: tuple[str, ...]) -> None:
+def test_a_rank_of_each_takes_a_step_at_its_world_size(python: str, names: tuple[str, ...]) -> None:
     """Under the recipe's ZeRO engine, among as many ranks, with a small network and small clips in its place."""
     script = f"""
 from benchmarks.recipes import configured, plans
@@ -108,7 +107,7 @@ for name in {names}:
     took = rehearse(config, o.world_size, passes_per_rank(config, o.world_size), [(5, 64, 64), (1, 64, 64)])
     print("rank of", name, stage_of(config), o.world_size, took.parameters, took.owned, flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=880)
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=880)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("rank of")]
     assert [row[0] for row in rows] == list(names)

@@ -194,7 +194,7 @@ def test_help_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     lines = "from sora_train.core.cli import run\nrun(lambda: print('x' * 100000 * 10))"
     command = f'{sys.executable} -c "$0" | head -c 1'
-    done = subprocess.run(["bash", "-c", command, lines], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(["bash", "-c", command, lines], capture_output=True, text=True, cwd=ROOT, timeout=250)
     assert done.stdout == "x" and done.stderr == ""
 
 

@@ -10,7 +10,9 @@ from sora_train.core.world import World, from_environment, threads_here
 _NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SORA_RESTARTS", "SLURM_STEP_NUM_TASKS",
-    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "OMP_NUM_THREADS", "ACCELERATE_USE_CPU",
+    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "OMP_NUM_THREADS", "ACCELERATE_USE_CPU", "MV2_COMM_WORLD_SIZE",
+    "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK",
+    "MV2_COMM_WORLD_RANK", "PALS_RANKID", "ALPS_APP_PE",
 )  # fmt: skip
 MEETING = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
@@ -26,6 +28,8 @@ def place(monkeypatch: pytest.MonkeyPatch, **variables: str) -> World:
 def test_each_launcher_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = place(monkeypatch)
     assert (alone.rank, alone.size, alone.launched) == (0, 1, False)
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "1"}
+    assert place(monkeypatch, **batch_script) == alone
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
     assert place(monkeypatch, **torchrun, **MEETING) == World(3, 4, 1, 2)
     deepspeed = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
@@ -43,6 +47,10 @@ def test_each_launcher_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RANK": "one", "WORLD_SIZE": "4", **MEETING}, "must be whole numbers"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 tasks .*, each of which would run alone"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 tasks"),
+        ({"JSM_NAMESPACE_SIZE": "6"}, "jsrun started 6 tasks"),
+        ({"FLUX_JOB_SIZE": "2"}, "flux run started 2 tasks"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, r"srun started several tasks \(SLURM_PROCID=1\), each of which"),
+        ({"PMIX_RANK": "3"}, "started several tasks"),
         ({"ACCELERATE_USE_CPU": "True", **MEETING}, "accelerate started one process where several were asked for"),
     ],
 )

@@ -1,29 +1,35 @@
 """Videos that were damaged before they were indexed, and what training makes of them.
 
-    python -m tests.data.damaged_clips COUNT [CODEC=libx264] [SEED] [all]
+    python -m tests.data.damaged_clips COUNT [CODEC=libx264] [SEED=0] [PROBE=all] [LOG]
 
-Each is flipped in one to three bits, has a stretch of zeros, or is cut. A clip is wrong if a block of 16x16 pixels of
-one of its frames differs by more than `VISIBLE` levels on average from the same frame of the file before the damage:
-what concealment hides is less. With `all` they are indexed as by `probe=all`, which decodes every frame.
+Each is flipped in one to three bits, has a stretch of zeros, or is cut; then it is indexed as by `data.probe: PROBE`,
+and all of its frames are asked for. It is wrong if a block of 16x16 pixels of a frame that came differs by more than
+`VISIBLE` levels on average from the same frame of the file before the damage: what concealment hides is less. It is
+refused though right if a decoder that hides its faults shows nothing so wrong. With LOG each outcome is a line of that
+file, and the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import random
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import av
 import numpy as np
 
+from sora_train.config.schema import Probe
 from sora_train.data.read.decode import DecodeError, Track
 from sora_train.data.read.pool import Pool
 
 VISIBLE = 12.0  # levels of 255
+_CHECKS = "crccheck+bitstream+buffer+careful+compliant+aggressive"
 _SIZE = (192, 320)
 _FRAMES = 32
 _RATE = 24
@@ -85,15 +91,14 @@ def damaged(data: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 @dataclass
 class Outcome:
-    """What became of damaged files."""
+    """What became of one damaged file."""
 
-    files: int = 0
-    wrong: Counter[str] = field(default_factory=Counter)  # files with a wrong frame trained on, by kind
-    whole: int = 0  # files of which everything asked for came, and was right
-    unusable: Counter[str] = field(default_factory=Counter)  # files that the index refuses, by cause
-    refused: int = 0  # files with a clip that was refused
-    refused_right: int = 0  # of them, those that the decoder shows right all the same
-    examples: list[str] = field(default_factory=list)
+    number: int
+    kind: str
+    became: str  # wrong, whole, refused by the index or in part
+    cause: str = ""  # of the refusal, or the difference of the wrong frame
+    right: bool = False  # refused, and a decoder that hides its faults shows nothing wrong
+    told: bool = False  # wrong, and FFmpeg with all of its checks says something of it
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -112,32 +117,56 @@ def _difference_at(got: np.ndarray, true: np.ndarray, wanted: list[int], track: 
     return max(min(difference(one[None], true[[at]]) for at in places) for one, places in zip(got, near, strict=True))
 
 
-def _shown(data: bytes, track: Track) -> np.ndarray | None:
-    """What a decoder shows from the start, whatever it complains about."""
-    frames = []
+def _shown(data: bytes, track: Track) -> np.ndarray:
+    """What a decoder shows from the start, whatever it complains about; no frames where it shows none."""
+    frames: list[np.ndarray] = []
     try:
         with av.open(io.BytesIO(data), metadata_errors="replace") as file:
-            stream = file.streams[track.stream]
+            stream = file.streams[track.stream] if track.stream >= 0 else file.streams.video[0]
             for packet in file.demux(stream):
                 try:
                     decoded = stream.codec_context.decode(packet if packet.size else None)
                     frames += [frame.to_ndarray(format="rgb24") for frame in decoded]
                 except av.error.FFmpegError:
                     continue
-    except (av.error.FFmpegError, IndexError):
-        return None
-    return np.stack(frames) if frames and len({frame.shape for frame in frames}) == 1 else None
+    except (av.error.FFmpegError, IndexError, AttributeError):  # the last where a stream's decoder isn't known
+        return np.empty((0, 0, 0, 3), np.uint8)
+    same = len({frame.shape for frame in frames}) == 1
+    return np.stack(frames) if same else np.empty((0, 0, 0, 3), np.uint8)
 
 
-def examine(kind: str, path: Path, true: np.ndarray, pool: Pool, out: Outcome, whole: bool = False) -> None:
+def _is_right(shown: np.ndarray, true: np.ndarray) -> bool:
+    """Tell whether the frames that are shown are the first of those before the damage."""
+    count = len(shown)
+    return 0 < count <= len(true) and shown.shape[1:] == true.shape[1:] and difference(shown, true[:count]) <= VISIBLE
+
+
+def _is_told(data: bytes) -> bool:
+    """Tell whether FFmpeg reports damage, with all of its checks, in a decode from the start."""
+    from sora_train.data.read.by_pyav import Complaints
+
+    with Complaints() as complaints:
+        try:
+            with av.open(io.BytesIO(data), metadata_errors="replace", options={"err_detect": _CHECKS}) as file:
+                stream = file.streams.video[0]
+                stream.codec_context.options = {"err_detect": _CHECKS}
+                stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+                for packet in file.demux(stream):
+                    stream.codec_context.decode(packet if packet.size else None)
+        except (av.error.FFmpegError, IndexError, AttributeError):
+            return True
+        return bool(complaints.take())
+
+
+def examine(number: int, kind: str, path: Path, true: np.ndarray, pool: Pool, depth: Probe) -> Outcome:
     """Index a damaged video and ask for all of its frames, eight at a time."""
-    out.files += 1
     data, extension = path.read_bytes(), path.suffix[1:]
+    out = Outcome(number, kind, "whole")
     try:
-        said = pool.probe(str(path), extension, pixels=whole, whole=whole).result()
+        said = pool.probe(str(path), extension, pixels=depth is not Probe.packets, whole=depth is Probe.all).result()
     except DecodeError as error:
-        out.unusable[error.cause] += 1
-        return
+        out.became, out.cause, out.right = "unusable", error.cause, _is_right(_shown(data, Track(0, -1)), true)
+        return out
     track, size = Track.of(said), (said["height"], said["width"])
     worst, refused = 0.0, []
     for first in range(0, min(track.frames, len(true)), 8):
@@ -145,54 +174,76 @@ def examine(kind: str, path: Path, true: np.ndarray, pool: Pool, out: Outcome, w
         try:
             got = pool.decode(str(path), extension, (0, -1, None), wanted, size, (0, 0, *size), track=track).result()
         except DecodeError as error:
-            refused.append((wanted, str(error)))
+            refused.append(wanted)
+            out.cause = error.cause
             continue
         worst = max(worst, _difference_at(got, true, wanted, track) if size == true.shape[1:3] else 255.0)
     if worst > VISIBLE or track.frames > len(true) or (not track.vfr and abs(track.fps - _RATE) > 0.5):
-        out.wrong[kind] += 1
-        out.examples.append(f"{kind}: worst block {worst:.1f}, {track}")
+        out.became, out.cause, out.told = "wrong", f"worst block {worst:.1f}, {track}", _is_told(data)
     elif refused:
         shown = _shown(data, track)
-        right = [shown is not None and wanted[-1] < len(shown) and shown.shape[1:3] == true.shape[1:3]
-                 and difference(shown[wanted], true[wanted]) <= VISIBLE for wanted, _ in refused]  # fmt: skip
-        out.refused += 1
-        out.refused_right += all(right)
-    else:
-        out.whole += 1
+        out.became = "refused"
+        out.right = all(wanted[-1] < len(shown) and _is_right(shown[wanted], true[wanted]) for wanted in refused)
+    return out
 
 
-def campaign(count: int, codec: str, seed: int, folder: Path, whole: bool = False) -> Outcome:
+def campaign(
+    count: int, codec: str, seed: int, folder: Path, depth: Probe = Probe.all, log: Path | None = None
+) -> list[Outcome]:
     """Damage and examine `count` files, twenty of each clean one."""
-    rng, out = random.Random(seed), Outcome()
+    done = [Outcome(**json.loads(line)) for line in log.read_text().splitlines()] if log and log.is_file() else []
     with Pool(1, timeout_s=60) as pool:
-        for number in range(count):
-            if number % 20 == 0:
+        for number in range(len(done), count):
+            group = number - number % 20
+            if number == group or number == len(done):
+                rng = random.Random(f"{seed} {codec} {group}")
                 extension = rng.choice(("mp4", "mp4", "mkv", "mov"))
                 options, gop = rng.choice(_OPTIONS[codec]), rng.choice((12, 24, 250))
-                clip = clean(codec, options, gop, extension, footage(np.random.default_rng(number + seed)), folder)
+                clip = clean(codec, options, gop, extension, footage(np.random.default_rng(group + seed)), folder)
                 path = folder / f"damaged.{extension}"
                 path.write_bytes(clip)
-                track = Track.of(pool.probe(str(path), extension).result())
-                every = list(range(_FRAMES))
-                true = pool.decode(
-                    str(path), extension, (0, -1, None), every, _SIZE, (0, 0, *_SIZE), track=track
-                ).result()
-            kind, data = damaged(clip, rng)
+                true = _frames(path, pool)
+            kind, data = damaged(clip, random.Random(f"{seed} {codec} {number} damage"))
             path.write_bytes(data)
-            examine(kind, path, true, pool, out, whole)
-    return out
+            done.append(examine(number, kind, path, true, pool, depth))
+            if log:
+                with log.open("a") as file:
+                    file.write(json.dumps(asdict(done[-1])) + "\n")
+    return done
+
+
+def _frames(path: Path, pool: Pool) -> np.ndarray:
+    """All frames of a whole video, as training gets them."""
+    track, size = Track.of(pool.probe(str(path), path.suffix[1:]).result()), (0, 0, *_SIZE)
+    every = list(range(_FRAMES))
+    return pool.decode(str(path), path.suffix[1:], (0, -1, None), every, _SIZE, size, track=track).result()
+
+
+def summary(done: Sequence[Outcome]) -> str:
+    """The shares that are asked for, in a few lines."""
+    became = {name: [one for one in done if one.became == name] for name in ("wrong", "whole", "unusable", "refused")}
+    wrong, right = became["wrong"], [one for one in done if one.right]
+    share, unusable = len(wrong) / len(done), became["unusable"]
+
+    def by(outcomes: Sequence[Outcome], name: str) -> dict[str, int]:
+        return dict(Counter(getattr(one, name) for one in outcomes))
+
+    return (
+        f"{len(done)} files: {len(wrong)} with wrong frames trained on ({share:.1%}) {by(wrong, 'kind')}, "
+        f"of them {sum(one.told for one in wrong)} that FFmpeg reports with all of its checks; "
+        f"{len(became['whole'])} whole; {len(unusable)} refused by the index {by(unusable, 'cause')}, "
+        f"{len(became['refused'])} in part; {len(right)} refused though a decoder shows nothing wrong "
+        f"({len(right) / len(done):.1%}) {by(right, 'kind')}"
+    )  # fmt: skip
 
 
 def main() -> None:
     """Run a campaign and print what came of it."""
-    count, codec = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "libx264"
+    count, codec, seed, depth, log = (*sys.argv[1:], *("", "libx264", "0", "all", "")[len(sys.argv) - 1 :])
     with TemporaryDirectory() as folder:
-        seed, whole = int(sys.argv[3]) if len(sys.argv) > 3 else 0, "all" in sys.argv[4:]
-        out = campaign(count, codec, seed, Path(folder), whole)
-    print(f"{out.files} files of {codec}: {out.wrong.total()} with wrong frames trained on {dict(out.wrong)}, "
-          f"{out.whole} whole, {out.unusable.total()} unusable {dict(out.unusable)}, {out.refused} with refused clips, "
-          f"of them {out.refused_right} that a decoder shows right")  # fmt: skip
-    print("\n".join(out.examples[:20]))
+        done = campaign(int(count), codec, int(seed), Path(folder), Probe(depth), Path(log) if log else None)
+    print(f"{codec}, seed {seed}, probe={depth}: {summary(done)}")
+    print("\n".join(f"{one.number} {one.kind}: {one.cause}" for one in done if one.became == "wrong"))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """Random small videos with numbered frames, over the codecs and containers that FFmpeg writes here.
 
-python -m tests.data.random_clips COUNT [SEED]     clips through the pool, against a decode of all from the start
+    python -m tests.data.random_clips COUNT [SEED=0] [LOG]
+
+Clips go through the pool, and are held against a decode of all from the start. With LOG what came of each video is a
+line of that file, and the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -187,7 +191,8 @@ def check(clip: Clip, pool: Pool, folder: Path, rng: random.Random, result: Resu
     path = folder / f"asked.{clip.extension}"
     path.write_bytes(clip.data)
     try:
-        said = pool.probe(str(path), clip.extension, pixels=rng.random() < 0.5).result()
+        depth = rng.random()
+        said = pool.probe(str(path), clip.extension, pixels=depth > 0.25, whole=depth > 0.5).result()
     except DecodeError as error:
         result.refused.append(f"{clip.about}: {error}")
         return
@@ -228,13 +233,22 @@ def _places(truth: Truth, wanted: list[float], track: Track, shift: float) -> li
     return shown_at(np.array(truth.times), [number + shift * track.fps for number in wanted], track.fps)
 
 
-def campaign(count: int, seed: int, folder: Path) -> Result:
+def campaign(count: int, seed: int, folder: Path, log: Path | None = None) -> Result:
     """Make `count` videos and ask for clips of each."""
-    rng, result = random.Random(seed), Result()
+    found = [Result(**json.loads(line)) for line in log.read_text().splitlines()] if log and log.is_file() else []
     with Pool(1, timeout_s=60) as pool:
-        for _ in range(count):
-            check(random_clip(rng, folder), pool, folder, rng, result)
-    return result
+        for number in range(len(found), count):
+            rng = random.Random(f"{seed} {number}")
+            found.append(Result())
+            check(random_clip(rng, folder), pool, folder, rng, found[-1])
+            if log:
+                with log.open("a") as file:
+                    file.write(json.dumps(asdict(found[-1])) + "\n")
+    return Result(
+        sum(one.right for one in found), [line for one in found for line in one.wrong],
+        [line for one in found for line in one.refused], sum(one.careful for one in found),
+        sum(one.sequential for one in found),
+    )  # fmt: skip
 
 
 def _kinds(lines: list[str]) -> Iterator[tuple[str, int]]:
@@ -243,10 +257,13 @@ def _kinds(lines: list[str]) -> Iterator[tuple[str, int]]:
 
 def main() -> None:
     """Run a campaign and print what came of it."""
+    count, seed, log = (*sys.argv[1:], *("", "0", "")[len(sys.argv) - 1 :])
     with TemporaryDirectory() as folder:
-        result = campaign(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, Path(folder))
-    print(f"{result.right} clips right, {len(result.wrong)} wrong, {len(result.refused)} refused; "
-          f"{result.careful} videos left to PyAV, {result.sequential} decoded from the start")  # fmt: skip
+        result = campaign(int(count), int(seed), Path(folder), Path(log) if log else None)
+    print(
+        f"{count} videos, seed {seed}: {result.right} clips right, {len(result.wrong)} wrong, "
+        f"{len(result.refused)} refused; {result.careful} videos left to PyAV, {result.sequential} from the start"
+    )
     for name in ("wrong", "refused"):
         lines = getattr(result, name)
         print(f"{name}: {dict(_kinds(lines))}")

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -187,11 +186,11 @@ def test_keys_are_unique_stable_and_safe() -> None:
     assert keys[0] == "a_b-b0a066fc48"
 
 
-def test_killed_and_run_again_gives_the_same_shards(tmp_path: Path) -> None:
+def test_killed_and_run_again_gives_the_same_shards(python: str, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     for number in range(60):
         put(folder, f"{number:02d}.mp4", clip(number) if number % 7 else b"junk", f"caption {number}")
-    base = [sys.executable, "-m", "data_tools.build_shards", f"videos={folder}", "shard_size=0.03", "workers=1"]
+    base = [python, "-m", "data_tools.build_shards", f"videos={folder}", "shard_size=0.03", "workers=1"]
     killed = subprocess.Popen([*base, f"out={tmp_path / 'killed'}"], cwd=ROOT, stdout=subprocess.DEVNULL)
     whole = subprocess.Popen([*base, f"out={tmp_path / 'whole'}"], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 600

@@ -244,6 +244,80 @@ def test_several_rows_of_a_file_are_several_captions_and_parts_are_samples(tmp_p
     assert refused == [("bad caption row", "002.mp4")] * 2
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "columns", "kept", "refused"),
+    [
+        (  # as pandas writes lists
+            "lists.csv",
+            "file,caption\n000.mp4,\"['a dog', 'the dog']\"\n001.mp4,\"[\"\"a cat\"\"]\"\n002.mp4,[bird]\n",
+            None, {"000.mp4": {"0": DOG, "1": "the dog"}, "001.mp4": CAT, "002.mp4": "[bird]"}, [],
+        ),
+        (  # Panda-70M
+            "panda.csv",
+            "videoID,url,timestamp,caption\n"
+            "000,http://x,\"[['0:00:00.000', '0:00:00.500'], ['0:00:00.500', '0:00:01.5']]\","
+            "\"['a dog', 'a cat']\"\n001,http://x,\"[['0:00:00.000', '0:00:00.500']]\",['a bird']\n"
+            "002,http://x,\"[[0, 1], [1, 2]]\",one alone\n",
+            "file:videoID", {"000.mp4#0-0.5": DOG, "000.mp4#0.5-1.5": CAT, "001.mp4#0-0.5": BIRD},
+            ["row 4: it names 2 parts of its file and has 1 captions"],
+        ),
+        (  # Koala-36M; a date is no range
+            "koala.csv",
+            "file,timestamp,caption\n000.mp4,\"['0:00:00.000', '0:00:00,750']\",a dog\n"
+            "001.mp4,2024-05-01 10:00:00,a cat\n",
+            None, {"000.mp4#0-0.75": DOG, "001.mp4": CAT}, [],
+        ),
+        (  # ActivityNet
+            "activity.json",
+            json.dumps({"000": {"duration": 2, "timestamps": [[0, 0.5], [0.25, 1]], "sentences": [DOG, CAT]}}),
+            None, {"000.mp4#0-0.5": DOG, "000.mp4#0.25-1": CAT}, [],
+        ),
+        (  # a spreadsheet in a country of decimal commas
+            "comma.csv", "file;caption;start;end;score;words\n000.mp4;a dog;0,0;0,5;1,25;1,5\n001.mp4;a cat;;;2;two\n",
+            None, {"000.mp4#0-0.5": DOG, "001.mp4": CAT}, [],
+        ),
+        (
+            "times.csv",
+            'file,caption,start,end\n000.mp4,a dog,0s,1.5s\n001.mp4,a cat,"00:00:00,250",\n002.mp4,a bird,zero,\n',
+            None, {"000.mp4#0-1.5": DOG, "001.mp4#0.25-inf": CAT}, ["row 4: 'zero' is no time in seconds"],
+        ),
+        ("excel.csv", 'file,caption\n="000.mp4",="a dog"\n', None, {"000.mp4": DOG}, []),
+        ("one.jsonl", json.dumps([{"file": "000.mp4", "caption": DOG}], indent=1), None, {"000.mp4": DOG}, []),
+        (
+            "either.csv", "file,text,caption\n000.mp4,a dog,\n001.mp4,x,a cat\n",
+            None, {"000.mp4": DOG, "001.mp4": CAT}, [],
+        ),
+    ],
+)  # fmt: skip
+def test_captions_and_parts_as_data_sets_and_spreadsheets_have_them(
+    tmp_path: Path, name: str, text: str, columns: str | None, kept: dict[str, Any], refused: list[str]
+) -> None:
+    found, refusals = candidates(folder_of(tmp_path), put(tmp_path, name, text), columns=columns)
+    assert {c.name: c.fields.get("captions", c.fields.get("caption")) for c in found} == kept
+    assert [entry["detail"] for entry in refusals if entry["reason"] == "bad caption row"] == refused
+    scores = [c.fields["score"] for c in found if "score" in c.fields]
+    assert scores in ([], [1.25, 2.0])
+
+
+def test_lines_of_two_files_are_parted_by_line_ends_alone(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    put(tmp_path, "videos.txt", "000.mp4\r\n001.mp4\r\n\r\n")
+    found, _ = captions(folder, put(tmp_path, "prompts.txt", "a\u2028dog\x0cruns\x85\na cat\n"))
+    assert found == {"000.mp4": "a\u2028dog\x0cruns", "001.mp4": CAT}
+
+
+def test_a_caption_in_a_sidecars_other_field(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    put(folder, "000.json", json.dumps({"prompt": DOG, "score": 1}))
+    put(folder, "001.json", json.dumps({"text": "not this", "caption": CAT}))
+    put(folder, "002.json", json.dumps({"text": "not this"}))
+    put(folder, "002.txt", BIRD)
+    found, refused = candidates(folder, None)
+    assert [c.fields for c in found] == [
+        {"caption": DOG, "score": 1}, {"caption": CAT, "text": "not this"}, {"caption": BIRD, "text": "not this"},
+    ] and not refused  # fmt: skip
+
+
 def test_paths_that_could_be_two_files_or_another_file_are_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "a/000.mp4", "b/000.mp4", "b/001.mp4", "002.mp4", "003.mp4")
     rows = [

@@ -13,7 +13,9 @@ import pytest
 import webdataset as wds
 
 from data_tools import build_shards
-from data_tools.cut import cut, cut_file
+from data_tools.captions import read_table
+from data_tools.columns import Columns
+from data_tools.cut import Part, cut, cut_file
 from sora_train.core.cli import InputError
 from sora_train.data.index.index import load_index
 from sora_train.data.index.make import index_shards
@@ -59,10 +61,13 @@ def test_a_part_shows_the_frames_of_its_seconds(tmp_path: Path, name: str) -> No
     path = tmp_path / f"x.{name}"
     path.write_bytes(numbered(*KINDS[name]))
     assert numbers(path.read_bytes()) == list(range(FRAMES))
-    parts = [(0.0, 0.5), (0.5, 1.0), (1.3, 2.25), (0.95, 1.85), (3.0, math.inf), (2.0, 2.1)]
+    seconds = [(0.0, 0.5), (0.5, 1.0), (1.3, 2.25), (0.95, 1.85), (3.0, math.inf), (2.0, 2.1)]
+    frames = [(0, 5), (13, 23), (30, math.inf), (7, 8)]
+    parts = [*(Part(*ends) for ends in seconds), *(Part(*ends, of_frames=True) for ends in frames)]
     assert cut(path, parts, tmp_path) == [""] * len(parts)
-    for number, (start, end) in enumerate(parts):
-        wanted = [n for n in range(FRAMES) if start - 1e-4 <= n / RATE < end - 1e-4]
+    for number, (start, end, of_frames) in enumerate(parts):
+        at = range(FRAMES) if of_frames else [n / RATE + 1e-4 for n in range(FRAMES)]
+        wanted = [n for n in range(FRAMES) if start <= at[n] < end]
         found = numbers((tmp_path / f"{number}.mp4").read_bytes())
         assert found == wanted[: len(found)] and len(found) >= max(1, len(wanted) - 3), (start, end)
 
@@ -70,11 +75,12 @@ def test_a_part_shows_the_frames_of_its_seconds(tmp_path: Path, name: str) -> No
 def test_what_cannot_be_cut_is_said(tmp_path: Path) -> None:
     path = tmp_path / "x.mp4"
     path.write_bytes(numbered(*KINDS["mp4"]))
-    assert cut(path, [(9.0, 10.0)], tmp_path) == ["no frame from 9 s to 10 s; it is 3.900 s long"]
+    said = ["no frame from 9 to 10 s; the last one is at 3.9", "no frame from 40 to 50 frames; the last one is at 39"]
+    assert cut(path, [Part(9.0, 10.0), Part(40, 50, of_frames=True)], tmp_path) == said
     (tmp_path / "vp8.webm").write_bytes(numbered("webm", "libvpx", {"g": "12"}))
-    assert "vp8 can't be in mp4" in cut(tmp_path / "vp8.webm", [(0.0, 1.0)], tmp_path)[0]
+    assert "vp8 can't be in mp4" in cut(tmp_path / "vp8.webm", [Part(0.0, 1.0)], tmp_path)[0]
     (tmp_path / "text.mp4").write_bytes(b"#EXTM3U\nhttp://example.com/x.ts\n")
-    assert cut_file(tmp_path / "text.mp4", [(0.0, 1.0), (1.0, 2.0)], tmp_path) == ["not a video"] * 2
+    assert cut_file(tmp_path / "text.mp4", [Part(0.0, 1.0), Part(1.0, 2.0)], tmp_path) == ["not a video"] * 2
 
 
 def test_rows_with_start_and_end_become_clips_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,3 +119,43 @@ def test_rows_with_start_and_end_become_clips_of_their_own(tmp_path: Path, monke
     build("update=true")
     samples = {json.loads(s["json"])["caption"] for s in wds.WebDataset(shards, shardshuffle=False)}
     assert samples == {"another", "last"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "file,caption,start_frame,end_frame\na.mp4,first,0,12\na.mp4,last,30,\n"),
+        ("t.json", '[{"path": "a.mp4", "cap": "first", "cut": [0, 12]},'
+                   '{"path": "a.mp4", "cap": "last", "cut": [30, 40]}]'),
+        ("t.jsonl", '{"path": "a.mp4", "cap": "first", "frame_idx": "0:12"}\n'
+                    '{"path": "a.mp4", "cap": "last", "frame_idx": "30:99"}'),
+    ],
+)  # fmt: skip
+def test_rows_with_frames_become_clips_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.mp4").write_bytes(numbered(*KINDS["mp4"]))
+    (tmp_path / name).write_text(text)
+    argv = ["build_shards", f"videos={tmp_path / 'in'}", f"out={tmp_path / 'out'}", f"captions={tmp_path / name}"]
+    monkeypatch.setattr("sys.argv", [*argv, "workers=1"])
+    assert build_shards.main() == 0
+    shards = [str(path) for path in (tmp_path / "out").glob("*.tar")]
+    samples = list(wds.WebDataset(shards, shardshuffle=False))
+    assert {s["txt"]: numbers(s["mp4"]) for s in samples} == {
+        b"first": list(range(12)), b"last": list(range(30, 40)),
+    }  # fmt: skip
+    assert samples[0]["__key__"].startswith("a_0-12f-")
+
+
+def test_what_is_no_range_of_frames_refuses_its_row(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(
+        "file,caption,start_frame,end_frame,cut\na.mp4,x,1.5,9,\na.mp4,y,9,9,\na.mp4,z,,,yes\na.mp4,w,,,\n"
+    )
+    rows = read_table(table, Columns()).rows
+    assert [str(row.captions) for row in rows[:2]] == [
+        "bad caption row: row 2: '1.5' is no number of a frame",
+        "bad caption row: row 3: it goes from 9 to 9 frames",
+    ]
+    assert [(row.part, row.fields["cut"]) for row in rows[2:]] == [(None, "yes"), (None, "")]

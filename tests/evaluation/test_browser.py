@@ -32,7 +32,7 @@ def page() -> Iterator[Any]:
 
 def plays(page: Any, place: str) -> bool:
     """Wait until the video at a place has played a little, and return whether it did."""
-    ends = time.monotonic() + 15
+    ends = time.monotonic() + 120
     while page.evaluate(f"document.querySelector('{place}').currentTime") <= 0.05:
         if time.monotonic() > ends:
             return False

@@ -48,6 +48,7 @@ from sora_train.train import train
 from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of, read_state
 from sora_train.training.trainer import Trainer
 
+PYTHON = os.environ.get("PYTHON_EXEC", sys.executable)  # the fork server's, where one runs this
 Sabotage = Callable[[Config, int], None]  # configuration, rank
 _TINY = (
     "experiment=demo", "model.width=16", "model.depth=1", "model.heads=2", "model.ffn=32", "model.frequencies=16",
@@ -76,7 +77,7 @@ class Bed:
         build_shm_op()  # DeepSpeed's collectives on a CPU: loaded here, and not by every rank
         *training, validation = shards
         self._base = [
-            *_TINY, f"steps={steps}", f"data.sources.demo.shards=[{','.join(training)}]",
+            *_TINY, f"data.sources.demo.shards=[{','.join(training)}]",
             f"data.validation=[{validation}]",
         ]  # fmt: skip
         vae = self.config("none", "method=autoencoder", "vae.path=null").vae
@@ -108,7 +109,7 @@ class Bed:
 
     def overrides(self, name: str) -> list[str]:
         """The same for a command line."""
-        return [*self._base, f"run_dir={self.folder}/{name}"]
+        return [*self._base, f"steps={self.steps}", f"run_dir={self.folder}/{name}"]
 
     def run_dir(self, name: str) -> Path:
         """Run folder of run `name`."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -32,10 +31,11 @@ from sora_train.operations.preflight import code_hash
 from tests.faults import configs as fault_configs
 from tests.faults import damage as fault_damage
 from tests.faults import trials as trials
-from tests.faults.bed import Bed, outcome, run
+from tests.faults.bed import PYTHON, Bed, outcome, run
 from tests.faults.decode_server import serve
 from tests.faults.results import Made, Results, row
 from tests.faults.sabotage import HANGS, SKEWS
+from tests.load import cpu_s
 
 # Ranks and ZeRO stages that kills are tried with.
 _KILLED = ((2, 1), (2, 2), (3, 1), (2, 0), (2, 3), (2, 1), (4, 2), (2, 2))
@@ -79,7 +79,8 @@ class Campaign:
 
     def __init__(self, folder: Path, o: Options) -> None:
         self.bed, self.o = Bed(folder), o
-        self.bed.warm()
+        if sys.executable == PYTHON:  # the fork server has imported what a run imports
+            self.bed.warm()
         self._references: dict[str, dict[str, Any]] = {}
 
     def reference(self, name: str, ranks: int, *overrides: str) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class Campaign:
             Kind("nan", "loss or gradient not finite on one of 4 ranks: nothing changes on any", o.nans, self.nan),
             Kind("disk", "disk full while saving: older checkpoints intact, then bitwise the undisturbed run", o.disks,
                  self.disk),
-            Kind("config", "wrong configurations: refused in 3 s with the nearest key, without torch", o.configs,
+            Kind("config", "wrong configurations: refused in 3 s of CPU with the nearest key, without torch", o.configs,
                  self.config),
             Kind("double", "two runs in a folder: the second refused; kill -9 of the first frees it", o.doubles,
                  lambda name, rng, n: trials.two_jobs(self.bed, name, rng)),
@@ -192,9 +193,9 @@ def conduct(campaign: Campaign, results: Results, until: float) -> None:
         n = todo[kind.name].pop(0)
         name, campaign.bed.facts = f"{kind.name}-{n}", {}
         _clear(campaign.bed.folder, name)  # what a slice left that was broken off
-        began, spent = time.monotonic(), _cpu_s()
+        began, spent = time.monotonic(), cpu_s()
         cause = kind.trial(name, random.Random(f"{seed}/{kind.name}/{n}"), n)
-        seconds, cpu = time.monotonic() - began, _cpu_s() - spent
+        seconds, cpu = time.monotonic() - began, cpu_s() - spent
         results.add(Made(kind.name, n, seed, cause, campaign.bed.facts, round(seconds, 2), round(cpu, 2), code))
         if cause:
             print(f"FAILED {kind.name} {n}: {cause}", flush=True)
@@ -207,12 +208,6 @@ def _clear(folder: Path, name: str) -> None:
     for pattern in (name, f"{name}.*", f"{name}-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _cpu_s() -> float:
-    """CPU of this process and of its children that have ended, the forked decoders not among them."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def main() -> int:

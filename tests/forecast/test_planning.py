@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -247,9 +246,9 @@ def test_it_suggests_the_fastest_that_fits(config: Config) -> None:
 
 def test_a_forecast_has_every_stage_and_both_choices_of_recomputation(config: Config) -> None:
     figures = estimate(config, None, 64)
-    sizes, share = heaviest_pass(config, None, 64)
-    assert sizes == [(9, 48, 48)] * 9 and share == config.data.fill  # 768 tokens hold nine clips of 80
-    result = forecast(config, figures, sizes, share, GPUS["h100"], 8, disk=2e9, hours_per_failure=50_000)
+    heaviest = heaviest_pass(config, None, 64)
+    assert heaviest.sizes == [(9, 48, 48)] * 9 and heaviest.share == config.data.fill  # 768 tokens: nine clips of 80
+    result = forecast(config, figures, heaviest, GPUS["h100"], 8, disk=2e9, hours_per_failure=50_000)
     assert result.recomputing and all(list(s) == [0, 1, 2, 3] for s in (result.stages, *result.recomputing.values()))
     assert all(s.fits for s in result.stages.values())
 
@@ -264,7 +263,7 @@ def test_wrong_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(280)
-def test_one_rank_of_64_takes_a_step_alone() -> None:
+def test_one_rank_of_64_takes_a_step_alone(python: str) -> None:
     script = """
 from hydra import compose, initialize_config_dir
 from sora_train.config.hydra import CONF
@@ -282,7 +281,7 @@ for stage in (1, 2, 3):
     planned = memory(config, took.parameters, trace(config, sizes), 64, 1, stage)
     print(stage, took.owned, took.peak, planned.peak, took.parameters, took.start)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=270)
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=270)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [[int(word) for word in line.split()] for line in done.stdout.splitlines() if line[:2] in ("1 ", "2 ", "3 ")]
     assert [row[0] for row in rows] == [1, 2, 3]
@@ -338,7 +337,7 @@ def test_ranks_that_share_a_pack_need_less_each(compose_tree: Callable[..., Dict
     found = degrees(config, None, 8)
     assert list(found) == [1, 2, 4], "four heads"
     assert [d.passes for d in found.values()] == [1, 1, 1] and found[4].config.parallel.sequence == 4
-    traces = {degree: trace(d.config, d.sizes) for degree, d in found.items()}
+    traces = {degree: trace(d.config, d.heaviest.sizes) for degree, d in found.items()}
     assert traces[1].exchanged == 0
     one, four = traces[1].activations, traces[4].activations
     assert 0.25 * one < four < 0.4 * one
@@ -352,3 +351,16 @@ def test_ranks_that_share_a_pack_need_less_each(compose_tree: Callable[..., Dict
         for d in (1, 4)
     )
     assert shared - alone == pytest.approx(traces[4].exchanged * 3 / 4 / GPUS["h100"].link)
+
+
+def test_a_long_clip_is_planned_on_the_ranks_that_share_it(compose_tree: Callable[..., DictConfig]) -> None:
+    """65 frames are 528 tokens: more than two slots of 200, so four ranks share them; two where a machine has two."""
+    keys = ("experiment=demo", "data.max_frames=65", "data.max_tokens=200", "data.slots=8", "data.pack_slots=8")
+    config = build(compose_tree(*keys), need_vae=False)
+    whole, halves, quarters = (heaviest_pass(config, None, ranks, node) for ranks, node in ((1, 8), (8, 2), (8, 8)))
+    assert [h.ranks for h in (whole, halves, quarters)] == [1, 2, 4] and whole.sizes == [(65, 48, 48)]
+    traces = [trace(config, h.sizes, ranks=h.ranks) for h in (whole, quarters)]
+    assert [t.ranks for t in traces] == [1, 4] and traces[0].exchanged == 0 < traces[1].exchanged
+    work = [sum(o.flops for o in t.operations if o.kind in ("matmul", "attention")) for t in traces]
+    assert work[1] == pytest.approx(work[0] / 4, rel=0.1)
+    assert degrees(config, None, 8) == {}, "no degree for all packs to compare"

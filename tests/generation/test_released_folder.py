@@ -21,6 +21,10 @@ from sora_train.config.load import build, to_yaml
 from sora_train.core.cli import InputError
 from sora_train.models.video_model import starting_model
 from sora_train.models.wan.adapter_files import read_adapters
+from sora_train.models.wan.convert import load_wan, save_wan
+from sora_train.models.wan.model import DiT
+from sora_train.models.wan.released import transformer_shape
+from sora_train.models.wan.settings import WanConfig
 from sora_train.operations.inputs import note_inputs
 from sora_train.training.state.checkpoint import Checkpoints
 from tests.models.test_released import write_pipeline
@@ -77,6 +81,28 @@ def test_a_released_folder_is_sampled_with_its_scheduler(sample: Give, pipeline:
     assert pixels("one") == pixels("again")
     with pytest.raises(InputError, match="is no run, so it has no checkpoint"):
         sample(f"run_dir={pipeline}", "prompt=a", "checkpoint=1")
+
+
+def test_a_transformer_in_wans_own_layout_is_sampled_with_the_other_parts_of_a_release(
+    sample: Give, pipeline: Path, folder: Path
+) -> None:
+    shape = transformer_shape(pipeline / "transformer")
+    small = {name: shape[name] for name in ("width", "depth", "heads", "ffn", "frequencies")}
+    dit = DiT(shape["channels"] * 4, *list(small.values())[:4], shape["text_width"], frequencies=shape["frequencies"])
+    load_wan(dit, pipeline / "transformer")
+    its = WanConfig(**small, absolute_positions=False, pooled_text=False, rope_theta=10000.0)
+    weights = {name: p.detach() for name, p in dit.named_parameters()}
+    save_wan(weights, its, shape["text_width"], folder / "own", layout="original")
+    sample(f"run_dir={pipeline}", "prompt=a block", *SMALL, "out=whole")
+    sample("run_dir=own", f"base={pipeline}", "prompt=a block", *SMALL, "out=parts")
+    assert pixels("whole") == pixels("parts")
+    sample("from=parts.json", "out=again")
+    assert pixels("again") == pixels("parts")
+    for base in ((), ("base=own",)):
+        with pytest.raises(InputError, match="own is in the layout of Wan's own repository, .* base=FOLDER"):
+            sample("run_dir=own", *base, "prompt=a block", *SMALL, "out=none")
+    with pytest.raises(InputError, match="is a file, in which no samples can be put"):
+        sample("run_dir=own/diffusion_pytorch_model.safetensors", f"base={pipeline}", "prompt=a block")
 
 
 def test_adapters_of_every_form_add_the_same_with_their_weights(sample: Give, pipeline: Path, folder: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_given_video_is_shown_before_the_clip(sample: Give) -> None:
         (["out=a.png", "seconds=0.1"], ["a.png"]), (["out=sub/deep/a"], ["sub/deep/a.mp4"]),
         (["out=a.mp4", "count=2"], ["a-0.mp4", "a-1.mp4"]), (["out=v1.5", "count=2"], ["v1.5-0.mp4", "v1.5-1.mp4"]),
         (["out=a", "format=frames"], [f"a/{n:05d}.png" for n in range(9)]), (["out=2024_11"], ["2024_11.mp4"]),
-        (["out=#1: a"], ["#1: a.mp4"]), (["out=红"], ["红.mp4"]),
+        (["out=clips/", "seed=7"], ["clips/7.mp4"]), (["out=#1: a"], ["#1: a.mp4"]), (["out=红"], ["红.mp4"]),
     ],
 )  # fmt: skip
 def test_out_names_the_file(sample: Give, tmp_path: Path, options: list[str], files: list[str]) -> None:
@@ -129,7 +129,8 @@ REFUSED = {
     "lora=none.safetensors": "there is no such file", "seed=1.5": "whole number", "promt=x": "did you mean 'prompt'",
     "solver=rk": "known: adams_bashforth", "rope_factors=[2,1]": "three", "prompts=none.txt": "not both",
     "height=16000 width=16000": "data.limits.pixels", "out=a.png": "a PNG holds one frame",
-    "guidance=1 negative=x": "says nothing",
+    "guidance=1 negative=x": "says nothing", "guidance_interval=[1,0]": "the lower one first",
+    "guidance_interval=0.5": "must be two timesteps",
     "overlap=3 seconds=20": "at most 2", "out=a.gif format=mp4": "differ", "format=gif crf=3": "gif has no crf",
     "end_image=first.png loop=true": "can't end in what is given", "image=first.png video=clip.mp4": "not both",
     "image=first.png seconds=0.1": "one frame has no room", "loop=perhaps": "true or false",
@@ -163,13 +164,14 @@ def once(work: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments: (kept or kept.append(work(*arguments)) or kept)[0]
 
 
-def test_300_prompts_of_a_fuzzer_reach_the_json_byte_for_byte(
-    sample: Give, drawn: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.campaign)])
+def test_prompts_of_a_fuzzer_reach_the_json_byte_for_byte(
+    sample: Give, drawn: list[str], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     for name in ("model_config", "fixed", "fingerprint", "load_sampler"):  # what isn't about the prompt takes long
         monkeypatch.setattr(source, name, once(getattr(source, name)))
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.text(st.characters(exclude_characters="\0", codec="utf-8")))
     def reaches(text: str) -> None:
         drawn.clear()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -110,7 +109,7 @@ def test_a_report_without_a_folder_is_refused_before_any_check(monkeypatch: pyte
 
 
 @pytest.mark.timeout(600)  # seconds, but not on a busy machine
-def test_two_ranks_report_together_and_the_odd_one_is_named(tmp_path: Path) -> None:
+def test_two_ranks_report_together_and_the_odd_one_is_named(python: str, tmp_path: Path) -> None:
     """Rank 1 plays a second machine that has a stale build lock and another NCCL setting than the first."""
     (tmp_path / "theirs" / "op").mkdir(parents=True)
     (tmp_path / "theirs" / "op" / "lock").touch()
@@ -118,8 +117,8 @@ def test_two_ranks_report_together_and_the_odd_one_is_named(tmp_path: Path) -> N
     shell = f'export LOCAL_WORLD_SIZE=1; [ $RANK = 0 ] || {odd}; exec "$0" -m sora_train.doctor "$@"'
     out = tmp_path / "report.json"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "sh", "-c",
-         shell, sys.executable, f"run_dir={tmp_path}/run", f"json={out}"],
+        [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "sh", "-c",
+         shell, python, f"run_dir={tmp_path}/run", f"json={out}"],
         cwd=ROOT, capture_output=True, text=True, timeout=580,
         env=os.environ | {
             "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_BASE_URL": "http://localhost:9", "NCCL_ALGO": "Ring"

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -58,12 +57,10 @@ def test_on_another_host_only_a_beating_heart_counts(tmp_path: Path) -> None:
     write(tmp_path / "lock.json", 3)
     RunLock(tmp_path, beat_s=0.1).release()
     write(tmp_path / "lock.json", 4, released=True)
-    began = time.monotonic()
-    RunLock(tmp_path, beat_s=30.0).release()
-    assert time.monotonic() - began < 5, "a lock that was let go of isn't watched"
+    RunLock(tmp_path, beat_s=3600.0).release()  # a lock that was let go of isn't watched
     write(tmp_path / "lock.json", 5)
     beats = threading.Timer(0.3, write, (tmp_path / "lock.json", 6))
     beats.start()
     with pytest.raises(InputError, match="process 7 on elsewhere"):
-        RunLock(tmp_path, beat_s=1.0)
+        RunLock(tmp_path, beat_s=60.0)  # ends as soon as a beat comes
     beats.join()

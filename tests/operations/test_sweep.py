@@ -87,16 +87,14 @@ run_hydra(lambda config: 0)
 
 
 @pytest.mark.parametrize("where", ["--config-dir {}", "hydra.searchpath=[file://{}]"])
-def test_jobs_find_configurations_where_the_sweep_was_told_they_are(tmp_path: Path, where: str) -> None:
+def test_jobs_find_configurations_where_the_sweep_was_told_they_are(python: str, tmp_path: Path, where: str) -> None:
     """Wherever a flag stands among the overrides, and whatever is in the name of the folder."""
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nsteps: 3\n")
     said = where.format(tmp_path)
     given = ["-m", "hydra/launcher=torchrun", *said.split(" "), "experiment=[demo,mine]", "seed=0,1", "vae.path=x",
              f"run_dir='{tmp_path}/s (1)'"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", PRINTED, *given], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([python, "-c", PRINTED, *given], cwd=ROOT, capture_output=True, text=True, check=False)
     jobs = [ast.literal_eval(line[4:]) for line in done.stdout.splitlines() if line.startswith("job ")]
     assert len(jobs) == 2, done.stdout + done.stderr
     for number, job in enumerate(jobs):
@@ -104,18 +102,16 @@ def test_jobs_find_configurations_where_the_sweep_was_told_they_are(tmp_path: Pa
         assert job[-1] == f"run_dir={tmp_path}/s (1)/{number}-seed-{number}"
 
 
-def test_a_value_that_a_sweep_cannot_read_is_answered_with_how_to_quote_it(tmp_path: Path) -> None:
+def test_a_value_that_a_sweep_cannot_read_is_answered_with_how_to_quote_it(python: str, tmp_path: Path) -> None:
     given = ["-m", "seed=0,1", f"run_dir={tmp_path}/s (1)"]
-    done = subprocess.run(
-        [sys.executable, "-c", PRINTED, *given], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([python, "-c", PRINTED, *given], cwd=ROOT, capture_output=True, text=True, check=False)
     assert f"InputError: run_dir={tmp_path}/s (1): in a sweep Hydra's grammar reads every value: quote" in done.stderr
 
 
 @pytest.mark.timeout(280)
-def test_the_launcher_under_hydra(tmp_path: Path, corpus: list[str]) -> None:
+def test_the_launcher_under_hydra(python: str, tmp_path: Path, corpus: list[str]) -> None:
     """Two jobs from one command: one trains, the other is refused, named, and decides the sweep's code."""
-    done = sweep(tmp_path, corpus, "hydra.launcher.nproc=1", "steps=2,0")
+    done = sweep(python, tmp_path, corpus, "hydra.launcher.nproc=1", "steps=2,0")
     assert done.returncode == 2, done.stdout + done.stderr
     trained, refused = (tmp_path / "sweep" / name for name in ("0-steps-2", "1-steps-0"))
     assert json.loads((trained / "exit.json").read_text())["code"] == 0
@@ -131,13 +127,13 @@ def test_the_launcher_under_hydra(tmp_path: Path, corpus: list[str]) -> None:
 
 @pytest.mark.campaign
 @pytest.mark.timeout(1200)
-def test_two_by_two_at_two_ranks(tmp_path: Path, corpus: list[str]) -> None:
+def test_two_by_two_at_two_ranks(python: str, tmp_path: Path, corpus: list[str]) -> None:
     """One job is killed: it is named, and the same command takes it up where it was; the others end at once."""
     arguments = ["hydra.launcher.nproc=2", "optim.lr=1e-3,2e-3", "seed=0,1", "steps=40", "checkpoint.every_steps=5"]
     names = [f"{n}-optim.lr-{lr}_seed-{s}" for n, (lr, s) in enumerate(product(("0.001", "0.002"), (0, 1)))]
     victim = tmp_path / "sweep" / names[1]
     with Killer(victim):
-        done = sweep(tmp_path, corpus, *arguments)
+        done = sweep(python, tmp_path, corpus, *arguments)
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"{names[1]} ended with code 1: died; see output.log" in done.stderr
     for name in names:
@@ -147,7 +143,7 @@ def test_two_by_two_at_two_ranks(tmp_path: Path, corpus: list[str]) -> None:
     assert 5 <= died_at < 40
     starts = [(tmp_path / "sweep" / name / "metrics.jsonl").read_text() for name in names]
 
-    done = sweep(tmp_path, corpus, *arguments)
+    done = sweep(python, tmp_path, corpus, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ended with code" not in done.stderr
     assert "resumed step-" in (victim / "logs/rank-0.log").read_text()
@@ -164,10 +160,10 @@ def test_two_by_two_at_two_ranks(tmp_path: Path, corpus: list[str]) -> None:
 
 @pytest.mark.campaign
 @pytest.mark.timeout(1200)
-def test_optuna_tries_four(tmp_path: Path, corpus: list[str]) -> None:
+def test_optuna_tries_four(python: str, tmp_path: Path, corpus: list[str]) -> None:
     pytest.importorskip("optuna")
     arguments = ["hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=1", "optim.lr=tag(log, interval(1e-4, 1e-2))"]
-    done = sweep(tmp_path, corpus, "hydra/sweeper=optuna", "hydra.launcher.nproc=2", *arguments, "steps=4")
+    done = sweep(python, tmp_path, corpus, "hydra/sweeper=optuna", "hydra.launcher.nproc=2", *arguments, "steps=4")
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [path.parent for path in sorted((tmp_path / "sweep").glob("*/config.yaml"))]
     assert len(runs) == 4 and len({OmegaConf.load(run / "config.yaml").optim.lr for run in runs}) == 4
@@ -179,7 +175,7 @@ def test_optuna_tries_four(tmp_path: Path, corpus: list[str]) -> None:
     assert (tmp_path / "sweep/sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def sweep(folder: Path, shards: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def sweep(python: str, folder: Path, shards: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Sweep a tiny VAE over real clips, as a user would; the last shard is held out."""
     tiny = [
         "experiment=demo_vae", "vae.widths=[4,4]", "vae.blocks=[0,0]", "threads=1", "data.max_pixels=576",
@@ -187,7 +183,7 @@ def sweep(folder: Path, shards: list[str], *arguments: str) -> subprocess.Comple
         "logging.validate_every=4", "logging.sample_every=0", "logging.peak_tflops=1",
         f"data.sources.demo.shards=[{','.join(shards[:-1])}]", f"data.validation=[{shards[-1]}]",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "sora_train.train", "-m", "hydra/launcher=torchrun", *tiny, *arguments]
+    command = [python, "-m", "sora_train.train", "-m", "hydra/launcher=torchrun", *tiny, *arguments]
     return subprocess.run(
         [*command, "run_dir=sweep"], capture_output=True, text=True, cwd=folder, timeout=1100,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

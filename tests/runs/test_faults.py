@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,9 @@ MORE = {
 
 @pytest.mark.timeout(3600)  # half a minute, but not on a busy machine
 @pytest.mark.parametrize("numbers", [SAMPLE, pytest.param(MORE, marks=pytest.mark.campaign)], ids=["sample", "more"])
-def test_the_campaign_finds_nothing(tmp_path: Path, numbers: dict[str, int]) -> None:
+def test_the_campaign_finds_nothing(python: str, tmp_path: Path, numbers: dict[str, int]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.campaign", *(f"{k}={v}" for k, v in numbers.items()),
+        [python, "-m", "tests.faults.campaign", *(f"{k}={v}" for k, v in numbers.items()),
          f"folder={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

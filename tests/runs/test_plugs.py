@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ def test_a_plugin_moves_to_other_ranks_and_stages(runs: Callable[[str], Any]) ->
 
 @pytest.mark.parametrize("chosen", [("method=distil",), ("model=mixer", "model.sharpness=2", *(
     "model.width=32", "model.depth=2", "model.heads=2", "model.ffn=64"))])  # fmt: skip
-def test_plan_forecasts_a_plugin(chosen: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "sora_train.plan", "experiment=demo", "world_size=2", PLUGS, *chosen]
+def test_plan_forecasts_a_plugin(python: str, chosen: tuple[str, ...]) -> None:
+    command = [python, "-m", "sora_train.plan", "experiment=demo", "world_size=2", PLUGS, *chosen]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
@@ -46,14 +45,14 @@ def test_plan_forecasts_a_plugin(chosen: tuple[str, ...]) -> None:
     assert "ZeRO 3" in done.stdout and "GiB" in done.stdout
 
 
-def test_an_unknown_name_or_module_is_one_line() -> None:
+def test_an_unknown_name_or_module_is_one_line(python: str) -> None:
     for arguments, message in (
         (("method=distill", PLUGS), "method=distill; did you mean 'distil'?"),
         (("plugins=[tests.plugs.nothing]",), "plugins: tests.plugs.nothing can't be imported"),
         (("model=mixer", PLUGS, "model.sharpness=-1", "model.width=32", "model.depth=1", "model.heads=2",
           "model.ffn=32"), "model.sharpness=-1.0 must be above 0"),
     ):  # fmt: skip
-        command = [sys.executable, "-m", "sora_train.plan", "experiment=demo", *arguments]
+        command = [python, "-m", "sora_train.plan", "experiment=demo", *arguments]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
         )

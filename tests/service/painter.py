@@ -44,8 +44,8 @@ class Painter:
             return InputError("it can't be")
         if prompt == "break":
             return ZeroDivisionError("a fault of ours")
-        ends = time.monotonic() + self.slow
-        while time.monotonic() < ends:
+        began = time.monotonic()
+        while time.monotonic() < began + self.slow:  # which a test may end by setting it
             try:
                 watch.progress(0.5)
             except Cancelled as error:

@@ -47,7 +47,7 @@ def test_the_way_of_a_guest(page: Any, service: Service, tmp_path: Path) -> None
     page.wait_for_selector("li progress:not([hidden])")
     assert page.inner_text("li > div:first-child") == "<b>a red ring</b>", "text, not markup"
     page.wait_for_selector("li video")
-    ends = time.monotonic() + 15  # the page's policy forbids Playwright's own waiting, which evaluates text
+    ends = time.monotonic() + 120  # the page's policy forbids Playwright's own waiting, which evaluates text
     while page.evaluate("document.querySelector('li video').currentTime") <= 0.1:
         assert time.monotonic() < ends, "the video doesn't play"
         page.wait_for_timeout(100)

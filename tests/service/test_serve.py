@@ -40,12 +40,12 @@ def give(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
-def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def started(python: str) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start processes; those that still run are killed after the test."""
     running: list[subprocess.Popen[str]] = []
 
     def go(*command: str) -> subprocess.Popen[str]:
-        running.append(subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
+        running.append(subprocess.Popen([python, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
         return running[-1]
 
     yield go
@@ -64,7 +64,7 @@ def line(process: subprocess.Popen[str], wanted: str = "") -> str:
 
 def kill(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     assert process.stdout is not None
     process.stdout.close()
 
@@ -84,7 +84,7 @@ def test_keys_on_the_command_line(folder: Path, give: Callable[..., str]) -> Non
 def test_a_killed_service_takes_its_jobs_up_again(tmp_path: Path, started: Start) -> None:
     """Killed three times in a job, at other moments each; then all jobs are there, each made once."""
     command = ("-m", "tests.service.painter", str(tmp_path))
-    first = started(*command, "20")
+    first = started(*command, "3600")
     client, key = Client(int(line(first))), Database(tmp_path / "service.sqlite").add_key("ada", 1e6, 1_000_000)
     ids = [client.ask(key, seed=seed) for seed in range(5)]
     for wait in (0.0, 0.3):
@@ -92,7 +92,7 @@ def test_a_killed_service_takes_its_jobs_up_again(tmp_path: Path, started: Start
             time.sleep(0.02)
         time.sleep(wait)
         kill(first)
-        first = started(*command, "20" if wait == 0.0 else "0.2")
+        first = started(*command, "3600" if wait == 0.0 else "0.2")
         client = Client(int(line(first)))
     for id in ids:
         assert client.ended(key, id)["state"] == "done"

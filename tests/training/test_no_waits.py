@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,9 @@ def _run(
     dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
     network: Any = trains.module.to(DEVICE, dtype)
     if config.parallel.sequence > 1:
-        network.split_sequence(ulysses.Imagined(config.parallel.sequence))
+        others = ulysses.Imagined(config.parallel.sequence)
+        network.split_sequence(ulysses.Groups({others.parts: others}, others.parts))
+        packs = [replace(pack, part=(0, others.parts)) for pack in packs]
     if plant is not None:
         plant(network)
     meter = Meter(geometry(config), training_cost(config), DEVICE, 1e12, 10**6)

@@ -22,10 +22,10 @@ _DEPTHS = (Probe.packets, Probe.frame, Probe.all)  # each decodes all that the o
 REQUESTS = 8  # shards that are asked about at a time: a remote one answers after a while
 
 
-def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Probe = Probe.packets) -> bool:
+def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Probe | None = None) -> bool:
     """Tell whether a shard has an index that was made from it as it is now, by this version (and with these limits).
 
-    It must be one for which as much was decoded as `probe` says, or more.
+    It must be one for which as much was decoded as `probe` says, or more; without, any will do.
 
     Raises InputError for a file in the index's place that isn't one of ours.
     """
@@ -41,7 +41,7 @@ def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Pr
     return is_of(known, shard, store, limits, probe)
 
 
-def is_of(known: dict[str, str], shard: str, store: Store, limits: Limits | None, probe: Probe) -> bool:
+def is_of(known: dict[str, str], shard: str, store: Store, limits: Limits | None, probe: Probe | None) -> bool:
     """Tell whether an index, known by its metadata, was made from a shard as it is now, and fits what is asked."""
     if not _fits(known, limits, probe):
         return False
@@ -54,12 +54,12 @@ def metadata(schema: pa.Schema) -> dict[str, str]:
     return {key.decode(): value.decode("utf-8", "replace") for key, value in (schema.metadata or {}).items()}
 
 
-def _fits(known: dict[str, str], limits: Limits | None, probe: Probe) -> bool:
+def _fits(known: dict[str, str], limits: Limits | None, probe: Probe | None) -> bool:
     """Tell whether an index was made by this version, with these limits, and decoding what is asked for or more."""
     return (
         known.get("sora_train.version") == str(VERSION)
         and (limits is None or known["sora_train.limits"] == json.dumps(limits))
-        and _DEPTHS.index(probe) <= _DEPTHS.index(Probe(known.get("sora_train.probe", Probe.frame.value)))
+        and _DEPTHS.index(probe or _DEPTHS[0]) <= _DEPTHS.index(Probe(known.get("sora_train.probe", Probe.frame.value)))
     )
 
 
@@ -85,7 +85,7 @@ def ignored_fields(shard: str, store: Store) -> dict[str, str]:
     return found
 
 
-def adopt(shard: str, store: Store, limits: Limits | None, probe: Probe) -> bool:
+def adopt(shard: str, store: Store, limits: Limits | None, probe: Probe | None) -> bool:
     """Take over the index that lies beside a remote shard, if there is one and it was made from that very shard."""
     if scheme(shard) in (None, PIPE):
         return False

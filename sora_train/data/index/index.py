@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sora_train.config.schema import Probe
 from sora_train.core.cli import InputError
 from sora_train.data.index.captions import parse_captions, parse_fields
 from sora_train.data.index.files import REQUESTS, adopt, is_current
@@ -150,7 +149,7 @@ def load_index(
 
 def load_rows(shard: str, store: Store) -> pa.Table:
     """The rows of one shard's index, that beside a remote shard included; raises InputError without a current one."""
-    if not is_current(shard, store) and not adopt(shard, store, None, Probe.packets):
+    if not is_current(shard, store) and not adopt(shard, store, None, None):
         raise InputError(f"{shard} has no current index; run: python -m data_tools.index {shard}")
     return pq.read_table(index_path(shard, store))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,29 +22,39 @@ from sora_train.data.read.decode import LIMITS, DecodeError, Limits
 from sora_train.data.read.pool import Pool
 from sora_train.data.read.store import Store
 
+_LONG = 10e9  # bytes of shards whose indexing takes so long that the faster way is named
+_log = logging.getLogger(__name__)
+
 
 def index_shards(
     shards: Sequence[str],
     workers: int | None = None,
     store: Store | None = None,
     limits: Limits = LIMITS,
-    probe: Probe = Probe.packets,
+    probe: Probe | None = None,
 ) -> None:
     """Index every shard that has no index, or one that was made from another file, with other limits or a lesser probe.
 
-    An index for which first pictures were decoded serves those who don't ask for that too.
+    An index for which more was decoded serves those who ask for less too. Without `probe` any serves, and where there
+    is none every frame is decoded.
     """
     store = store or Store()
     stale = missing_index(shards, store, limits, probe)
     if not stale:
         return
-    count = workers or len(os.sched_getaffinity(0))
+    count, depth = workers or len(os.sched_getaffinity(0)), probe or Probe.all
+    if (total := sum(map(store.size, stale))) > _LONG and depth is Probe.all:
+        _log.warning(
+            "indexing %.0f GB: every frame is decoded once, to leave out damaged files; with data.probe=packets "
+            "(data_tools.index: probe=packets) this takes a hundredth of the time and finds some of them in training",
+            total / 1e9,
+        )
     with (
         Pool(count, limits=limits) as pool,
-        _Bar(sum(map(store.size, stale))) as advance,
+        _Bar(total) as advance,
         ThreadPoolExecutor(min(count + 1, len(stale))) as threads,  # one more: a shard ends while another begins
     ):
-        done = [threads.submit(_index, shard, pool, store, probe, advance) for shard in stale]
+        done = [threads.submit(_index, shard, pool, store, depth, advance) for shard in stale]
         try:
             for future in done:
                 future.result()
@@ -52,7 +63,7 @@ def index_shards(
             raise
 
 
-def missing_index(shards: Sequence[str], store: Store, limits: Limits, probe: Probe) -> list[str]:
+def missing_index(shards: Sequence[str], store: Store, limits: Limits, probe: Probe | None) -> list[str]:
     """The shards that have no current index here, after those that lie beside remote shards were taken over.
 
     Raises InputError for shards whose indexes would lie in one place.
@@ -66,7 +77,7 @@ def missing_index(shards: Sequence[str], store: Store, limits: Limits, probe: Pr
         return [shard for shard, lacking in zip(shards, threads.map(lacks, shards), strict=True) if lacking]
 
 
-def take_index(shard: str, data: bytes, store: Store, limits: Limits, probe: Probe) -> None:
+def take_index(shard: str, data: bytes, store: Store, limits: Limits, probe: Probe | None) -> None:
     """Take over the index that another node made of a shard; raises InputError where the shard is another one here."""
     table = pq.read_table(io.BytesIO(data))
     if not is_of(metadata(table.schema), shard, store, limits, probe):

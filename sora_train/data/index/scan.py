@@ -72,7 +72,7 @@ class Scan(NamedTuple):
 
 
 def scan_shard(
-    path: str, pool: Pool, depth: Probe = Probe.packets, advance: Callable[[int], None] = lambda count: None
+    path: str, pool: Pool, depth: Probe = Probe.all, advance: Callable[[int], None] = lambda count: None
 ) -> Scan:
     """Read one shard, of whose media as much is decoded as `depth` says. Faults of the tar are rows without a key."""
     samples, faults, headers = members_of(path)

@@ -26,7 +26,7 @@ from sora_train.core.cli import InputError
 from sora_train.core.cost import Cost, Geometry, Seconds
 from sora_train.core.seeds import FIRST_FRAME, TASK, hash64, order, uniform
 from sora_train.data.index.index import Index
-from sora_train.data.order.packing import pack
+from sora_train.data.order.packing import pack, spans
 from sora_train.data.order.selection import Selection
 from sora_train.data.order.shared_windows import SharedWindows
 from sora_train.data.order.visits import Cuts, Visits, cut_pieces, cuts
@@ -36,10 +36,14 @@ _REMEMBERED = 3  # windows
 
 
 class Slots(Sequence[list[Visit]]):
-    """The slots of one step; the visits of a slot are made when it is asked for."""
+    """The slots of one step; the visits of a slot are made when it is asked for.
 
-    def __init__(self, visits: Visits | None, packs: list[list[int]]) -> None:
+    `spans` holds for each slot the first slot of its pack, and the number of slots that the pack takes, up to `most`.
+    """
+
+    def __init__(self, visits: Visits | None, packs: list[list[int]], most: int = 1) -> None:
         self.visits, self.packs = visits, packs
+        self.spans = spans(packs, most)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -87,12 +91,13 @@ class PlanInputs:
     filters: tuple[str, ...] = ()  # of each shard, or none at all
     captions: tuple[tuple[str, float], ...] = ()  # weights by name; drawn by the loader
     weight: str = ""  # visits of each sample per epoch, times its shard's; an expression, empty for one
+    pack_slots: int = 1  # that a pack may take
 
     def cuts(self, index: Index, rows: np.ndarray) -> Cuts:
         """Cuts of the visits of some rows of an index."""
         grid = self.geometry
-        return cuts(index, rows, self.fps, self.max_frames, self.max_pixels, self.max_tokens, fit=self.fit,
-                    multiple=grid.multiple, temporal_stride=grid.temporal_stride)  # fmt: skip
+        return cuts(index, rows, self.fps, self.max_frames, self.max_pixels, self.max_tokens * self.pack_slots,
+                    fit=self.fit, multiple=grid.multiple, temporal_stride=grid.temporal_stride)  # fmt: skip
 
 
 class Plan:
@@ -103,7 +108,7 @@ class Plan:
         text = json.dumps({"inputs": asdict(inputs), "index": index.fingerprint}, sort_keys=True)
         self.hash = hashlib.sha256(text.encode()).hexdigest()
         multiple = inputs.geometry.multiple
-        if inputs.max_pixels < multiple**2 or inputs.max_tokens < inputs.max_pixels // multiple**2:
+        if inputs.max_pixels < multiple**2 or inputs.pack_slots * inputs.max_tokens < inputs.max_pixels // multiple**2:
             raise InputError(
                 f"data.max_tokens={inputs.max_tokens} can't hold one frame of data.max_pixels={inputs.max_pixels} "
                 f"(a token is {multiple}x{multiple} pixels); raise data.max_tokens"
@@ -155,7 +160,7 @@ class Plan:
             steps = self._planned.pop((epoch, window), None)
             if steps is None:
                 visits, packed = self._get_window(epoch, window)
-                steps = [Slots(visits, packs) for packs in packed]
+                steps = [Slots(visits, packs, self.inputs.pack_slots) for packs in packed]
             self._planned[epoch, window] = steps
             if len(self._planned) > _REMEMBERED:
                 self._planned.popitem(last=False)
@@ -239,7 +244,9 @@ class Plan:
         visits = self._visits(epoch, rows[shuffled], repeat[shuffled], rates[shuffled])
         costs = i.cost.of_clips(visits.tokens, visits.pixels)
         seed = int(hash64(i.seed, epoch, _DEAL, int(shards[0])))
-        return visits, pack(visits.tokens, costs, i.slots, i.max_tokens, i.fill, seed)
+        undivided = i.cost.undivided(visits.tokens, visits.pixels)
+        return visits, pack(visits.tokens, costs, i.slots, i.max_tokens, i.fill, seed, most=i.pack_slots,
+                            undivided=undivided)  # fmt: skip
 
     def _rows(self, epoch: int, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows of the shards that may be used, as often as shard and weight say; the number of the repeat; the rate."""

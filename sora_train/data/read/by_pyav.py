@@ -91,11 +91,15 @@ class Source:
         """When each frame is shown that comes out of a decode from the start, in that order, where it says so."""
         return [frame.pts for frame in self._decoded(0)]
 
-    def refuse_damage(self) -> None:
-        """Raise DecodeError if the decoder complained of anything in the decode before."""
-        if self._doubts:
-            place, said = self._doubts[0]
-            raise DecodeError("damaged", f"packet {place} of {len(self.packets)}: {said}")
+    def refuse_damage(self, cut: bool) -> None:
+        """Raise DecodeError if the decoder complained of anything in the decode before.
+
+        In a file that was `cut` off the packets behind the last one that is shown don't count.
+        """
+        last = max(np.flatnonzero(self.line.shown), default=-1) if cut else len(self.packets)
+        for place, said in self._doubts:
+            if place <= last:
+                raise DecodeError("damaged", f"packet {place} of {len(self.packets)}: {said}")
 
     def counted(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """The wanted frames of a decode from the start, by the order in which they come out, with their numbers."""

@@ -26,7 +26,7 @@ _MAGIC = {  # FFmpeg's name of a container by its first bytes
     b"\x1aE\xdf\xa3": "matroska", b"GIF87a": "gif", b"GIF89a": "gif", b"FLV\1": "flv", b"\0\0\1\xba": "mpeg",
     b"0&\xb2u\x8ef\xcf\x11": "asf", b"OggS": "ogg",
 }  # fmt: skip
-_SYNC = 0x47  # first byte of each packet of a transport stream
+_SYNC, _SYNCS = 0x47, 5  # first byte of each packet of a transport stream, and how many of them are looked at
 _WHITE = 255  # what shows through where a picture has no colour, as on the page of a browser
 
 
@@ -114,10 +114,15 @@ def container(data: bytes) -> str | None:
         return "mov"
     if data[:4] == b"RIFF":
         return "avi" if data[8:12] == b"AVI " else None
-    for first, step in ((0, 188), (4, 192)):  # transport streams, plain and as camcorders write them
-        if len(data) > first + 2 * step and all(data[first + n * step] == _SYNC for n in range(3)):
-            return "mpegts"
-    return next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None)
+    if known := next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None):
+        return known
+    head = data[: _SYNCS * 192]
+    for step in (188, 192):  # transport streams, plain and as camcorders write them; a capture begins anywhere
+        for first in range(step):
+            marks = head[first::step]
+            if len(marks) >= 3 and marks.count(_SYNC) == len(marks):
+                return "mpegts"
+    return None
 
 
 def check_pixels(height: int, width: int, limits: Limits) -> None:

@@ -16,6 +16,10 @@ from sora_train.data.read.decode import DecodeError
 _UNTIMED = "avi"  # packets have a place in the file there, and FFmpeg guesses when they are shown
 _DEFAULT = 5_000_000  # pixels that the mark counts
 _NEVER = -(1 << 62)  # stamp of a packet without one
+_CHECKS = {  # further checks of FFmpeg's decoders that what is whole passes
+    "h264": "aggressive",  # bits left over at the end of a slice (CAVLC)
+    "hevc": "crccheck",  # of pictures whose hashes an encoder wrote beside them
+}
 
 
 class Line(NamedTuple):
@@ -31,7 +35,7 @@ class Line(NamedTuple):
 
 
 def choose_stream(file: Any, wanted: int = -1) -> Any:
-    """The video stream to read, set to decode in this thread; raises DecodeError where there is none.
+    """The video stream to read, set to decode in this thread with all checks; raises DecodeError where there is none.
 
     It is the stream of number `wanted`, which the index chose; else the one that the ffmpeg program would take: the
     largest, those that the container marks as default before others, and no cover picture.
@@ -42,8 +46,11 @@ def choose_stream(file: Any, wanted: int = -1) -> Any:
     found.sort(key=lambda s: -s.width * s.height - _DEFAULT * bool(s.disposition & flags.default))
     if not found:
         raise DecodeError("no_video", "there is no video stream in it")
-    found[0].thread_type, found[0].codec_context.thread_count = "NONE", 1
-    return found[0]
+    stream, codec = found[0], found[0].codec_context
+    stream.thread_type, codec.thread_count = "NONE", 1
+    if codec.name in _CHECKS:
+        codec.options = {"err_detect": _CHECKS[codec.name]}
+    return stream
 
 
 def read_packets(file: Any, stream: Any) -> list[Any]:

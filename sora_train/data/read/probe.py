@@ -27,6 +27,7 @@ from sora_train.data.read.decode import (
     opened_image,
     shown_at,
 )
+from sora_train.data.read.matroska import broken_element
 from sora_train.data.read.mp4_tables import frame_times
 from sora_train.data.read.orientation import from_matrix
 from sora_train.data.read.packets import Line, choose_stream, is_told, judge, read_line, read_packets, times_of
@@ -51,7 +52,11 @@ def probe(data: bytes, extension: str, limits: Limits, pixels: bool = True, whol
     in which a decoder finds damage anywhere is refused.
     """
     admit(data, extension, limits)
-    return _still(data, limits, pixels) if extension in IMAGES else _video(data, limits, pixels, whole)
+    if extension in IMAGES:
+        return _still(data, limits, pixels)
+    if container(data) == "matroska" and (place := broken_element(data)) is not None:
+        raise DecodeError("damaged", f"the checksum of the Matroska element at byte {place} doesn't fit it")
+    return _video(data, limits, pixels, whole)
 
 
 def _still(data: bytes, limits: Limits, pixels: bool) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def _video(data: bytes, limits: Limits, pixels: bool, whole: bool) -> dict[str, 
             source = Source(stream.codec_context, packets, line, complaints)
             stamps = source.stamps()
             if whole:
-                source.refuse_damage()
+                source.refuse_damage(cut)
             out, count = (stamps, len(stamps)) if sequential else (out, count)
         times = times_of(line, count, float(stream.time_base or 1))
         claimed = _claimed(stream, times)
@@ -199,7 +204,7 @@ def _first(file: Any, stream: Any, pixels: bool) -> tuple[Any, bytes]:
 
     codec = stream.codec_context
     if not pixels:
-        codec.options = {"ec": "0"}  # what is cut off needn't be made up
+        codec.options |= {"ec": "0"}  # what is cut off needn't be made up
     file.seek(0)
     packet = next((p for p in file.demux(stream) if p.is_keyframe and p.size), None)
     if packet is not None:

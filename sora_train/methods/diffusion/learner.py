@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ class DiffusionLearner(OneNetwork):
     def prepare(self, pack: Pack) -> LatentPack:
         """Encode the clips and captions of a pack, and noise each clip with its visit's seed."""
         text = self.encoder.text(pack.clips, [self.objective.is_dropped(clip) for clip in pack.clips])
-        return self.objective.noised(pack.clips, self.encoder.latents(pack), text, self.encoder.device)
+        noised = self.objective.noised(pack.clips, self.encoder.latents(pack), text, self.encoder.device)
+        return replace(noised, ranks=pack.part[1])
 
     def loss(self, network: Any, pack: Pack) -> Loss:
         """Squared error of the velocity; see `FlowObjective.loss`."""

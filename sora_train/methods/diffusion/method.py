@@ -30,13 +30,9 @@ class Diffusion:
 
     def rules(self, config: Config) -> None:
         """Check the sections `model` and `flow`, and the adapters."""
-        model, sequence = config.model, config.parallel.sequence
+        model = config.model
         for name in ("width", "depth", "heads", "ffn", "patch"):
             require(getattr(model, name) > 0, f"model.{name}={getattr(model, name)} must be above 0")
-        require(
-            model.heads % sequence == 0,
-            f"model.heads={model.heads} must be a multiple of parallel.sequence={sequence}",
-        )
         require(
             model.width % model.heads == 0 and model.width // model.heads % 2 == 0,
             f"model.width={model.width} must be an even multiple of model.heads={model.heads}",
@@ -121,8 +117,11 @@ def _check_flow(flow: FlowConfig, data: DataConfig) -> None:
             f"{key}: no weight may be below 0, and one must be above",
         )
     require(flow.solver in SOLVERS, f"flow.solver={flow.solver!r}; {nearest(flow.solver, list(SOLVERS))}")
-    low, high = flow.guidance_interval
-    require(0.0 <= low <= high <= 1.0, f"flow.guidance_interval={[low, high]} must be timesteps, the lower one first")
+    interval = list(flow.guidance_interval)
+    require(
+        len(interval) == 2 and 0.0 <= interval[0] <= interval[-1] <= 1.0,
+        f"flow.guidance_interval={interval} must be two timesteps, the lower one first",
+    )
 
 
 DIFFUSION = Diffusion()

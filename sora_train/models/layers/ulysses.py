@@ -2,19 +2,22 @@
 
 The ranks of a sequence-parallel group work on the same pack, each on an equal part of its tokens. Around self-attention
 an all-to-all exchanges tokens for heads: each rank attends over all tokens with a share of the heads, and a second one
-reverses the exchange. Everything else works token by token; so does cross-attention, since every rank has all captions.
-The model's code is not changed: two hooks split its inputs and gather its output, and its attention function is
-replaced.
+reverses the exchange. Heads that don't divide are padded by heads of zeros. Everything else works token by token; so
+does cross-attention, since every rank has all captions. The model's code is not changed: two hooks split its inputs and
+gather its output, and its attention function is replaced.
+
+How many ranks share a pack is the same for all packs (`parallel.sequence`), or the plan says it for each
+(`data.pack_slots`). In one pass groups of several sizes then work side by side. No two ranks can wait for one another:
+those of a group run the same operations in the same order, and groups have only collectives of all ranks in common.
 
 Every rank of a group decodes and encodes the clips itself; they only agree on which clips failed (`same_clips`). Every
-rank has the whole velocity and computes the whole loss. For the trainer and DeepSpeed they are ordinary data-parallel
-ranks: the sums of loss and of loss weight both count a pack once per rank of its group, so their ratio, and its
-gradient, are the same as on one rank.
+rank has the whole velocity and computes the whole loss, of which it counts its part, an n-th of n ranks; so the sums
+over all ranks, and the gradient, are those of one rank that computes the pack alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,26 +30,12 @@ from sora_train.core.batch import LatentPack
 from sora_train.core.world import World
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-Group = dist.ProcessGroup | None  # None: no sequence parallelism
-
-
-def sequence_group(world: World) -> Group:
-    """Create the sequence-parallel process groups and return this rank's. Collective: all ranks must call it."""
-    mine = None
-    if world.sequence == 1:
-        return mine
-    for first in range(0, world.size, world.sequence):
-        ranks = list(range(first, first + world.sequence))
-        group = dist.new_group(ranks)
-        if world.rank in ranks:
-            mine = group
-    return mine
 
 
 class Neighbours:
     """The ranks that share a pack, and their collectives. `place` is this rank's index, `parts` the number of ranks."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group, self.place, self.parts = group, dist.get_rank(group), dist.get_world_size(group)
 
     def exchange(self, x: Tensor) -> Tensor:
@@ -60,6 +49,43 @@ class Neighbours:
         whole = [torch.empty_like(part) for _ in range(self.parts)]
         dist.all_gather(whole, part, group=self.group)
         return torch.cat(whole)
+
+
+class Groups:
+    """The ranks with which this one shares packs, by their number; `now` are those of the pack that is being computed.
+
+    Args:
+        neighbours: The ranks by their number, this one included; above 1.
+        fixed: Number of ranks that share all packs; 1 where each pack says how many do.
+    """
+
+    def __init__(self, neighbours: Mapping[int, Neighbours], fixed: int = 1) -> None:
+        self.neighbours, self.fixed = neighbours, fixed
+        self.now: Neighbours | None = None
+
+    @property
+    def most(self) -> Neighbours | None:
+        """The largest group. None if no pack is shared."""
+        return self.neighbours[max(self.neighbours)] if self.neighbours else None
+
+    def enter(self, ranks: int | None) -> Neighbours | None:
+        """Begin a pack that so many ranks share (None: as all packs are); returns them, or None for one alone."""
+        self.now = self.neighbours[ranks or self.fixed] if (ranks or self.fixed) > 1 else None
+        return self.now
+
+
+def sequence_groups(world: World, most: int = 1) -> Groups:
+    """Create the process groups in which ranks share packs. Collective: all ranks must call it.
+
+    With `parallel.sequence` groups of so many ranks; else of 2, 4, ... as many as can share a pack of `most` slots.
+    """
+    sizes = [world.sequence] if world.sequence > 1 else [1 << n for n in range(1, world.sharing(most).bit_length())]
+    mine = {}
+    for size in sizes:  # in the same order on every rank, as only the members of a group wait for one another
+        first = world.rank // size * size
+        group = dist.new_group(list(range(first, first + size)), use_local_synchronization=True)
+        mine[size] = Neighbours(group)
+    return Groups(mine, world.sequence)
 
 
 class Imagined(Neighbours):
@@ -79,42 +105,49 @@ class Imagined(Neighbours):
         return torch.cat([torch.empty_like(part) for _ in range(self.parts)])
 
 
-def same_clips(steps: Iterable[Any], group: Group) -> Iterator[Any]:
-    """Yield the steps of a loader without the clips that failed on any rank of the group.
+def same_clips(steps: Iterable[Any], groups: Groups | None) -> Iterator[Any]:
+    """Yield the steps of a loader without the clips that failed on any rank that shares their pack.
 
-    The ranks decode separately, so a failure such as a time-out may hit only some of them.
+    The ranks decode separately, so a failure such as a time-out may hit only some of them. One exchange a step.
     """
+    others = groups.most if groups else None
     for step in steps:
-        if group is not None:
-            refusals: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(refusals, [pack.refused for pack in step.packs], group=group)
-            for pack, *refused in zip(step.packs, *refusals, strict=True):
-                by_sample = {r.sample: r for rank in refused for r in rank}
+        if groups is not None and others is not None:
+            # by pass, and first rank of the pack's group; all packs are the same where all are shared
+            firsts = [0 if groups.fixed > 1 else others.place - pack.part[0] for pack in step.packs]
+            told: list[Any] = [None] * others.parts
+            mine = [(first, pack.refused) for first, pack in zip(firsts, step.packs, strict=True)]
+            dist.all_gather_object(told, mine, group=others.group)
+            for pack, mine_first, *ranks in zip(step.packs, firsts, *told, strict=True):
+                by_sample = {r.sample: r for first, refused in ranks if first == mine_first for r in refused}
                 pack.clips = [clip for clip in pack.clips if clip.visit.sample not in by_sample]
                 pack.refused = list(by_sample.values())
         yield step
 
 
-def apply(network: nn.Module, self_attentions: Sequence[Any], others: Neighbours) -> None:
+def apply(network: nn.Module, self_attentions: Sequence[Any], groups: Groups) -> None:
     """Make `network` sequence parallel: split its input packs, gather its output, and wrap each `attend` function.
 
     Args:
         network: Maps a `LatentPack` to one row per token.
         self_attentions: Its self-attention modules, each with an attribute `attend`.
-        others: The ranks that share the tokens.
+        groups: The ranks that share the tokens, by their number.
     """
 
     def share_out(_: nn.Module, arguments: tuple[LatentPack]) -> tuple[LatentPack]:
-        return (part_of(arguments[0], others.place, others.parts),)
+        others = groups.enter(arguments[0].ranks)
+        return arguments if others is None else (part_of(arguments[0], others.place, others.parts),)
 
     def bring_together(_: nn.Module, arguments: tuple[LatentPack], velocity_NP: Tensor) -> Tensor:
+        if groups.now is None:
+            return velocity_NP
         layout = arguments[0].video.layout
-        return _Gather.apply(velocity_NP, others)[: sum(layout.spans)]  # without padding
+        return _Gather.apply(velocity_NP, groups.now)[: sum(layout.spans)]  # without padding
 
     network.register_forward_pre_hook(share_out)
     network.register_forward_hook(bring_together)
     for attention in self_attentions:
-        attention.attend = across(attention.attend, others)
+        attention.attend = across(attention.attend, groups)
 
 
 def part_of(pack: LatentPack, place: int, parts: int) -> LatentPack:
@@ -132,17 +165,21 @@ def part_of(pack: LatentPack, place: int, parts: int) -> LatentPack:
     return replace(pack, streams={"video": replace(video, layout=layout, x_NP=x_NP, t_of_N=t_of_N)})
 
 
-def across(attend: Attend, others: Neighbours) -> Attend:
+def across(attend: Attend, groups: Groups) -> Attend:
     """Wrap an attention function: takes and returns a rank's part of the tokens, attends over those of all ranks."""
-    parts = others.parts
 
     @torch.compiler.disable
     def attend_across(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor) -> Tensor:
-        heads = torch.stack((q, k, v)).unflatten(2, (parts, -1))  # 3 n P K/P d
-        heads = _Exchange.apply(heads.permute(2, 0, 1, 3, 4).contiguous(), others)  # P 3 n K/P d
-        q, k, v = heads.permute(1, 0, 2, 3, 4).flatten(1, 2)  # all tokens, a part of the heads
+        others, heads = groups.now, q.shape[1]
+        if others is None:
+            return attend(q, k, v, q_lengths, k_lengths)
+        parts = others.parts
+        whole = F.pad(torch.stack((q, k, v)), (0, 0, 0, -heads % parts))
+        shares = whole.unflatten(2, (parts, -1))  # 3 n P K/P d
+        shares = _Exchange.apply(shares.permute(2, 0, 1, 3, 4).contiguous(), others)  # P 3 n K/P d
+        q, k, v = shares.permute(1, 0, 2, 3, 4).flatten(1, 2)  # all tokens, a part of the heads
         out = attend(q, k, v, q_lengths, k_lengths).unflatten(0, (parts, -1))
-        return _Exchange.apply(out.contiguous(), others).transpose(0, 1).flatten(1, 2)
+        return _Exchange.apply(out.contiguous(), others).transpose(0, 1).flatten(1, 2)[:, :heads]
 
     return attend_across
 

@@ -59,16 +59,13 @@ class Meter:
         device: Device of the losses.
         peak: Peak FLOP/s of a rank's device.
         capacity: Largest number of tokens in a step, over all ranks.
-        sharing: Degree of sequence parallelism; so many ranks share the work of a pack and all count it.
     """
 
     def __init__(
-        self, geometry: Geometry, cost: Cost | AdapterCost, device: torch.device, peak: float, capacity: int,
-        sharing: int = 1,
-    ) -> None:  # fmt: skip
+        self, geometry: Geometry, cost: Cost | AdapterCost, device: torch.device, peak: float, capacity: int
+    ) -> None:
         self.geometry, self.cost, self.device, self.peak = geometry, cost, device, peak
         self.capacity = capacity
-        self.sharing = sharing
         self.totals = Totals()
         self._flops = self._step_flops = self._tokens = self._steps = 0
         self._data_wait = 0.0
@@ -102,18 +99,22 @@ class Meter:
         self._data_wait += time.monotonic() - start
 
     def add(self, losses: Sequence[tuple[Pack, Loss]], weight: float) -> None:
-        """Count packs and their losses. `weight` is the step's loss weight; losses stay on the device."""
+        """Count packs and their losses. `weight` is the step's loss weight; losses stay on the device.
+
+        Ranks that share a pack have its whole loss, and count a part each.
+        """
         for pack, loss in losses:
+            place, ranks = pack.part
             lengths = [self.geometry.tokens(*clip.visit.size) for clip in pack.clips]
-            flops = self.cost.training(lengths, loss.texts if pack.clips else None) // self.sharing
+            flops = self.cost.training(lengths, loss.texts if pack.clips else None) // ranks
             self._flops += flops
             self._step_flops += flops
-            self._tokens += sum(lengths)
-            self._loss = self._loss + loss.sum.detach().double() / weight
+            self._tokens += sum(lengths) if place == 0 else 0
+            self._loss = self._loss + loss.sum.detach().double() / (weight * ranks)
             if loss.level_sum is not None and loss.level_weight is not None:
-                self._levels = self._levels + torch.stack((loss.level_sum, loss.level_weight)).double()
+                self._levels = self._levels + torch.stack((loss.level_sum, loss.level_weight)).double() / ranks
             if loss.by_task is not None:
-                self._tasks = self._tasks + loss.by_task.double()
+                self._tasks = self._tasks + loss.by_task.double() / ranks
 
     def step_done(self, samples: int, tokens: int, refused: int, applied: bool) -> None:
         """Finish a step. Samples, tokens and refused samples are sums over all ranks."""
@@ -137,7 +138,6 @@ class Meter:
         dist.all_reduce(both)
         ranks = dist.get_world_size()
         tokens, flops, wait = both[:3].tolist()
-        tokens /= self.sharing
         balance = (both[3 : 3 + len(loads)] / ranks / peak_loads.clamp(min=1)).mean().item()
         loss = both[3 + len(loads)].item() / self._steps
         levels, tasks = (x.view(2, -1) for x in both[4 + len(loads) :].split((self._levels.numel(), 2 * len(TASKS))))

@@ -19,12 +19,13 @@ from sora_train.config.schema import Probe
 from sora_train.core.cli import InputError
 from sora_train.data.index.captions import parse_captions
 from sora_train.data.index.files import ignored_fields
-from sora_train.data.index.index import load_index
+from sora_train.data.index.index import load_index, load_rows
 from sora_train.data.index.make import index_shards
 from sora_train.data.index.patterns import expand
 from sora_train.data.index.places import index_path
 from sora_train.data.read.decode import DecodeError, Limits
 from sora_train.data.read.store import Store
+from tests.data import damaged_clips
 
 Write = Callable[[Path, list[dict[str, Any]]], str]
 Make = Callable[[int], dict[str, Any]]
@@ -391,19 +392,37 @@ def test_other_limits_index_anew(tmp_path: Path, write_samples: Write, make_samp
     assert indexed(shard).refused.tolist() == ["", ""]
 
 
-def test_an_index_with_pictures_decoded_serves_all_and_one_without_only_those_who_want_none(
-    own_corpus: list[str],
-) -> None:
+def test_an_index_serves_whoever_asks_for_as_much_as_was_decoded_or_less(own_corpus: list[str]) -> None:
     def written() -> list[int]:
         return [index_path(shard).stat().st_mtime_ns for shard in own_corpus]
 
-    headers, first = written(), load_index(own_corpus).fingerprint  # the fixture's, which asks for nothing
-    index_shards(own_corpus, workers=1, probe=Probe.frame)
-    decoded = written()
-    assert not set(headers) & set(decoded) and load_index(own_corpus).fingerprint == first
-    index_shards(own_corpus, workers=1, probe=Probe.frame)
-    index_shards(own_corpus, workers=1)
-    assert written() == decoded
+    every, first = written(), load_index(own_corpus).fingerprint  # the fixture's, for which every frame was decoded
+    for probe in (None, *Probe):
+        index_shards(own_corpus, workers=1, probe=probe)
+    assert written() == every
+    for shard in own_corpus:
+        index_path(shard).unlink()
+    index_shards(own_corpus, workers=1, probe=Probe.packets)
+    headers = written()
+    index_shards(own_corpus, workers=1)  # who asks for nothing takes what there is
+    assert written() == headers and load_index(own_corpus).fingerprint == first
+    index_shards(own_corpus, workers=1, probe=Probe.all)
+    assert not set(headers) & set(written())
+
+
+def test_unless_told_otherwise_a_file_that_is_damaged_inside_is_left_out(tmp_path: Path) -> None:
+    frames = damaged_clips.footage(np.random.default_rng(0))
+    clip = bytearray(damaged_clips.clean("libx264", {"preset": "veryfast"}, 12, "mp4", frames, tmp_path))
+    place = len(clip) * 3 // 4
+    clip[place : place + 40] = bytes(b ^ 0x55 for b in clip[place : place + 40])
+    shard = str(tmp_path / "a.tar")
+    with wds.TarWriter(shard) as tar:
+        tar.write({"__key__": "damaged", "mp4": bytes(clip), "txt": b"x"})
+    index_shards([shard], workers=1)
+    assert load_rows(shard, Store())["refused"].to_pylist() == ["damaged"]
+    index_path(shard).unlink()
+    index_shards([shard], workers=1, probe=Probe.packets)
+    assert load_rows(shard, Store())["refused"].to_pylist() == [""], "found when training decodes it"
 
 
 def test_what_is_in_the_place_of_an_index_and_is_none_is_not_overwritten(own_corpus: list[str]) -> None:

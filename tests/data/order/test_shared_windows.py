@@ -73,7 +73,7 @@ def rank(results: Queue[tuple[int, str]], together: Barrier) -> None:
     shared = SharedWindows("run", owner=False)
     packs = []
     for n in range(20):
-        together.wait(timeout=60)
+        together.wait(timeout=250)
         packs.append(shared.get(str(n), plan)[1])
     results.put((len(planned), hashlib.sha256(repr(packs).encode()).hexdigest()))
 
@@ -85,7 +85,7 @@ def test_ranks_at_once_plan_each_window_once(folder: Path) -> None:
     ranks = [context.Process(target=rank, args=(results, together)) for _ in range(3)]
     for process in ranks:
         process.start()
-    answers = [results.get(timeout=60) for _ in ranks]
+    answers = [results.get(timeout=250) for _ in ranks]
     for process in ranks:
         process.join()
     assert len({digest for _, digest in answers}) == 1

@@ -208,6 +208,10 @@ def test_limits_hold_before_anything_is_decoded(
         (b"<?xml version='1.0'?><MPD>", None),
         (b"v=0\no=- 0 0 IN IP4 127.0.0.1", None),
         (b"", None),
+        (b"\xff" * 50 + (b"G" + bytes(187)) * 6, "mpegts"),
+        ((bytes(4) + b"G" + bytes(187)) * 4, "mpegts"),
+        ((b"G" + bytes(187)) * 2, None),
+        (bytes(range(256)) * 4, None),
     ],
 )
 def test_containers_are_known_by_their_first_bytes(data: bytes, kind: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from sora_train.data.index.index import load_index
 from sora_train.data.read.decode import DecodeError, Limits
 from sora_train.data.read.decode_child import Server
 from sora_train.data.read.pool import Pool
+from tests.data.deadlines import Deadlines
 
 VIDEO = 2  # rows of the corpus: 17 frames of 64x64 at 8 fps
 LONG = 7  # 33 frames of 48x96 at 16 fps
@@ -33,7 +35,7 @@ IMAGE = 0
 
 @pytest.fixture
 def pool() -> Iterator[Pool]:
-    with Pool(1, timeout_s=30) as pool:
+    with Pool(1, timeout_s=60) as pool:
         yield pool
 
 
@@ -117,7 +119,7 @@ def test_a_long_clip_comes_in_pieces(pool: Pool, corpus: list[str], monkeypatch:
     for in_one in (1, 5, 16):
         monkeypatch.setattr("sora_train.data.read.pool._PIECE", in_one * 64 * 64 * 3 + 100)
         assert np.array_equal(ask(pool, corpus, VIDEO, frames), whole)
-    with Pool(1, timeout_s=30) as fresh:
+    with Pool(1, timeout_s=120) as fresh:
         ask(fresh, corpus, VIDEO, frames)
         assert os.fstat(fresh._children[0].memory.fileno()).st_size == 16 * 64 * 64 * 3
 
@@ -209,46 +211,51 @@ def test_a_child_killed_during_a_request_is_replaced_and_the_request_answered(po
     time.sleep(0.2)
     assert not waiting.done()
     os.kill(first, signal.SIGKILL)
-    assert np.array_equal(waiting.result(timeout=20), before)
+    assert np.array_equal(waiting.result(timeout=120), before)
     assert pid_of(pool) != first and not is_running(first)
 
 
-def test_a_child_that_hangs_is_killed_at_its_deadline_and_the_request_answered(corpus: list[str]) -> None:
-    with Pool(1, timeout_s=3) as pool:
-        before = ask(pool, corpus, VIDEO, [3])
-        first = pid_of(pool)
-        os.kill(first, signal.SIGSTOP)
-        start = time.monotonic()
-        assert np.array_equal(ask(pool, corpus, VIDEO, [3]), before)
-        assert 2.9 < time.monotonic() - start < 8
-        assert pid_of(pool) != first and not is_running(first)
+def test_a_child_that_hangs_is_killed_at_its_deadline_and_the_request_answered(
+    pool: Pool, corpus: list[str], deadlines: Deadlines
+) -> None:
+    before = ask(pool, corpus, VIDEO, [3])
+    first = pid_of(pool)
+    os.kill(first, signal.SIGSTOP)
+    given = iter([1.0])
+    deadlines(lambda request: next(given, 60.0))
+    start = time.monotonic()
+    assert np.array_equal(ask(pool, corpus, VIDEO, [3]), before)
+    assert time.monotonic() - start > 0.9
+    assert pid_of(pool) != first and not is_running(first)
 
 
 def test_a_sample_that_hangs_twice_is_at_fault_and_the_next_is_unharmed(corpus: list[str], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "hangs.mp4")  # opening it waits for a writer that never comes
-    with Pool(1, timeout_s=2) as pool:
-        with pytest.raises(DecodeError, match="no answer within 2 s, twice") as caught:
+    with Pool(1, timeout_s=1) as pool:
+        with pytest.raises(DecodeError, match="no answer within 1 s, twice") as caught:
             pool.probe(str(tmp_path / "hangs.mp4"), "mp4").result()
         assert caught.value.cause == "timeout"
-        pool.timeout_s = 30
+        pool.timeout_s = 60
         assert ask(pool, corpus, VIDEO, [0]).shape == (1, 64, 64, 3)
 
 
-def test_members_probed_together_are_each_answered_whatever_one_of_them_does(corpus: list[str], tmp_path: Path) -> None:
+def test_members_probed_together_are_each_answered_whatever_one_of_them_does(
+    corpus: list[str], tmp_path: Path, deadlines: Deadlines
+) -> None:
     path, extension, (offset, size, crc32) = load_index(corpus).member(VIDEO)
     good = (path, extension, offset, size)
     (tmp_path / "page.mp4").write_bytes(b"<html>")
     bad = [(str(tmp_path / "page.mp4"), "mp4", 0, -1), (path, extension, 1 << 40, 100), ("/nowhere.tar", "mp4", 0, 9)]
     os.mkfifo(tmp_path / "hangs.mp4")
     hangs = (str(tmp_path / "hangs.mp4"), "mp4", 0, -1)
-    with Pool(1, timeout_s=30) as pool:
+    with Pool(1, timeout_s=60) as pool:
         alone = pool.probe(*good).result()
         assert alone["crc32"] == crc32
         found = pool.probe_all([good, *bad, good], pixels=False).result()
         first = pid_of(pool)
         assert found[0] == found[-1] == alone
         assert [e.cause for e in found[1:-1] if isinstance(e, DecodeError)] == ["not_a_video", "truncated", "missing"]
-        pool.timeout_s = 3
+        deadlines(lambda request: 1.0 if "hangs.mp4" in json.dumps(request) else 60.0)
         found = pool.probe_all([good, hangs, good], pixels=False).result()
         assert found[0] == found[-1] == alone and pid_of(pool) != first
         assert isinstance(found[1], DecodeError) and found[1].cause == "timeout"
@@ -283,7 +290,7 @@ def test_a_child_inherits_no_open_file_beside_its_own(pool: Pool, corpus: list[s
 
 
 def test_a_closed_pool_leaves_no_process(corpus: list[str]) -> None:
-    with Pool(3, timeout_s=30) as pool:
+    with Pool(3, timeout_s=120) as pool:
         member = load_index(corpus).member(VIDEO)
         for done in [pool.decode(*member, [0], (64, 64), (0, 0, 64, 64)) for _ in range(12)]:
             done.result()
@@ -294,15 +301,13 @@ def test_a_closed_pool_leaves_no_process(corpus: list[str]) -> None:
 
 def test_closing_does_not_wait_for_a_decoder_that_hangs(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "hangs.mp4")
-    pool = Pool(1, timeout_s=60)
+    pool = Pool(1, timeout_s=3600)
     pending = pool.probe(str(tmp_path / "hangs.mp4"), "mp4")
     while not pool._children or pool._children[0].process is None:
         time.sleep(0.01)
     time.sleep(0.5)
     first = pid_of(pool)
-    start = time.monotonic()
-    pool.close()
-    assert time.monotonic() - start < 5
+    pool.close()  # before this test's time is up, though the decoder has an hour
     assert not is_running(first) and not is_running(pid_of(pool))
     assert isinstance(pending.exception(timeout=1), Exception)
 

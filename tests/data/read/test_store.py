@@ -38,7 +38,7 @@ def server(own_corpus: list[str]) -> Iterator[WebServer]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "cache", 64 << 20, timeout_s=5.0)
+    return Store(tmp_path / "cache", 64 << 20, timeout_s=60.0)
 
 
 def remote(server: WebServer, count: int = 1) -> list[str]:
@@ -113,7 +113,7 @@ def test_a_server_that_stalls_is_given_up_in_time(server: WebServer, tmp_path: P
 
 
 def test_what_stays_broken_or_is_not_there_has_a_cause(server: WebServer, tmp_path: Path) -> None:
-    store = Store(tmp_path / "cache", tries=2, timeout_s=5.0)
+    store = Store(tmp_path / "cache", tries=2, timeout_s=60.0)
     server.faults += [503] * 2
     for shard, cause in ((remote(server)[0], "network"), (f"{server.url}/none.tar", "missing")):
         with pytest.raises(DecodeError) as caught:
@@ -205,7 +205,7 @@ def test_processes_share_a_cache_and_keep_it_whole(tmp_path: Path) -> None:
         "    cache.put(str(n), bytes([n]) * (1000 + 100 * n))\n"
     )
     running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in range(3)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    assert [process.wait(timeout=280) for process in running] == [0, 0, 0]
     used = sum(path.stat().st_size for path in tmp_path.glob("??/*"))
     assert 100_000 < used <= 200_000
     assert not list(tmp_path.glob("??/.*")), "nothing half written is left"

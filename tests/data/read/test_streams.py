@@ -61,7 +61,7 @@ def local(own_corpus: list[str]) -> dict[str, str]:
 def test_a_server_without_ranges_is_streamed_once_and_read_from_the_cache(
     make_server: Any, local: dict[str, str], tmp_path: Path, how: dict[str, Any]
 ) -> None:
-    server, store = make_server(**how), Store(tmp_path / "cache", 64 << 20, timeout_s=5.0)
+    server, store = make_server(**how), Store(tmp_path / "cache", 64 << 20, timeout_s=60.0)
     shards = [f"{server.url}/train-000000.tar"]
     index_shards(shards, 1, store)
     assert clips(shards, store) == local and len(local) == 8
@@ -73,12 +73,12 @@ def test_a_server_without_ranges_is_streamed_once_and_read_from_the_cache(
     assert clips(shards, store) == local
     assert len([path for path, _ in server.asked if path.endswith(".tar")]) == len(asked), "all from the cache"
     (server.folder / "train-000000.tar").write_bytes((server.folder / "train-000001.tar").read_bytes())
-    index_shards(shards, 1, fresh := Store(tmp_path / "cache", 64 << 20, timeout_s=5.0))
+    index_shards(shards, 1, fresh := Store(tmp_path / "cache", 64 << 20, timeout_s=60.0))
     assert load_index(shards, fresh).key.tolist() == [f"{n:05d}" for n in range(8, 16)], "not of the copy of before"
 
 
 def test_a_stream_that_breaks_is_begun_again(make_server: Any, local: dict[str, str], tmp_path: Path) -> None:
-    server, store = make_server(ranges=False), Store(tmp_path / "cache", 64 << 20, timeout_s=5.0)
+    server, store = make_server(ranges=False), Store(tmp_path / "cache", 64 << 20, timeout_s=60.0)
     shard = f"{server.url}/train-000000.tar"
     server.faults += [0.0, "short", 503, "reset"]  # the range, then the stream
     assert store.read(shard, 1000, 2000) == Path(server.folder / "train-000000.tar").read_bytes()[1000:3000]
@@ -120,7 +120,7 @@ def test_of_several_processes_one_runs_the_command(own_corpus: list[str], tmp_pa
     )
     command = [sys.executable, "-c", code, str(tmp_path / "cache"), str(show), own_corpus[0]]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [process.communicate(timeout=120)[0].strip() for process in running] == ["1000"] * 3
+    assert [process.communicate(timeout=280)[0].strip() for process in running] == ["1000"] * 3
     assert (tmp_path / "runs").read_text().split() == ["run"]
 
 
@@ -150,13 +150,11 @@ def test_other_commands_are_refused_and_nothing_of_them_runs(
 
 def test_a_command_that_fails_or_is_silent_is_named_and_killed(tmp_path: Path) -> None:
     fails = program(tmp_path, "echo half a shard\nexit 3")
-    store = Store(tmp_path / "cache", tries=2, commands=[str(fails), "sleep"], timeout_s=0.3)
+    store = Store(tmp_path / "cache", tries=2, commands=[str(fails)])
     with pytest.raises(InputError, match="exit 3"):
         index_shards([f"pipe:{fails} x"], 1, store)
-    start = time.monotonic()
     with pytest.raises(OSError, match="sleep printed nothing for 0.3 s"):
-        list(printed(["sleep", "30"], 0.3))
-    assert time.monotonic() - start < 5
+        list(printed(["sleep", "3600"], 0.3))
     assert not [path for path in (tmp_path / "cache").glob("*/*") if path.suffix != ".lock"], "half a shard is not kept"
 
 

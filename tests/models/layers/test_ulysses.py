@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,15 +49,15 @@ def test_places_in_groups_of_neighbours() -> None:
 @pytest.mark.parametrize(
     "cases",
     [
-        ("2:1", "4:3"),
-        pytest.param(tuple(f"{n}:{stage}" for n in (2, 4) for stage in range(4)), marks=pytest.mark.campaign),
+        ("2:1", "4:3", "0:0", "0:3"),
+        pytest.param(tuple(f"{n}:{stage}" for n in (2, 4, 0) for stage in range(4)), marks=pytest.mark.campaign),
     ],
 )
-def test_two_and_four_ranks_equal_one_rank(cases: tuple[str, ...]) -> None:
-    """One launch of four ranks, cases of (degree, ZeRO stage); degree 2 stands beside data parallelism of 2. Then they
-    sample together: the same seeds, the same videos, on every rank."""
+def test_two_and_four_ranks_equal_one_rank(python: str, cases: tuple[str, ...]) -> None:
+    """One launch of four ranks, cases of (degree, ZeRO stage); degree 2 stands beside data parallelism of 2, 0 is a
+    degree of its own for each pack. Then they sample together: the same seeds, the same videos, on every rank."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[3])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(WORKER)]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(WORKER)]
     done = subprocess.run([*command, *cases], capture_output=True, text=True, env=environment, timeout=290)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert done.stdout.count("equal to one rank\n") == len(cases)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,12 +26,17 @@ from sora_train.training.engine.optim import adamw
 from sora_train.training.engine.zero import Pace, connect
 from tests import stubs
 
+BLANK = Layout(((1, 1, 1),), (1,))
+MIXED = (
+    Layout(((5, 2, 3),), (4,)), Layout(((1, 3, 3), (2, 2, 2)), (2, 6)), Layout(((2, 1, 1),), (3,)),
+    Layout(((7, 3, 3), (1, 1, 2)), (5, 1)), Layout(((3, 3, 1),), (2,)),
+)  # fmt: skip
 LAYOUTS = (Layout(((3, 2, 3), (1, 3, 3), (2, 2, 2)), (4, 1, 6)), Layout(((2, 3, 4), (1, 1, 1)), (2, 3)))
 
 
-def make_network() -> VideoModel:
+def make_network(heads: int = 4) -> VideoModel:
     torch.manual_seed(0)
-    network = VideoModel(DiT(8, 32, 2, 4, 64, 16, absolute_positions=True), TextEncoder(16, 1, 2, 64), WAN)
+    network = VideoModel(DiT(8, 8 * heads, 2, heads, 64, 16, absolute_positions=True), TextEncoder(16, 1, 2, 64), WAN)
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -50,10 +57,10 @@ def loss_of(network: Any, pack: LatentPack) -> Tensor:
     return ((network(pack) - pack.video.target_NP).square().mean(1) * pack.video.weight_N).sum()
 
 
-def alone() -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of both packs over their weight, on one rank."""
-    network = make_network()
-    packs = [make_pack(layout) for layout in LAYOUTS]
+def alone(layouts: Sequence[Layout] = LAYOUTS, heads: int = 4) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of all packs over their weight, on one rank."""
+    network = make_network(heads)
+    packs = [make_pack(layout) for layout in layouts]
     loss = sum(loss_of(network, p) for p in packs) / sum(p.video.weight_N.sum() for p in packs)
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in network.named_parameters()}
@@ -61,20 +68,39 @@ def alone() -> tuple[float, dict[str, Tensor]]:
 
 def shared(world: World, stage: int) -> tuple[float, dict[str, Tensor]]:
     """The same under the engine: groups share out packs, the ranks of a group the tokens of a pack."""
-    network = make_network()
-    others = ulysses.Neighbours(ulysses.sequence_group(world))
-    network.split_sequence(others)
-    mine = LAYOUTS[world.data_rank :: world.data_size]
+    mine: list[tuple[Layout | None, int]] = [
+        (one, world.sequence) for one in LAYOUTS[world.data_rank :: world.data_size]
+    ]
+    return together(make_network(), ulysses.sequence_groups(world), mine, stage)
+
+
+def mixed(world: World, stage: int) -> tuple[float, dict[str, Tensor]]:
+    """The same where each pack has ranks of its own: two share one beside two that each have one, then four share one,
+    then one rank has one and the others have nothing. No number of ranks divides the three heads."""
+    mine: list[tuple[Layout | None, int]] = [
+        (MIXED[0], 2) if world.rank < 2 else (MIXED[world.rank - 1], 1), (MIXED[3], 4),
+        (MIXED[4] if world.rank == 2 else None, 1),
+    ]  # fmt: skip
+    return together(make_network(3), ulysses.sequence_groups(world, 4), mine, stage)
+
+
+def together(
+    network: VideoModel, groups: ulysses.Groups, mine: Sequence[tuple[Layout | None, int]], stage: int
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients over all ranks, of which this one has a pass for each pack, shared by so many; None: none."""
+    network.split_sequence(groups)
     options = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     optimizer = adamw([(network, 1.0)], OptimConfig())
     engine = stubs.engine(network, optimizer, Precision.fp32, len(mine), 1e9, options)
-    packs = [make_pack(layout) for layout in mine]
-    total = torch.stack([p.video.weight_N.sum() for p in packs]).sum()
+    packs = [replace(make_pack(layout or BLANK), ranks=ranks) for layout, ranks in mine]
+    for pack, (layout, _) in zip(packs, mine, strict=True):
+        pack.video.weight_N *= layout is not None
+    total = torch.stack([p.video.weight_N.sum() / ranks for p, (_, ranks) in zip(packs, mine, strict=True)]).sum()
     dist.all_reduce(total)
     loss = torch.zeros(())
-    for pack in packs:
+    for pack, (_, ranks) in zip(packs, mine, strict=True):
         engine.pace = Pace(float(total))
-        part = loss_of(engine, pack)
+        part = loss_of(engine, pack) / ranks
         engine.backward(part)
         loss += part.detach() / total
     dist.all_reduce(loss)
@@ -98,14 +124,14 @@ def sampled(network: VideoModel) -> list[Tensor]:
 
 
 def equal(cases: list[tuple[int, int]]) -> None:
-    """Each case is a degree and a ZeRO stage."""
+    """Each case is a degree (0: each pack has its own) and a ZeRO stage."""
     world = from_environment()
     connect(world)
-    loss, gradients = alone()
-    scale = max(float(g.abs().max()) for g in gradients.values())
-    assert scale > 0.01
     for degree, stage in cases:
-        ours, our_gradients = shared(world.with_sequence(degree), stage)
+        loss, gradients = alone() if degree else alone(MIXED, 3)
+        scale = max(float(g.abs().max()) for g in gradients.values())
+        assert scale > 0.01
+        ours, our_gradients = shared(world.with_sequence(degree), stage) if degree else mixed(world, stage)
         assert abs(ours - loss) <= 1e-5 * loss, (ours, loss)
         assert our_gradients.keys() == gradients.keys()
         for name, gradient in gradients.items():
@@ -114,8 +140,7 @@ def equal(cases: list[tuple[int, int]]) -> None:
             print(f"degree {degree}, stage {stage}: equal to one rank", flush=True)
     network = make_network()
     expected = sampled(network)
-    others = ulysses.Neighbours(ulysses.sequence_group(world.with_sequence(world.size)))
-    network.split_sequence(others)
+    network.split_sequence(ulysses.sequence_groups(world.with_sequence(world.size)))
     for one, other in zip(sampled(network), expected, strict=True):
         close(one, other, float(other.abs().max()), "sample")
     print(f"rank {world.rank}: samples equal to one rank's", flush=True)

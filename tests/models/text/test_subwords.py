@@ -49,7 +49,7 @@ def test_the_same_captions_give_the_same_file_in_another_process(file: str) -> N
         "print(train_subwords(CAPTIONS, 400), end='')"
     )
     other = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True,
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=280, check=True,
         env=os.environ | {"PYTHONHASHSEED": "7"},
     ).stdout  # fmt: skip
     assert other == Path(file).read_text()

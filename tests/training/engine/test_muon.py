@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,9 @@ WORKER = Path(__file__).with_name("muon_worker.py")
 MUON = OptimConfig(matrices="muon")
 
 
-def test_two_ranks_at_every_stage_do_as_one_process() -> None:
+def test_two_ranks_at_every_stage_do_as_one_process(python: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[3])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
     done = subprocess.run([*command, *"0123"], capture_output=True, text=True, env=environment, timeout=290)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert done.stdout.count("as by one process\n") == 4

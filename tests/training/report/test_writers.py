@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -183,7 +182,7 @@ def test_wandb_hears_its_own_variables_and_a_moved_run_keeps_its_identity(
 
 
 @pytest.mark.timeout(60)
-def test_wandb_writes_an_offline_run_without_a_prompt(tmp_path: Path, video: Path) -> None:
+def test_wandb_writes_an_offline_run_without_a_prompt(python: str, tmp_path: Path, video: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from sora_train.training.report.writers import Writers\n"
         "w = Writers(Path(sys.argv[1]), 'run-1', {'lr': 0.1}, ['wandb'], 9, 'demo', resume_step=0)\n"
@@ -192,7 +191,7 @@ def test_wandb_writes_an_offline_run_without_a_prompt(tmp_path: Path, video: Pat
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"NETRC": str(tmp_path / "none")}
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run"), str(video)],
+        [python, "-c", script, str(tmp_path / "run"), str(video)],
         env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -225,7 +224,7 @@ def test_wandb_without_a_network_does_not_keep_a_run_that_is_done(
 
         def finish(self) -> None:
             if ending == "hangs":
-                never.wait(60)
+                never.wait(3600)
             raise TimeoutError("Timed out finishing run.") if ending == "gives up" else RuntimeError("no\nservice")
 
     def init(**given: Any) -> Run:
@@ -239,9 +238,7 @@ def test_wandb_without_a_network_does_not_keep_a_run_that_is_done(
     monkeypatch.setitem(sys.modules, "wandb", stub)
     monkeypatch.setattr(metrics, "_WANDB_GRACE_SECONDS", 0.1)
     writers = Writers(tmp_path / "run", "run-1", {}, ["wandb"], 9, "demo", resume_step=0, wandb_finish_s=0.2)
-    start = time.monotonic()
-    writers.close()
-    assert time.monotonic() - start < 30  # and not the 60 s of the one that hangs
+    writers.close()  # before this test's time is up, though one of them hangs for an hour
     never.set()
     assert settings["finish_timeout"] == 0.2 and settings["finish_timeout_raises"] is True
     (warning,) = caplog.records

@@ -1,0 +1,109 @@
+"""Parts of a file that a row of a table is about: from and to which second or frame."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from data_tools.columns import RANGES
+from data_tools.cut import Part
+from sora_train.data.index.captions import is_missing
+
+_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
+_FRAMES = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
+Range = tuple[str, list[list[Any]]]  # of what (frames, times), and the ends of each part
+
+
+def listed(value: Any) -> Any:
+    """A list that stands in a cell as text, as pandas writes it: `['a dog', 'a cat']`; anything else as it is."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not (text.startswith("[") and text.endswith("]")):
+        return value
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value
+    return found if found and all(isinstance(item, (str, int, float, list, tuple)) for item in found) else value
+
+
+def ranges_of(values: Mapping[str, Any]) -> tuple[Range | None, set[str]]:
+    """The parts that a column with both ends of them holds, if one does, and its name."""
+    known = {name.strip().lower(): name for name in values}
+    for what, names in RANGES.items():
+        for name in (known[n] for n in names if n in known):
+            if pairs := _pairs(what, values[name]):
+                return (what, pairs), {name}
+    return None, set()
+
+
+def parts_of(values: Mapping[str, Any], found: Mapping[str, tuple[str, ...]], ranges: Range | None) -> list[Part]:
+    """The parts of its file that a row is about, none if the whole. Columns of seconds count before those of frames.
+
+    Raises ValueError for what is no time, frame or part.
+    """
+    given = {what: values.get(found[what][0]) for what in ("start", "end", "start_frame", "end_frame") if what in found}
+    for what, start, end in (("times", "start", "end"), ("frames", "start_frame", "end_frame")):
+        read = _seconds if what == "times" else _frame
+        ends = [read(given.get(start)), read(given.get(end))]
+        if ends != [None, None]:
+            return [_part(ends, what)]
+    if ranges is None:
+        return []
+    what, pairs = ranges
+    read = _seconds if what == "times" else _frame
+    return [_part([read(end) for end in pair], what) for pair in pairs]
+
+
+def _part(ends: list[float | None], what: str) -> Part:
+    start, end = 0.0 if ends[0] is None else ends[0], math.inf if ends[1] is None else ends[1]
+    if not 0 <= start < end:
+        raise ValueError(f"it goes from {start:g} to {end:g} {'frames' if what == 'frames' else 's'}")
+    return Part(start, end, what == "frames")
+
+
+def _pairs(what: str, value: Any) -> list[list[Any]]:
+    """The ends of each part in a cell; none where it holds something else, such as a date."""
+    if what == "frames" and isinstance(value, str) and (both := _FRAMES.fullmatch(value)):
+        return [list(both.groups())]
+    items = listed(value)
+    if not isinstance(items, list):
+        return []
+    pairs = [items] if len(items) == 2 and not any(isinstance(item, (list, tuple)) for item in items) else items
+    return [list(pair) for pair in pairs] if all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs) else []
+
+
+def _frame(value: Any) -> float | None:
+    """A number of a frame; a range of frames ends before its second one."""
+    if _is_absent(value):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(value)[:40]!r} is no number of a frame") from error
+    if isinstance(value, bool) or not number.is_integer():
+        raise ValueError(f"{str(value)[:40]!r} is no number of a frame")
+    return number
+
+
+def _seconds(value: Any) -> float | None:
+    """A time as a number of seconds, or as [hours:]minutes:seconds; a comma may stand before its fraction."""
+    if _is_absent(value):
+        return None
+    text = re.sub(r"(\d),(\d+)$", r"\1.\2", value.strip().removesuffix("s")) if isinstance(value, str) else value
+    clock = _CLOCK.fullmatch(text) if isinstance(text, str) else None
+    try:
+        seconds = (
+            sum(float(p or 0) * f for p, f in zip(clock.groups(), (3600, 60, 1), strict=True)) if clock else float(text)
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(value)[:40]!r} is no time in seconds") from error
+    if not math.isfinite(seconds):
+        raise ValueError(f"{str(value)[:40]!r} is no time in seconds")
+    return seconds
+
+
+def _is_absent(value: Any) -> bool:
+    return is_missing(value) or (isinstance(value, str) and value.strip().lower() in ("", "nan", "null", "none"))
