@@ -105,7 +105,10 @@ def check_format(o: Options) -> int:
 def write_binding(o: Options) -> int:
     """Write BindingBench: `prompts.jsonl`, and a right video of every prompt under `reference/`."""
     top = Path(o.binding)
-    (top / "reference").mkdir(parents=True, exist_ok=True)
+    try:
+        (top / "reference").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"binding={top} can't be written: {error.strerror or error}") from error
     every = list(trials(o.each, o.seed))
     for trial in track(every, description="drawing right videos"):
         write_mp4(top / "reference" / f"{trial.name}.mp4", render(trial.scene), FPS)

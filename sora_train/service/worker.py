@@ -114,8 +114,8 @@ class Worker:
         full: OSError | None = None
         for job in jobs:
             outcome = outcomes[job.id]
-            if (error := _full_disk(outcome)) is not None:
-                full = error
+            if (no_room := _full_disk(outcome)) is not None:
+                full = no_room
                 self._database.put_back(job.id)
             elif isinstance(outcome, str):
                 if not self._database.end(job.id, DONE, file=outcome):

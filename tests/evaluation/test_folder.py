@@ -127,6 +127,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, folders: Path)
         ((f"videos={folders / 'good'}", "out=x.json", "metrics=[flicker,psnr]"), "real one: give reference=DIR"),
         ((f"videos={folders / 'good'}", "out=x.json", "metrics=random"), "distance from real videos: give reference="),
         ((f"videos={folders / 'good'}", f"out={folders / 'file' / 'x.json'}", "metrics=flicker"), "can't be written"),
+        ((f"binding={folders / 'file'}",), "binding=.* can't be written"),
         (("votes=[a.json]",), "key=PAGE.key.json"),
         (("memorised=[a.tar]",), "name the samples"),
         ((f"videos={folders / 'good'}", "format=vbnech", "prompts=x"), "did you mean 'vbench'"),
