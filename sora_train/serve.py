@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +61,7 @@ def main() -> int:
     if not Path(o.run_dir).is_dir():
         raise InputError(f"there is no folder {o.run_dir}")
     folder = Path(o.folder) if o.folder is not None else Path(o.run_dir) / "service"
-    for part in (folder, folder / OUTPUTS, folder / UPLOADS):
-        part.mkdir(parents=True, exist_ok=True)
-        part.chmod(0o700)
-    database = Database(folder / "service.sqlite")
+    database = _opened(folder)
     if o.add is not None:
         if not o.add.isprintable() or not 1 <= len(o.add) <= 60:
             raise InputError(f"add={o.add!r} must be a name of 1 to 60 characters")
@@ -80,11 +78,24 @@ def main() -> int:
     return 0
 
 
+def _opened(folder: Path) -> Database:
+    """The database of a service's folder, which is made where it isn't there. Raises InputError."""
+    try:
+        for part in (folder, folder / OUTPUTS, folder / UPLOADS):
+            part.mkdir(parents=True, exist_ok=True)
+            part.chmod(0o700)
+        return Database(folder / "service.sqlite")
+    except OSError as error:
+        raise InputError(f"folder={folder} can't be used: {error.strerror or error}") from error
+    except sqlite3.Error as error:
+        raise InputError(f"{folder / 'service.sqlite'} can't be used: {error}") from error
+
+
 def _serve(o: Options, folder: Path, database: Database) -> int:
     try:
         from sora_train.service.app import Terms, build_app
         from sora_train.service.limits import Bounds
-        from sora_train.service.server import Address, serve_until_stopped
+        from sora_train.service.server import Address, listening, serve_until_stopped
     except ImportError as error:
         raise InputError(f"{error.name} isn't installed: pip install 'sora_train[serve]'") from error
     from sora_train.generation.options import Options as SampleOptions
@@ -103,6 +114,8 @@ def _serve(o: Options, folder: Path, database: Database) -> int:
     safeguards = safeguards_for(o.release, closed=True)
     bounds = Bounds(1 << 16, o.most_upload, 30.0, _networks(o.allow))
     lock = RunLock(folder)
+    address = Address(o.host, o.port, o.tls_certificate, o.tls_key, o.proxy)
+    listener = listening(address)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sampling = SampleOptions(run_dir=o.run_dir, steps=o.steps, guidance=o.guidance, height=o.height, width=o.width)
     source = Source(sampling)
@@ -117,7 +130,7 @@ def _serve(o: Options, folder: Path, database: Database) -> int:
     studio.open()
     worker.start()
     try:
-        serve_until_stopped(app, Address(o.host, o.port, o.tls_certificate, o.tls_key, o.proxy), o.run_dir)
+        serve_until_stopped(app, address, listener, o.run_dir)
     finally:
         worker.stop()
         studio.close()

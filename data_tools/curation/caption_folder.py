@@ -14,12 +14,17 @@ from sora_train.core.chat_server import Reply
 from sora_train.core.cli import InputError
 
 
+def check_folder(folder: str) -> None:
+    """Raise InputError for a folder that holds no model."""
+    if not (Path(folder) / "config.json").is_file():
+        raise InputError(f"captions={folder} is neither a server's address nor a folder with a config.json")
+
+
 class LocalModel:
     """The model of a folder, on a GPU if there is one. Raises InputError for a folder that holds none."""
 
     def __init__(self, folder: str) -> None:
-        if not (Path(folder) / "config.json").is_file():
-            raise InputError(f"captions={folder} is neither a server's address nor a folder with a config.json")
+        check_folder(folder)
         try:
             import torch
             from transformers import AutoModelForImageTextToText, AutoProcessor

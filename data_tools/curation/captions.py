@@ -84,9 +84,14 @@ class Threads:
         """Nothing is held."""
 
 
+def is_server(captions: str) -> bool:
+    """Tell whether `captions=` is the address of a server."""
+    return captions.startswith(("http://", "https://"))
+
+
 def model_of(captions: str, name: str | None) -> Model:
     """The model that `captions=` names: a server's address, or a folder of a local one."""
-    if captions.startswith(("http://", "https://")):
+    if is_server(captions):
         return Server(captions, name)
     from data_tools.curation.caption_folder import LocalModel
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from data_tools.candidates import say
 from data_tools.curation import captions, cut, embed, look, output, probe, scores, shots
 from data_tools.curation.beside import caption_beside
+from data_tools.curation.caption_folder import check_folder
 from data_tools.curation.clips import (
     by_rule,
     clips_of,
@@ -64,6 +65,10 @@ class Pipeline:
         self.ledger = Ledger(self.out)
         self.rule = Rule(settings.keep)
         self.done = Curated(Outcomes(settings.strict))
+        # what is wrong with a model is said before hours of decoding
+        if settings.captions and settings.has_model and not captions.is_server(settings.captions):
+            check_folder(settings.captions)
+        self._embedding = embed.stage(settings.near_model) if settings.near_model else None
 
     def run(self) -> Curated:
         """Do all of it; raises InputError where nothing is left, or the disk is full."""
@@ -109,8 +114,8 @@ class Pipeline:
         settled = self._settled()
         results, self.done.near = without_near(kept, settled, s.near, s.review)
         kept = self._keep("duplicates", "clip", results)
-        if s.near_model:
-            kept = self._take(embed.stage(s.near_model), kept, "clip")
+        if self._embedding is not None:
+            kept = self._take(self._embedding, kept, "clip")
             kept = self._keep("alike", "clip", without_alike(kept, settled, s.near_cosine))
         index = HashIndex()
         for clip in preferred(kept, settled):
@@ -143,7 +148,7 @@ class Pipeline:
         assert s.captions is not None
         model = captions.model_of(s.captions, s.model)
         try:
-            threads = captions.Threads(s.requests if s.captions.startswith("http") else 1)
+            threads = captions.Threads(s.requests if captions.is_server(s.captions) else 1)
             return self._keep("captions", "clip", take_through(captions.stage(model), clips, self.ledger, threads))
         finally:
             model.close()

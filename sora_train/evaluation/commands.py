@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,10 +60,17 @@ class Options:
         return choose(self.metrics or ["completion" if self.tasks else "quick"], self.models)
 
     def path(self, ending: str) -> Path:
-        """`out`, which must have this ending. Raises InputError."""
+        """`out`, which must have this ending and a place to be. Raises InputError."""
         if not self.out.endswith(ending):
             raise InputError(f"out={self.out or '...'} must end in {ending}")
-        return Path(self.out)
+        path = Path(self.out)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"out={path} can't be written: {error.strerror or error}") from error
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise InputError(f"out={path} can't be written: it is a folder, or in one that you may not write to")
+        return path
 
 
 def judge_videos(o: Options) -> int:
@@ -70,10 +78,13 @@ def judge_videos(o: Options) -> int:
     if not o.videos:
         raise InputError("name what to evaluate: run_dir=RUN, or videos=DIR; --help shows more")
     out, judges = o.path(".json"), o.judges()
-    outcome = judge_folder(judges, o.videos, o.reference, o.prompts or None)
+    outcome = judge_folder(judges, o.videos, o.reference, o.prompts or None, o.metrics)
     outcome.show(Console())
-    write_json(out, outcome.as_json())
-    out.with_suffix(".html").write_text(evaluation_page(outcome, videos_in(o.videos)), encoding="utf-8")
+    try:
+        write_json(out, outcome.as_json())
+        out.with_suffix(".html").write_text(evaluation_page(outcome, videos_in(o.videos)), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"out={out} can't be written: {error.strerror or error}") from error
     print(f"{out}, {out.with_suffix('.html')}")
     return 0
 
@@ -94,7 +105,10 @@ def check_format(o: Options) -> int:
 def write_binding(o: Options) -> int:
     """Write BindingBench: `prompts.jsonl`, and a right video of every prompt under `reference/`."""
     top = Path(o.binding)
-    (top / "reference").mkdir(parents=True, exist_ok=True)
+    try:
+        (top / "reference").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"binding={top} can't be written: {error.strerror or error}") from error
     every = list(trials(o.each, o.seed))
     for trial in track(every, description="drawing right videos"):
         write_mp4(top / "reference" / f"{trial.name}.mp4", render(trial.scene), FPS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,24 @@ _NAMES = ("video", "name", "file_name", "file", "path")  # columns that may name
 _CAPTIONS = ("prompt", "caption", "text")
 
 
-def judge_folder(judges: Judges, videos: str, reference: str | None, prompts: str | None) -> Outcome:
+def judge_folder(
+    judges: Judges, videos: str, reference: str | None, prompts: str | None, named: Collection[str] = ()
+) -> Outcome:
     """Judge every video of a folder. Raises InputError where names don't go together, or nothing can be read.
 
     Where names of both folders agree, each video has its real one; where none does, the reference is a set for
-    distances alone.
+    distances alone. `named` are metrics that must be there: one that nothing can be compared for is an error.
     """
     made, texts = videos_in(videos), read_prompts(prompts) if prompts else {}
     real = videos_in(reference) if reference else {}
     paired = bool(set(made) & set(real))
+    for one in judges.metrics:
+        if one.name in named and "real" in one.needs and not paired:
+            lacks = f"reference={reference} has no video of the same name" if real else "give reference=DIR"
+            raise InputError(f"metrics={one.name} compares each video with a real one: {lacks}")
+    for distance in judges.distances:
+        if distance.name in named and not real:
+            raise InputError(f"metrics={distance.name} is a distance from real videos: give reference=DIR")
     for what, others in ((f"reference={reference}", real if paired else {}), (f"prompts={prompts}", texts)):
         missing = sorted(set(made) - set(others)) if others else []
         if missing:

@@ -17,7 +17,7 @@ from sora_train.core.cli import InputError, choice, number, read
 VARIABLE = "SORA_TRAIN_RELEASE"  # names the folder, or off; else it is in the user's configuration folder
 OFF = "off"
 _SETTINGS = "release.json"
-_MARK_KEY = "mark.key"
+_MARK_KEY, _LEAST_KEY = "mark.key", 16  # bytes
 
 
 @dataclass
@@ -80,7 +80,13 @@ class ReleaseFolder:
 
     def mark_key(self) -> bytes:
         """The secret under which marks are embedded and prompts are hashed."""
-        return bytes.fromhex(self.text(_MARK_KEY).strip())
+        try:
+            key = bytes.fromhex(self.text(_MARK_KEY).strip())
+        except ValueError as error:
+            raise InputError(f"{self.file(_MARK_KEY)} is no key ({error}); take it from your backup") from error
+        if len(key) < _LEAST_KEY:
+            raise InputError(f"{self.file(_MARK_KEY)} is too short to be a key; take it from your backup")
+        return key
 
     def append(self, name: str, entry: dict[str, object]) -> None:
         """Append an entry to a record of the folder (JSON Lines), in one write."""

@@ -118,8 +118,11 @@ def attempt_all(cases: Sequence[Case], out: Path, about: Mapping[str, Any], atte
 
     `about` says which model and guard it is: a folder holds one run.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    out.chmod(0o700)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        out.chmod(0o700)
+    except OSError as error:
+        raise InputError(f"out={out} can't be used: {error.strerror or error}") from error
     head = {"about": dict(about)}
     lines = _lines(out / RESULTS)
     if lines and lines[0] != head:

@@ -102,9 +102,21 @@ def _known(found: Found, manifest: Manifest | None, records: Path) -> str:
         return str(said["id"])
     if not found.present or not records.is_file():
         return ""
-    ids = {str(json.loads(line)["mark"]) for line in records.read_text(encoding="utf-8").splitlines()}
-    best = max(ids, key=found.agreeing, default="")
+    best = max(_ids(records), key=found.agreeing, default="")
     return best if best and found.is_that(best) else ""
+
+
+def _ids(records: Path) -> set[str]:
+    """The ids of a record of marks; a line that a kill or a full disk cut short has none."""
+    ids = set()
+    for line in records.read_bytes().splitlines():
+        try:
+            id = str(json.loads(line)["mark"])
+            int(id, 16)
+        except (ValueError, KeyError, TypeError):
+            continue
+        ids.add(id)
+    return ids
 
 
 def file_hash(path: Path) -> str:

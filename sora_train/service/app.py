@@ -4,7 +4,9 @@ Annotations are evaluated here: FastAPI reads those of functions within function
 """
 
 import json
+import logging
 import os
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sora_train.core.cli import MAX_SEED
 from sora_train.release.folder import append_line
 from sora_train.service.database import DONE, ENDED, Database, Job, Key
-from sora_train.service.limits import Bounds, Guarded, Rate
+from sora_train.service.limits import CANT_WRITE, Bounds, Guarded, Rate
 
 _PAGE = Path(__file__).with_name("page")
 _FILES = {"/": ("index.html", "text/html"), "/app.js": ("app.js", "text/javascript"),
@@ -36,6 +38,7 @@ _NO_KEY: dict[int | str, dict[str, Any]] = {
     429: {"description": "too many requests, jobs or seconds"},
     400: {"description": "the body can't be read"},
     422: {"description": "a field isn't as described"},
+    503: {"description": "the service can't write just now"},
 }  # fmt: skip
 
 
@@ -116,6 +119,8 @@ def build_app(folder: Path, database: Database, terms: Terms, bounds: Bounds, wa
     known = _Door(database)
     app.add_middleware(Guarded, bounds=bounds, audit=folder / AUDIT, uploads=UPLOADS)
     app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
+    for kind in (sqlite3.OperationalError, OSError):  # a full disk above all
+        app.add_exception_handler(kind, _say_to_come_again)
     _add_page(app)
     _add_jobs(app, database, terms, known, wake)
     _add_job(app, folder, database, known)
@@ -128,6 +133,12 @@ def _say_what_is_wrong(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     lines = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()]
     return JSONResponse({"detail": "; ".join(lines).encode("utf-8", "replace").decode()}, 422)
+
+
+def _say_to_come_again(request: Request, error: Exception) -> JSONResponse:
+    """Nothing was accepted, since it can't be written down."""
+    logging.getLogger(__name__).error("%s %s: %s", request.method, request.url.path, error)
+    return JSONResponse({"detail": CANT_WRITE}, 503, {"Retry-After": "60"})
 
 
 class _Door:
@@ -254,9 +265,14 @@ def _add_uploads(app: FastAPI, folder: Path, database: Database, terms: Terms, k
         id = database.add_upload(key.name, len(data), terms.most_upload_bytes)
         if id is None:
             raise HTTPException(429, "your uploads are too large together; the oldest are removed in a while")
-        descriptor = os.open(folder / "uploads" / id, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+        try:
+            descriptor = os.open(folder / "uploads" / id, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+        except OSError:
+            (folder / "uploads" / id).unlink(missing_ok=True)
+            database.remove_upload(id)
+            raise
         return Made(id=id)
 
 

@@ -229,6 +229,11 @@ class Database:
             db.execute("INSERT INTO uploads VALUES (?, ?, ?, ?)", (id, key, size, time.time()))
         return id
 
+    def remove_upload(self, id: str) -> None:
+        """Forget an upload that could not be stored."""
+        with self._writing() as db:
+            db.execute("DELETE FROM uploads WHERE id = ?", (id,))
+
     def has_upload(self, id: str, key: str) -> bool:
         """Tell whether an upload is this key's."""
         return bool(self._rows("SELECT 1 FROM uploads WHERE id = ? AND key = ?", id, key))

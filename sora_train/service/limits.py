@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,12 @@ _HEADERS = {
     "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()", "x-frame-options": "DENY",
 }  # fmt: skip
-_TEXTS = {403: "not from this address", 408: "the body came too slowly", 413: "the body is too large"}
+CANT_WRITE = "the service can't write just now; try again later"
+_TEXTS = {403: "not from this address", 408: "the body came too slowly", 413: "the body is too large",
+          503: CANT_WRITE}  # fmt: skip
+_log = logging.getLogger(__name__)
 _MOST_BUCKETS = 10_000
+_MOST_UNWRITTEN = 10_000
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Guarded:
 
     def __init__(self, app: Callable[..., Awaitable[None]], bounds: Bounds, audit: Path, uploads: str) -> None:
         self.app, self.bounds, self.audit, self.uploads = app, bounds, audit, uploads
+        self._unwritten: deque[dict[str, object]] = deque(maxlen=_MOST_UNWRITTEN)  # entries, while the disk is full
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -93,6 +100,8 @@ class Guarded:
         try:
             if not self._may_come(scope):
                 raise TooMuch(403)
+            if scope["method"] != "GET" and not self._is_audited():
+                raise TooMuch(503)  # nothing is done that would leave no trace
             await self.app(scope, self._bounded(scope, receive), sending)
         except TooMuch as error:
             if not begun:
@@ -104,7 +113,19 @@ class Guarded:
                 "path": scope["path"][:200], "status": status, **facts,
             }  # fmt: skip
             if scope["path"].startswith("/api/"):
-                append_line(self.audit, entry)
+                self._unwritten.append(entry)
+                self._is_audited()
+
+    def _is_audited(self) -> bool:
+        """Write the entries that wait; False where they can't be written."""
+        try:
+            while self._unwritten:
+                append_line(self.audit, self._unwritten[0])
+                self._unwritten.popleft()
+        except OSError as error:
+            _log.error("%s can't be written: %s; %d entries wait", self.audit, error, len(self._unwritten))
+            return False
+        return True
 
     def _may_come(self, scope: Mapping[str, Any]) -> bool:
         if not self.bounds.allow:

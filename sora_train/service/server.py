@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
 from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sora_train.core.cli import InputError
 
 _HEAD_S = 10.0  # for a client to send the head of a request
 
@@ -23,6 +26,21 @@ class Address:
     tls_certificate: str | None = None
     tls_key: str | None = None
     proxy: str | None = None  # whose X-Forwarded-For is believed
+
+
+def listening(at: Address) -> socket.socket:
+    """A socket that listens there. Raises InputError where it can't, and for a certificate that can't be used."""
+    if at.tls_certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(at.tls_certificate, at.tls_key)
+        except OSError as error:  # of which an ssl.SSLError is one
+            raise InputError(f"tls_certificate={at.tls_certificate} and tls_key={at.tls_key}: {error}") from error
+    try:
+        family = socket.getaddrinfo(at.host, at.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((at.host, at.port), family=family, backlog=2048)
+    except OSError as error:
+        said = error.strerror or error
+        raise InputError(f"host={at.host} port={at.port}: {said}; another port= may be free") from error
 
 
 class ImpatientProtocol(H11Protocol):
@@ -59,15 +77,16 @@ def configuration(app: FastAPI, at: Address) -> uvicorn.Config:
     )  # fmt: skip
 
 
-def serve_until_stopped(app: FastAPI, at: Address, what: str) -> None:
+def serve_until_stopped(app: FastAPI, at: Address, listener: socket.socket, what: str) -> None:
     """Serve until SIGINT or SIGTERM; says so when the first request can come."""
+    port = listener.getsockname()[1]
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
-                print(f"serving {what} at {'https' if at.tls_key else 'http'}://{at.host}:{at.port}/", flush=True)
+                print(f"serving {what} at {'https' if at.tls_key else 'http'}://{at.host}:{port}/", flush=True)
 
     for stops in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends at them, then raises them again: nothing more is to do
         signal.signal(stops, lambda *_: None)
-    Server(configuration(app, at)).run()
+    Server(configuration(app, at)).run(sockets=[listener])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +20,7 @@ _log = logging.getLogger(__name__)
 _POLL_S = 0.2
 _NOTE_S = 0.5  # between two notes of a job's progress
 _TIDY_S = 3600.0
+_AGAIN_S = 5.0  # until a database is tried again that could not be written: a disk that is full is made room on
 
 
 class Cancelled(Exception):
@@ -69,6 +73,16 @@ class Worker:
         self._new.set()
 
     def _run(self) -> None:
+        while not self._end.is_set():
+            try:
+                self._work()
+            except (sqlite3.Error, OSError) as error:
+                _log.error("jobs wait, since the service can't write: %s", error)
+                self._end.wait(_AGAIN_S)
+                with suppress(sqlite3.Error):
+                    self._database.recover()  # what was at hand; it may have been made, and is delivered then
+
+    def _work(self) -> None:
         held: Job | None = None  # claimed, and not together with the last ones
         tidied = -_TIDY_S
         while not self._end.is_set():
@@ -97,9 +111,13 @@ class Worker:
         except Exception as error:  # a fault of ours ends these jobs, not the service
             _log.exception("a job failed")
             outcomes = {job.id: error for job in jobs}
+        full: OSError | None = None
         for job in jobs:
             outcome = outcomes[job.id]
-            if isinstance(outcome, str):
+            if (no_room := _full_disk(outcome)) is not None:
+                full = no_room
+                self._database.put_back(job.id)
+            elif isinstance(outcome, str):
                 if not self._database.end(job.id, DONE, file=outcome):
                     self._maker.forget(job)
             elif isinstance(outcome, Refused):
@@ -110,6 +128,8 @@ class Worker:
                 self._database.put_back(job.id)  # the service stops; one that its owner cancelled has ended already
             else:
                 self._database.end(job.id, FAILED, "an error of the service; its log says more")
+        if full is not None:
+            raise full
 
     def _progress_of(self, job: Job) -> Callable[[float], None]:
         noted = 0.0
@@ -120,7 +140,14 @@ class Worker:
                 raise Cancelled
             if time.monotonic() - noted >= _NOTE_S:
                 noted = time.monotonic()
-                if not self._database.progress(job.id, share):
-                    raise Cancelled
+                with suppress(sqlite3.OperationalError):  # a full disk stops no job that is at hand
+                    if not self._database.progress(job.id, share):
+                        raise Cancelled
 
         return note
+
+
+def _full_disk(outcome: str | Exception) -> OSError | None:
+    """The error of a disk that is full behind what became of a job; None for anything else."""
+    cause = outcome.__cause__ if isinstance(outcome, InputError) else outcome
+    return cause if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) else None

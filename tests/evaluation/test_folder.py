@@ -119,10 +119,15 @@ def test_wrong_prompt_files_are_one_line(tmp_path: Path, text: str, message: str
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, folders: Path) -> None:
+    (folders / "file").write_text("no folder")
     for arguments, message in (
         ((), "run_dir=RUN, or videos=DIR"),
         ((f"videos={folders / 'good'}",), "must end in .json"),
         ((f"videos={folders / 'good'}", "out=x.json", "metrics=text_alignment"), "models={clip: FOLDER}"),
+        ((f"videos={folders / 'good'}", "out=x.json", "metrics=[flicker,psnr]"), "real one: give reference=DIR"),
+        ((f"videos={folders / 'good'}", "out=x.json", "metrics=random"), "distance from real videos: give reference="),
+        ((f"videos={folders / 'good'}", f"out={folders / 'file' / 'x.json'}", "metrics=flicker"), "can't be written"),
+        ((f"binding={folders / 'file'}",), "binding=.* can't be written"),
         (("votes=[a.json]",), "key=PAGE.key.json"),
         (("memorised=[a.tar]",), "name the samples"),
         ((f"videos={folders / 'good'}", "format=vbnech", "prompts=x"), "did you mean 'vbench'"),

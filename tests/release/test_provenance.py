@@ -112,6 +112,9 @@ def test_a_stream_copy_loses_the_manifest_and_keeps_the_mark(
     found = verify(path, release_folder, None)
     assert found.manifest is None and found.mark_holds and found.holds
     assert found.known, "the release_folder's record knows the id"
+    with (release_folder.path / "marks.jsonl").open("ab") as record:
+        record.write(b'{"mark": "a1b2\xff')
+    assert verify(path, release_folder, None).known == found.known, "a line that was cut short hides no other"
 
 
 def test_what_was_given_is_kept_with_its_own_manifest(
@@ -181,6 +184,8 @@ def test_init_makes_what_its_owner_alone_can_read(release_folder: ReleaseFolder,
         ("release.json", '{"provider": "A", "colour": 1}', "there is no option 'colour'"),
         ("sign.key", "nothing", "can't sign"),
         ("words.txt", "no category", "line 1 must be"),
+        ("mark.key", "no key", "mark.key is no key"),
+        ("mark.key", "", "mark.key is too short"),
     ],
 )
 def test_a_damaged_folder_is_said_before_anything_is_made(

@@ -88,3 +88,14 @@ def test_image_models_as_transformers_saves_them(tmp_path: Path) -> None:
         assert not np.allclose(vectors[0], vectors[1])
     with pytest.raises(InputError, match="near_model=.* holds neither scores.json nor an image model"):
         embedder_of("near_model", str(tmp_path))
+
+
+def test_a_folder_without_a_model_is_said_before_anything_is_decoded(
+    tmp_path: Path, curated: Callable[..., int]
+) -> None:
+    films.write(tmp_path / "raw/a.mp4", films.shot(1, 30))
+    (tmp_path / "empty").mkdir()
+    for option, says in (("near_model", "holds neither scores.json"), ("captions", "neither a server's address nor")):
+        with pytest.raises(InputError, match=f"{option}=.*{says}"):
+            curated(tmp_path / "raw", tmp_path / "out", "licence=CC0-1.0", f"{option}={tmp_path}/empty")
+    assert not (tmp_path / "out/work").exists()
