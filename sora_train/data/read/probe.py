@@ -137,8 +137,17 @@ def _line(data: bytes, file: Any, stream: Any, limits: Limits) -> tuple[Line, li
     return line._replace(careful=line.careful or bool(broken), broken=broken), []
 
 
+def _rewind(file: Any) -> None:
+    import av
+
+    try:
+        file.seek(0)
+    except av.error.FFmpegError as error:  # a demuxer that found no key packet
+        raise DecodeError("undecodable", "no frame in it that decoding may begin at") from error
+
+
 def _packets(file: Any, stream: Any) -> list[Any]:
-    file.seek(0)
+    _rewind(file)
     return read_packets(file, stream)
 
 
@@ -205,7 +214,7 @@ def _first(file: Any, stream: Any, pixels: bool) -> tuple[Any, bytes]:
     codec = stream.codec_context
     if not pixels:
         codec.options |= {"ec": "0"}  # what is cut off needn't be made up
-    file.seek(0)
+    _rewind(file)
     packet = next((p for p in file.demux(stream) if p.is_keyframe and p.size), None)
     if packet is not None:
         alone = av.Packet(bytes(packet) if pixels else _beginning(bytes(packet), codec))
@@ -213,7 +222,7 @@ def _first(file: Any, stream: Any, pixels: bool) -> tuple[Any, bytes]:
         with suppress(av.error.FFmpegError):  # the second way says what is wrong
             for frame in (*codec.decode(alone), *codec.decode(None)):
                 return frame, bytes(packet)
-    file.seek(0)
+    _rewind(file)
     codec.flush_buffers()
     for following in file.demux(stream):
         with suppress(av.error.FFmpegError):  # goes on behind what can't be decoded, as the ffmpeg program does

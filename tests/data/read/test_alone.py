@@ -100,6 +100,21 @@ def test_a_file_that_was_cut_ends_before_the_first_missing_frame(tmp_path: Path,
     assert damaged_clips.difference(got, frames[[last]]) < 20
 
 
+def test_a_matroska_file_without_a_key_packet_is_named(tmp_path: Path, pool: Pool) -> None:
+    frames, path = damaged_clips.footage(np.random.default_rng(1))[:6], tmp_path / "a.mkv"
+    options = {"preset": "veryfast", "x264-params": "bframes=0"}
+    whole = damaged_clips.clean("libx264", options, 99, "mp4", frames, tmp_path)
+    with av.open(io.BytesIO(whole)) as given, av.open(str(path), "w") as out:
+        stream = given.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        for packet in list(given.demux(stream))[1:]:
+            if packet.size:
+                packet.stream = copy
+                out.mux(packet)
+    with pytest.raises(DecodeError, match="undecodable: no frame in it that decoding may begin at"):
+        pool.probe(str(path), "mkv").result()
+
+
 def test_entries_are_told_from_key_packets() -> None:
     avcc = bytes([1, 100, 0, 30, 0xFF])
 

@@ -365,7 +365,9 @@ def test_an_error_code_of_ffmpeg_is_not_one_of_the_system(monkeypatch: pytest.Mo
         (av.error.PermissionError(1, "Operation not permitted", "avcodec_send_packet()", logged), "undecodable",
          "FFmpeg: invalid mb type in P-frame (code 1)"),
         (av.error.PermissionError(1, "Operation not permitted", "avformat_open_input"), "undecodable",
-         "FFmpeg: avformat_open_input failed (code 1)"),
+         "FFmpeg: avformat_open_input failed, without saying why (code 1)"),
+        (av.error.PermissionError(1, "Operation not permitted"), "undecodable",
+         "FFmpeg: it failed, without saying why (code 1)"),
         (OSError(5, "Input/output error"), "io", "OSError: [Errno 5] Input/output error"),
     ):  # fmt: skip
         raised[:] = [error]
