@@ -32,7 +32,7 @@ from sora_train.core.cli import run as run_command
 WAYS = ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp2")
 _SIZES = {  # network, frames of each clip, pixels of a frame
     "small": (["model=demo"], [9] * 9, 48 * 48),
-    "large": (["model=20m", "data.max_tokens=8192"], [17, 17, 9, 9, 1, 1], 96 * 96),
+    "large": (["model=20m", "data.max_tokens=8192"], [9, 9, 1], 64 * 64),
 }
 _TINY = (["model.width=32", "model.heads=2", "model.ffn=64", "model.depth=2"], [5, 1], 24 * 24)
 _STEPS = 3  # of each way in a round

@@ -1,6 +1,6 @@
 """Make the demo data: a world of moving shapes as captioned H.264 shards, in three splits.
 
-    python -m data_tools.make_demo out=DIR [clips=3000] [held_out=384] [seed=0] [shard_clips=250] [workers=null]
+    python -m data_tools.make_demo out=DIR [clips=4500] [held_out=384] [seed=0] [shard_clips=250] [workers=null]
 
 Writes `train-*.tar`, `val-*.tar`, `test-*.tar`, an index beside each, and `demo.json`. `held_out` is the number of
 samples in each of val, to choose by, and test, to report: both show movements of a colour and shape that training
@@ -31,7 +31,7 @@ from sora_train.data.index.make import index_shards
 from sora_train.demo_world import scenes as shapes_world
 from sora_train.demo_world.render import render
 
-VERSION = 5  # of the world and the way it is written; a change here changes the bytes
+VERSION = 6  # of the world and the way it is written; a change here changes the bytes
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Options:
     """The command's options; see the head of this file."""
 
     out: str
-    clips: int = number(3000, least=1)
+    clips: int = number(4500, least=1)
     held_out: int = number(384, least=0)
     seed: int = number(0, least=0, most=MAX_SEED)
     shard_clips: int = number(250, least=1)

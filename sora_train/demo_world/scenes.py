@@ -25,7 +25,7 @@ SHAPES = ("ring", "square", "triangle", "cross")  # a disc is too near to a squa
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 SPLITS = ("train", "val", "test")  # to learn from, to choose by, to report
 # shares of the scenes in training, and in a held-out split, where there are enough of each to judge
-KINDS = {"one": 0.48, "two": 0.18, "behind": 0.11, "return": 0.15, "image": 0.03, "pair": 0.05}
+KINDS = {"one": 0.35, "two": 0.25, "behind": 0.15, "return": 0.18, "image": 0.02, "pair": 0.05}
 HELD_OUT_KINDS = {"one": 0.45, "two": 0.2, "behind": 0.15, "return": 0.15, "image": 0.05}
 SIZES = {"small": 0.22, "large": 0.32}  # radius
 SPEEDS = {"slow": 0.14, "quick": 0.24}  # shorter sides a second
