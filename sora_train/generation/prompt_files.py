@@ -44,7 +44,7 @@ def _lines(path: str, text: str, known: list[str]) -> list[dict[str, Any]]:
 def _table(path: str, text: str, known: list[str]) -> list[dict[str, Any]]:
     csv.field_size_limit(1 << 24)
     head = text.partition("\n")[0].strip()
-    fitting = (d for d in ("\t", ";") if {cell.strip().lower() for cell in head.split(d)} <= set(known))
+    fitting = (d for d in ("\t", ";") if d in head and {cell.strip().lower() for cell in head.split(d)} <= set(known))
     lines = io.StringIO(text, newline="")
     reader = csv.DictReader(lines, delimiter=next(fitting, "\t" if path.lower().endswith(".tsv") else ","), strict=True)
     try:

@@ -174,7 +174,7 @@ def test_damage_inside_a_picture_passes_an_index_of_headers_and_is_refused_and_c
     cut = buffer.getvalue()[: len(buffer.getvalue()) // 2]
     entries = [{**GOOD, "__key__": f"good-{n}"} for n in range(3)] + [{"__key__": "cut", "jpg": cut, "txt": b"noise"}]
     shard = write_shard(tmp_path / "s.tar", entries)
-    index_shards([shard], workers=1)
+    index_shards([shard], workers=1, probe=Probe.packets)
     index = load_index([shard])
     assert index.usable.all() and (index.width[3], index.height[3]) == (64, 64)
     with Pool(1, timeout_s=120) as pool:
