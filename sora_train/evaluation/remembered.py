@@ -1,4 +1,4 @@
-"""What several metrics ask of the same video is worked out once."""
+"""Remembers what several metrics work out of the same video."""
 
 from __future__ import annotations
 

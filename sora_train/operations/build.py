@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sora_train.config.cost import geometry, keep_cost, training_cost
@@ -72,13 +73,10 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
     for line in _opening(config, world, held_out, pool, _summary(config, world, plan, engines, len(passes))):
         console.say(line)
 
-    augment = partial(augmented, d.augment, AUGMENTATIONS.get(d.augment)) if d.augment else None
-
     def steps_from(taken: int, position: tuple[int, ...], known: dict[Any, Refusal]) -> Iterator[Step]:
-        pin = device.type == "cuda"
         steps = Loader(
-            plan, pool, passes, Position(*position), d.prefetch_steps, known,
-            pin=pin, taken=taken, cache_bytes=d.decoded_mib << 20, sharing=sharing, augment=augment,
+            plan, pool, passes, Position(*position), d.prefetch_steps, known, pin=device.type == "cuda", taken=taken,
+            cache_bytes=d.decoded_mib << 20, sharing=sharing, augment=_augmentation(d.augment),
         )  # fmt: skip
         return ulysses.same_clips(steps, groups)
 
@@ -88,13 +86,8 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
         return validation_packs(held_out, pool, passes, logging.validation_clips, groups, sharing)
 
     preview = partial(learner.preview, engines)
-
-    # previews of training clips need a plan of their own: the run's is shared by the ranks and moves on
-    source = (lambda: held_out) if logging.previews is Previews.held_out else partial(shards.plan, config)
     together = groups if world.sequence > 1 else None
-    previews: PromptClips | PreviewClips = PreviewClips(source, pool, logging.sample_clips, together)
-    if logging.prompts:
-        previews = PromptClips(config)
+    previews = _previews(config, shards, held_out, pool, together)
 
     def sample(step: int, break_off: Callable[[], bool]) -> dict[str, Path]:
         folder = run_dir / "samples" / f"step-{step:06d}"
@@ -116,6 +109,21 @@ def build_trainer(config: Config, world: World, device: torch.device, shards: Sh
         Mirror.of(config) if world.is_main else None, Guard(), watch,
     )  # fmt: skip
     return Trainer(config, world, device, parts)
+
+
+def _augmentation(name: str) -> Callable[[np.ndarray, str, int], tuple[np.ndarray, str]] | None:
+    return partial(augmented, name, AUGMENTATIONS.get(name)) if name else None
+
+
+def _previews(
+    config: Config, shards: Shards, held_out: Plan | None, pool: Pool, groups: ulysses.Groups | None
+) -> PromptClips | PreviewClips:
+    """The clips whose captions are sampled while the run trains."""
+    if config.logging.prompts:
+        return PromptClips(config)
+    # training clips need a plan of their own: the run's is shared by the ranks and moves on
+    source = (lambda: held_out) if config.logging.previews is Previews.held_out else partial(shards.plan, config)
+    return PreviewClips(source, pool, config.logging.sample_clips, groups)
 
 
 def _share(plan: Stages, run_dir: Path, world: World) -> None:
