@@ -86,15 +86,19 @@ class Guarded:
             await self.app(scope, receive, send)
             return
         begun = False
-        status = 500
+        entry: dict[str, object] = {
+            "time": round(time.time(), 3), "address": (scope.get("client") or ("",))[0], "method": scope["method"],
+            "path": scope["path"][:200], "status": 500,
+        }  # fmt: skip
         facts: dict[str, object] = scope.setdefault("state", {}).setdefault("audit", {})
 
         async def sending(message: Message) -> None:
-            nonlocal begun, status
+            nonlocal begun
             if message["type"] == "http.response.start":
-                begun, status = True, message["status"]
+                begun, entry["status"] = True, message["status"]
                 kept = [(k, v) for k, v in message.get("headers", []) if k.decode("latin-1").lower() not in _HEADERS]
                 message["headers"] = kept + [(k.encode(), v.encode()) for k, v in _HEADERS.items()]
+                self._write(entry | facts)  # before the client can know that it was done
             await send(message)
 
         try:
@@ -107,14 +111,14 @@ class Guarded:
             if not begun:
                 await JSONResponse({"detail": error.detail}, error.status_code, error.headers)(scope, receive, sending)
         finally:
-            address = (scope.get("client") or ("",))[0]
-            entry: dict[str, object] = {
-                "time": round(time.time(), 3), "address": address, "method": scope["method"],
-                "path": scope["path"][:200], "status": status, **facts,
-            }  # fmt: skip
-            if scope["path"].startswith("/api/"):
-                self._unwritten.append(entry)
-                self._is_audited()
+            if not begun:
+                self._write(entry | facts)
+
+    def _write(self, entry: dict[str, object]) -> None:
+        """Write a request's entry, once, into the audit log; only calls of the API have one."""
+        if str(entry["path"]).startswith("/api/"):
+            self._unwritten.append(entry)
+            self._is_audited()
 
     def _is_audited(self) -> bool:
         """Write the entries that wait; False where they can't be written."""
