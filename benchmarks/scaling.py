@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ranks import run_ranks
 from benchmarks.report import write
 from benchmarks.scaling_worker import Asked
 from sora_train.core.cli import InputError, number, options
@@ -95,26 +93,9 @@ def cases(o: Options) -> Iterator[Case]:
 
 def measure(case: Case, o: Options) -> dict[str, dict[str, Any]]:
     """Start the ranks of a case; returns what each way took."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+    with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        command = [sys.executable, "-m", "benchmarks.scaling_worker", json.dumps(asdict(case.asked(o, out)))]
-        places = [
-            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks), "MASTER_PORT": str(port),
-             "LOCAL_WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-            for rank in range(case.ranks)
-        ]  # fmt: skip
-        root = Path(__file__).parents[1]
-        started = [subprocess.Popen(command, env=os.environ | place, cwd=root) for place in places]
-        try:
-            codes = [process.wait() for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        if any(codes):
-            raise RuntimeError(f"{case}: the ranks ended with {codes}")
+        run_ranks("benchmarks.scaling_worker", json.dumps(asdict(case.asked(o, out))), case.ranks)
         return dict(json.loads(out.read_text()))
 
 

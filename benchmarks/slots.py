@@ -20,10 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,6 +32,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
+from benchmarks.ranks import run_ranks
 from benchmarks.report import write
 from benchmarks.slots_worker import Asked, Size, Way
 from sora_train.config.cost import balancing_cost, geometry
@@ -195,23 +193,7 @@ def _measure(
     asked = Asked([*overrides, *(_TINY if o.tiny else [])], sizes, latents, ways, o.rounds, str(folder / "found.json"))
     given = folder / "asked.json"
     given.write_text(json.dumps(asdict(asked)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    places = [
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port),
-         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        for rank in range(ranks)
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.slots_worker", str(given)]
-    started = [subprocess.Popen(command, env=os.environ | place, cwd=Path(__file__).parents[1]) for place in places]
-    try:
-        codes = [process.wait() for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    if any(codes):
-        raise RuntimeError(f"the ranks ended with {codes}")
+    run_ranks("benchmarks.slots_worker", str(given), ranks)
     return dict(json.loads(Path(asked.out).read_text()))
 
 

@@ -88,6 +88,7 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
     mistakes: list[InputError] = []
 
     def main(tree: DictConfig) -> None:
+        """Run one job, or one of a sweep's."""
         if STOPPED in codes:  # the sweep was told to stop in an earlier job
             return
         is_here = _OWN_LAUNCHER.search(str(HydraConfig.get().launcher))  # others run jobs in processes of their own

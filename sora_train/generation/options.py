@@ -100,6 +100,7 @@ def parse(usage: str | None) -> tuple[Options, Recorded | None]:
     found: list[Recorded] = []
 
     def beneath(typed: Mapping[str, str]) -> dict[str, Any]:
+        """The options that the recorded JSON gives, for those that were not typed."""
         if "from" not in typed:
             return {}
         about = _about(typed["from"])

@@ -88,6 +88,7 @@ class _Nodes:
         refused: list[InputError] = []  # raised after the loop, since every rank must take part in every broadcast
 
         def send() -> None:
+            """Broadcast each missing index from its owner; every leader stores those that its node lacks."""
             for shard, owner in owners.items() if self.leads else ():
                 parcel: list[Any] = [index_path(shard, w.store).read_bytes() if owner == self.world.rank else None]
                 dist.broadcast_object_list(parcel, owner, group=group)

@@ -170,6 +170,7 @@ def across(attend: Attend, groups: Groups) -> Attend:
 
     @torch.compiler.disable
     def attend_across(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor) -> Tensor:
+        """Attention over the tokens of all ranks, each rank for its share of the heads."""
         others, heads = groups.now, q.shape[1]
         if others is None:
             return attend(q, k, v, q_lengths, k_lengths)
