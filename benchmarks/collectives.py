@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.report import write
-from sora_train.core.cli import number, options
 from sora_train.core.cli import run as run_command
+from sora_train.core.options import number, options
 from sora_train.forecast.scale import AlphaBeta, fit
 
 SIZES = (1 << 10, 1 << 17, 1 << 20, 1 << 22, 1 << 24)  # bytes

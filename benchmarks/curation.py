@@ -27,8 +27,9 @@ from data_tools.curation.duplicates import Hashed, HashIndex
 from data_tools.curation.rules import DEFAULT, Rule
 from data_tools.curation.scores import COLUMNS
 from data_tools.curation.stage import Item, Stage
-from sora_train.core.cli import number, options, run
+from sora_train.core.cli import run
 from sora_train.core.media import write_mp4
+from sora_train.core.options import number, options
 
 _SHOT_S, _FPS = 5, 30.0
 _SIZES = {"480p": (480, 854), "1080p": (1080, 1920)}

@@ -41,9 +41,10 @@ from torch.utils.data import DataLoader
 from benchmarks.report import command, write
 from sora_train.config.schema import Probe
 from sora_train.core.batch import Visit
-from sora_train.core.cli import options, run
+from sora_train.core.cli import run
 from sora_train.core.cost import Cost, Geometry
 from sora_train.core.media import encode_mp4
+from sora_train.core.options import options
 from sora_train.data.index.index import load_index
 from sora_train.data.index.make import index_shards
 from sora_train.data.index.scan import scan_shard

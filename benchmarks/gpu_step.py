@@ -36,7 +36,8 @@ from sora_train.config.hydra import CONF
 from sora_train.config.load import build
 from sora_train.config.schema import VAE_USE, Config
 from sora_train.core.batch import Grid, Layout
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import options
 from sora_train.forecast.out_of_memory import is_out_of_memory
 from sora_train.models.layers.attention import BACKENDS, choose, packed_attention
 from sora_train.models.video_model import build_video_model

@@ -46,7 +46,7 @@ from sora_train.flow.objective import FlowObjective
 from sora_train.flow.prediction import velocity
 from sora_train.models.video_vae.model import build_vae
 from sora_train.operations.build import build_trainer
-from sora_train.training.engine.zero import connect
+from sora_train.training.engine.process_group import connect
 from sora_train.training.report.meter import Meter
 from sora_train.training.trainer import Trainer
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from sora_train.core.cli import options, run
+from sora_train.core.cli import run
+from sora_train.core.options import options
 from sora_train.demo_world.render import render
 from sora_train.demo_world.scenes import describe, make_scene
 from sora_train.evaluation.distances import measure_distances

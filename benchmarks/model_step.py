@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.packing import STAGES, simulate
 from benchmarks.report import write
 from sora_train.core.batch import Grid, Layout
-from sora_train.core.cli import options
+from sora_train.core.options import options
 from sora_train.data.order.visits import fit_sizes
 from sora_train.models.wan.model import DiT
 

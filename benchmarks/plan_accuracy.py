@@ -43,7 +43,7 @@ from sora_train.forecast.trace import Size, clip_of, trace
 from sora_train.methods.base import trained
 from sora_train.models.video_vae.model import build_vae
 from sora_train.training.engine.engines import Engines
-from sora_train.training.engine.zero import connect, disconnect
+from sora_train.training.engine.process_group import connect, disconnect
 
 _COPIED = "++deepspeed.zero_optimization.contiguous_gradients=true"  # DeepSpeed's default; experiment=demo turns it off
 _CASES: dict[str, tuple[list[str], list[Size]]] = {

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from sora_train import sample
-from sora_train.core.cli import number, options, run
+from sora_train.core.cli import run
+from sora_train.core.options import number, options
 from sora_train.release import __main__ as release
 
 

@@ -22,8 +22,9 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.report import write
-from sora_train.core.cli import number, options, run
+from sora_train.core.cli import run
 from sora_train.core.media import encode_mp4, read_mp4, write_mp4
+from sora_train.core.options import number, options
 from sora_train.evaluation.intervals import wilson
 from sora_train.release.folder import Settings, make
 from sora_train.release.mark import BITS, STRENGTHS, ClassicalMark

@@ -26,11 +26,13 @@ from torch import nn
 
 from benchmarks.report import write
 from sora_train.config.schema import Config
-from sora_train.core.cli import options
 from sora_train.core.cli import run as run_command
+from sora_train.core.options import options
 from sora_train.core.world import World
-from sora_train.training.engine.zero import Engine, connect, disconnect
-from sora_train.training.state.checkpoint import Checkpoints, Pieces
+from sora_train.training.engine.process_group import connect, disconnect
+from sora_train.training.engine.zero import Engine
+from sora_train.training.state.checkpoint import Checkpoints
+from sora_train.training.state.checkpoint_format import Pieces
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 _TENSORS = 16  # of each kind

@@ -24,8 +24,9 @@ from typing import Any
 from benchmarks.ranks import run_ranks
 from benchmarks.report import write
 from benchmarks.scaling_worker import Asked
-from sora_train.core.cli import InputError, number, options
+from sora_train.core.cli import InputError
 from sora_train.core.cli import run as run_command
+from sora_train.core.options import number, options
 
 WAYS = ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp2")
 _SIZES = {  # network, frames of each clip, pixels of a frame

@@ -35,7 +35,7 @@ from sora_train.forecast.calibration import pack_of
 from sora_train.methods.diffusion.learner import DiffusionLearner, planned
 from sora_train.training.agreement import Numbers, Request
 from sora_train.training.engine.engines import Engines
-from sora_train.training.engine.zero import connect, disconnect
+from sora_train.training.engine.process_group import connect, disconnect
 
 Step = Callable[["Batch"], None]
 

@@ -39,8 +39,8 @@ from sora_train.config.cost import balancing_cost, geometry
 from sora_train.config.hydra import CONF
 from sora_train.config.load import build
 from sora_train.config.schema import Config
-from sora_train.core.cli import number, options
 from sora_train.core.cli import run as run_command
+from sora_train.core.options import number, options
 from sora_train.core.seeds import below, uniform
 from sora_train.data.order.packing import pack, spans
 from sora_train.forecast.calibration import as_json, fit, measure

@@ -30,7 +30,7 @@ from sora_train.forecast.calibration import pack_of
 from sora_train.methods.diffusion.learner import DiffusionLearner, planned
 from sora_train.models.layers import ulysses
 from sora_train.training.engine.engines import Engines
-from sora_train.training.engine.zero import connect, disconnect
+from sora_train.training.engine.process_group import connect, disconnect
 
 Size = tuple[int, int, int]  # frames, height, width
 

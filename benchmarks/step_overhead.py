@@ -41,7 +41,7 @@ from sora_train.data.read.pool import Pool
 from sora_train.data.shards import Shards
 from sora_train.methods.diffusion.learner import start
 from sora_train.operations.build import build_trainer
-from sora_train.training.engine.zero import connect
+from sora_train.training.engine.process_group import connect
 from sora_train.training.trainer import Trainer
 
 _STEPS = 3  # of each in a round, after one that isn't counted

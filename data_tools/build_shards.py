@@ -39,7 +39,8 @@ from data_tools.sample_builder import Sample, SampleBuilder
 from data_tools.shard_writer import Journal, Mark, ShardWriter
 from data_tools.tables import check_encoding
 from sora_train.config.schema import Probe
-from sora_train.core.cli import InputError, number, options, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import number, options
 from sora_train.data.read.decode import IMAGES, VIDEOS
 
 VALIDATION = "validation"  # folder of shards that are held out

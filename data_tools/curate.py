@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING
 
 from data_tools.curation.settings import Settings
 from data_tools.out_lock import alone_on
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import options
 
 if TYPE_CHECKING:
     from data_tools.curation.engine import Engine

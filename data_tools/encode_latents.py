@@ -31,7 +31,8 @@ from sora_train.config.hydra import run_hydra
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config
 from sora_train.core.batch import Refusal, Visit
-from sora_train.core.cli import InputError, choice, options_and_overrides, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import choice, options_and_overrides
 from sora_train.core.pixels import to_video
 from sora_train.core.world import from_environment
 from sora_train.data.index.index import Index, load_index

@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 
 from data_tools.progress import progress
 from sora_train.config.schema import DataConfig, Probe
-from sora_train.core.cli import InputError, number, options_and_paths, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import number, options_and_paths
 from sora_train.data.index.consolidated import consolidate
 from sora_train.data.index.files import ignored_fields, upload_index
 from sora_train.data.index.make import index_shards

@@ -32,7 +32,8 @@ from sora_train.config.load import load
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config, DataConfig, SourceConfig, StageConfig, clip_rate
 from sora_train.core.charts import histogram
-from sora_train.core.cli import InputError, choice, number, options_and_overrides, options_and_paths, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import choice, number, options_and_overrides, options_and_paths
 from sora_train.core.page import page
 from sora_train.data.index.index import Index, load_index
 from sora_train.data.index.make import index_shards

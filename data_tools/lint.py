@@ -23,7 +23,8 @@ from rich.table import Table
 
 from data_tools.progress import progress
 from sora_train.config.schema import DataConfig, Probe
-from sora_train.core.cli import InputError, choice, number, options_and_paths, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import choice, number, options_and_paths
 from sora_train.data.index.captions import CAPTIONS
 from sora_train.data.index.files import is_current
 from sora_train.data.index.index import load_rows

@@ -25,8 +25,9 @@ import webdataset as wds
 from PIL import Image
 
 from data_tools.progress import progress
-from sora_train.core.cli import MAX_SEED, InputError, number, options, run
+from sora_train.core.cli import InputError, run
 from sora_train.core.media import encode_mp4
+from sora_train.core.options import MAX_SEED, number, options
 from sora_train.data.index.make import index_shards
 from sora_train.demo_world import scenes as shapes_world
 from sora_train.demo_world.render import render

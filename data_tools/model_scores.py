@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sora_train.core.cli import InputError, choice, number, read
+from sora_train.core.cli import InputError
+from sora_train.core.options import choice, number, read
 
 _OVER: dict[str, Callable[..., Any]] = {"mean": np.mean, "max": np.max, "min": np.min}
 _MODELS = ("model.onnx", "model.pt")

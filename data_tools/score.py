@@ -24,8 +24,9 @@ from PIL import Image
 
 from data_tools.model_scores import Scorer, scorer_of
 from data_tools.progress import progress
-from sora_train.core.cli import InputError, number, options, run
+from sora_train.core.cli import InputError, run
 from sora_train.core.media import read_mp4
+from sora_train.core.options import number, options
 from sora_train.data.index.index import Index, load_index
 from sora_train.data.index.make import index_shards
 from sora_train.data.index.patterns import expand

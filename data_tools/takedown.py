@@ -22,7 +22,8 @@ from data_tools.curation.removal import find_removal, note, remove, remove_from_
 from data_tools.curation.trained_on import checkpoints_that_saw
 from data_tools.out_lock import alone_on
 from data_tools.shard_writer import opened_journal
-from sora_train.core.cli import InputError, number, options_and_paths, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import number, options_and_paths
 from sora_train.data.index.patterns import expand
 from sora_train.data.read.store import Store
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from sora_train.config.hydra import run_hydra
 from sora_train.config.schema import Config
-from sora_train.core.cli import InputError, number, options_and_overrides, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import number, options_and_overrides
 
 
 @dataclass

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sora_train.core.cli import InputError, options_and_paths, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import options_and_paths
 from sora_train.evaluation.by_size import read_sized, rows_of, sizes_page, sizes_table
 from sora_train.evaluation.paired import print_differences
 from sora_train.operations.records import Record, read

@@ -21,7 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import options
 from sora_train.core.world import World, from_environment
 
 
@@ -58,7 +59,7 @@ def _everywhere(world: World, mine: dict[str, Any], path: str) -> dict[str, Any]
     import torch.distributed as dist
 
     from sora_train.operations.links import between
-    from sora_train.training.engine.zero import connect, disconnect
+    from sora_train.training.engine.process_group import connect, disconnect
 
     device = connect(world)
     try:

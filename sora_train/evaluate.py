@@ -22,7 +22,8 @@ from dataclasses import replace
 
 from sora_train.config.load import load
 from sora_train.config.schema import Config
-from sora_train.core.cli import InputError, nearest, options, run
+from sora_train.core.cli import InputError, nearest, run
+from sora_train.core.options import options
 from sora_train.core.world import from_environment
 from sora_train.data.order.plan import Plan
 from sora_train.data.shards import Shards

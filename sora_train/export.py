@@ -35,7 +35,8 @@ from sora_train.config.load import load, to_yaml
 from sora_train.config.registry import FAMILIES, METHODS
 from sora_train.config.released import folder_of
 from sora_train.config.schema import TOKENIZER, VAE_USE, Config, LoraConfig, Prediction
-from sora_train.core.cli import InputError, choice, number, options, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import choice, number, options
 from sora_train.core.pixels import to_unit
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Position

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import options
 from sora_train.operations.lock import RunLock
 
 
@@ -41,9 +42,10 @@ def main() -> int:
     if any((run_dir / "checkpoints").glob("step-*")):
         raise InputError(f"{run_dir} has checkpoints of its own; choose another run_dir")
     from sora_train.core.world import World
-    from sora_train.training.engine.zero import connect, disconnect
+    from sora_train.training.engine.process_group import connect, disconnect
     from sora_train.training.report.meter import Totals
-    from sora_train.training.state.checkpoint import Checkpoints, Pieces
+    from sora_train.training.state.checkpoint import Checkpoints
+    from sora_train.training.state.checkpoint_format import Pieces
     from sora_train.training.state.deepspeed_files import read
 
     saved = read(folder, o.tag)

@@ -26,7 +26,8 @@ from rich.console import Console
 from sora_train.config.hydra import run_hydra
 from sora_train.config.load import absent
 from sora_train.config.schema import Config
-from sora_train.core.cli import InputError, number, options_and_overrides, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import number, options_and_overrides
 from sora_train.data.order.plan import Plan
 from sora_train.data.shards import Shards
 from sora_train.forecast.estimate import degrees, estimate, heaviest_pass

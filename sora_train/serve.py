@@ -21,7 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora_train.core.cli import InputError, named, number, options, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import named, number, options
 from sora_train.service.database import DAY, Database
 
 OUTPUTS, UPLOADS = "outputs", "uploads"

@@ -98,7 +98,7 @@ def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
     from sora_train.operations.indexing import index_everywhere
     from sora_train.operations.memory import out_of_memory
     from sora_train.operations.vocabulary import with_tokenizer
-    from sora_train.training.engine.zero import connect, disconnect
+    from sora_train.training.engine.process_group import connect, disconnect
     from sora_train.training.report.console import setup_logging
 
     shards = Shards(config)

@@ -158,7 +158,7 @@ def process_group() -> Iterator[torch.device]:
     import torch.distributed as dist
 
     from sora_train.core.world import World
-    from sora_train.training.engine.zero import connect
+    from sora_train.training.engine.process_group import connect
 
     yield connect(World())
     dist.destroy_process_group()

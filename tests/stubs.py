@@ -12,7 +12,8 @@ from sora_train.core.cost import Geometry
 from sora_train.encoding.encoder import Encoder
 from sora_train.flow.objective import FlowObjective
 from sora_train.methods.diffusion.learner import DiffusionLearner
-from sora_train.training.engine.zero import Engine, Fragment
+from sora_train.training.engine.fragments import Fragment
+from sora_train.training.engine.zero import Engine
 
 
 def diffusion(

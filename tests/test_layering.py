@@ -36,7 +36,11 @@ MAY_IMPORT = {  # beside themselves
 }  # fmt: skip
 HEAVY = {
     "decord": {"sora_train/data/read/back_ends.py"},
-    "deepspeed": {"sora_train/training/engine/collectives.py", "sora_train/training/engine/zero.py"},
+    "deepspeed": {
+        "sora_train/training/engine/collectives.py",
+        "sora_train/training/engine/process_group.py",
+        "sora_train/training/engine/zero.py",
+    },
     "wandb": {"sora_train/training/report/writers.py"},
     "hydra": {"sora_train/config/hydra.py"},
     "diffusers": {"sora_train/models/video_vae/released.py"},

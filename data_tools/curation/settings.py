@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from data_tools.curation.rules import DEFAULT
-from sora_train.core.cli import choice, number
+from sora_train.core.options import choice, number
 
 NO_MODEL = (None, "none", "beside")  # of captions=
 

@@ -27,7 +27,8 @@ from sora_train.config.catalogue import help_text
 from sora_train.config.load import build, known_keys
 from sora_train.config.registry import FAMILIES, load_plugins
 from sora_train.config.schema import Config, VaeConfig
-from sora_train.core.cli import BAD_INPUT, STOPPED, InputError, list_items, nearest
+from sora_train.core.cli import BAD_INPUT, STOPPED, InputError, nearest
+from sora_train.core.options import list_items
 from sora_train.core.world import from_environment
 
 _OWN_LAUNCHER = re.compile("BasicLauncher|TorchrunLauncher")  # those that hand on the codes of jobs

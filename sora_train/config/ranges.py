@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sora_train.config.schema import Config
-from sora_train.core.cli import MAX_SEED, InputError
+from sora_train.core.cli import InputError
+from sora_train.core.options import MAX_SEED
 
 _ABOVE_0 = (
     "steps", "epochs", "threads",

@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from sora_train.core.cli import MAX_SEED, InputError, number
+from sora_train.core.cli import InputError
 from sora_train.core.media import write_mp4
+from sora_train.core.options import MAX_SEED, number
 from sora_train.demo_world.binding import FPS, trials
 from sora_train.demo_world.render import render
 from sora_train.evaluation import votes

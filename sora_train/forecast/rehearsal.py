@@ -16,7 +16,7 @@ from sora_train.core.world import World
 from sora_train.forecast.trace import Recorder, Size, clip_of
 from sora_train.methods.base import trained
 from sora_train.training.engine.engines import Engines
-from sora_train.training.engine.zero import connect, disconnect
+from sora_train.training.engine.process_group import connect, disconnect
 
 
 @dataclass(frozen=True)

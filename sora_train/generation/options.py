@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.config.schema import SOLVERS
-from sora_train.core.cli import MAX_SEED, InputError, choice, keys, named, number, options, read
+from sora_train.core.cli import InputError
+from sora_train.core.options import MAX_SEED, choice, keys, named, number, options, read
 from sora_train.generation.output import FORMATS, has_format
 from sora_train.generation.prompt_files import read_rows
 

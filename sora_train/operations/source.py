@@ -51,7 +51,7 @@ class Source:
         if self.world.size == 1:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             return load_sampler(self.config, o.run_dir, device, wanted)
-        from sora_train.training.engine.zero import connect  # deepspeed takes seconds to import
+        from sora_train.training.engine.process_group import connect  # deepspeed takes seconds to import
 
         sampler = load_sampler(self.config, o.run_dir, connect(self.world), wanted)
         network: Any = sampler.network

@@ -21,7 +21,7 @@ from sora_train.generation.sampler import Sampler
 from sora_train.methods.base import Network, trained
 from sora_train.models.video_model import build_video_model, whole_weights
 from sora_train.models.wan.original import is_original
-from sora_train.training.state.checkpoint import latest_intact, load_full, networks_of, verify
+from sora_train.training.state.checkpoint_format import latest_intact, load_full, networks_of, verify
 
 EXPORTED = "model.safetensors"  # what `export` writes a video model's weights to
 

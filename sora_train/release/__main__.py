@@ -20,7 +20,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from sora_train.core.cli import InputError, nearest, options, run
+from sora_train.core.cli import InputError, nearest, run
+from sora_train.core.options import options
 
 COMMANDS = ("init", "sign", "verify", "redteam", "cards")
 

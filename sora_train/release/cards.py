@@ -30,7 +30,7 @@ from sora_train.evaluation.intervals import Estimate
 from sora_train.evaluation.results import SAMPLES, cell
 from sora_train.operations.trained import checkpoint_of
 from sora_train.release.redteam import REPORT
-from sora_train.training.state.checkpoint import read_state
+from sora_train.training.state.checkpoint_format import read_state
 
 CARDS = ("model_card.md", "data_card.md", "training_content.md")
 _TEMPLATES = Path(__file__).with_name("templates")

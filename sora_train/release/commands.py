@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from sora_train.core.cli import InputError, choice
+from sora_train.core.cli import InputError
+from sora_train.core.options import choice
 from sora_train.release.certificates import make_authority
 from sora_train.release.folder import ReleaseFolder, Settings, default_path, find, make
 from sora_train.release.provenance import Signing, can_sign, read_manifest

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sora_train.core.cli import InputError, choice, number, read
+from sora_train.core.cli import InputError
+from sora_train.core.options import choice, number, read
 
 VARIABLE = "SORA_TRAIN_RELEASE"  # names the folder, or off; else it is in the user's configuration folder
 OFF = "off"

@@ -20,7 +20,8 @@ from rich.progress import track
 from rich.table import Table
 from scipy.stats import binomtest
 
-from sora_train.core.cli import MAX_SEED, InputError, number
+from sora_train.core.cli import InputError
+from sora_train.core.options import MAX_SEED, number
 from sora_train.data.read.pool import Pool
 from sora_train.evaluation.intervals import wilson
 from sora_train.evaluation.results import write_json

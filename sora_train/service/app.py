@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sora_train.core.cli import MAX_SEED
+from sora_train.core.options import MAX_SEED
 from sora_train.release.folder import append_line
 from sora_train.service.database import DONE, ENDED, Database, Job, Key
 from sora_train.service.limits import CANT_WRITE, Bounds, Guarded, Rate

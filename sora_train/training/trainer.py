@@ -26,7 +26,8 @@ from sora_train.training.health.guard import BadShare
 from sora_train.training.health.spikes import Health, Verdict, differing_ranks
 from sora_train.training.parts import Noted, Parts, Place, Step
 from sora_train.training.report.profiling import StepProfile
-from sora_train.training.state.checkpoint import Checkpoints, Pieces, load_into, pieces, read_state
+from sora_train.training.state.checkpoint import Checkpoints
+from sora_train.training.state.checkpoint_format import Pieces, load_into, pieces, read_state
 
 
 class Trainer:

@@ -15,7 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 from sora_train.config.hydra import as_typed, run_hydra
 from sora_train.config.load import load, to_dict
 from sora_train.config.schema import Config
-from sora_train.core.cli import InputError, nearest, options
+from sora_train.core.cli import InputError, nearest
+from sora_train.core.options import options
 from sora_train.data.shards import Shards
 from tests.load import cpu_s
 

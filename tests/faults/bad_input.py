@@ -20,7 +20,8 @@ from pathlib import Path
 
 from benchmarks.report import command
 from benchmarks.report import write as write_table
-from sora_train.core.cli import InputError, options, run
+from sora_train.core.cli import InputError, run
+from sora_train.core.options import options
 from tests.faults import bad_trials as trials
 from tests.faults.bad_corpus import corpus
 from tests.faults.bed import Bed

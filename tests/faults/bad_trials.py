@@ -24,7 +24,7 @@ from sora_train.data import loader
 from sora_train.data.index.index import load_index
 from sora_train.data.index.make import index_shards
 from sora_train.data.read import pool
-from sora_train.training.state.checkpoint import latest_intact, read_state
+from sora_train.training.state.checkpoint_format import latest_intact, read_state
 from tests.faults.bad_decoder import BOTH, CRASH, EAT, SPIN
 from tests.faults.bad_files import altered
 from tests.faults.bed import Bed, Job, run, samples_by_step

@@ -45,7 +45,7 @@ from sora_train.core.media import encode_mp4
 from sora_train.data.index.make import index_shards
 from sora_train.models.video_vae.model import build_vae
 from sora_train.train import train
-from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of, read_state
+from sora_train.training.state.checkpoint_format import kinds_of, latest_intact, load_full, networks_of, read_state
 from sora_train.training.trainer import Trainer
 
 PYTHON = os.environ.get("PYTHON_EXEC", sys.executable)  # the fork server's, where one runs this

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import write as write_table
-from sora_train.core.cli import InputError, options
+from sora_train.core.cli import InputError
 from sora_train.core.cli import run as run_command
+from sora_train.core.options import options
 from sora_train.operations.preflight import code_hash
 from tests.faults import configs as fault_configs
 from tests.faults import damage as fault_damage

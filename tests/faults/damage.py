@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sora_train.training.state import checkpoint
+from sora_train.training.state.checkpoint_format import latest_intact
+from sora_train.training.state.files import digest_of, sha256, write_json
 from tests.faults.bed import Bed, Job, differences, outcome
 from tests.faults.trials import stage_for, tail
 
@@ -25,7 +26,7 @@ def loader(source: Path, target: Path, rng: random.Random, kind: str) -> str | N
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     older = damage(target, rng, kind)
-    chosen = checkpoint.latest_intact(target)
+    chosen = latest_intact(target)
     if (target / "executed").exists():
         return f"{kind}: the payload ran"
     return None if chosen == older else f"{kind}: {chosen.name} was chosen"
@@ -108,8 +109,8 @@ def _plant(newest: Path, payload: bytes, with_manifest: bool) -> None:
     if with_manifest:
         manifest = json.loads((newest / "manifest.json").read_text())
         del manifest["sha256"]
-        manifest["files"][victim.name] |= {"size": len(payload), "sha256": checkpoint.sha256(victim)}
-        checkpoint.write_json(newest / "manifest.json", manifest | {"sha256": checkpoint.digest_of(manifest)})
+        manifest["files"][victim.name] |= {"size": len(payload), "sha256": sha256(victim)}
+        write_json(newest / "manifest.json", manifest | {"sha256": digest_of(manifest)})
 
 
 class _Payload:

@@ -22,7 +22,7 @@ from sora_train.config.schema import Config
 from sora_train.operations import preflight
 from sora_train.training.engine.zero import Engine
 from sora_train.training.health import watch
-from sora_train.training.state import checkpoint
+from sora_train.training.state import checkpoint, checkpoint_format
 from sora_train.training.trainer import Trainer
 
 SKEWS = ("torch", "package", "config", "data set index", "code", "environment")
@@ -57,7 +57,7 @@ def fill_disk(at: int, lasts: int) -> None:
 
         return write
 
-    checkpoint.save_file = failing(checkpoint.save_file, 1)
+    checkpoint_format.save_file = failing(checkpoint_format.save_file, 1)
     checkpoint.write_json = failing(checkpoint.write_json, 0)
 
 

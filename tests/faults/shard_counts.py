@@ -24,7 +24,8 @@ from typing import Any
 from benchmarks.report import command
 from benchmarks.report import write as write_table
 from sora_train.config.schema import Config
-from sora_train.core.cli import BAD_INPUT, InputError, options, run
+from sora_train.core.cli import BAD_INPUT, InputError, run
+from sora_train.core.options import options
 from sora_train.data.index.make import index_shards
 from sora_train.data.shards import Shards
 from tests.faults.bed import Bed, Job

@@ -31,8 +31,9 @@ import psutil
 
 from benchmarks.report import write as write_table
 from sora_train.config.schema import Config
-from sora_train.core.cli import STOPPED, InputError, options
+from sora_train.core.cli import STOPPED, InputError
 from sora_train.core.cli import run as run_command
+from sora_train.core.options import options
 from sora_train.data.order.plan import Position
 from sora_train.data.shards import Shards
 from tests.faults.bed import Bed, Job, samples_by_step

@@ -23,7 +23,7 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import BAD_INPUT, STOPPED, InputError
 from sora_train.data.order.plan import Position
 from sora_train.data.shards import Shards
-from sora_train.training.state import checkpoint
+from sora_train.training.state.checkpoint_format import latest_intact, read_state, verify
 from tests.faults.bed import Bed, Job, Launch, differences, lines_of, losses, outcome, run, samples_by_step
 from tests.faults.sabotage import (
     HELD_S,
@@ -104,7 +104,7 @@ def _false_success(config: Config) -> str | None:
     if not note.exists() or json.loads(note.read_text())["code"] != 0:
         return None
     last = run_dir / "checkpoints" / f"step-{config.steps:08d}"
-    damage = checkpoint.verify(last)
+    damage = verify(last)
     return f"exit.json says done, and {last.name} is not: {damage}" if damage else None
 
 
@@ -114,7 +114,7 @@ def _first_step_after(job: Job, run_dir: Path) -> int:
     before = metrics.stat().st_ino if metrics.exists() else 0
     resumed = 0
     with suppress(InputError):  # killed before its first checkpoint
-        resumed = checkpoint.read_state(checkpoint.latest_intact(run_dir / "checkpoints"))["step"]
+        resumed = read_state(latest_intact(run_dir / "checkpoints"))["step"]
     while not job.poll():
         cut = metrics.exists() and metrics.stat().st_ino != before  # of what the killed run had logged after that
         if cut and max((line["step"] for line in lines_of(metrics)), default=0) > resumed:
@@ -179,7 +179,7 @@ def disk(bed: Bed, name: str, rng: random.Random, reference: dict[str, Any], poi
     if code == 1 and "could not be written" not in tail(config):
         return f"point {point}: ended without saying why: {tail(config)}"
     for path in (bed.run_dir(name) / "checkpoints").glob("step-*"):
-        if damage := checkpoint.verify(path):
+        if damage := verify(path):
             return f"point {point}: {path.name} is not intact: {damage}"
     if code := run(config, 2):
         return f"point {point}: with room again ended with {code}: {tail(config)}"
@@ -222,8 +222,8 @@ def term(
     if code != STOPPED:
         return f"{phase}: ended with {code} after {sent}: {tail(config)}"
     ended, signalled = time.time(), json.loads(note.read_text())
-    newest = checkpoint.latest_intact(run_dir / "checkpoints")
-    saved = checkpoint.read_state(newest)["step"]
+    newest = latest_intact(run_dir / "checkpoints")
+    saved = read_state(newest)["step"]
     if saved != max(samples_by_step(run_dir)):
         return f"{phase}: {newest.name} is not of the last step taken"
     after = saved - signalled["done"]

@@ -18,7 +18,7 @@ from sora_train.config.registry import load_plugins
 from sora_train.config.schema import Config
 from sora_train.core.media import encode_mp4
 from sora_train.data.index.make import index_shards
-from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full, networks_of
+from sora_train.training.state.checkpoint_format import kinds_of, latest_intact, load_full, networks_of
 from sora_train.training.state.deepspeed_files import read
 from sora_train.training.trainer import Trainer
 from tests.faults.bed import PYTHON, Bed, Job, differences, losses, outcome, run, samples_by_step

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sora_train.config.schema import Config
 from sora_train.methods.diffusion.learner import DiffusionLearner
 from sora_train.training.engine.power_ema import combined
-from sora_train.training.state.checkpoint import latest_intact, load_full
+from sora_train.training.state.checkpoint_format import latest_intact, load_full
 from tests.faults.bed import PYTHON, Bed, Job, losses, outcome, run, samples_by_step
 from tests.faults.sabotage import fill_disk, signal_in
 from tests.faults.trials import elastic, kill, stage_for

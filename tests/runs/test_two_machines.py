@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.training.state.checkpoint import kinds_of, latest_intact, load_full
+from sora_train.training.state.checkpoint_format import kinds_of, latest_intact, load_full
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sora_train.training.engine.zero import Fragment
+from sora_train.training.engine.fragments import Fragment
 
 
 class Ema:

@@ -11,9 +11,10 @@ from torch import Tensor
 from sora_train.config.schema import Config
 from sora_train.methods.base import Network, trained
 from sora_train.training.engine.ema import Ema
+from sora_train.training.engine.fragments import Fragment
 from sora_train.training.engine.optim import check_patterns, optimizer_of
 from sora_train.training.engine.power_ema import PowerEmas
-from sora_train.training.engine.zero import Engine, Fragment, OnItsWay, Pace
+from sora_train.training.engine.zero import Engine, OnItsWay, Pace
 
 
 class Engines:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from sora_train.core.cli import InputError
-from sora_train.training.engine.zero import Fragment
-from sora_train.training.state.checkpoint import Checkpoints, load_full, read_state, shares, verify
+from sora_train.training.engine.fragments import Fragment
+from sora_train.training.state.checkpoint import Checkpoints
+from sora_train.training.state.checkpoint_format import load_full, read_state, shares, verify
 from sora_train.training.state.files import remove_folder
 from sora_train.training.state.mirror import Mirror
 

@@ -23,7 +23,8 @@ from sora_train.models.video_model import VideoModel
 from sora_train.models.wan.family import WAN
 from sora_train.models.wan.model import DiT
 from sora_train.training.engine.optim import adamw
-from sora_train.training.engine.zero import Pace, connect
+from sora_train.training.engine.process_group import connect
+from sora_train.training.engine.zero import Pace
 from tests import stubs
 
 BLANK = Layout(((1, 1, 1),), (1,))

@@ -13,7 +13,8 @@ from sora_train.core.world import from_environment
 from sora_train.methods.base import Network
 from sora_train.training.engine import muon
 from sora_train.training.engine.optim import optimizer_of
-from sora_train.training.engine.zero import Pace, connect
+from sora_train.training.engine.process_group import connect
+from sora_train.training.engine.zero import Pace
 from tests import stubs
 
 STEPS = 20

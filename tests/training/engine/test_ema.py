@@ -10,8 +10,9 @@ from torch import nn
 
 from sora_train.config.schema import OptimConfig, Precision
 from sora_train.training.engine.ema import Ema
+from sora_train.training.engine.fragments import Fragment
 from sora_train.training.engine.optim import adamw
-from sora_train.training.engine.zero import Fragment, Pace
+from sora_train.training.engine.zero import Pace
 from tests import stubs
 
 

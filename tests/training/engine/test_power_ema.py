@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sora_train.core.cli import InputError
+from sora_train.training.engine.fragments import Fragment
 from sora_train.training.engine.power_ema import PowerEmas, Snapshots, combination, combined, gamma_of, kind_of, thinned
-from sora_train.training.engine.zero import Fragment
-from sora_train.training.state.checkpoint import Checkpoints, load_into, pieces, read_state
+from sora_train.training.state.checkpoint import Checkpoints
+from sora_train.training.state.checkpoint_format import load_into, pieces, read_state
 from tests import stubs
 
 LENGTHS = [0.05, 0.1]

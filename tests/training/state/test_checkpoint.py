@@ -15,9 +15,19 @@ import torch
 from torch import Tensor
 
 from sora_train.core.cli import InputError
-from sora_train.training.engine.zero import Fragment
+from sora_train.training.engine.fragments import Fragment
 from sora_train.training.state import checkpoint
-from sora_train.training.state.checkpoint import Checkpoints, load_full, load_into, pieces, read_state, verify
+from sora_train.training.state.checkpoint import Checkpoints
+from sora_train.training.state.checkpoint_format import (
+    Pieces,
+    latest_intact,
+    load_full,
+    load_into,
+    pieces,
+    read_state,
+    verify,
+    write_pieces,
+)
 from tests import stubs
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -93,7 +103,7 @@ def test_the_copy_is_made_in_the_background_and_settle_waits_for_it(
     checkpoints, gate, settled = Checkpoints(tmp_path, 1), threading.Event(), threading.Event()
     stage = checkpoints._stage
 
-    def slow(mine: checkpoint.Pieces) -> checkpoint.Pieces:
+    def slow(mine: Pieces) -> Pieces:
         assert gate.wait(60)
         return stage(mine)
 
@@ -113,7 +123,7 @@ def test_without_memory_for_the_copy_the_save_fails_and_the_loop_goes_on(
 ) -> None:
     checkpoints = saved(tmp_path, 1)
 
-    def full(mine: checkpoint.Pieces) -> checkpoint.Pieces:
+    def full(mine: Pieces) -> Pieces:
         raise MemoryError("no room")
 
     monkeypatch.setattr(checkpoints, "_stage", full)
@@ -135,7 +145,7 @@ def test_damage_to_any_file_is_seen_and_an_older_checkpoint_taken(tmp_path: Path
         file.unlink()
     assert verify(file.parent) is not None
     assert checkpoints.newest() == tmp_path / "step-00000001"
-    assert checkpoint.latest_intact(tmp_path) == tmp_path / "step-00000001"
+    assert latest_intact(tmp_path) == tmp_path / "step-00000001"
 
 
 @pytest.mark.parametrize("byte", range(0, 1500, 97))
@@ -155,7 +165,7 @@ def test_where_every_checkpoint_is_damaged_it_stops_and_says_so(tmp_path: Path) 
     with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
         checkpoints.newest()
     with pytest.raises(InputError, match="no intact checkpoint"):
-        checkpoint.latest_intact(tmp_path)
+        latest_intact(tmp_path)
 
 
 def test_a_start_without_room_for_one_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,11 +296,11 @@ def test_a_rank_that_goes_away_inside_a_save_makes_it_a_failed_one(
     assert checkpoints.newest() == tmp_path / "step-00000001"
 
 
-def written_by(tmp_path: Path, ranks: list[checkpoint.Pieces]) -> Path:
+def written_by(tmp_path: Path, ranks: list[Pieces]) -> Path:
     """A checkpoint as that many ranks together write it."""
     temporary = tmp_path / ".tmp-step-00000009"
     temporary.mkdir(parents=True)
-    records = [checkpoint._write_pieces(temporary / f"rank-{n}.safetensors", mine) for n, mine in enumerate(ranks)]
+    records = [write_pieces(temporary / f"rank-{n}.safetensors", mine) for n, mine in enumerate(ranks)]
     publisher = Checkpoints.__new__(Checkpoints)  # publishing needs its folder and retention, no process group
     publisher.folder, publisher.keep, publisher.keep_every, publisher.mirror = tmp_path, 3, 0, None
     publisher.best = None
@@ -323,7 +333,7 @@ def test_partitions_that_cut_through_parameters_load_whole_and_into_other_partit
         assert_same({k: v for k, (_, v) in targets.items()}, {k: v for k, (_, v) in wanted.items()})
 
 
-def partition(seed: int, low: int, high: int) -> checkpoint.Pieces:
+def partition(seed: int, low: int, high: int) -> Pieces:
     """Elements low .. high of all parameters laid end to end, as one rank's pieces."""
     fragments, ema = whole(seed)
     mine, averages, at = [], {}, 0

@@ -14,7 +14,8 @@ import torch
 
 from sora_train.core.cli import InputError
 from sora_train.training.engine.power_ema import PowerEmas, Snapshots, combined
-from sora_train.training.state.checkpoint import Checkpoints, verify
+from sora_train.training.state.checkpoint import Checkpoints
+from sora_train.training.state.checkpoint_format import verify
 from sora_train.training.state.files import digest_of
 from sora_train.training.state.mirror import Mirror
 from tests import stubs
