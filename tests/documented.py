@@ -44,7 +44,7 @@ WHOLE = {
 }
 # What makes a command end sooner, given behind it.
 SMALLER = {
-    r"data_tools\.make_demo": "clips=60 held_out=12 shard_clips=30",
+    r"data_tools\.make_demo": "clips=36 held_out=8 shard_clips=18",
     r"data_tools\.curate": "min_seconds=1 short_side=32",
     r"sora_train\.evaluate": "count=8",
     r" steps=\d+": "steps=2",

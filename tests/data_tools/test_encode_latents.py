@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tarfile
@@ -150,25 +151,24 @@ def test_a_stopped_command_goes_on_and_ranks_share_the_shards(
     assert (shared / names[2]).read_bytes() == (whole / names[2]).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: setattr(c.data, "fps", 4.0), r"data\.fps: 8\.0, this run has 4\.0"),
-        (lambda c: setattr(c.data, "max_pixels", 1024), r"data\.max_pixels: 2304, this run has 1024"),
-        (lambda c: setattr(c.data, "fit", Fit.crop), "data.fit: stretch, this run has crop"),
-        (lambda c: setattr(c.data, "stages", [StageConfig(5, max_frames=9), StageConfig()]), r"stages\[0\].max_frames"),
-        (lambda c: setattr(c, "method", "autoencoder"), "learns from pixels"),
-    ],
-)
-def test_what_was_made_otherwise_is_refused_in_one_line(
-    config: Config, tmp_path: Path, change: Callable[[Config], None], message: str
-) -> None:
+OTHERWISE: list[tuple[Callable[[Config], None], str]] = [
+    (lambda c: setattr(c.data, "fps", 4.0), r"data\.fps: 8\.0, this run has 4\.0"),
+    (lambda c: setattr(c.data, "max_pixels", 1024), r"data\.max_pixels: 2304, this run has 1024"),
+    (lambda c: setattr(c.data, "fit", Fit.crop), "data.fit: stretch, this run has crop"),
+    (lambda c: setattr(c.data, "stages", [StageConfig(5, max_frames=9), StageConfig()]), r"stages\[0\].max_frames"),
+    (lambda c: setattr(c, "method", "autoencoder"), "learns from pixels"),
+]
+
+
+def test_what_was_made_otherwise_is_refused_in_one_line(config: Config, tmp_path: Path) -> None:
     ready = encoded(config, tmp_path / "out")
     Shards(ready).index()
-    change(ready)
-    with pytest.raises(InputError, match=message) as raised:
-        Shards(ready).plan(ready)
-    assert "\n" not in str(raised.value)
+    for change, message in OTHERWISE:
+        other = copy.deepcopy(ready)
+        change(other)
+        with pytest.raises(InputError, match=message) as raised:
+            Shards(other).plan(other)
+        assert "\n" not in str(raised.value)
 
 
 def test_other_weights_are_refused_by_training_and_by_encoding(config: Config, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def _behave(data: bytes) -> None:
     if data.endswith(EAT):
         hoard = []
         while True:
-            hoard.append(np.ones(1 << 24))
+            hoard.append(np.empty(1 << 24))  # the limit is on addresses: what is never written takes no time
 
 
 def _wrapped(name: str, real: Any) -> Any:

@@ -28,7 +28,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_that_of_the_whole_model(compose_tree: Compose, name: str) -> None:
     keys, sizes = CASES[name]
-    config = build(compose_tree(*keys, "model.depth=6"), need_vae=False)
+    config = build(compose_tree(*keys, "model.depth=4"), need_vae=False)
     whole, deep = (make(config, sizes, encoded=True) for make in (trace, deep_trace))
     assert (deep.activations, deep.made, deep.flops) == (whole.activations, whole.made, whole.flops)
     assert (deep.modules, deep.exchanged, deep.encoder) == (whole.modules, whole.exchanged, whole.encoder)

@@ -36,7 +36,7 @@ def whole_matrix(bed: Bed) -> object:
 
 def matrix(bed: Bed) -> object:
     """A sample of it: each stage on two ranks, each accumulation, and both ends on one rank."""
-    return _matrix(bed, {1: [(0, 1), (3, 4)], 2: [(0, 4), (1, 2), (2, 1), (3, 2)]}, steps=10)
+    return _matrix(bed, {1: [(0, 1), (3, 4)], 2: [(0, 4), (1, 2), (2, 1), (3, 2)]}, steps=6)
 
 
 def _matrix(bed: Bed, wanted: dict[int, list[tuple[int, int]]], steps: int) -> object:
@@ -208,12 +208,12 @@ def plugs(bed: Bed) -> object:
     load_plugins(["tests.plugs.distil", "tests.plugs.mixer"])
     store_schema()
     mine = ("plugins=[tests.plugs.distil,tests.plugs.mixer]", "method=distil")
-    short = (*mine, "steps=6", "optim.decay_fraction=0")
+    short = (*mine, "steps=4", "optim.decay_fraction=0")
     configs = {
         f"distil-{stage}": bed.config(f"distil-{stage}", f"deepspeed=zero{stage}", *short) for stage in (1, 2, 3)
     }
     shape = ("model.width=16", "model.depth=1", "model.heads=2", "model.ffn=32", "model.patch=2")
-    family = ("model=mixer", *shape, "steps=6")
+    family = ("model=mixer", *shape, "steps=4")
     configs["mixer-3"] = bed.config("mixer-3", "deepspeed=zero3", short[0], *family, leave=("model",))
     first, *then = configs.values()
     job = Job(first, 2, then=then)

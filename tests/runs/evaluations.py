@@ -23,19 +23,19 @@ from tests.faults.trials import kill
 def looks(bed: Bed) -> object:
     """Runs of two ranks with and without evaluations under way, one that shares out the tokens, one that is killed, and
     one of one rank."""
-    look = ("logging.evaluate_every=4", "logging.evaluate_clips=3", "logging.metrics=[quick]", "checkpoint.best=ssim")
+    look = ("logging.evaluate_every=2", "logging.evaluate_clips=3", "logging.metrics=[quick]", "checkpoint.best=ssim")
     plain, two, shared, three = (
-        bed.config(name, "steps=8", f"deepspeed=zero{stage}", *more)
+        bed.config(name, "steps=4", f"deepspeed=zero{stage}", *more)
         for name, stage, more in (
             ("plain", 2, ()), ("two", 2, look), ("shared", 2, ("parallel.sequence=2", *look)), ("three", 3, look),
         )
     )  # fmt: skip
-    one = bed.config("one", "steps=8", "deepspeed=zero2", *look)
+    one = bed.config("one", "steps=4", "deepspeed=zero2", *look)
     for job in (Job(plain, 2, then=(two, shared, three)), Job(one, 1)):
         if code := job.wait():
             raise RuntimeError(f"ended with {code}:\n{job.log.read_text()[-4000:]}")
     reference = outcome(bed.run_dir("two"))
-    wrong = kill(bed, "killed", random.Random(3), reference, 2, (True,), "steps=8", "deepspeed=zero2", *look)
+    wrong = kill(bed, "killed", random.Random(3), reference, 2, (True,), "steps=4", "deepspeed=zero2", *look)
     return {
         "kill": wrong, "changed": differences(outcome(bed.run_dir("plain")), reference),
         "figures": {name: _figures(bed.run_dir(name)) for name in ("one", "two", "shared", "three", "killed")},

@@ -126,7 +126,7 @@ def full_disk(bed: Bed) -> object:
 
 
 def debugs(bed: Bed) -> object:
-    """Two ranks run each file of conf/debug (`overfit` for fewer steps), then a run in which rank 1's memory ends."""
+    """Each file of conf/debug (`overfit` for fewer steps), then a run of two ranks in which rank 1's memory ends."""
     free = ("steps=", "logging.", "checkpoint.", "flow.caption")  # what the files set
     tiny = ("logging.peak_tflops=1", "logging.validation_clips=2")
     configs = {
@@ -135,10 +135,11 @@ def debugs(bed: Bed) -> object:
         "profile": bed.config("profile", "debug=profile", *tiny, leave=free),
         "memory": bed.config("memory"),
     }
-    first, *then = configs.values()
-    job = Job(first, 2, _run_out, then=then)
+    alone = Job(configs["limit"], 1, then=[configs["overfit"]])
+    job = Job(configs["profile"], 2, _run_out, then=[configs["memory"]])
+    code = alone.wait()
     job.wait()
-    found: dict[str, object] = {"codes": [job.codes[rank] for rank in (0, 1)], "output": job.log.read_text()[-4000:]}
+    found: dict[str, object] = {"codes": [code, job.codes[0], job.codes[1]], "output": job.log.read_text()[-4000:]}
     for name, config in configs.items():
         folder = Path(config.run_dir)
         files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())

@@ -12,7 +12,7 @@ from tests.faults.soak import slope
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = {
-    "kills": 1, "terms": 1, "damages": 24, "starts": 1, "nans": 1, "hangs": 1, "doubles": 1, "skews": 1, "disks": 1,
+    "kills": 1, "terms": 1, "damages": 12, "starts": 1, "nans": 1, "hangs": 1, "doubles": 1, "skews": 1, "disks": 1,
     "configs": 3, "spikes": 0, "elastics": 0, "torchrun": 0, "seed": 1,
 }  # fmt: skip
 MORE = {

@@ -215,7 +215,7 @@ def test_a_decoder_that_spins_dies_or_eats_memory_is_replaced(
 
         before = ask(good)
         spins = SPIN in ending
-        deadlines(lambda request: 3.0 if spins and not (cause is None and request["spare"]) else 120.0)
+        deadlines(lambda request: 1.5 if spins and not (cause is None and request["spare"]) else 120.0)
         if cause is None:
             assert np.abs(ask(bad).astype(int) - before).max() <= 2, "the second back end steps in"
         else:

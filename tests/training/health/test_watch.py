@@ -41,52 +41,64 @@ time.sleep(3.5)
 }
 
 
-def start(python: str, case: str, folder: Path) -> tuple[int, str]:
-    """Exit code, and what it printed after the watch began."""
+def begin(python: str, text: str, folder: Path) -> subprocess.Popen[str]:
+    """A process that is watched and does what the text says."""
     folder.mkdir()
-    process = subprocess.Popen(
-        [python, "-c", SETUP + HANGS[case], str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout and process.stdout.readline().startswith("began ")
-    out, _ = process.communicate(timeout=250)
-    return process.returncode, out
-
-
-@pytest.mark.parametrize("case", ["sleeps", "holds the GIL"])
-def test_a_process_without_progress_is_ended_and_leaves_its_stacks(python: str, case: str, tmp_path: Path) -> None:
-    code, _ = start(python, case, tmp_path / "logs")
-    assert code == (1 if case == "sleeps" else -signal.SIGKILL)
-    text = (tmp_path / "logs/rank-0.stacks.txt").read_text()
-    assert 'File "<string>", line' in text
-    if case == "sleeps":
-        assert f"rank 0 on {socket.gethostname()} made no progress for" in text and "in step 7, phase 'data'" in text
-        assert "in step 7, phase 'data'" in (tmp_path / "logs/told").read_text()
-
-
-@pytest.mark.parametrize("which", ["process", "session"])
-def test_time_in_which_it_was_stopped_does_not_count(python: str, which: str, tmp_path: Path) -> None:
-    """As a Slurm suspension or `docker pause` stops everything, or `kill -STOP` a rank alone."""
-    (tmp_path / "logs").mkdir()
-    work = "watch.phase('data'); time.sleep(0.3); print('on', flush=True); time.sleep(0.6); watch.stop()"
-    command = [python, "-c", SETUP + work, str(tmp_path / "logs")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([python, "-c", SETUP + text, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout
-    began, on = process.stdout.readline().split(), process.stdout.readline()
-    assert began[0] == "began" and on == "on\n"
-    rank = int(began[1])  # which the fork server started
-    monitors = subprocess.run(["pgrep", "-P", str(rank)], capture_output=True, text=True).stdout.split()
-    assert len(monitors) == 1
-    pids = [rank, *(map(int, monitors) if which == "session" else ())]
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for pid in pids:
-            os.kill(pid, number)
-        if number == signal.SIGSTOP:
-            time.sleep(5.0)  # more than two time-outs
-    assert process.wait(timeout=250) == 0 and not list((tmp_path / "logs").iterdir())
+    return process
 
 
-def test_slow_phases_and_an_ended_watch_are_no_alarm(python: str, tmp_path: Path) -> None:
-    code, out = start(python, "fine", tmp_path / "logs")
-    assert code == 0 and list((tmp_path / "logs").iterdir()) == []
+@pytest.fixture(scope="module")
+def watched(python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, Path]]:
+    """Exit code, output after the watch began, and folder of every case; they wait for most of their time, together."""
+    folder = tmp_path_factory.mktemp("watched")
+    processes = {case: begin(python, text, folder / case.replace(" ", "_")) for case, text in HANGS.items()}
+    found = {}
+    for case, process in processes.items():
+        out, _ = process.communicate(timeout=250)
+        first, _, rest = out.partition("\n")
+        assert first.startswith("began ")
+        found[case] = process.returncode, rest, folder / case.replace(" ", "_")
+    return found
+
+
+def test_a_process_without_progress_is_ended_and_leaves_its_stacks(watched: dict[str, tuple[int, str, Path]]) -> None:
+    for case, ended in (("sleeps", 1), ("holds the GIL", -signal.SIGKILL)):
+        code, _, logs = watched[case]
+        assert code == ended
+        text = (logs / "rank-0.stacks.txt").read_text()
+        assert 'File "<string>", line' in text
+        if case == "sleeps":
+            assert f"rank 0 on {socket.gethostname()} made no progress for" in text
+            assert "in step 7, phase 'data'" in text and "in step 7, phase 'data'" in (logs / "told").read_text()
+
+
+def test_slow_phases_and_an_ended_watch_are_no_alarm(watched: dict[str, tuple[int, str, Path]]) -> None:
+    code, out, logs = watched["fine"]
+    assert code == 0 and list(logs.iterdir()) == []
     figures = json.loads(out.replace("'", '"'))
     assert figures["slowest_rank"] == 0 and figures["slowest_rank_lag"] == pytest.approx(0.0)
+
+
+def test_time_in_which_it_was_stopped_does_not_count(python: str, tmp_path: Path) -> None:
+    """As a Slurm suspension or `docker pause` stops everything, or `kill -STOP` a rank alone."""
+    work = "watch.phase('data'); time.sleep(0.3); print('on', flush=True); time.sleep(0.6); watch.stop()"
+    processes = {which: begin(python, work, tmp_path / which) for which in ("process", "session")}
+    pids = []
+    for which, process in processes.items():
+        assert process.stdout
+        began, on = process.stdout.readline().split(), process.stdout.readline()
+        assert began[0] == "began" and on == "on\n"
+        rank = int(began[1])  # which the fork server started
+        monitors = subprocess.run(["pgrep", "-P", str(rank)], capture_output=True, text=True).stdout.split()
+        assert len(monitors) == 1
+        stopped = [rank, *(map(int, monitors) if which == "session" else ())]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        pids += stopped
+    time.sleep(5.0)  # more than two time-outs
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    for which, process in processes.items():
+        assert process.wait(timeout=250) == 0 and not list((tmp_path / which).iterdir())
