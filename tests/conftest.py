@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/runs/"))  # the longest first: no worker ends alone
     if not config.getoption("--campaign"):
         for item in items:
             if item.get_closest_marker("campaign"):

@@ -272,7 +272,7 @@ from sora_train.forecast.rehearsal import rehearse
 from sora_train.forecast.trace import trace
 for stage in (1, 2, 3):
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        tree = compose("train", ["experiment=demo", "model.depth=2", "run_dir=x", f"deepspeed=zero{stage}",
+        tree = compose("train", ["experiment=demo", "model.depth=1", "run_dir=x", f"deepspeed=zero{stage}",
                                  "++deepspeed.zero_optimization.reduce_bucket_size=1000000"])
     config = build(tree, need_vae=False)
     sizes = [(9, 48, 48)] * 2

@@ -63,18 +63,20 @@ def _matrix(bed: Bed, wanted: dict[int, list[tuple[int, int]]], steps: int) -> o
     return found
 
 
-def adapters(bed: Bed, stages: tuple[int, ...] = (0, 3), in_bf16: tuple[int, ...] = (3,)) -> object:
+def adapters(bed: Bed, stages: tuple[int, ...] = (0, 3), in_bf16: tuple[int, ...] = (3,), steps: int = 2) -> object:
     """Two ranks train adapters at ZeRO stages, in bf16, and again at stage 3 with a stop halfway."""
     lora = (
         "model.lora.rank=2", "model.lora.alpha=4", "model.lora.targets=[q,v,mlp.2,text_in.0,out.project]",
-        "optim.decay_fraction=0", "optim.lr=0.01", "optim.warmup_steps=1", "steps=4",
+        "optim.decay_fraction=0", "optim.lr=0.01", "optim.warmup_steps=1", f"steps={steps}",
     )  # fmt: skip
     configs = [bed.config(f"stage-{stage}", *lora, f"deepspeed=zero{stage}") for stage in stages]
     configs += [
-        bed.config(f"bf16-{stage}", *lora, f"deepspeed=zero{stage}", "precision=bf16", "logging.validate_every=4")
+        bed.config(
+            f"bf16-{stage}", *lora, f"deepspeed=zero{stage}", "precision=bf16", f"logging.validate_every={steps}"
+        )
         for stage in in_bf16
     ]
-    configs += [bed.config("resumed", *lora, "deepspeed=zero3", f"steps={steps}") for steps in (2, 4)]
+    configs += [bed.config("resumed", *lora, "deepspeed=zero3", f"steps={end}") for end in (steps // 2, steps)]
     first, *then = configs
     job = Job(first, 2, then=then)
     if code := job.wait(timeout_s=3000):
@@ -93,7 +95,7 @@ def adapters(bed: Bed, stages: tuple[int, ...] = (0, 3), in_bf16: tuple[int, ...
 
 def all_adapters(bed: Bed) -> object:
     """The same at every stage."""
-    return adapters(bed, (0, 1, 2, 3), (0, 3))
+    return adapters(bed, (0, 1, 2, 3), (0, 3), 4)
 
 
 def minute(bed: Bed, side: int = 24) -> object:

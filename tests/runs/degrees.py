@@ -51,7 +51,7 @@ def degrees(bed: Bed) -> object:
     four = bed.config("four", *keys, "deepspeed=zero1")
     half = bed.config("half", *keys, "deepspeed=zero1", "steps=2")
     rest = bed.config("half", *keys, "deepspeed=zero1")
-    moved = bed.config("moved", *keys, "deepspeed=zero3")
+    moved = bed.config("moved", *keys, "deepspeed=zero2")
     _finish(one, 1)
     _finish(four, 4, then=(half,))
     shutil.copytree(half.run_dir, moved.run_dir)
