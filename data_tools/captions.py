@@ -31,7 +31,7 @@ class Refused(Exception):
 
     @staticmethod
     def of(error: DecodeError, where: str = "") -> Refused:
-        """The refusal of a caption by the rules that hold in shards."""
+        """Convert the DecodeError of a caption; `where` precedes its detail."""
         kind = _KINDS.get(error.cause, error.cause.replace("_", " "))
         return Refused(kind, where + ("" if error.detail == "the caption is empty" else error.detail))
 
@@ -101,7 +101,7 @@ class Names:
 
 
 def sidecar(path: Path, names: Names, encoding: str | None = None) -> dict[str, Any] | None:
-    """Read the sidecar of a media file: its captions and fields as a sample's json has them, None if nothing does.
+    """Read the sidecars of a media file: captions and fields as in a sample's JSON; None if there is no caption.
 
     Texts are `NAME.mp4.txt` or `NAME.txt` (or `.caption`); a `NAME.json` may hold `caption`, `captions`, or fields
     alone. Raises Refused for what can't be used.
@@ -137,7 +137,7 @@ def sidecars_of(name: str, names: Names) -> list[str]:
 
 
 def _rows(path: Path, record: Record, columns: Columns) -> list[Row]:
-    """The row that a record is, or, where it has captions of several parts of its file, those that it stands for."""
+    """The row of a record, or one row for each part of the file if the record has captions of several parts."""
     number, values = record
     if isinstance(values, str):
         raise Refused("bad caption row", values)

@@ -1,4 +1,4 @@
-"""Samples in shards whose caption or video is another one now, and the shards that hold them written anew."""
+"""Finds samples whose caption or video has changed since they were written, and rewrites their shards."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def rewrite(
     changes: Changes,
     build: Callable[[list[Candidate]], Iterable[tuple[Candidate, tuple[Mark, Members]]]],
 ) -> None:
-    """Write every shard anew that holds a changed sample; the others of it are copied from it, in the same order.
+    """Rewrite every shard that contains a changed sample. Its unchanged samples are copied, in the same order.
 
-    `build` makes the samples that can be used. The index beside such a shard goes: it is of what was there.
+    `build` creates the new samples and skips unusable ones. The outdated index of a rewritten shard is deleted.
     """
     for shard, samples in list(journal.shards.items()):
         again = [changes.samples[name] for name in samples if name in changes.samples]

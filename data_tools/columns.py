@@ -28,7 +28,7 @@ RANGES = {  # columns that hold both ends, [0, 48] (of frames also 0:48), or, wi
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns as told, by what they are (`file`, `caption`, ...); the rest is found by its usual names."""
+    """Column names given by the user, by role (`file`, `caption`, ...); other roles are found by their usual names."""
 
     told: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -60,12 +60,12 @@ class Columns:
         return found | {name for name in names if name.strip().lower() in ("caption", "captions")}
 
     def chosen(self, header: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """The columns of a header by what they are; those that aren't there are left out."""
+        """Column names of a header, by role. Roles without a column are left out."""
         names = list(header)
         return {what: found for what in WANTED if (found := self._in(names, what))}
 
     def of(self, record: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-        """The same for one record, of whose usual names those count that hold something."""
+        """Like `chosen`, for one record. Among the usual names of a role, one that has a value is preferred."""
         there = [name for name, value in record.items() if not (is_missing(value) or value == "")]
         return self.chosen(record) | self.chosen(there)
 

@@ -1,4 +1,4 @@
-"""Parts of a file that a row of a table is about: from and to which second or frame."""
+"""Time or frame ranges of a media file that the rows of a caption table refer to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Range = tuple[str, list[list[Any]]]  # of what (frames, times), and the ends of 
 
 
 def listed(value: Any) -> Any:
-    """A list that stands in a cell as text, as pandas writes it: `['a dog', 'a cat']`; anything else as it is."""
+    """Parse a list that pandas wrote to a cell as text: `['a dog', 'a cat']`. Other values are returned unchanged."""
     text = value.strip() if isinstance(value, str) else ""
     if not (text.startswith("[") and text.endswith("]")):
         return value
@@ -30,7 +30,11 @@ def listed(value: Any) -> Any:
 
 
 def ranges_of(values: Mapping[str, Any]) -> tuple[Range | None, set[str]]:
-    """The parts that a column with both ends of them holds, if one does, and its name."""
+    """Find a column whose cells have both ends of a range.
+
+    Returns:
+        The ranges and a set with the column's name; None and an empty set if there is no such column.
+    """
     known = {name.strip().lower(): name for name in values}
     for what, names in RANGES.items():
         for name in (known[n] for n in names if n in known):
@@ -40,9 +44,19 @@ def ranges_of(values: Mapping[str, Any]) -> tuple[Range | None, set[str]]:
 
 
 def parts_of(values: Mapping[str, Any], found: Mapping[str, tuple[str, ...]], ranges: Range | None) -> list[Part]:
-    """The parts of its file that a row is about, none if the whole. Columns of seconds count before those of frames.
+    """Read the time or frame ranges of a media file that a table row refers to.
 
-    Raises ValueError for what is no time, frame or part.
+    Args:
+        values: The row's cells by column name.
+        found: Column names by role (`start`, `end`, `start_frame`, `end_frame`). Columns of seconds take precedence
+            over columns of frames, and both over `ranges`.
+        ranges: Ranges found in a single column, as `ranges_of` returns them.
+
+    Returns:
+        The ranges; empty if the row refers to the whole file.
+
+    Raises:
+        ValueError: A cell is not a time or a frame number, or a range is empty or negative.
     """
     given = {what: values.get(found[what][0]) for what in ("start", "end", "start_frame", "end_frame") if what in found}
     for what, start, end in (("times", "start", "end"), ("frames", "start_frame", "end_frame")):

@@ -17,7 +17,7 @@ Members = list[tuple[str, bytes]]  # of one sample: extension and bytes
 
 
 class Mark(NamedTuple):
-    """Mark by which a sample's file and caption are known to be still those that are in a shard."""
+    """Fingerprint of a sample's file and captions, to detect changes since they were written to a shard."""
 
     size: int
     mtime_ns: int
@@ -71,7 +71,7 @@ class Journal:
         self.shards[shard] = dict(samples)
 
     def note(self, name: str, value: Any) -> None:
-        """Remember a choice that later runs of the command must make alike."""
+        """Append a named JSON value to the journal; later runs of the command read it from `notes`."""
         self._append({name: value})
         self.notes[name] = value
 

@@ -1,4 +1,4 @@
-"""Captions as a model writes them: read from its answer, and checked before they are believed."""
+"""Parses and checks the captions in the answer of a vision-language model."""
 
 from __future__ import annotations
 

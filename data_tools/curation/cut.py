@@ -1,8 +1,9 @@
-"""The stage `cut`: a span of a film to a video of its own, frame by frame; a whole film is copied as it is.
+"""The stage `cut`: cut a span of a film into a video of its own, exact to the frame.
 
-Decoding begins at the key frame before the span. The first and the last frame are compared with what the film's one
-whole decode had there; where they differ, or frames are missing, the film is decoded from its beginning. With `copy`
-the film's own packets are taken where they can be (`packets.py`), and the same frames are compared.
+Decoding begins at the key frame before the span. The first and the last frame are compared with those of the stage
+`look`, which decoded the whole film. If they differ, or if frames are missing, the film is decoded from its beginning.
+With `copy` the film's own packets are copied where possible (`packets.py`), and the same two frames are compared. A
+film that is a single clip is copied, unless it must be cropped or made smaller.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A span of a film by its own packets, without encoding: from the last place before it at which decoding may begin.
+"""Copies the packets of a span of a film without re-encoding, from the last decoder entry point before the span on.
 
-An edit list hides the frames between that place and the span. A frame at the end of the span that is stored behind a
-later one is left out, since nothing can hide the later one: up to three frames of H.264 with B-frames.
+An edit list hides the frames between the entry point and the span. A frame at the end of the span whose packet is
+stored after that of a later frame is left out, because the later frame could not be hidden: up to three frames of H.264
+with B-frames.
 """
 
 from __future__ import annotations
@@ -25,9 +26,19 @@ class Missed(Exception):
 
 
 def copy_span(film_path: str, stream_number: int, stamps: Sequence[int], path: Path) -> int:
-    """Write the packets of the frames with these stamps, of as many as can be from the first on; returns how many.
+    """Copy the packets of consecutive frames of a film into a file of its own, without re-encoding.
 
-    Raises Missed where they can't be told from others, or the container can't hold them.
+    Args:
+        film_path: The film.
+        stream_number: Number of its video stream.
+        stamps: Presentation times of the frames in the stream's time base, ascending; empty if they are unknown.
+        path: File to write.
+
+    Returns:
+        The number of frames copied, from the first on. Frames at the end may be missing (see above).
+
+    Raises:
+        Missed: The frames can't be identified by their times, or the container can't store the packets.
     """
     if not stamps:
         raise Missed("its packets don't say which frame is when")

@@ -33,7 +33,7 @@ _MODULES = ("data_tools.curation.scores", "data_tools.curation.hashes")
 
 
 def stage() -> Stage:
-    """The stage."""
+    """Build the stage `scores`."""
     return Stage("scores", scores, _READS, _MODULES)
 
 

@@ -71,11 +71,15 @@ class World:
 
 
 def from_environment() -> World:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without them (plain `python -m`) it is rank 0 of 1.
+    """Read rank and world size from the environment; without these variables (plain `python -m`) it is rank 0 of 1.
 
-    torchrun, `accelerate launch`, DeepSpeed's launcher (whose LOCAL_SIZE is LOCAL_WORLD_SIZE) and the training
-    operators of Kubernetes set them, with MASTER_ADDR and MASTER_PORT. Raises InputError for values that name no place
-    among ranks that can meet, since each would train alone; so would the tasks that srun or mpirun start.
+    The variables are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (or LOCAL_SIZE, as DeepSpeed's launcher calls it),
+    MASTER_ADDR and MASTER_PORT. torchrun, `accelerate launch`, DeepSpeed's launcher and the training operators of
+    Kubernetes set them.
+
+    Raises:
+        InputError: The values are incomplete or contradict each other, or srun or mpirun started several tasks without
+            them. Each process would then train by itself.
     """
     env = os.environ
     if "WORLD_SIZE" not in env and "RANK" not in env:

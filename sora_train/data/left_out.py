@@ -24,7 +24,7 @@ Count = Callable[[Sequence[str]], list[int]]  # tokens of captions before any ar
 
 
 def left_out(config: Config, plan: Stages, count: Count) -> list[str]:
-    """Warnings for the start of a run: captions and clips that are cut, with their share and what would hold them."""
+    """Warnings about captions and clips that will be shortened: their share, and a limit that would avoid it."""
     rows = _some_rows(plan.index, plan.inputs.filters)
     lines = [shortened_clips(stage.inputs, plan.index, rows) for stage in plan.plans]
     if METHODS.get(config.method).reads_captions and plan.index.encoded() == {""}:

@@ -46,7 +46,7 @@ class Sized:
 
 
 def read_sized(places: Sequence[str], evaluation: str) -> list[Sized]:
-    """The runs, smaller models and shorter training first.
+    """Read runs and their evaluations, sorted by model size, then by length of training.
 
     Args:
         places: Run folders.

@@ -61,7 +61,7 @@ class Options:
         return choose(self.metrics or ["completion" if self.tasks else "quick"], self.models)
 
     def path(self, ending: str) -> Path:
-        """`out`, which must have this ending and a place to be. Raises InputError."""
+        """Path of `out`, whose folder is created. Raises InputError for another suffix or if it can't be written."""
         if not self.out.endswith(ending):
             raise InputError(f"out={self.out or '...'} must end in {ending}")
         path = Path(self.out)

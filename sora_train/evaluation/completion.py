@@ -30,7 +30,7 @@ def part_of(task: str, frames: int, stride: int) -> Part:
 
 
 def standing_still(real_THWC: np.ndarray, part: Part) -> np.ndarray:
-    """The clip with the nearest given frame held in place of the made part: what a model has to beat."""
+    """Baseline: the clip with its generated part replaced by the given frame before it (else the one after)."""
     frames = real_THWC.copy()
     frames[part.made(len(frames))] = real_THWC[part.before - 1 if part.before else len(frames) - part.after]
     return frames
@@ -46,7 +46,7 @@ def given(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -
 
 @metric("seam", groups=("completion",), better="down", needs=["part"], summary="median")
 def seam(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
-    """Change into the frames where given meets made, against all other places; 1 is a seam like any other place."""
+    """Change where given and generated frames meet, relative to all other frames; 1: no difference."""
     assert sample.part is not None
     frames = len(made_THWC)
     seams = [at for at in (sample.part.before, frames - sample.part.after) if 0 < at < frames]

@@ -128,7 +128,7 @@ def check_layout(form: str, folder: str, every: Sequence[Wanted]) -> list[str]:
 
 
 def case_collisions(every: Sequence[Wanted]) -> list[str]:
-    """Files that are one on disks that don't tell capitals apart, as those of macOS and Windows."""
+    """Names of videos that differ only in case, and so would overwrite each other on macOS and Windows."""
     folded = Counter(one.file.casefold() for one in every)
     return [one.file for one in every if folded[one.file.casefold()] > 1]
 

@@ -110,7 +110,7 @@ GROUPS = {
 
 
 def register(name: str, groups: Sequence[str], build: Build) -> None:
-    """Enter a metric; a name stands for one."""
+    """Register a metric. Raises ValueError if the name is taken."""
     if name in METRICS or name in GROUPS:
         raise ValueError(f"there is a metric or group {name!r} already")
     METRICS[name] = Entry(name, tuple(groups), build)

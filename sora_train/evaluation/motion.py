@@ -100,10 +100,18 @@ def changes(frames_THWC: np.ndarray) -> np.ndarray:
 
 
 def seam_jumps(every: np.ndarray, seams: Sequence[int]) -> tuple[float, float]:
-    """Changes into the frames `seams` against all others: ratio of the medians, and of the largest.
+    """Compare the changes between frames at seams with those everywhere else.
 
-    `every` is what `changes` gives. 1 is a seam like any other place. NaN where there is no seam, `inf` where
-    everything else stands still. Raises ValueError for a seam that has no frame before it.
+    Args:
+        every: Mean absolute change into each frame but the first, `(T - 1,)`, as `changes` returns it.
+        seams: Numbers of the first frames after a seam, 1 to T - 1.
+
+    Returns:
+        Ratio of the medians, and ratio of the maxima; 1 for no difference. NaN if there are only seams or none, `inf`
+        if the other changes are 0.
+
+    Raises:
+        ValueError: A seam is out of range.
     """
     if any(not 1 <= seam <= len(every) for seam in seams):
         raise ValueError(f"seams at {list(seams)} of {len(every) + 1} frames")
@@ -115,10 +123,10 @@ def seam_jumps(every: np.ndarray, seams: Sequence[int]) -> tuple[float, float]:
 
 
 def worst_place(every: np.ndarray, seams: Sequence[int]) -> float:
-    """The largest change at any one place of a piece against all other places: the ratio of the medians.
+    """Compare the position within a piece that has the largest change with all other positions: ratio of the medians.
 
-    Places are counted from each seam to the next. A jump that was moved away from the seams shows here. NaN where
-    pieces have one place alone.
+    Positions are counted from one seam to the next, so this finds jumps that don't lie at the seams. `every` and
+    `seams` are those of `seam_jumps`. NaN with fewer than two seams, or if a piece has fewer than two positions.
     """
     pieces = [every[first - 1 : then - 1] for first, then in pairwise(seams)]
     count = min(map(len, pieces), default=0)

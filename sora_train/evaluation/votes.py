@@ -83,7 +83,7 @@ class Strength:
 
 
 def pairs_of(folders: Sequence[str], prompts: str | None, count: int, seed: int, repeats: float) -> list[Pair]:
-    """`count` questions on the videos that all folders have by name, in an order and with sides that the seed draws.
+    """Draw at most `count` pairs of videos of the same name in two folders; `seed` decides pairs, order and sides.
 
     A share `repeats` of them is asked a second time with the sides changed. Raises InputError for folders without
     common names.

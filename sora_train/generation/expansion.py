@@ -34,10 +34,20 @@ Rewrite = Callable[[str], str]
 
 
 def expand_all(jobs: Sequence[Job], o: Options, config: Config, ranks: int) -> list[Job]:
-    """The jobs with their prompts rewritten by the server that the options name.
+    """Rewrite the prompts of jobs with the language model at `o.expand_url`.
 
-    A sample whose JSON says that it was made from this prompt before keeps the wording it had. Raises InputError for
-    jobs without a prompt, for several ranks, and where no answer can be used.
+    Args:
+        jobs: Samples to make, each with a prompt.
+        o: Options of the command.
+        config: Configuration of the video model, whose training captions serve as examples.
+        ranks: Number of ranks; must be 1.
+
+    Returns:
+        The jobs with their new prompts. If the JSON of an existing sample shows that it was made from the same prompt,
+        its earlier wording is kept.
+
+    Raises:
+        InputError: A job has no prompt, there are several ranks, or the server gives no usable answer.
     """
     if ranks > 1:
         raise InputError("expand=true asks a server from one process; take its samples again by from=FILE.json on more")

@@ -86,7 +86,16 @@ class Given:
 def fitted(
     source: tuple[int, int], target: tuple[int, int], fit: Fit
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """Size to resize a picture to, and the part to cut from that (top, left, height, width), for a size asked for."""
+    """Resize and centre crop that bring a picture to a target size.
+
+    Args:
+        source: Height and width of the picture.
+        target: Height and width of the result.
+        fit: Whether to crop or to stretch.
+
+    Returns:
+        The size to resize to (height, width), and the crop (top, left, height, width).
+    """
     (height, width), (out_height, out_width) = source, target
     if fit is Fit.stretch:
         return target, (0, 0, *target)

@@ -102,7 +102,7 @@ def _continued(
 
 
 def check_overlap(latents: int, overlap: int) -> None:
-    """Raise InputError for an overlap that leaves no room in pieces of so many latent frames."""
+    """Raise InputError if `overlap` exceeds half of a piece of `latents` latent frames, or a piece has fewer than 3."""
     if overlap > (latents - 1) // 2 and latents > 1:
         raise InputError(f"overlap={overlap} of a piece's {latents} latent frames; at most {(latents - 1) // 2}")
     if latents < 3:

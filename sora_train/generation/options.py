@@ -89,7 +89,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Facts in the JSON of `from=` about the weights and the given files; only what wasn't given anew is held to it."""
+    """Hashes of weights and given files in the JSON of `from=`; empty for what the command line replaces."""
 
     path: str
     weights: str

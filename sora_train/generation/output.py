@@ -44,7 +44,7 @@ class Target:
 
     @property
     def json(self) -> Path:
-        """Settings that it was made from."""
+        """The JSON file with the settings that the sample was made from."""
         return self.folder / f"{self.name}.json"
 
     @property
@@ -97,8 +97,17 @@ def save(
 ) -> Path:
     """Write a sample's video, contact sheet and JSON; returns the video's path.
 
-    Of frames that come in pieces, the sheet shows the first frames of a few of them. Raises InputError where nothing
-    can be written, and Refused where the safeguards refuse the video.
+    Args:
+        target: Folder, name and format of the files.
+        video: Frames `(T, H, W, 3)` uint8, or an iterable of arrays of frames. Of an iterable, the contact sheet shows
+            the first frames of a few evenly spaced arrays.
+        fps: Frames per second.
+        about: Contents of the JSON, which is written last.
+        safeguards: Guard, mark and signature of the video.
+
+    Raises:
+        InputError: A file can't be written.
+        Refused: The safeguards refuse the video.
     """
     try:
         target.folder.mkdir(parents=True, exist_ok=True)

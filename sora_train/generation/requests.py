@@ -78,7 +78,10 @@ def _first_side(shape: tuple[int, int], side: int | None) -> float:
 
 @dataclass
 class Prompt:
-    """One video to make, everything at its size: given frames at its beginning and end, or a video to start from."""
+    """One video to generate, with the frames that condition it, `(T, H, W, 3)` uint8 at the size of the video.
+
+    `before` and `after` are given frames at its beginning and end. `start` is a video to vary, noised to `strength`.
+    """
 
     shots: list[Shot]
     before: np.ndarray | None = None

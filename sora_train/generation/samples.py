@@ -148,7 +148,7 @@ def check_prompt(world: World, sample: Sample, safeguards: Safeguards) -> None:
 
 
 def made(sampler: Sampler, sample: Sample) -> Video:
-    """The frames of a sample: whole, or in pieces that are made when they are asked for."""
+    """Generate the frames of a sample: one array, or an iterator that generates a long video in pieces."""
     sampler = copy.copy(sampler)
     sampler.config = config = sample.config
     o, size, sides = sample.options, sample.size, sample.sides

@@ -89,7 +89,10 @@ def adapter(text: str) -> tuple[str, float]:
 
 
 def fixed(o: Options) -> Options:
-    """The same options, naming the checkpoint that is the newest now and adapters by their whole paths."""
+    """Options with `checkpoint` set (to the newest one if none is given) and absolute paths of adapters.
+
+    Raises InputError if one of them is missing.
+    """
     for path, _ in map(adapter, o.lora):
         if not Path(path).exists():
             raise InputError(f"lora={path}: there is no such file or folder")
@@ -101,7 +104,7 @@ def fixed(o: Options) -> Options:
 
 
 def fingerprint(config: Config, o: Options) -> str:
-    """A hash of everything that was trained, in one line: by it a sample's JSON knows its weights again."""
+    """Hashes of all trained weights, in one line. A sample's JSON identifies its weights by it."""
     if is_released(o.run_dir):
         parts = [weights_hash(Path(o.run_dir) / "transformer")]
     elif is_original(o.run_dir) or (Path(o.run_dir) / EXPORTED).is_file():
@@ -121,7 +124,7 @@ def fingerprint(config: Config, o: Options) -> str:
 
 
 def sharing(config: Config) -> World:
-    """This process's place among the ranks, which share every clip's tokens. Raises InputError for too many."""
+    """World in which all ranks share the tokens of each clip. Raises InputError for more ranks than heads."""
     world = from_environment()
     if config.model.heads < world.size:
         raise InputError(f"{world.size} ranks can't share {config.model.heads} heads (model.heads); start fewer")

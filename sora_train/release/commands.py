@@ -113,7 +113,7 @@ def sign(o: Sign) -> int:
 
 
 def check(o: Verify) -> int:
-    """Say what of a file's manifest and mark holds; 1 where neither does."""
+    """Print whether a file's manifest and mark are valid; returns 1 if neither is."""
     found = verify(Path(o.video), find(o.release), o.trust)
     print("\n".join(found.lines()))
     return 0 if found.holds else 1

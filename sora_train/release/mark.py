@@ -41,7 +41,7 @@ _RGB = np.array((0.299, 0.587, 0.114))  # brightness (BT.601)
 
 @dataclass(frozen=True)
 class Found:
-    """Content of a video's mark: the id that it would hold, and by how much it is there."""
+    """Result of reading a mark: the decoded id, and how strongly the video shows a mark."""
 
     id: str  # 12 hexadecimal digits
     strength: float

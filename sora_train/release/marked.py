@@ -1,4 +1,4 @@
-"""A video with its mark, as weak as it may be: what is left of it is tried on the video's beginning, encoded anew."""
+"""Embeds a mark at the least strength that survives re-encoding, as tried on the first frames of the video."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _CRF, _FRAMES = 28, 24  # how, and how much of a video, it is encoded anew to tr
 
 
 def attempts(mark: Mark, video: Video, id: str) -> Iterator[Video]:
-    """The video with the mark at the least strength that outlives being encoded anew, then at each larger one.
+    """Yield the marked video at the least strength that survives re-encoding, then at each larger strength.
 
-    A video in pieces can be read but once: there is one attempt, with the strength that its first piece needs.
+    A video in pieces can be read only once, so it is yielded once, at the strength that its first piece needs.
     """
     pieces = pieces_of(video)
     first = next(pieces)
@@ -34,7 +34,7 @@ def attempts(mark: Mark, video: Video, id: str) -> Iterator[Video]:
 
 
 def _least(mark: Mark, frames_THWC: np.ndarray, id: str) -> tuple[int, np.ndarray]:
-    """The place of the least strength that outlives being encoded anew, else of the last, and frames marked so."""
+    """Index of the least strength that survives re-encoding (the last if none does), and the frames marked with it."""
     low, high, made = 0, len(mark.strengths) - 1, {}
     while low < high:
         middle = (low + high) // 2
@@ -54,7 +54,10 @@ def _embedded(mark: Mark, frames_THWC: np.ndarray, id: str, strength: float) -> 
 
 
 def encoded_anew(frames_THWC: np.ndarray, crf: int) -> np.ndarray:
-    """The brightness of frames as H.264 leaves it, in all three channels; an odd last row or column is left out."""
+    """Brightness of frames after H.264 encoding at `crf` and decoding, `(T, H, W, 3)` uint8.
+
+    All three channels are equal. Odd sizes lose their last row or column.
+    """
     height, width = (side // 2 * 2 for side in frames_THWC.shape[1:3])
     encoder: Any = av.CodecContext.create("libx264", "w")
     encoder.width, encoder.height, encoder.pix_fmt, encoder.framerate = width, height, "gray", 8

@@ -1,4 +1,4 @@
-"""The HTTP server around the application: patience, sizes, encryption, and a line when it serves."""
+"""The HTTP server of the service: time-outs, size limits, TLS, and a line printed when it is ready."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEAD_S = 10.0  # for a client to send the head of a request
 
 @dataclass(frozen=True)
 class Address:
-    """Address that the service listens on, with which certificate, and behind which proxy."""
+    """Address that the service listens on, its TLS certificate, and the proxy in front of it."""
 
     host: str = "127.0.0.1"
     port: int = 0

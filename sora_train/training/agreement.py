@@ -1,9 +1,9 @@
-"""The one agreement that the ranks reach in a step: sums over all of them, sent a step ahead, on the host.
+"""The all-reduce on the host by which the ranks agree once per step: sums over all ranks, requested one step ahead.
 
-Before a rank computes a step it has the data of the next one, so it sends the next step's numbers, its stop request and
-its loss of the step before, and reads the sums when it has computed. They have arrived by then unless a rank is late by
-a whole step, so nobody waits for them. The loss of a step is thus judged when the next one has been taken; where
-something is about to rest on the step (a checkpoint, a validation), it is asked for at once.
+A rank loads the data of the next step before it computes the current one, so it can start the sum early. It sends the
+counts of the next step, its stop request and its loss of the previous step, computes the current step, and then reads
+the sums. They have arrived by then unless a rank is a whole step late, so normally no rank waits. The loss of a step is
+therefore judged after the next step has been taken. Before a checkpoint or validation it is summed at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Numbers:
 
 
 class Request:
-    """Numbers that are being summed over all ranks, in the background. Collective."""
+    """An all-reduce of `Numbers` over all ranks that runs in the background. Collective."""
 
     def __init__(self, mine: Numbers) -> None:
         self._values = torch.tensor(astuple(mine), dtype=torch.float64)

@@ -249,7 +249,7 @@ class Trainer:
         return verdict is not None and self.roll_back(verdict)
 
     def rests(self) -> bool:
-        """True if something is about to rest on the last step, so that its verdict can't come with the next one."""
+        """True if a save, validation, preview or the run's end follows, so that the loss must be judged at once."""
         logging, keep = self.config.logging, self.config.checkpoint
         often = [logging.validate_every, logging.sample_every, logging.evaluate_every, keep.every_steps]
         snapshots = self.snapshots.every if self.snapshots else 0

@@ -67,7 +67,7 @@ def named_captions(value: object) -> dict[str, str]:
 
 
 def is_missing(value: object) -> bool:
-    """Tell whether a value stands for none: null or NaN."""
+    """Tell whether a value is missing: None or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -117,7 +117,7 @@ def parse_fields(data: bytes) -> dict[str, Any]:
 
 
 def columns_of(fields: Sequence[Mapping[str, Any]]) -> tuple[dict[str, pa.Array], dict[str, str]]:
-    """The fields of all jsons of a shard as columns, and why others became none, by name.
+    """Columns of the fields of a shard's JSONs, by name; and the reason for each field that gets no column.
 
     A column holds numbers (missing is NaN) where all of its values are numbers, else words (missing is empty). A name
     that no filter could spell has its other characters replaced by `_`.

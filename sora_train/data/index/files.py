@@ -23,11 +23,16 @@ REQUESTS = 8  # shards that are asked about at a time: a remote one answers afte
 
 
 def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Probe | None = None) -> bool:
-    """Tell whether a shard has an index that was made from it as it is now, by this version (and with these limits).
+    """Tell whether a shard has an index that was made from its present contents by this version of the code.
 
-    It must be one for which as much was decoded as `probe` says, or more; without, any will do.
+    Args:
+        shard: Path or URL of the shard.
+        store: Access to the shard.
+        limits: Decoding limits that the index must have been made with; None accepts any.
+        probe: Depth of decoding that the index must have been made with, or a greater one; None accepts any.
 
-    Raises InputError for a file in the index's place that isn't one of ours.
+    Raises:
+        InputError: A file of another kind has the name of the index.
     """
     path = index_path(shard, store)
     if not path.is_file():

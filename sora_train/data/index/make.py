@@ -64,9 +64,9 @@ def index_shards(
 
 
 def missing_index(shards: Sequence[str], store: Store, limits: Limits, probe: Probe | None) -> list[str]:
-    """The shards that have no current index here, after those that lie beside remote shards were taken over.
+    """Find the shards without a current index here. Indexes stored beside remote shards are copied first.
 
-    Raises InputError for shards whose indexes would lie in one place.
+    Raises InputError if two shards would have the same index file.
     """
     check_places(shards, store)
 

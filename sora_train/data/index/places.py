@@ -60,7 +60,7 @@ def write(table: pa.Table, shard: str, store: Store) -> None:
 
 
 def check_places(shards: Sequence[str], store: Store) -> None:
-    """Raise InputError for shards whose indexes would lie in one place."""
+    """Raise InputError if two shards would have the same index file."""
     places: dict[Path, str] = {}
     for shard in shards:
         other = places.setdefault(index_path(shard, store), shard)

@@ -96,7 +96,11 @@ def scan_shard(
 
 
 def members_of(path: str) -> tuple[dict[str, tuple[Members, list[str]]], list[Fault], list[int]]:
-    """The samples of a tar by key, each with its members and the extensions that came twice; faults; header places."""
+    """Read the members of a tar.
+
+    Returns:
+        The members of each sample and its duplicate extensions, by key; the faults; the positions of all headers.
+    """
     samples: dict[str, tuple[Members, list[str]]] = {}
     faults, headers = [], []
     with Path(path).open("rb") as file:

@@ -121,7 +121,7 @@ class SideTables:
     def join(self, index: Index, asked: Collection[str] | None = None) -> Index:
         """The index with the tables' columns, and a fingerprint that changes with any byte of the tables.
 
-        With `asked`, the index as it is where it has all of these columns itself. Raises InputError as `values` does.
+        With `asked`, returns the index unchanged if it already has these columns. Raises InputError as `values` does.
         """
         if not self._tables or (asked is not None and set(asked) <= set(index.columns)):
             return index

@@ -21,7 +21,7 @@ from sora_train.data.order.shared_windows import SharedWindows
 
 
 class Stages:
-    """The plan of a whole run. The last stage has no end."""
+    """The plans of all stages of a run. Stage n ends at step `ends[n]`; the last one has no end."""
 
     def __init__(self, plans: Sequence[Plan], ends: Sequence[int]) -> None:
         self.plans, self.ends = plans, ends
@@ -41,7 +41,7 @@ class Stages:
         return self.plans[0].amendments
 
     def stage(self, taken: int) -> int:
-        """The stage of the step that follows `taken` steps."""
+        """Index of the stage of the step that follows the first `taken` steps."""
         return int(np.searchsorted(self.ends, taken, side="right"))
 
     def from_position(self, at: Position, taken: int = 0) -> Iterator[tuple[Position, Slots]]:
@@ -72,7 +72,7 @@ class Stages:
         self.restore([*self.amendments, Amendment(epoch, tuple(samples))])
 
     def restore(self, amendments: Sequence[Sequence[int | Sequence[int]]]) -> None:
-        """Take over amendments, as a checkpoint kept them."""
+        """Replace the amendments by those of a checkpoint."""
         for plan in self.plans:
             plan.restore(amendments)
 

@@ -144,9 +144,9 @@ class Plan:
         return self._windows[epoch]
 
     def before(self, at: Position) -> str:
-        """A hash of the shards that an epoch visits in the windows before the one at `at`, by the names of their files.
+        """Hash of the file names of the shards that an epoch visits before the window of `at`.
 
-        Where another plan has the same, its window at `at` holds what is left of the epoch.
+        In another plan with the same hash, the rest of the epoch begins with the window of `at`.
         """
         names = [
             [self.index.shards[shard].rpartition("/")[2] for shard in shards.tolist()]

@@ -39,7 +39,12 @@ class SharedWindows:
             atexit.register(self.remove)
 
     def get(self, window: str, plan: Callable[[], Window]) -> Window:
-        """The window of this name; planned here if no rank of the node has it yet."""
+        """Read a window that a rank of this node has planned, or plan it and store the result for the other ranks.
+
+        Args:
+            window: Name of the window, unique within this folder.
+            plan: Computes the window. Called if the file doesn't exist, can't be read or can't be written.
+        """
         path = self.folder / f"{window}.npz"
         try:
             with self._locked():

@@ -1,4 +1,4 @@
-"""Choice of the frames of a clip: those of the source on the screen at each n / fps seconds, never whole strides.
+"""Choice of the frames of a clip: the source frames shown at n / fps seconds, rather than every k-th frame.
 
 A clip begins in the middle of the time that its first frame is shown. Frame n of the clip is the one on the screen
 n / fps seconds later, so that what is seen is never more than half a source frame away from wall time; a source slower
@@ -24,7 +24,10 @@ def distance(n: np.ndarray | int, source: np.ndarray | int, clip: np.ndarray | i
 
 
 def available(frames: np.ndarray, source: np.ndarray, clip: np.ndarray) -> np.ndarray:
-    """Frames of the longest clip that sources of so many frames hold; of a single frame one, whatever its rate."""
+    """Frames of the longest clip from sources of `frames` frames; 1 for an image, whatever its rate.
+
+    `source` and `clip` are the frame rates in `thousandths`.
+    """
     whole = (clip * (2 * frames - 1) + 2 * source - 1) // (2 * source)
     return np.asarray(np.where(frames == 1, 1, whole))
 

@@ -35,12 +35,12 @@ class Visits:
         return np.asarray(self.frames, dtype=np.int64) * self.crop[:, 2] * self.crop[:, 3]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Every column by name, to be written to a file; `Visits(**...)` of what is read back is the same."""
+        """All columns as arrays by name, to be written to a file; `of_arrays` restores them."""
         return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
 
     @staticmethod
     def of_arrays(arrays: Any) -> Visits:
-        """The visits whose columns these are."""
+        """Restore visits from the columns that `arrays` returned."""
         columns = {field.name: arrays[field.name] for field in fields(Visits)}
         return Visits(**columns | {"tasks": tuple(columns["tasks"].tolist())})
 
@@ -92,10 +92,17 @@ def cuts(
 
 
 def cut_pieces(frames: np.ndarray, span: np.ndarray, turn: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """First source frame of the `turn`-th visit of samples of `frames` frames, of which a visit spans `span`.
+    """First source frame of each of many visits, `(n,)`.
 
-    A clip that needs P pieces is visited in rounds of P + 1: P pieces that together cover all of it, begun at another
-    one for each clip and cut at other places in each round, then one from anywhere.
+    A sample that is longer than a clip is visited in rounds of P + 1 clips: P clips that together cover all its frames,
+    with boundaries drawn anew in each round, and one that begins at a random frame. Where in a round the first visit
+    lies is drawn for each sample.
+
+    Args:
+        frames: Source frames of the sample.
+        span: Source frames that a clip spans; P = ceil(frames / span).
+        turn: Number of the visit to the sample.
+        seeds: Seed of the sample.
     """
     pieces = -(-frames // span)
     number = turn + below(pieces + 1, seeds, _SHIFT)

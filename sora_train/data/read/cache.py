@@ -21,7 +21,7 @@ _ARRIVING = "arriving"  # folder of shards under way
 
 
 class Cache:
-    """A folder of byte ranges shared by processes: files appear whole, the oldest used go when it is full."""
+    """A folder of byte ranges shared by processes. Writes are atomic; the least recently used files are evicted."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
@@ -61,7 +61,7 @@ class Cache:
         return True
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep bytes under a name, after making room; what is larger than most of the cache is not kept."""
+        """Store bytes under a name, evicting old files if needed. Bytes above 90% of the limit are not stored."""
 
         def write(path: Path) -> None:
             temporary = path.with_name(f".{path.name}")
@@ -98,7 +98,7 @@ class Cache:
                 temporary.unlink(missing_ok=True)
 
     def drop(self, name: str) -> None:
-        """Forget a name; its bytes stay counted until the next eviction counts anew."""
+        """Remove the file of a name. Its bytes count towards the limit until the next eviction."""
         self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:

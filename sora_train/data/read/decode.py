@@ -90,7 +90,7 @@ def read_member(path: str, offset: int, size: int) -> bytes:
 
 
 def checked(data: bytes, offset: int, size: int, crc32: int | None) -> bytes:
-    """The data, if they are as many as were asked for and those that were indexed; else raises DecodeError."""
+    """Return `data` if its size and checksum are the given ones; else raise DecodeError. None: not compared."""
     if size >= 0 and len(data) != size:
         raise DecodeError("truncated", f"{len(data)} of {size} bytes at {offset}")
     if crc32 is not None and zlib.crc32(data) != crc32:

@@ -124,9 +124,9 @@ class Server:
 
 
 class Overheard:
-    """Output of decoders to stderr, where decord's FFmpeg reports damage that it hides: a file without a name.
+    """Redirects the decoders' stdout and stderr, where alone decord's FFmpeg reports damage, to an unnamed file.
 
-    Not a pipe, which a decoder that writes more than it holds would wait at.
+    A pipe would block a decoder that writes more than the pipe's buffer.
     """
 
     def __init__(self) -> None:
@@ -152,9 +152,10 @@ _CALLS = {  # of the kernel: architecture's number in a filter; socket, connect,
 
 
 def shut_in() -> None:
-    """Die with the parent, and (Linux) give up the network and other programs: a decoder that is taken over has none.
+    """Restrict this process on Linux: it ends with its parent, and can't use the network or start programs.
 
-    A seccomp filter answers these calls with EPERM. On other systems and machines only the rest of the fence stands.
+    An attacker who takes over a decoder thus has neither. A seccomp filter answers the system calls with EPERM; it is
+    only installed on x86-64 and ARM64.
     """
     if sys.platform != "linux":
         return

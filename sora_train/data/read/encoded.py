@@ -78,7 +78,15 @@ def header(data: bytes) -> dict[str, Any]:
 
 
 def probe(head: bytes, size: int) -> dict[str, Any]:
-    """The index's figures of a latent file of `size` bytes from its beginning; raises DecodeError."""
+    """Read the index columns (frames, rate, size, encoding) of a latent file.
+
+    Args:
+        head: The first bytes of the file, at least its header.
+        size: Size of the file in bytes.
+
+    Raises:
+        DecodeError: `data_tools.encode_latents` didn't write the file, or it is incomplete.
+    """
     found = header(head)
     try:
         tensor, about = found["latents"], dict(json.loads(found["__metadata__"]["about"]))

@@ -85,7 +85,7 @@ class Pool:
     def probe_all(
         self, members: Sequence[tuple[str, str, int, int]], pixels: bool, whole: bool = False
     ) -> Future[list[Probed]]:
-        """The same for several local members (path, extension, offset, size) in one message; errors are returned.
+        """Probe several local members (path, extension, offset, size) in one message; errors are returned, not raised.
 
         They share one deadline. Where it passes, or the child dies, each is tried again by itself.
         """
@@ -114,7 +114,7 @@ class Pool:
         return self._threads.submit(self._ask, request)
 
     def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Do something small in a thread of the pool, in turn with the requests."""
+        """Run a short function in a thread of the pool, queued with the decode requests."""
         return self._threads.submit(work, *arguments)
 
     def load_errors(self) -> dict[str, str]:

@@ -245,10 +245,15 @@ def _beginning(packet: bytes, codec: Any) -> bytes:
 
 
 def rate(times: np.ndarray, claimed: float) -> tuple[float, float, bool]:
-    """Frames a second, seconds, and whether the rate varies, from presentation times.
+    """Frame rate (frames per second), duration (seconds), and whether the rate varies.
 
-    The claimed rate is believed where every frame is on the screen in the middle of its interval at that rate; else
-    the rate is the average. Raises DecodeError for a time line that can't be.
+    Args:
+        times: Presentation times of all frames in seconds, ascending.
+        claimed: Frame rate according to the container; 0 if it gives none. It is used if each frame is shown in the
+            middle of its interval at that rate. Otherwise the average rate is used.
+
+    Raises:
+        DecodeError: The times give no plausible rate.
     """
     count = len(times)
     span = float(times[-1] - times[0])

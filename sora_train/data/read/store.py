@@ -104,7 +104,7 @@ class Store:
         return self._of_copy(shard, lambda cache, name: cache.get(name, offset, size))
 
     def forget(self, shard: str, offset: int, size: int) -> None:
-        """Drop a range from the cache: it has turned out not to be what was indexed. A streamed shard goes once."""
+        """Remove a range that differs from the index from the cache. A streamed shard is removed as a whole, once."""
         if self.cache and not self._is_streamed(shard):
             self.cache.drop(_name(shard, offset, size))
         elif self.cache and shard not in self._doubted:
@@ -240,7 +240,7 @@ class Store:
     def _system(self, shard: str, patient: bool = False) -> Any:
         """The file system of a shard's scheme; raises InputError where its package isn't installed.
 
-        A `patient` one gives each piece of a file its time, not the whole.
+        With `patient`, the HTTP time-out applies to each read from the socket, not to the whole transfer.
         """
         kind = scheme(shard)
         assert kind is not None

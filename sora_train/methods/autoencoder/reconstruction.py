@@ -31,7 +31,10 @@ class Reconstruction:
         return float(sum(frames * height * width for frames, height, width in (c.visit.size for c in pack.clips)))
 
     def loss(self, network: nn.Module, pack: Pack, device: torch.device) -> Loss:
-        """Loss summed over pixels. Of a pack without clips a blank frame is run, so that all ranks join collectives."""
+        """Loss of a pack, summed over pixels.
+
+        For a pack without clips the network runs on a blank frame with zero loss, so that all ranks join collectives.
+        """
         side = self.geometry.spatial_stride
         if not pack.clips:
             blank = torch.zeros(1, 3, 1, side, side, device=device)

@@ -25,7 +25,10 @@ UNSCALED: Factors = (1.0, 1.0, 1.0)
 
 
 def axis_sizes(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head for time, height and width: an even number near a third each for space, the rest for time."""
+    """Split the channels of a head among the axes: `(time, height, width)`, which add up to `head_dim`.
+
+    Height and width get the same even number, about a third; time gets the rest.
+    """
     space = 2 * (head_dim // 6)
     return head_dim - 2 * space, space, space
 

@@ -34,7 +34,7 @@ class MatrixOptimizer(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update what stands in the groups now: ZeRO takes them one at a time."""
+        """Update the parameters now in `param_groups`; ZeRO fills in and updates one group at a time."""
         everything = self.param_groups
         try:
             self.param_groups = [group for group in everything if not group["muon"] and group["params"]]
@@ -65,7 +65,7 @@ class MatrixOptimizer(torch.optim.AdamW):
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements of a whole matrix that this rank holds: `numel` from `start` on, at `at` in a flat tensor."""
+    """Elements `start` to `start + numel` of a flattened matrix, which this rank has in a flat tensor from `at` on."""
 
     matrix: int  # its number in the flat tensor
     start: int
@@ -75,14 +75,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Flat:
-    """The matrices of which a tensor that the optimizer sees holds pieces, the same list on every rank."""
+    """Shapes of the matrices in a tensor of the optimizer (the same on every rank), and this rank's pieces of them."""
 
     shapes: tuple[tuple[int, int], ...]
     pieces: tuple[Piece, ...]
 
 
 class Sharing:
-    """Gives each rank the updates of the pieces that it holds; with `whole` (stage 0) it holds whole matrices."""
+    """Computes the Muon updates of the pieces on this rank. With `whole` (stage 0) every rank has whole matrices."""
 
     def __init__(self, flats: dict[int, Flat], whole: bool) -> None:
         self.flats, self.whole = flats, whole  # by the tensor's id

@@ -71,7 +71,14 @@ def muon(
     config: OptimConfig,
     scales: Mapping[int, float] = _NONE,
 ) -> MatrixOptimizer:
-    """Muon for the weights of linear layers and convolutions inside `blocks`, AdamW for the rest of `parts`."""
+    """Build Muon for the weights of linear layers and convolutions inside `blocks`, and AdamW for the rest of `parts`.
+
+    Args:
+        parts: Modules to train, each with a factor on the learning rate of its AdamW parameters.
+        blocks: Modules whose matrices Muon updates.
+        config: Learning rates and other settings of both optimizers.
+        scales: Further factors on the learning rates of single parameters, by `id`.
+    """
     layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, _LAYERS)]
     matrices = [layer.weight for layer in layers if layer.weight.requires_grad]
     m = config.muon

@@ -24,7 +24,11 @@ PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
 
 
 def peak_flops(device: torch.device, setting_tflops: float | None) -> float:
-    """Peak FLOP/s of one rank's device, for MFU: configured, published for the GPU (else NaN), or measured on a CPU."""
+    """Peak FLOP/s of one rank's device, the denominator of MFU.
+
+    `setting_tflops` (TFLOP/s) takes precedence. Otherwise a GPU has its published dense bf16 peak (NaN for an unknown
+    model), and a CPU the best rate of a few 1024 x 1024 matrix products.
+    """
     if setting_tflops is not None:
         return setting_tflops * 1e12
     if device.type == "cuda":
