@@ -21,6 +21,9 @@ up_to_date() { [[ -f $stamp && $(<"$stamp") == "$wanted" && -x $venv/bin/python 
 
 if up_to_date; then exit 0; fi
 
+if [[ $(command -v "$python") == "$venv"/* ]]; then # called in the environment itself, which may be about to be removed
+    python=$("$python" -c 'import sys; print(sys._base_executable)')
+fi
 if ! command -v "$python" >/dev/null; then
     echo "error: there is no $python; install Python 3.11 or newer, or name one with SORA_PYTHON=..." >&2
     exit 2

@@ -244,10 +244,33 @@ def test_setup_refuses_an_old_python(sandbox: Sandbox, capfd: pytest.CaptureFixt
     assert "Python 3.9.1; 3.11 or newer is needed" in capfd.readouterr().err
 
 
-def test_second_setup_is_quick() -> None:
-    if not (ROOT / ".venv/.sora-setup").exists():
-        pytest.skip("the environment in use was not made by setup.sh")
-    assert subprocess.run([str(ROOT / "launch/setup.sh")], timeout=10).returncode == 0
+def test_a_second_setup_does_nothing(sandbox: Sandbox) -> None:
+    venv = sandbox.folder / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin/python").write_text("#!/bin/sh\nexit 9\n")
+    (venv / "bin/python").chmod(0o755)
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, sandbox.folder)
+    made_from = f'(echo "{sandbox.folder} {venv}" && cat pyproject.toml constraints.txt) | sha256sum >.venv/.sora-setup'
+    subprocess.run(["bash", "-c", made_from], cwd=sandbox.folder, check=True)
+    before = sorted(path.name for path in venv.iterdir())
+    assert sandbox.code("setup.sh", SORA_PYTHON="none") == 0
+    assert sorted(path.name for path in venv.iterdir()) == before
+
+
+def test_setup_from_within_the_environment_uses_the_interpreter_beneath(
+    sandbox: Sandbox, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As the environment is removed before it is made again."""
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, sandbox.folder)
+    within = sandbox.folder / ".venv/bin/python3"
+    within.parent.mkdir(parents=True)
+    within.write_text("#!/bin/sh\necho beneath\n")
+    within.chmod(0o755)
+    sandbox.stand_in("beneath", '#!/usr/bin/env bash\n[[ $1 == --version ]] && echo "Python 3.9.1"\n')
+    assert sandbox.code("setup.sh", PATH=f"{within.parent}:{sandbox.environment['PATH']}") == 2
+    assert "error: beneath is Python 3.9.1" in capfd.readouterr().err
 
 
 def test_every_package_ships() -> None:
