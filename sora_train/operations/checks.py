@@ -22,6 +22,7 @@ from sora_train.core.media import encode_mp4
 from sora_train.data.index.patterns import expand
 from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.pool import Pool
+from sora_train.data.read.store import Store, scheme
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 _PACKAGES = ("torch", "deepspeed", "hydra-core", "webdataset", "decord", "av", "wandb")
@@ -122,15 +123,21 @@ def shard_reads(patterns: list[str]) -> Iterator[Finding]:
     except InputError as error:
         yield Finding("shards", FAILURE, str(error))
         return
-    done, start = 0, time.monotonic()
+    done, start, store = 0, time.monotonic(), Store()
     for path in sorted({paths[0], paths[len(paths) // 2], paths[-1]}):
         try:
+            if scheme(path) is not None:
+                done += len(store.read(path, 0, min(_READ_BYTES, store.size(path))))
+                continue
             with Path(path).open("rb", buffering=0) as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # measure the disk, not the page cache
                 while done < _READ_BYTES and (part := file.read(4 << 20)):
                     done += len(part)
         except OSError as error:
             yield Finding("shards", FAILURE, f"{path}: {error.strerror}")
+            return
+        except (DecodeError, InputError) as error:  # of a remote one
+            yield Finding("shards", FAILURE, f"{path}: {error}")
             return
     speed = done / max(time.monotonic() - start, 1e-9) / 1e6
     yield Finding("shards", OK if speed > 50 else WARNING, f"{len(paths)} shard(s), read at {speed:.0f} MB/s", speed)

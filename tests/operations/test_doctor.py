@@ -16,6 +16,7 @@ from sora_train.core.cli import InputError
 from sora_train.operations import checks
 from sora_train.operations.checks import FAILURE, OK, WARNING
 from sora_train.operations.links import judge, rounds
+from tests.data.servers import WebServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +50,19 @@ def test_shards_are_looked_for_and_read(corpus: list[str], tmp_path: Path) -> No
     assert found.detail.startswith("3 shard(s), read at") and found.value and found.value > 0
     (missing,) = checks.shard_reads([str(tmp_path / "no-*.tar")])
     assert missing.status == FAILURE and "no shard at" in missing.detail
+
+
+def test_remote_shards_are_read_too(own_corpus: list[str]) -> None:
+    pytest.importorskip("aiohttp", reason="sora_train[storage] is not installed")
+    server = WebServer(Path(own_corpus[0]).parent)
+    try:
+        (found,) = checks.shard_reads([f"{server.url}/{Path(own_corpus[0]).name}"])
+        assert found.detail.startswith("1 shard(s), read at") and found.value and found.value > 0
+        (missing,) = checks.shard_reads([f"{server.url}/no-000000.tar"])
+        assert missing.status == FAILURE and "no-000000.tar" in missing.detail
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_stale_build_lock_is_found_and_a_held_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
