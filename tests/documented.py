@@ -54,7 +54,7 @@ SMALLER = {
     r"benchmarks\.scaling": "tiny=true ranks=[1,2] rounds=1",
     r"benchmarks\.collectives": "rounds=1",
     r"sora_train\.calibrate": "rounds=1",
-    r"tests\.faults\.bad_input": "each=1 tars=2 flips=4 hard=false samples=0 clips=0",
+    r"tests\.faults\.bad_input": "each=1 tars=2 flips=4 hard=false dropped=false samples=0 clips=0",
     r"tests\.faults\.shard_counts": "shards=2 ranks=1 workers=1",
     r"tests\.faults\.campaign": (
         "kills=1 terms=1 damages=2 starts=1 nans=1 spikes=0 hangs=0 doubles=1 skews=0 disks=0 elastics=0 configs=1"

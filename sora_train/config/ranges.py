@@ -17,7 +17,7 @@ _ABOVE_0 = (
     "data.slots", "data.max_frames", "data.max_pixels", "data.max_tokens", "data.pack_slots", "data.window",
     "data.workers", "data.prefetch_steps", "data.decode_timeout_s", "data.decode_memory_gib", "data.max_bad_fraction",
     "data.limits.pixels", "data.limits.frames", "data.limits.bytes", "data.cache.gib",
-    "flow.std", "flow.shift", "flow.sampling_steps", "optim.lr", "optim.eps", "optim.clip",
+    "flow.std", "flow.shift", "flow.sampling_steps", "flow.sampling_aspect", "optim.lr", "optim.eps", "optim.clip",
     "parallel.accumulation", "parallel.sequence", "checkpoint.every_steps", "checkpoint.keep",
     "checkpoint.snapshot_every", "checkpoint.snapshots", "guard.max_bad_steps", "guard.spike_steps",
     "guard.spike_window", "guard.timeout_s", "guard.slow_timeout_s", "logging.every_steps", "logging.evaluate_clips",

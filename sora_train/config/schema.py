@@ -294,6 +294,7 @@ class FlowConfig:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # timesteps with guidance; none outside
     guidance_rescale: float = 0.0  # 0 to 1: how far the guided velocity's standard deviation is reset to the unguided's
     sampling_steps: int = 20
+    sampling_aspect: tuple[int, int] = (1, 1)  # height to width of samples for which nothing else gives it
     solver: str = "euler"  # heun (two evaluations a step), adams_bashforth (one)
 
 

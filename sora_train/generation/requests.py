@@ -54,11 +54,11 @@ def clip_size(
 ) -> Size:
     """Frames, height and width of a clip on the grid of the VAE and the patches.
 
-    One side alone brings the other along in the shape of what is given (height, width), else of a square, which is
-    the shape that training's area is measured by; without either, the area is the trained one.
+    If only one side is given, the other follows from the shape of the given frames (height, width), else from
+    `flow.sampling_aspect`. If neither is given, the area is the trained one.
     """
     grid = geometry(config)
-    shape = given or (1, 1)
+    shape = given or config.flow.sampling_aspect
     if height is None and width is None:
         scale = (config.data.max_pixels / (shape[0] * shape[1])) ** 0.5
         sides = (shape[0] * scale, shape[1] * scale)

@@ -157,12 +157,16 @@ def _released(o: Options) -> Config:
     tree = {
         "run_dir": folder, "steps": 1, "vae": {"path": o.vae or others}, "model": {"init_from": folder},
         "text_encoder": {"path": others, "max_tokens": 512, "pad_to": 512},
-        "flow": {"guidance": 5.0, "sampling_steps": 50, "shift": flow_shift(others) or 1.0, "shift_tokens": 0},
+        "flow": {
+            "guidance": 5.0, "sampling_steps": 50, "sampling_aspect": [480, 832],
+            "shift": flow_shift(others) or 1.0, "shift_tokens": 0,
+        },
         "data": {**_WAN, "sources": {"none": {"shards": []}}},
     }  # fmt: skip
     missing = {"width": 1, "depth": 1, "heads": 1, "ffn": 1}  # the folder's shape replaces them
     tree["model"] = {**missing, "init_from": folder}
     config = build(OmegaConf.create(tree))
     if config.vae.channels == _TI2V_CHANNELS:
-        config = replace(config, data=replace(config.data, **_WAN_TI2V))  # type: ignore[arg-type]
+        flow = replace(config.flow, sampling_aspect=(704, 1280))
+        config = replace(config, flow=flow, data=replace(config.data, **_WAN_TI2V))  # type: ignore[arg-type]
     return config

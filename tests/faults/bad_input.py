@@ -1,13 +1,13 @@
 """Bad input through real training at two ranks: what is refused, by whom, and that everything else arrives.
 
-    python -m tests.faults.bad_input [each=20] [tars=200] [flips=400] [hard=true] [samples=1000] [clips=5000] [seed=0]
-                                   [folder=DIR] [write=true]
+    python -m tests.faults.bad_input [each=20] [tars=200] [flips=400] [hard=true] [dropped=true] [samples=1000]
+                                   [clips=5000] [seed=0] [folder=DIR] [write=true]
 
 One run over `each` samples of every kind of fault (headers, payloads, captions, bombs, playlists, pickles), `tars`
 damaged tars and `flips` media altered behind their index; one with decoders that die, and where it is to be `hard`,
-that spin holding the interpreter's lock or eat memory; two with `data.drop_refused`; two with 5% and 50% of `samples`
-altered; one that watches memory over `clips` clips. 0 leaves a part out. Prints a table, every fault of ours, and
-exits with 1 if there was one.
+that spin holding the interpreter's lock or eat memory; where it is to be `dropped`, two with `data.drop_refused`; two
+with 5% and 50% of `samples` altered; one that watches memory over `clips` clips. 0 leaves a part out. Prints a table,
+every fault of ours, and exits with 1 if there was one.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Options:
     tars: int = 200
     flips: int = 400
     hard: bool = True
+    dropped: bool = True
     samples: int = 1000
     clips: int = 5000
     seed: int = 0
@@ -49,6 +50,7 @@ def parts(bed: Bed, o: Options) -> Iterator[Callable[[], Found]]:
         yield lambda: corpus(bed, o.each, o.tars, o.flips, o.seed)
         endings = ("crash", "all crash", *(("eat", "spin", "all spin") if o.hard else ()))
         yield lambda: trials.decoders(bed, endings, o.seed)
+    if o.dropped:
         yield lambda: trials.left_out(bed, o.seed)
     if o.samples:
         yield lambda: trials.shares(bed, o.samples, o.seed)

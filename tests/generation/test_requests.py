@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
+from sora_train.config.load import build
 from sora_train.config.schema import Config, TileConfig
 from sora_train.core.cli import InputError
 from sora_train.core.media import read_mp4
@@ -20,7 +23,7 @@ from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Request, noise_of
 from sora_train.generation.long_video import in_pieces
 from sora_train.generation.output import save_sample
-from sora_train.generation.requests import Prompt, Shot, read_shots, spans
+from sora_train.generation.requests import Prompt, Shot, clip_size, read_shots, spans
 from sora_train.generation.sampler import Sampler
 from sora_train.models.video_model import build_video_model
 
@@ -227,3 +230,25 @@ def test_given_frames_come_back_as_from_the_vae_alone(config: Config) -> None:
     alone = [vae.decode(vae.encode(torch.from_numpy(f).permute(3, 0, 1, 2)[None])[0]) for f in (before, after)]
     assert np.abs(video[:3].astype(int) - alone[0]).max() <= 1
     assert np.array_equal(video[5:], alone[1][1:]), "and what is given at the end, without the frame it was led by"
+
+
+@pytest.mark.parametrize(
+    ("given", "height", "width", "size"),
+    [
+        (None, None, None, (480, 832)),
+        (None, 240, None, (240, 416)),
+        (None, None, 416, (240, 416)),
+        ((100, 100), None, None, (632, 632)),
+        ((100, 50), 400, None, (400, 200)),
+        (None, 64, 64, (64, 64)),
+    ],
+)
+def test_a_clip_has_the_shape_of_what_is_given_else_the_configured_one(
+    compose_tree: Callable[..., DictConfig], given: tuple[int, int] | None, height: int | None, width: int | None,
+    size: tuple[int, int],
+) -> None:  # fmt: skip
+    tree = compose_tree(
+        "experiment=demo", "vae.strides=[[1,2],[2,2],[2,2]]", "vae.widths=[4,4,4,4]", "vae.blocks=[0,0,0,0]",
+        "model.patch=1", "data.max_pixels=399360", "flow.sampling_aspect=[480,832]",
+    )  # fmt: skip
+    assert clip_size(build(tree, need_vae=False), given, height, width, None)[1:] == size

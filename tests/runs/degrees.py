@@ -43,27 +43,32 @@ def shard(path: Path, frames: Sequence[int] = FRAMES, side: int = 24) -> str:
     return str(path)
 
 
-def degrees(bed: Bed) -> object:
-    """One rank; four, straight through and in two halves; two, from the half on at another stage."""
+def degrees(bed: Bed, ranks: int = 2) -> object:
+    """One rank; several, straight through and in two halves; half as many, from the half on at another stage."""
     path = shard(bed.folder / "long.tar")
     keys = (*KEYS, f"data.sources.demo.shards=[{path}]", f"data.validation=[{path}]")
     one = bed.config("one", *keys, "deepspeed=zero0")
-    four = bed.config("four", *keys, "deepspeed=zero1")
+    many = bed.config("many", *keys, "deepspeed=zero1")
     half = bed.config("half", *keys, "deepspeed=zero1", "steps=2")
     rest = bed.config("half", *keys, "deepspeed=zero1")
     moved = bed.config("moved", *keys, "deepspeed=zero2")
     _finish(one, 1)
-    _finish(four, 4, then=(half,))
+    _finish(many, ranks, then=(half,))
     shutil.copytree(half.run_dir, moved.run_dir)
-    _finish(rest, 4)
-    _finish(moved, 2)
-    spans = [step.spans for step in Shards(four).plan(four).plans[0].steps(0, 0)]
+    _finish(rest, ranks)
+    _finish(moved, ranks // 2)
+    spans = [step.spans for step in Shards(many).plan(many).plans[0].steps(0, 0)]
     return {
-        "figures": {name: figures(bed.run_dir(name)) for name in ("one", "four", "moved")},
-        "samples": {name: samples_by_step(bed.run_dir(name)) for name in ("one", "four", "moved")},
-        "differing": differences(outcome(bed.run_dir("four")), outcome(bed.run_dir("half"))),
+        "figures": {name: figures(bed.run_dir(name)) for name in ("one", "many", "moved")},
+        "samples": {name: samples_by_step(bed.run_dir(name)) for name in ("one", "many", "moved")},
+        "differing": differences(outcome(bed.run_dir("many")), outcome(bed.run_dir("half"))),
         "widths": [sorted({width for _, width in step}) for step in spans],
     }  # fmt: skip
+
+
+def degrees_of_four(bed: Bed) -> object:
+    """The same on four ranks."""
+    return degrees(bed, 4)
 
 
 def failing_part(bed: Bed) -> object:

@@ -27,7 +27,7 @@ AVERAGES = ("optim.ema_lengths=[0.05,0.1]", "checkpoint.snapshot_every=4")
 
 def kills(bed: Bed) -> object:
     """Two kills of one run of two ranks, one of them inside a save."""
-    bed.steps = 12
+    bed.steps = 8
     config = bed.config("undisturbed", *stage_for(2))
     if code := run(config, 2):
         raise RuntimeError(f"the undisturbed run ended with {code}; see {config.run_dir}")
@@ -40,7 +40,7 @@ def kills(bed: Bed) -> object:
 
 def moves(bed: Bed) -> object:
     """Two ranks at stage 1, one at stage 3, one at stage 0, each going on from the one before."""
-    bed.steps = 12
+    bed.steps = 8
     config = bed.config("steady", "deepspeed=zero0")
     if code := run(config, 1):
         raise RuntimeError(f"the undisturbed run ended with {code}; see {config.run_dir}")

@@ -11,12 +11,13 @@ from tests.runs.degrees import FRAMES, LONGEST
 
 
 @pytest.mark.timeout(1800)
-def test_packs_of_several_slots_train_as_on_one_rank_and_resume_exactly(runs: Callable[[str], Any]) -> None:
-    found = runs("degrees")
+@pytest.mark.parametrize("kind", ["degrees", pytest.param("degrees of four", marks=pytest.mark.campaign)])
+def test_packs_of_several_slots_train_as_on_one_rank_and_resume_exactly(runs: Callable[[str], Any], kind: str) -> None:
+    found = runs(kind)
     assert [1, 4] in found["widths"], "in one step a pack takes four slots, another one"
     one = found["figures"]["one"]
     assert len(one["loss"]) == 4 and len(one["validation_loss"]) == 2 and len(set(one["loss"])) == 4
-    for name in ("four", "moved"):
+    for name in ("many", "moved"):
         for figure, values in found["figures"][name].items():
             assert values == pytest.approx(one[figure], rel=1e-5), (name, figure)
         assert found["samples"][name] == found["samples"]["one"]

@@ -26,7 +26,7 @@ from tests.runs.compared import (
     side_tables,
     whole_matrix,
 )
-from tests.runs.degrees import degrees, failing_part
+from tests.runs.degrees import degrees, degrees_of_four, failing_part
 from tests.runs.disturbances import launchers, long_history, other_plan, suspended
 from tests.runs.evaluations import evaluations, looks, refusals
 from tests.runs.interruptions import debugs, full_disk, kills, mirrored, moves
@@ -37,7 +37,8 @@ KINDS: dict[str, Callable[[Bed], object]] = {
     "debugs": debugs, "plugs": plugs, "moved plugs": moved_plugs, "adapters": adapters, "all adapters": all_adapters,
     "minute": minute, "large minute": large_minute, "imports": imports, "side tables": side_tables,
     "full disk": full_disk, "suspended": suspended, "long history": long_history, "other plan": other_plan,
-    "launchers": launchers, "degrees": degrees, "failing part": failing_part, "late rank": late_rank,
+    "launchers": launchers, "degrees": degrees, "degrees of four": degrees_of_four,
+    "failing part": failing_part, "late rank": late_rank,
     "looks": looks, "evaluations": evaluations, "refusals": refusals,
 }  # fmt: skip
 DISTURBED = ("suspended", "launchers", "long history", "other plan")
