@@ -236,10 +236,10 @@ def test_given_frames_come_back_as_from_the_vae_alone(config: Config) -> None:
     ("given", "height", "width", "size"),
     [
         (None, None, None, (480, 832)),
-        (None, 240, None, (240, 416)),
-        (None, None, 416, (240, 416)),
-        ((100, 100), None, None, (632, 632)),
-        ((100, 50), 400, None, (400, 200)),
+        (None, 960, None, (960, 1664)),
+        (None, None, 1664, (960, 1664)),
+        ((100, 100), None, None, (640, 640)),
+        ((100, 50), 384, None, (384, 192)),
         (None, 64, 64, (64, 64)),
     ],
 )
