@@ -100,6 +100,7 @@ def _video(data: bytes, limits: Limits, pixels: bool, whole: bool) -> dict[str, 
             stamps = source.stamps()
             if whole:
                 source.refuse_damage(cut)
+                _refuse_unread(stream.codec_context, packets, line, complaints)
             out, count = (stamps, len(stamps)) if sequential else (out, count)
         times = times_of(line, count, float(stream.time_base or 1))
         claimed = _claimed(stream, times)
@@ -115,6 +116,15 @@ def _video(data: bytes, limits: Limits, pixels: bool, whole: bool) -> dict[str, 
             "sequential": sequential, "stream": stream.index, "interlaced": bool(first.interlaced_frame),
             "transfer": HDR.get(int(first.color_trc), ""), "codec": codec, "pixel_format": first.format.name,
         }  # fmt: skip
+
+
+def _refuse_unread(codec: Any, packets: list[Any], line: Line, complaints: Any) -> None:
+    """Raise DecodeError if a slice of H.264 leaves bytes over."""
+    from sora_train.data.read.slice_ends import first_unread
+
+    place = first_unread(codec, packets, line.entries, complaints)
+    if place is not None:
+        raise DecodeError("damaged", f"packet {place} of {len(packets)}: its picture ends before its bytes do")
 
 
 def _line(data: bytes, file: Any, stream: Any, limits: Limits) -> tuple[Line, list[Any]]:
