@@ -210,6 +210,8 @@ def _text(key: str, field: dataclasses.Field[Any], given: Any) -> str:
         given.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{key} is not UTF-8 at character {error.start}") from error
+    if "\0" in given:
+        raise InputError(f"{key} has a zero byte at character {given.index(chr(0))}; leave it out")
     names = field.metadata.get("names", ())
     if names and given not in names:
         raise InputError(f"{key}={_shown(given)}; {nearest(given, list(names))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,8 @@ _UNRECORDED = (
     "from", "prompts", "count", "out", "release", "release.sign", "release.mark", "release.guard", "expand",
     "expand_url", "expand_model",
 )  # fmt: skip
+
+_LONGEST = 200  # bytes of a sample's name: file systems hold 255, with suffixes
 
 
 @dataclass
@@ -174,12 +177,15 @@ def _jobs_of_file(o: Options, path: str) -> list[Job]:
         if ("prompt" in row) == ("shots" in row):
             raise InputError(f"{path}: row {n + 1} must have a prompt or shots, one of them")
         name = row.get("out", f"{n:04d}")
+        if len(os.fsencode(name)) > _LONGEST:
+            raise InputError(f"{path}: row {n + 1}: out={name[:20]}... is longer than {_LONGEST} bytes; shorten it")
         if (folder / name).resolve().parent != folder.resolve():
             raise InputError(f"{path}: row {n + 1}: out={name} must be a name within the folder of the samples")
         jobs += copies(merged, folder / name)
-    place, times = Counter(job.place for job in jobs).most_common(1)[0]
+    stems = Counter(job.place.with_suffix("") if has_format(job.place) else job.place for job in jobs)
+    place, times = stems.most_common(1)[0]
     if times > 1:
-        raise InputError(f"{path}: {times} rows have out={place.name}")
+        raise InputError(f"{path}: {times} rows have out={place.name}; each needs a name of its own, suffix aside")
     return jobs
 
 

@@ -38,8 +38,10 @@ _OPTIONS = {
         {"preset": "veryfast"}, {"preset": "veryfast", "x264-params": "bframes=0"},
         {"preset": "veryfast", "x264-params": "cabac=0"}, {"preset": "medium"},
     ),
-    "libx265": ({"preset": "ultrafast", "x265-params": "log-level=none:pools=none:frame-threads=1"},
-                {"preset": "ultrafast", "x265-params": "log-level=none:pools=none:frame-threads=1:open-gop=0"}),
+    "libx265": tuple(
+        {"preset": "ultrafast", "x265-params": f"log-level=none:pools={pools}:frame-threads=1:open-gop={open_gop}"}
+        for pools in ("none", "1") for open_gop in (0, 1)
+    ),  # without threads there are no rows of which the beginnings are known
 }  # fmt: skip
 
 

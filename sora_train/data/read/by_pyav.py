@@ -87,9 +87,9 @@ class Source:
         self._place = {int(line.stamps[place]): int(place) for place in places}
         self._doubts: list[tuple[int, str]] = []  # places of packets that a decoder complained about, and how
 
-    def stamps(self) -> list[int | None]:
-        """When each frame is shown that comes out of a decode from the start, in that order, where it says so."""
-        return [frame.pts for frame in self._decoded(0)]
+    def all(self) -> Iterator[Any]:
+        """Every frame of a decode from the start, in the order in which they come out."""
+        yield from self._decoded(0)
 
     def refuse_damage(self, cut: bool) -> None:
         """Raise DecodeError if the decoder complained of anything in the decode before.

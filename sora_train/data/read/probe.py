@@ -97,9 +97,7 @@ def _video(data: bytes, limits: Limits, pixels: bool, whole: bool) -> dict[str, 
         if sequential or whole:
             packets = packets or _packets(file, stream)
             source = Source(stream.codec_context, packets, line, complaints)
-            stamps = source.stamps()
-            if whole:
-                source.refuse_damage(cut)
+            stamps = _whole(source, cut) if whole else [frame.pts for frame in source.all()]
             out, count = (stamps, len(stamps)) if sequential else (out, count)
         times = times_of(line, count, float(stream.time_base or 1))
         claimed = _claimed(stream, times)
@@ -115,6 +113,28 @@ def _video(data: bytes, limits: Limits, pixels: bool, whole: bool) -> dict[str, 
             "sequential": sequential, "stream": stream.index, "interlaced": bool(first.interlaced_frame),
             "transfer": HDR.get(int(first.color_trc), ""), "codec": codec, "pixel_format": first.format.name,
         }  # fmt: skip
+
+
+def _whole(source: Any, cut: bool) -> list[int | None]:
+    """When each frame is shown that comes out of a decode from the start; raises DecodeError where there is damage."""
+    from sora_train.data.read import slice_ends, wavefront
+
+    codec, packets = source.codec, source.packets
+    stamps: list[int | None] = []
+    digests: list[int] = []
+    has_rows = wavefront.has_rows(codec, packets)
+    for frame in source.all():
+        stamps.append(frame.pts)
+        if has_rows:
+            digests.append(wavefront.digest(frame))
+    source.refuse_damage(cut)
+    place = slice_ends.first_unread(codec, packets, source.line.entries, source.complaints)
+    if place is not None:
+        raise DecodeError("damaged", f"packet {place} of {len(packets)}: its picture ends before its bytes do")
+    number = wavefront.first_differing(codec, packets, digests) if has_rows and not cut else None
+    if number is not None:
+        raise DecodeError("damaged", f"frame {number} of {len(digests)}: a row of it ends where the next doesn't begin")
+    return stamps
 
 
 def _line(data: bytes, file: Any, stream: Any, limits: Limits) -> tuple[Line, list[Any]]:
