@@ -10,11 +10,14 @@ from sora_train.core.cli import InputError
 _TASKS = {  # numbers of tasks, by launchers
     "SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun",
     "MV2_COMM_WORLD_SIZE": "mpirun", "JSM_NAMESPACE_SIZE": "jsrun", "FLUX_JOB_SIZE": "flux run",
+    "HOROVOD_SIZE": "horovodrun",
 }  # fmt: skip
 _PLACES = {  # numbers of a task among others
     "SLURM_PROCID": "srun", "OMPI_COMM_WORLD_RANK": "mpirun", "PMI_RANK": "mpirun", "PMIX_RANK": "mpirun or srun",
     "MV2_COMM_WORLD_RANK": "mpirun", "PALS_RANKID": "aprun", "ALPS_APP_PE": "aprun",
+    "LOCAL_RANK": "a launcher",
 }  # fmt: skip
+_PORTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,11 @@ def from_environment() -> World:
             f"{said}, but not {' and '.join(missing)}, so the ranks can't meet; unset them for one process alone, or "
             "start with torchrun"
         )
+    if world.local_rank < 0 or ("LOCAL_WORLD_SIZE" in env and world.local_rank >= world.local_size):
+        raise InputError(f"LOCAL_RANK={world.local_rank} is no rank of the {world.local_size} on this machine")
+    port = env.get("MASTER_PORT", "")
+    if world.size > 1 and not (port.isdecimal() and 0 < int(port) < _PORTS):
+        raise InputError(f"MASTER_PORT={port} in the environment must be a whole number from 1 to {_PORTS - 1}")
     return world
 
 

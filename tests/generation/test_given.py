@@ -46,7 +46,7 @@ def test_a_video_runs_at_its_own_speed(pool: Pool, tmp_path: Path, rate: float) 
     assert all(abs(number - n / 4 * rate) <= 1 for n, number in enumerate(shown)) and shown[0] == 0
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 @pytest.mark.parametrize("durations", [[250] * 4, [500, 250, 500]])
 def test_an_animation_runs_at_its_own_times(pool: Pool, tmp_path: Path, kind: str, durations: list[int]) -> None:
     """From the middle of an average frame on, each frame of the clip is on the screen within a tenth of a second."""
@@ -59,6 +59,13 @@ def test_an_animation_runs_at_its_own_times(pool: Pool, tmp_path: Path, kind: st
     for n, number in enumerate(shown):
         at = ends[-1] / len(durations) / 2 + n / 4
         assert ends[number] - durations[number] / 1000 - 0.1 <= at <= ends[number] + 0.1, (n, shown)
+
+
+def test_the_picture_in_place_of_an_animated_png_is_no_frame_of_it(pool: Pool, tmp_path: Path) -> None:
+    pictures = [Image.fromarray(frame) for frame in counted(4)]
+    pictures[3].save(tmp_path / "a.png", save_all=True, append_images=pictures[:3], duration=250, default_image=True)
+    given = Given(str(tmp_path / "a.png"), 4.0, Fit.crop, pool)
+    assert given.frames == 3 and levels(given) == [0, 1, 2]
 
 
 def test_a_gif_of_ours_comes_back(pool: Pool, tmp_path: Path) -> None:

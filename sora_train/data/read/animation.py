@@ -1,4 +1,4 @@
-"""Animated WebP files as videos, which FFmpeg can't read: frames at their own times, by Pillow. Runs in a child.
+"""Animated WebP and PNG files as videos: frames at their own times, by Pillow, as FFmpeg can't read WebP. In a child.
 
 Pillow composes what each frame changes; what stays transparent shows white, as on a page.
 """
@@ -14,15 +14,18 @@ from PIL import Image
 
 from sora_train.data.read.decode import DecodeError, Limits, Track, check_pixels, shown_at
 
-EXTENSION = "animated webp"  # told to the pool in the place of an extension
-_FORMATS = ("WEBP",)
+EXTENSION = "animated image"  # told to the pool in the place of an extension
+_FORMATS = ("WEBP", "PNG")
 _SHORTEST_MS, _INSTEAD_MS = 10, 100  # browsers show a frame without a duration for a tenth of a second
 _SAME_S = 1e-9  # difference of durations that is none
 _ANIMATED = 0x02  # of the flags in a WebP file's VP8X chunk
+_OF_PNG = b"acTL"  # the chunk that says how many frames there are, before the first picture
 
 
 def is_animation(data: bytes) -> bool:
-    """Tell whether these bytes begin a WebP file of several frames."""
+    """Tell whether these bytes begin a WebP or PNG file of several frames."""
+    if data.startswith(b"\x89PNG"):
+        return _OF_PNG in data.partition(b"IDAT")[0]
     return data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and len(data) > 20 and bool(data[20] & _ANIMATED)
 
 
@@ -51,7 +54,7 @@ def decode_animation(
             raise DecodeError("short", f"frame {numbers[-1]} wanted of {len(times)}")
         pictures: dict[int, np.ndarray] = {}
         for number in dict.fromkeys(numbers):
-            image.seek(number)
+            image.seek(number + _before(image))
             over = Image.new("RGBA", image.size, "white")
             flat = Image.alpha_composite(over, image.convert("RGBA")).convert("RGB")
             pictures[number] = np.asarray(flat.resize(resize[::-1], Image.Resampling.BICUBIC))
@@ -69,14 +72,19 @@ def _opened(data: bytes, limits: Limits) -> Any:
 
 def _times(image: Any, limits: Limits) -> tuple[np.ndarray, float]:
     """Seconds at which each frame is first shown, and at which the last one ends."""
-    count = int(getattr(image, "n_frames", 1))
+    count = int(getattr(image, "n_frames", 1)) - _before(image)
     if count > limits.frames:
         raise DecodeError("frames", f"{count} frames, data.limits.frames is {limits.frames}")
     durations = []
     for number in range(count):
-        image.seek(number)
-        image.load()  # a WebP file tells a frame's duration when it is decoded
+        image.seek(number + _before(image))
+        image.load()  # a file tells a frame's duration when it is decoded
         shown = float(image.info.get("duration", 0))
         durations.append(shown if shown > _SHORTEST_MS else _INSTEAD_MS)
     ends = np.cumsum(durations) / 1000
     return np.concatenate(([0.0], ends[:-1])), float(ends[-1])
+
+
+def _before(image: Any) -> int:
+    """Pictures before the first frame: a PNG file may have one for who can't show it moving."""
+    return int(bool(getattr(image, "default_image", False)))

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sora_train.data.read.colour_profile import in_srgb
+
 IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "avif")
 VIDEOS = (
     "mp4", "mkv", "webm", "mov", "avi", "m4v", "3gp", "ts", "mts", "m2ts", "gif", "flv", "mpg", "mpeg", "wmv", "ogv",
@@ -152,15 +154,15 @@ def opened_image(data: bytes) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits of each colour, on white where the image is transparent."""
+    """Eight bits of each colour of sRGB, on white where the image is transparent."""
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
         levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray((np.clip(levels, 0, 65535) >> 8).astype(np.uint8))
     if image.mode == "F":
         raise DecodeError("undecodable", "an image of floating-point numbers, whose white isn't known")
     if image.has_transparency_data:
-        return Image.fromarray(on_white(np.asarray(image.convert("RGBA"))))
-    return image.convert("RGB")
+        return Image.fromarray(on_white(np.asarray(in_srgb(image.convert("RGBA")))))
+    return in_srgb(image if image.mode in ("L", "CMYK") else image.convert("RGB")).convert("RGB")
 
 
 def on_white(picture_HWC: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from sora_train.config.schema import Fit
 from sora_train.data.read.back_ends import Options, decode
@@ -91,6 +91,33 @@ def test_sixteen_bits_of_grey() -> None:
     ramp = np.linspace(0, 65535, 256, dtype=np.uint16)[None].repeat(8, 0)
     for kind in ("PNG", "TIFF"):
         assert np.array_equal(image(Image.fromarray(ramp), kind)[..., 0], ramp >> 8)
+
+
+def of_swapped_colours() -> bytes:
+    """The profile of a screen whose red shows green and whose green shows red: that of sRGB, two tags exchanged."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tags = {srgb[at : at + 4]: srgb[at + 4 : at + 8] for at in range(132, 132 + 12 * srgb[131], 12)}
+    red, green = (slice(at, at + 20) for at in (int.from_bytes(tags[name], "big") for name in (b"rXYZ", b"gXYZ")))
+    swapped = bytearray(srgb)
+    swapped[red], swapped[green] = srgb[green], srgb[red]
+    return bytes(swapped).replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_those_of_the_profile(kind: str, mode: str) -> None:
+    red = Image.new("RGB", (8, 8), (200, 30, 60))
+    picture = red.quantize() if mode == "P" else red.convert(mode)
+    shown = image(picture, kind, lossless=True, icc_profile=of_swapped_colours())[4, 4]
+    assert shown.tolist() == pytest.approx([30, 200, 60], abs=1)
+    for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"no profile"):
+        assert image(picture, kind, lossless=True, icc_profile=profile)[4, 4].tolist() == [200, 30, 60]
+
+
+def test_a_profile_for_other_pixels_is_left() -> None:
+    assert (image(Image.new("L", (8, 8), 90), "PNG", icc_profile=of_swapped_colours()) == 90).all()
+    red = image(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF", icc_profile=of_swapped_colours())[4, 4]
+    assert red[0] > 200 and red[1:].max() < 60
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
