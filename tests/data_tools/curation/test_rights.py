@@ -37,6 +37,35 @@ def test_licences_say_what_may_be_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("*/A walk [dQw4w9WgXcQ].mp4", "own/A walk [dQw4w9WgXcQ].mp4"),
+        ("Caf\u00e9/*", "Cafe\u0301/a.mp4"),
+        ("[a].mp4", "[a].mp4"),
+    ],
+)
+def test_names_with_brackets_and_accents_are_matched_as_they_are_shown(pattern: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "licences.toml").write_text(
+        f'allowed = ["CC0-1.0"]\n[[source]]\nid = "x"\nmatch = "{pattern}"\nlicence = "CC0-1.0"\n', encoding="utf-8"
+    )
+    found = read_licences(tmp_path, None, None)
+    assert found.of(name).id == "x"
+    with pytest.raises(Drop, match="no source"):
+        found.of("a.mp4")
+
+
+@pytest.mark.parametrize("unknown", ["NOASSERTION", " none ", "N/A"])
+def test_a_word_for_no_licence_allows_nothing(unknown: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is none; give the licence"):
+        read_licences(tmp_path, None, unknown)
+    (tmp_path / "licences.toml").write_text(
+        f'allowed = ["{unknown}"]\n[[source]]\nid = "x"\nmatch = "*"\nlicence = "{unknown}"\n'
+    )
+    with pytest.raises(Drop, match="source x has none"):
+        read_licences(tmp_path, None, None).of("a.mp4")
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ('licence = "CC-BY-NC-4.0"', "licence not allowed"), ("opt_out = true", "opted out"),
