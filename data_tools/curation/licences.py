@@ -94,7 +94,7 @@ def read_licences(folder: Path, file: str | None, licence: str | None) -> Licenc
             "them, such as licence=CC-BY-4.0"
         )
     try:
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        told = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} can't be read: {error}") from error
     allowed, sources = told.get("allowed"), told.get("source")

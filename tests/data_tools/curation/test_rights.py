@@ -15,6 +15,7 @@ import pytest
 import webdataset as wds
 
 from data_tools import takedown
+from data_tools.curation.forbidden import list_parameters
 from data_tools.curation.hashes import hashes_of
 from data_tools.curation.licences import read_licences
 from data_tools.curation.stage import Drop
@@ -98,6 +99,17 @@ def test_a_file_of_licences_that_says_nothing_is_an_error(text: str, said: str, 
         read_licences(tmp_path, None, None)
     with pytest.raises(InputError, match="licence=CC0 is for all films"):
         read_licences(tmp_path, None, "CC0")
+
+
+def test_files_of_other_encodings_are_read_or_named(tmp_path: Path) -> None:
+    (tmp_path / "licences.toml").write_text(LICENCES, encoding="utf-8-sig")
+    assert read_licences(tmp_path, None, None).of("own/a.mp4").id == "ours"
+    listed = tmp_path / "list.txt"
+    listed.write_text("0" * 64 + "  a file.mp4\n", encoding="utf-8-sig")
+    assert list_parameters(str(listed))["path"] == str(listed)
+    listed.write_text("0" * 64 + "\n", encoding="utf-16")
+    with pytest.raises(InputError, match="is no text in UTF-8"):
+        list_parameters(str(listed))
 
 
 def test_films_without_any_licence_are_refused_at_once(tmp_path: Path, curated: Callable[..., int]) -> None:
