@@ -19,8 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from data_tools.curation.films import frames, opened, small_picture, small_size
-from data_tools.curation.look import TINY
+from data_tools.curation.films import frames, glance, opened, small_size
 from data_tools.curation.packets import Missed, copy_span
 from data_tools.curation.shots import mark_of
 from data_tools.curation.stage import Drop, Item, Stage
@@ -186,9 +185,8 @@ class _Source:
                     yield shown.frame
 
     def _compare(self, frame: Any, mark: int) -> None:
-        shape = small_size(self.item["height"], self.item["width"])
-        small = small_picture(frame, shape, self.track.rotation, self.track.mirrored)
-        tiny = cv2.resize(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), TINY[::-1], interpolation=cv2.INTER_AREA)
+        track = self.track
+        _, tiny = glance(frame, self.item["height"], self.item["width"], track.rotation, track.mirrored)
         if mark_of(tiny) != mark:
             raise Missed("its frames are not those that were seen before")
 

@@ -83,6 +83,7 @@ class ProcessPool:
         ended = threading.Event()
 
         def feed(worker: _Worker) -> None:
+            """Give a worker one waiting item after another, and put each outcome into `done`."""
             while not ended.is_set():
                 try:
                     number = waiting.get_nowait()

@@ -25,6 +25,8 @@ from sora_train.data.read.packets import choose_stream
 
 _HEAD = 4096  # bytes that tell the container
 SHORT_SIDE = 128  # pixels of the small pictures that are looked at
+_GLANCE_SIDE = 64  # pixels of those that cuts are found in: they are made of every frame
+_TINY = (18, 32)
 _PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")  # three planes of bytes
 _LEVELS = np.arange(256.0)
 _LUMA = np.clip((_LEVELS - 16) * 255 / 219, 0, 255).round().astype(np.uint8)  # from the levels of television
@@ -107,6 +109,13 @@ def small_picture(frame: Any, size: tuple[int, int], rotation: int, mirrored: bo
     return np.ascontiguousarray(upright(flat, rotation, mirrored))
 
 
+def glance(frame: Any, height: int, width: int, rotation: int, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A frame of an upright film of a size, as small as cuts are found in, RGB, and tiny, `(18, 32)`, gray."""
+    picture = small_picture(frame, small_size(height, width, _GLANCE_SIDE), rotation, mirrored)
+    gray = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    return picture, cv2.resize(gray, _TINY[::-1], interpolation=cv2.INTER_AREA)
+
+
 def _from_planes(frame: Any, height: int, width: int) -> np.ndarray:
     """The planes are made small one by one, and only what is left becomes RGB (BT.601): the pixels are many."""
     small = [_shrunk(_plane(plane), height, width) for plane in frame.planes]
@@ -117,11 +126,11 @@ def _from_planes(frame: Any, height: int, width: int) -> np.ndarray:
 
 
 def _shrunk(plane_HW: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The mean of whole blocks of pixels, which is quick, then what is missing to the size, which is less than half."""
-    step = min(plane_HW.shape[0] // height, plane_HW.shape[1] // width)
-    if step > 1:
-        rows, columns = (side // step for side in plane_HW.shape)
-        plane_HW = cv2.resize(plane_HW[: rows * step, : columns * step], (columns, rows), interpolation=cv2.INTER_AREA)
+    """A plane in half as often as it goes, which is quick, then made as small as is left, which is less than half."""
+    while plane_HW.shape[0] >= 2 * height and plane_HW.shape[1] >= 2 * width:
+        rows, columns = (side // 2 for side in plane_HW.shape)
+        halved = plane_HW[: 2 * rows, : 2 * columns]
+        plane_HW = cv2.resize(halved, (columns, rows), interpolation=cv2.INTER_AREA)
     return cv2.resize(plane_HW, (width, height), interpolation=cv2.INTER_LINEAR)
 
 

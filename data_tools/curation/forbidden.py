@@ -47,7 +47,11 @@ def read_forbidden(path: str, digest: str) -> Forbidden:
     """The list at a path, whose bytes have a digest; raises InputError for a line that is no hash."""
     found = Forbidden()
     pictures = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"forbidden={path} is no text in UTF-8: {error}") from error
+    for number, line in enumerate(text.splitlines(), 1):
         word = line.split()[0].lower() if line.strip() and not line.startswith("#") else ""
         kind = _KINDS.get(len(word)) if re.fullmatch(r"[0-9a-f]+", word) else None
         if kind == "picture":

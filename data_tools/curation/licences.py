@@ -18,6 +18,7 @@ Of several sources that match a film the first counts.
 from __future__ import annotations
 
 import tomllib
+import unicodedata
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,7 +29,7 @@ from sora_train.core.cli import InputError, nearest
 
 FILE = "licences.toml"
 _CONSENT = ("yes", "no", "unknown", "not applicable")
-_UNKNOWN = ("", "unknown", "none")
+_UNKNOWN = ("", "unknown", "none", "noassertion", "n/a")
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Licences:
 
     def of(self, name: str) -> Rights:
         """The rights in a film by its path below the folder; raises Drop where it may not be used."""
-        found = next((s for s in self.sources if any(fnmatchcase(name, one) for one in s.match)), None)
+        found = next((s for s in self.sources if any(_matches(name, one) for one in s.match)), None)
         if found is None:
             raise Drop("no licence", f"no source of {FILE} matches it")
-        if found.licence.lower() in _UNKNOWN:
+        if found.licence.strip().lower() in _UNKNOWN:
             raise Drop("no licence", f"source {found.id} has none")
         if found.licence not in self.allowed:
             raise Drop("licence not allowed", f"{found.licence} of source {found.id}")
@@ -70,6 +71,12 @@ class Licences:
         if found.consent == "no":
             raise Drop("no consent", f"source {found.id}")
         return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Tell whether a path is meant: brackets stand for themselves, and accents may be stored in either of two ways."""
+    shown, wanted = (unicodedata.normalize("NFC", text) for text in (name, pattern))
+    return fnmatchcase(shown, wanted.replace("[", "[[]"))
 
 
 def read_licences(folder: Path, file: str | None, licence: str | None) -> Licences:
@@ -87,7 +94,7 @@ def read_licences(folder: Path, file: str | None, licence: str | None) -> Licenc
             "them, such as licence=CC-BY-4.0"
         )
     try:
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        told = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} can't be read: {error}") from error
     allowed, sources = told.get("allowed"), told.get("source")

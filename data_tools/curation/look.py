@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from data_tools.curation.films import frames, luma_of, opened, small_picture, small_size
+from data_tools.curation.films import frames, glance, luma_of, opened, small_picture, small_size
 from data_tools.curation.forbidden import read_forbidden
 from data_tools.curation.hashes import hashes_of
 from data_tools.curation.motion import motion
@@ -28,7 +28,6 @@ from sora_train.data.read.decode import DecodeError
 from sora_train.data.read.probe import rate
 
 RATE = 2.0  # small pictures a second
-TINY = (18, 32)
 _THUMBNAIL = 96  # pixels of the short side
 _REORDERED = 16  # frames that a decoder may have held back when it reported damage
 _SHARP_SIDE = 256  # short side that sharpness is measured at, so that it doesn't depend on a film's size
@@ -74,23 +73,26 @@ def look(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
     seen = Seen()
     partner: tuple[int, np.ndarray] | None = None
     fps = item["claimed"] or _FPS
+    upright = item["height"], item["width"], item["rotation"], item["mirrored"]
     step, apart = max(1.0, fps / RATE), max(1, round(fps * _PARTNER_S))
     with Complaints() as complaints, opened(item["path"], item["stream"]) as (film, stream):
         base = float(stream.time_base or 1)
-        for number, (shown, picture) in enumerate(_pictures(item, frames(film, stream, complaints))):
-            gray = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+        for number, shown in enumerate(frames(film, stream, complaints)):
+            picture, tiny = glance(shown.frame, *upright)
             seen.stamps.append(shown.frame.pts)
             seen.doubtful.append(shown.doubtful)
             seen.keys.append(bool(shown.frame.key_frame))
-            seen.tiny.append(cv2.resize(gray, TINY[::-1], interpolation=cv2.INTER_AREA))
+            seen.tiny.append(tiny)
             detector.take(number, picture)
             if partner is not None and number == partner[0]:
+                _, gray = _small(item, shown.frame)
                 seen.figures[-1] = (
                     motion(partner[1], gray, seen.seconds(number - apart, number, base, fps)),
                     *seen.figures[-1][1:],
                 )
                 partner = None
             if number >= len(seen.at) * step:
+                picture, gray = _small(item, shown.frame)
                 if forbidden is not None and forbidden.has_picture(hashes_of(gray)):
                     raise Drop("forbidden", f"on the list {Path(listed['path']).name}")
                 _take_picture(seen, number, picture, gray, shown.frame)
@@ -98,11 +100,10 @@ def look(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
     return _kept(item, seen, detector.cuts(), base, folder)
 
 
-def _pictures(item: Item, shown: Iterator[Any]) -> Iterator[tuple[Any, np.ndarray]]:
-    """Each frame with its picture, upright, small."""
-    size = small_size(item["height"], item["width"])
-    for one in shown:
-        yield one, small_picture(one.frame, size, item["rotation"], item["mirrored"])
+def _small(item: Item, frame: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A frame upright and small, in RGB and in gray."""
+    picture = small_picture(frame, small_size(item["height"], item["width"]), item["rotation"], item["mirrored"])
+    return picture, cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
 
 
 def _take_picture(seen: Seen, number: int, picture: np.ndarray, gray: np.ndarray, frame: Any) -> None:
@@ -183,7 +184,7 @@ class _Detector:
     def take(self, number: int, picture_HWC: np.ndarray) -> None:
         """Show it the next frame."""
         self._last = number
-        turned = np.ascontiguousarray(picture_HWC[..., ::-1])
+        turned = cv2.cvtColor(picture_HWC, cv2.COLOR_RGB2BGR)
         self._found += self._detector.process_frame(self._timecode(number, self._fps), turned)
 
     def cuts(self) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import unicodedata
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,8 +74,9 @@ def videos_in(folder: str) -> dict[str, Path]:
     top = Path(folder)
     if not top.is_dir():
         raise InputError(f"there is no folder {folder}")
-    found = sorted(path for path in top.rglob("*") if path.suffix.lower() in _VIDEOS)
-    names = {path.relative_to(top).with_suffix("").as_posix(): path for path in found}
+    found = sorted(path for path in top.rglob("*") if path.suffix.lower() in _VIDEOS and path.is_file())
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(top).parts)]
+    names = {_shown(path.relative_to(top).with_suffix("").as_posix()): path for path in found}
     if not names:
         raise InputError(f"{folder} holds no videos ({' '.join(_VIDEOS)})")
     if len(names) < len(found):
@@ -107,6 +110,7 @@ def read_prompts(file: str) -> dict[str, dict[str, Any]]:
         name, caption = (next((row[key] for key in keys if key in row), None) for keys in (_NAMES, _CAPTIONS))
         if not isinstance(name, str) or not isinstance(caption, str):
             raise InputError(f"{file}: entry {number} needs `video` and `prompt`, and both are texts")
+        name = _shown(name)
         short = name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in _VIDEOS else name
         if short in found:
             raise InputError(f"{file}: {short} stands there twice")
@@ -116,17 +120,22 @@ def read_prompts(file: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _shown(name: str) -> str:
+    """A name as it is shown: some systems store accents apart from their letters."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     elif path.suffix == ".json":
         content = json.loads(text)
         rows = [{"video": k, "prompt": v} for k, v in content.items()] if isinstance(content, dict) else content
     elif path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
     else:
-        rows = [dict(zip(("video", "prompt"), line.split("\t", 1), strict=False)) for line in text.splitlines() if line]
+        rows = [dict(zip(("video", "prompt"), line.split("\t", 1), strict=False)) for line in text.split("\n") if line]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("needs an object for each video")
     return rows

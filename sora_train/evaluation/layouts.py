@@ -94,7 +94,7 @@ def _physics_iq(path: Path) -> list[Wanted]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
 def check_layout(form: str, folder: str, every: Sequence[Wanted]) -> list[str]:

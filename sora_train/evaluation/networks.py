@@ -75,6 +75,7 @@ def _build_text(models: Models) -> Metric:
 
     @torch.no_grad()
     def figures(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
+        """Cosine similarity of a caption's features with those of the video, or the mean over its frames."""
         text = tokenizer([sample.caption], return_tensors="pt", truncation=True, padding=True)
         wanted = F.normalize(_vectors(network.model.get_text_features(**text)), dim=-1)
         if of_videos:
@@ -95,6 +96,7 @@ def _build_subject(models: Models) -> Metric:
 
     @torch.no_grad()
     def figures(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
+        """Mean cosine similarity of each frame's features with those of the first frame and of the one before."""
         if len(made_THWC) < 2:
             return {"subject_consistency": float("nan")}
         found = _vectors(of_images(pixel_values=network.pictures(made_THWC, _few(made_THWC))))

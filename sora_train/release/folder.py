@@ -75,7 +75,7 @@ class ReleaseFolder:
     def text(self, name: str) -> str:
         """The text of a file that a setting names. Raises InputError."""
         try:
-            return self.file(name).read_text(encoding="utf-8")
+            return self.file(name).read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise InputError(f"{self.file(name)} can't be read ({error}); see {self.path / _SETTINGS}") from error
 

@@ -18,6 +18,15 @@ _LATER = {"ν": "v", "ӏ": "l", "1": "i", "н": "h", "в": "b"}  # where two let
 
 # Capitals that look like another letter than their small form does.
 CAPITALS = {ord(mark): letter for mark, letter in zip("ΗΝΡΧΥΒΖΜΚΙΤΑΕΟ", "hnpxybzmkitaeo", strict=True)}
-LETTERS = {ord(mark): letter for letter, marks in _SAME.items() for mark in marks} | {
-    ord(mark): letter for mark, letter in _LATER.items()
+# Letters in squares, circles and flags that no compatibility form turns into letters.
+PICTURED = {
+    start + place: letter
+    for start in (0x1F150, 0x1F170, 0x1F1E6)
+    for place, letter in enumerate("abcdefghijklmnopqrstuvwxyz")
 }
+_LISU = dict(zip("ꓮꓐꓚꓓꓰꓝꓖꓧꓲꓙꓗꓡꓟꓠꓳꓑꓣꓢꓔꓴꓦꓪꓫꓬꓜ", "abcdefghijklmnoprstuvwxyz", strict=True))
+LETTERS = (
+    {ord(mark): letter for letter, marks in _SAME.items() for mark in marks}
+    | {ord(mark): letter for mark, letter in (_LATER | _LISU).items()}
+    | PICTURED
+)

@@ -92,7 +92,7 @@ def main(o: Options) -> int:
 def read_cases(path: Path) -> list[Case]:
     """The prompts of a file. Raises InputError for a line that is none, naming it."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise InputError(f"prompts={path} can't be read: {error}") from error
     cases = []

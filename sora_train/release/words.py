@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from sora_train.core.cli import InputError
-from sora_train.release.lookalikes import CAPITALS, LETTERS
+from sora_train.release.lookalikes import CAPITALS, LETTERS, PICTURED
 
-_INSIDE = ".-_*'’`·•~^+/\\"  # what is put between the letters of a word
+_INSIDE = re.compile(r"(?<=[^\W_])(?:[^\w\s]|_)+(?=[^\W_])")  # what is put between the letters of a word
+_HIDDEN = "\u115f\u1160\u17b4\u17b5"  # letters that show nothing
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,24 @@ def read_words(text: str, name: str) -> WordList:
 
 def fold(text: str) -> str:
     """Text in small Latin letters without accents, hidden characters and look-alikes; repeated letters are one."""
-    plain = unicodedata.normalize("NFKD", text)
-    plain = "".join(
-        c for c in plain if unicodedata.category(c) not in ("Mn", "Me", "Cf", "Cc", "Co", "Cn") or c in "\n\t"
-    )
-    plain = plain.translate(CAPITALS).casefold().translate(LETTERS)
+    plain = _shown(text).translate(CAPITALS).casefold().translate(LETTERS)
     plain = unicodedata.normalize("NFKD", plain)
     return "".join(one for one, _ in groupby(plain))
+
+
+def _shown(text: str) -> str:
+    """A text in Unicode's plain forms, without accents and characters that show nothing."""
+    hidden = ("Mn", "Me", "Cf", "Cc", "Co", "Cn")
+    plain = unicodedata.normalize("NFKD", text)
+    return "".join(c for c in plain if c in "\n\t" or not (unicodedata.category(c) in hidden or c in _HIDDEN))
 
 
 def readings(text: str) -> list[list[str]]:
     """The words of a text as they may be read: apart at every mark, and joined where marks or spaces divide letters."""
     folded = fold(text)
-    joined = re.sub(rf"(?<=\w)[{re.escape(_INSIDE)}]+(?=\w)", "", folded)
+    joined = _INSIDE.sub("", _shown(text).translate(PICTURED))  # before ! and | are taken for letters
     spaced = _joined_letters(_plain_words(folded))
-    return [_plain_words(folded), [fold(word) for word in _plain_words(joined)], [fold(word) for word in spaced]]
+    return [_plain_words(folded), _plain_words(fold(joined)), [fold(word) for word in spaced]]
 
 
 def _plain_words(folded: str) -> list[str]:

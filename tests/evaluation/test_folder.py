@@ -105,6 +105,26 @@ def test_prompt_files(tmp_path: Path, name: str, text: str) -> None:
     assert {key: row["caption"] for key, row in found.items()} == {"a/0": 'a "red" ring', "b": "two"}
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.txt"])
+def test_prompts_with_unusual_line_marks_are_whole(tmp_path: Path, name: str) -> None:
+    prompt = "a ring\u2028and\x85a\x0bcup"
+    rows = {
+        "p.jsonl": json.dumps({"video": "a", "prompt": prompt}, ensure_ascii=False),
+        "p.csv": f'video,prompt\na,"{prompt}"', "p.txt": f"a\t{prompt}",
+    }  # fmt: skip
+    (tmp_path / name).write_text(rows[name] + "\n", encoding="utf-8")
+    assert read_prompts(str(tmp_path / name))["a"]["caption"] == prompt
+
+
+def test_what_other_systems_put_beside_videos_is_passed_over(tmp_path: Path) -> None:
+    for name in ("Cafe\u0301.mp4", "._Cafe\u0301.mp4", ".thumbnails/a.mp4", "__MACOSX.mp4/readme.txt"):
+        path = tmp_path / "made" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "p.txt").write_text("Caf\u00e9.mp4\ta cup\n", encoding="utf-8")
+    assert list(videos_in(str(tmp_path / "made"))) == list(read_prompts(str(tmp_path / "p.txt"))) == ["Caf\u00e9"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -35,11 +35,14 @@ TRICKS = [
     "sáucér", "s̶a̶u̶c̶e̶r̶", "śàûçêř", "ṡaucer", "saucer\u0301", "SAUÇER",
     "forbidden teapot", "Forbidden   Teapots", "f0rbidden te4pot", "forbidden\nteapot", "forbidden-teapot",
     "fоrbidden tеаpоt", "the f.o.r.b.i.d.d.e.n teapot", "sаmоvаr", "sam\u200bovar", "samоvаrs", "ｓａｍｏｖａｒ",
+    "🅢🅐🅤🅒🅔🅡", "🆂🅰🆄🅲🅴🆁", "🇸🇦🇺🇨🇪🇷", "⒮⒜⒰⒞⒠⒭", "ꓢꓮꓴꓚꓰꓣ", "ſaucer", "sau\u3164cer", "s\uffa0aucer", "sau\u2800cer",
+    "sau|cer", "s!aucer", "sau—cer", "sau‐cer", "sau:cer", "sau,cer", "sau=cer", "s(a)ucer", "sau🔥cer",
+    "s🔥a🔥u🔥c🔥e🔥r",
 ]  # fmt: skip
 HARMLESS = [
     "a teapot", "nothing is forbidden", "a forbidden tea pot of gold", "sauce rolls over rice", "sauces", "sau cers",
     "the saucy cook", "some ovaries of a flower", "", "4 cats and 10 dogs at 5:30", "a b c d e f g",
-    "l'eau", "日本の茶碗",
+    "l'eau", "日本の茶碗", "sauce,rice", "one:two", "flags of 🇸🇪 and 🇳🇴", "sauce! Rain?",
     "собака бежит по снегу", "ein schöner Tag in Zürich", "an astronaut rides a horse, 35mm film, f/1.8",
 ]  # fmt: skip
 

@@ -82,6 +82,13 @@ def test_two_versions_are_compared_case_by_case(tmp_path: Path) -> None:
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["all", "0", "20", "0.000"]
 
 
+def test_a_set_as_other_systems_write_it_is_read(tmp_path: Path) -> None:
+    row = {"id": "1", "category": "a", "prompt": "a cup\u2028and a pot", "expected": "block"}
+    text = "\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n"
+    (tmp_path / "set.jsonl").write_bytes(text.encode())
+    assert [case.prompt for case in read_cases(tmp_path / "set.jsonl")] == [row["prompt"]]
+
+
 @pytest.mark.parametrize(
     "line",
     ["{", "[]", '{"id": "1"}', '{"id": 1, "category": "a", "prompt": "b", "expected": "block"}',

@@ -32,7 +32,7 @@ def test_ray_gives_the_same_shards(killed: bool, footage: Path, out: Path, tmp_p
 def kill_a_worker(started: subprocess.Popen[bytes]) -> None:
     """Kill the first worker process that works on a stage, as it is doing so."""
     until = time.monotonic() + 300
-    while time.monotonic() < until:
+    while time.monotonic() < until and started.poll() is None:
         for process in psutil.Process(started.pid).children(recursive=True):
             try:
                 name = " ".join(process.cmdline())

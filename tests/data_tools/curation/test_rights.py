@@ -15,6 +15,7 @@ import pytest
 import webdataset as wds
 
 from data_tools import takedown
+from data_tools.curation.forbidden import list_parameters
 from data_tools.curation.hashes import hashes_of
 from data_tools.curation.licences import read_licences
 from data_tools.curation.stage import Drop
@@ -34,6 +35,35 @@ def test_licences_say_what_may_be_used(tmp_path: Path) -> None:
     with pytest.raises(Drop, match="no licence: source old has none"):
         found.of("elsewhere.mp4")
     assert read_licences(tmp_path / "own", None, "CC0-1.0").of("any.mp4").licence == "CC0-1.0"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("*/A walk [dQw4w9WgXcQ].mp4", "own/A walk [dQw4w9WgXcQ].mp4"),
+        ("Caf\u00e9/*", "Cafe\u0301/a.mp4"),
+        ("[a].mp4", "[a].mp4"),
+    ],
+)
+def test_names_with_brackets_and_accents_are_matched_as_they_are_shown(pattern: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "licences.toml").write_text(
+        f'allowed = ["CC0-1.0"]\n[[source]]\nid = "x"\nmatch = "{pattern}"\nlicence = "CC0-1.0"\n', encoding="utf-8"
+    )
+    found = read_licences(tmp_path, None, None)
+    assert found.of(name).id == "x"
+    with pytest.raises(Drop, match="no source"):
+        found.of("a.mp4")
+
+
+@pytest.mark.parametrize("unknown", ["NOASSERTION", " none ", "N/A"])
+def test_a_word_for_no_licence_allows_nothing(unknown: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is none; give the licence"):
+        read_licences(tmp_path, None, unknown)
+    (tmp_path / "licences.toml").write_text(
+        f'allowed = ["{unknown}"]\n[[source]]\nid = "x"\nmatch = "*"\nlicence = "{unknown}"\n'
+    )
+    with pytest.raises(Drop, match="source x has none"):
+        read_licences(tmp_path, None, None).of("a.mp4")
 
 
 @pytest.mark.parametrize(
@@ -69,6 +99,17 @@ def test_a_file_of_licences_that_says_nothing_is_an_error(text: str, said: str, 
         read_licences(tmp_path, None, None)
     with pytest.raises(InputError, match="licence=CC0 is for all films"):
         read_licences(tmp_path, None, "CC0")
+
+
+def test_files_of_other_encodings_are_read_or_named(tmp_path: Path) -> None:
+    (tmp_path / "licences.toml").write_text(LICENCES, encoding="utf-8-sig")
+    assert read_licences(tmp_path, None, None).of("own/a.mp4").id == "ours"
+    listed = tmp_path / "list.txt"
+    listed.write_text("0" * 64 + "  a file.mp4\n", encoding="utf-8-sig")
+    assert list_parameters(str(listed))["path"] == str(listed)
+    listed.write_text("0" * 64 + "\n", encoding="utf-16")
+    with pytest.raises(InputError, match="is no text in UTF-8"):
+        list_parameters(str(listed))
 
 
 def test_films_without_any_licence_are_refused_at_once(tmp_path: Path, curated: Callable[..., int]) -> None:

@@ -118,4 +118,4 @@ def seen_tiny(frames_THWC: np.ndarray) -> np.ndarray:
     import cv2
 
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames_THWC]
-    return np.stack([cv2.resize(one, look.TINY[::-1], interpolation=cv2.INTER_AREA) for one in gray])
+    return np.stack([cv2.resize(one, (32, 18), interpolation=cv2.INTER_AREA) for one in gray])
