@@ -47,6 +47,7 @@ SMALLER = {
     r"data_tools\.make_demo": "clips=36 held_out=8 shard_clips=18",
     r"data_tools\.curate": "min_seconds=1 short_side=32",
     r"sora_train\.evaluate": "count=8",
+    r"sora_train\.sample run_dir=Wan": "height=32 width=64 seconds=0.5 steps=2",
     r" steps=\d+": "steps=2",
     r"n_trials=": "hydra.sweeper.n_trials=2",
     r"pip install -e": "--dry-run --no-deps --no-build-isolation",
