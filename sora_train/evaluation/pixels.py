@@ -53,13 +53,30 @@ def _ssim_of_planes(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
     def blurred(x: np.ndarray) -> np.ndarray:
         return cv2.GaussianBlur(x, (_SSIM_SIDE, _SSIM_SIDE), _SSIM_SIGMA, borderType=cv2.BORDER_REFLECT_101)
 
+    # in place where a plane is needed no more: giving memory back and taking it anew costs as much as the arithmetic
     a, b = a_HW.astype(np.float32), b_HW.astype(np.float32)
     mean_a, mean_b = blurred(a), blurred(b)
-    product, squares = mean_a * mean_b, mean_a * mean_a + mean_b * mean_b
-    covariance, variances = blurred(a * b) - product, blurred(a * a + b * b) - squares
+    covariance = blurred(a * b)
+    a *= a
+    b *= b
+    a += b
+    variances = blurred(a)
+    product = np.multiply(mean_a, mean_b, out=b)
+    mean_a *= mean_a
+    mean_b *= mean_b
+    squares = np.add(mean_a, mean_b, out=mean_a)
+    covariance -= product
+    variances -= squares
+    np.maximum(variances, 0, out=variances)
     luminance, structure = _SSIM_FLOORS
-    upper = (2 * product + luminance) * (2 * covariance + structure)
-    return float((upper / ((squares + luminance) * (np.maximum(variances, 0) + structure))).mean(dtype=np.float64))
+    for plane, factor, floor in ((product, 2, luminance), (covariance, 2, structure), (squares, 1, luminance)):
+        plane *= factor
+        plane += floor
+    variances += structure
+    product *= covariance
+    squares *= variances
+    product /= squares
+    return float(product.mean(dtype=np.float64))
 
 
 def _build_ssim(models: Models) -> Metric:
