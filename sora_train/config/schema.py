@@ -377,7 +377,7 @@ class LoggingConfig:
     sample_every: int = 500  # steps between samples
     sample_clips: int = 4
     previews: Previews = Previews.held_out
-    prompts: list[str] = field(default_factory=list)  # captions to sample instead of those of clips
+    prompts: list[str] = field(default_factory=list)  # sampled instead of captions of clips; one with a comma in quotes
     evaluate_every: int = 0  # steps between evaluations by metrics of samples for held-out clips; 0: none
     evaluate_clips: int = 16  # held-out videos of an evaluation, always the same
     metrics: list[str] = field(default_factory=lambda: ["quick"])  # names or groups of metrics of an evaluation

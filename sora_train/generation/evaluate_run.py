@@ -19,7 +19,7 @@ from sora_train.evaluation.layouts import wanted
 from sora_train.evaluation.metric import Part
 from sora_train.evaluation.outcome import Outcome, conclude
 from sora_train.evaluation.page import evaluation_page
-from sora_train.evaluation.results import SAMPLES, write_json
+from sora_train.evaluation.results import SAMPLES, write_json, write_text
 from sora_train.generation.benchmark_videos import Output, seconds_of, write_videos
 from sora_train.generation.cases import Case, Task, cases, prompt_cases
 from sora_train.generation.evaluator import Evaluator
@@ -107,8 +107,7 @@ def _history(path: Path, outcome: Outcome) -> dict[str, list[tuple[int, float]]]
     alike = {key: outcome.about.get(key) for key in ("clips", "seed")} | {"count": len(outcome.columns[SAMPLES])}
     lines = [line for line in lines if line["step"] != step or line["alike"] != alike]
     lines.append({"step": step, "alike": alike, "figures": now})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line["figures"].items() if line["alike"] == alike else ():
