@@ -63,7 +63,7 @@ def _matrix(bed: Bed, wanted: dict[int, list[tuple[int, int]]], steps: int) -> o
     return found
 
 
-def adapters(bed: Bed, stages: tuple[int, ...] = (0, 3), in_bf16: tuple[int, ...] = (3,), steps: int = 2) -> object:
+def adapters(bed: Bed, stages: tuple[int, ...] = (0, 3), in_bf16: tuple[int, ...] = (0,), steps: int = 2) -> object:
     """Two ranks train adapters at ZeRO stages, in bf16, and again at stage 3 with a stop halfway."""
     lora = (
         "model.lora.rank=2", "model.lora.alpha=4", "model.lora.targets=[q,v,mlp.2,text_in.0,out.project]",
@@ -216,13 +216,13 @@ def plugs(bed: Bed) -> object:
     }
     shape = ("model.width=16", "model.depth=1", "model.heads=2", "model.ffn=32", "model.patch=2")
     family = ("model=mixer", *shape, "steps=4")
-    configs["mixer-3"] = bed.config("mixer-3", "deepspeed=zero3", short[0], *family, leave=("model",))
+    configs["mixer-1"] = bed.config("mixer-1", "deepspeed=zero1", short[0], *family, leave=("model",))
     first, *then = configs.values()
     job = Job(first, 2, then=then)
     if code := job.wait():
         raise RuntimeError(f"ended with {code}:\n{job.log.read_text()[-4000:]}")
-    reference = outcome(bed.run_dir("distil-3"))
-    wrong = kill(bed, "killed", random.Random(3), reference, 2, (True,), "deepspeed=zero3", *short)
+    reference = outcome(bed.run_dir("distil-1"))
+    wrong = kill(bed, "killed", random.Random(3), reference, 2, (True,), "deepspeed=zero1", *short)
     newest = latest_intact(bed.run_dir("killed") / "checkpoints")
     return {
         "losses": {name: list(losses(Path(config.run_dir)).values()) for name, config in configs.items()},
