@@ -171,6 +171,7 @@ def _through_the_model(source: Source, named: str | None, folder: Path, pool: Po
     opened: list[Sampler] = []
 
     def attempt(case: Case) -> str:
+        """Sample a case's prompt; returns what became of it."""
         o = replace(source.options, prompt=case.prompt)
         sample = prepared(source.config, o, Job(o, folder / case.id.replace("/", "_")), pool)
         try:

@@ -187,6 +187,7 @@ def _add_jobs(app: FastAPI, database: Database, terms: Terms, known: _Door, wake
 
     @app.post("/api/jobs", status_code=202, responses=_NO_JOB)
     def ask(wish: Wish, key: Known, request: Request) -> Made:
+        """Queue a job for a video. Returns its id."""
         seconds = wish.seconds or terms.default_seconds
         if seconds > terms.most_seconds:
             raise HTTPException(422, f"seconds={seconds:g} is above {terms.most_seconds:g}")
@@ -259,6 +260,7 @@ def _add_uploads(app: FastAPI, folder: Path, database: Database, terms: Terms, k
 
     @app.post(UPLOADS, status_code=201, openapi_extra=body)
     async def upload(request: Request, key: Annotated[Key, Depends(known)]) -> Made:
+        """Store an image or video prompt, the body of the request. Returns its id, for a job of the same key."""
         data = await request.body()
         if not data:
             raise HTTPException(400, "the body is empty")

@@ -148,6 +148,7 @@ class Guarded:
         got, whole = 0, False
 
         async def receiving() -> Message:
+            """Receive the next part of the body within its bounds."""
             nonlocal got, whole
             if not said.isdigit() or len(said) > 18 or int(said) > most:
                 raise TooMuch(413)

@@ -162,6 +162,7 @@ def _progress(watches: Sequence[Watch], samples: Sequence[Sample]) -> Callable[[
     expected = config.flow.sampling_steps * _EVALUATIONS.get(config.flow.solver, 1) * pieces
 
     def count() -> None:
+        """Count an evaluation of the network, and tell the watchers the share that is done."""
         nonlocal done
         done += 1
         waiting = 0
