@@ -71,3 +71,9 @@ def test_the_degree_is_the_number_of_held_out_objects(trial: Trial) -> None:
     found = [k if isinstance(k, tuple) else (k.colour, k.shape, k.direction) for k in kinds]
     assert sum(one in held for one in found) == trial.degree
     assert all(direction in DIRECTIONS for _, _, direction in found)
+
+
+def test_captions_name_things_in_the_plural_where_they_are_counted() -> None:
+    told = {caption for _, caption in (CATEGORIES["count"][0](np.random.default_rng(n), 0) for n in range(40))}
+    assert any(" crosses move " in caption for caption in told)
+    assert all(caption.startswith(("two small ", "three small ")) and "sss" not in caption for caption in told)
