@@ -35,6 +35,7 @@ from data_tools.curation.settings import Settings
 from data_tools.out_lock import alone_on
 from sora_train.core.cli import InputError, run
 from sora_train.core.options import options
+from sora_train.core.outputs import usable
 
 if TYPE_CHECKING:
     from data_tools.curation.engine import Engine
@@ -59,10 +60,8 @@ def main() -> int:
     if asked.max_seconds < asked.min_seconds:
         raise InputError(f"max_seconds={asked.max_seconds:g} must be at least min_seconds={asked.min_seconds:g}")
     licences = read_licences(folder, asked.licences, asked.licence)
-    try:
+    with usable(out, "out"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot use out={out}: {error.strerror}") from error
     with alone_on(out):
         engine = _engine(asked)
         pipeline = Pipeline(asked, licences, engine)

@@ -33,6 +33,7 @@ from sora_train.config.schema import Config
 from sora_train.core.batch import Refusal, Visit
 from sora_train.core.cli import InputError, run
 from sora_train.core.options import choice, options_and_overrides
+from sora_train.core.outputs import usable
 from sora_train.core.pixels import to_video
 from sora_train.core.world import from_environment
 from sora_train.data.index.index import Index, load_index
@@ -81,7 +82,7 @@ def encode(config: Config, out: Path, dtype: str) -> int:
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     shards = Shards(config)
     places = _places(shards, config, out)
-    with Pool.of(config.data, shards.store) as pool:
+    with Pool.of(config.data, shards.store) as pool, usable(out, "out"):
         encoder = Encoder(config, device, dtype, pool, shards)
         for shard, text_filter, path in places[world.rank :: world.size]:
             print(f"{path}: {encoder.shard(shard, text_filter, path)}", flush=True)

@@ -34,6 +34,7 @@ from sora_train.config.schema import Config, DataConfig, SourceConfig, StageConf
 from sora_train.core.charts import histogram
 from sora_train.core.cli import InputError, run
 from sora_train.core.options import choice, number, options_and_overrides, options_and_paths
+from sora_train.core.outputs import usable
 from sora_train.core.page import page
 from sora_train.data.index.index import Index, load_index
 from sora_train.data.index.make import index_shards
@@ -133,10 +134,8 @@ def _inspect(config: Config, patterns: list[str], out: Path, samples: int) -> in
 
 
 def _write(out: Path, text: str, index: Index) -> None:
-    try:
+    with usable(out, "out"):
         out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write out={out}: {error.strerror}") from error
     print(f"wrote {out}: {int(index.usable.sum())} usable samples of {len(index)}")
 
 

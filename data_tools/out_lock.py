@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sora_train.core.cli import InputError
+from sora_train.core.outputs import usable
 
 _FILE = ".lock"
 
@@ -19,10 +20,8 @@ def alone_on(out: Path) -> Iterator[None]:
 
     The system gives it free when the process ends, however it ends; the file stays.
     """
-    try:
+    with usable(out, "out"):
         descriptor = os.open(out / _FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"cannot use out={out}: {error.strerror}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -27,6 +27,7 @@ from data_tools.progress import progress
 from sora_train.core.cli import InputError, run
 from sora_train.core.media import read_mp4
 from sora_train.core.options import number, options
+from sora_train.core.outputs import usable
 from sora_train.data.index.index import Index, load_index
 from sora_train.data.index.make import index_shards
 from sora_train.data.index.patterns import expand
@@ -117,10 +118,11 @@ def _write(out: Path, table: Table, columns: list[str], made_by: str) -> None:
     keys = sorted(table)
     arrays = {"key": pa.array(keys, pa.string())}
     arrays |= {name: pa.array([table[k][n] for k in keys], pa.float64()) for n, name in enumerate(columns)}
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
-    pq.write_table(pa.table(arrays).replace_schema_metadata({_MADE_BY: made_by.encode()}), temporary)
-    temporary.replace(out)
+    with usable(out, "out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(arrays).replace_schema_metadata({_MADE_BY: made_by.encode()}), temporary)
+        temporary.replace(out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import webdataset as wds
 
 from sora_train.core.cli import InputError
+from sora_train.core.outputs import usable
 
 VERSION = 2
 Members = list[tuple[str, bytes]]  # of one sample: extension and bytes
@@ -38,11 +39,9 @@ class Journal:
         self.shards: dict[str, dict[str, Mark]] = {}  # samples of each, in order
         self.notes: dict[str, Any] = {}
         head = {"version": VERSION} | made_with
-        try:
+        with usable(out, "out"):
             out.mkdir(parents=True, exist_ok=True)
             lines = self._whole_lines()
-        except OSError as error:
-            raise InputError(f"cannot use out={out}: {error.strerror}") from error
         if not lines:
             if any(out.rglob("*.tar")):
                 raise InputError(f"{out} holds shards but no build.jsonl; choose another out=")

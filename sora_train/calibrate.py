@@ -5,11 +5,12 @@
 
     out=cost.json        file to write
     rounds=5             measurements of each pack; the median counts
-    latents=false        true where shards hold latents, or the cache keeps all of them: the VAE has no work
+    latents=false        true if shards contain latents, or the cache keeps all of them: the VAE isn't run
 
-Clips of several lengths and sizes within `data.max_frames`, `data.max_pixels` and `data.max_tokens` are taken through
-encoder, forward and backward pass, alone and together. Seconds are fitted to packs, clips, tokens, squared lengths and
-pixels. The plan's hash covers them; a run keeps its own copy, so a new fit never changes a run under way.
+The command measures encoding, forward and backward pass of packs with one or several clips, of several lengths and
+sizes within `data.max_frames`, `data.max_pixels` and `data.max_tokens`. It fits the seconds as a linear function of the
+numbers of packs, clips, tokens, squared tokens and pixels. The plan's hash covers the fitted values. A run keeps its
+own copy, so a new fit never changes a started run.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from sora_train.config.hydra import run_hydra
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError, run
 from sora_train.core.options import number, options_and_overrides
+from sora_train.core.outputs import usable
 
 
 @dataclass
 class Options:
-    """Options of the command beside the configuration."""
+    """Options of the command in addition to the configuration."""
 
     out: str
     rounds: int = number(5, least=1)
@@ -59,7 +61,8 @@ def calibrate(config: Config, options: Options) -> int:
     ours, flops = (statistics.median(errors) for errors in (result.errors, result.flops_errors))
     print(f"{len(packs)} packs on {name}, {min(p.seconds for p in packs):.3g} to {max(p.seconds for p in packs):.3g} s")
     print(f"error of a pack that was left out of the fit: {ours:.1%}; of seconds proportional to FLOPs: {flops:.1%}")
-    Path(options.out).write_text(json.dumps(as_json(config, result, name), indent=1) + "\n")
+    with usable(Path(options.out), "out"):
+        Path(options.out).write_text(json.dumps(as_json(config, result, name), indent=1) + "\n")
     print(f"written to {options.out}; train and plan with data.cost={options.out}")
     return 0
 

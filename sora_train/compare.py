@@ -33,7 +33,7 @@ from sora_train.operations.side_by_side import plot, table
 
 @dataclass
 class Options:
-    """Options of the command beside run folders."""
+    """Options of the command in addition to run folders."""
 
     figures: list[str] = field(
         default_factory=lambda: ["loss", "validation_loss", "tokens_per_s", "mfu", "step_time", "samples", "goodput"]
@@ -75,7 +75,7 @@ def _by_size(wanted: Options, folders: list[str]) -> int:
 
 
 def _told_apart(records: list[Record]) -> list[Record]:
-    """Rename runs of equal names to their paths."""
+    """Copy of the records in which runs with equal names are named by their paths."""
     names = [record.name for record in records]
     return [
         Record(str(r.folder), r.folder, r.config, r.curves, r.end, r.quarantine) if names.count(r.name) > 1 else r

@@ -5,9 +5,9 @@
 
     shards     read a part of them
     run_dir    whether checkpoints can be written there (runs)
-    json       write the findings there too: by machine, and "between ranks"
+    json       also write the findings to this file: by machine, and "between ranks"
 
-Exit code: 0 nothing fails (warnings may be there), 1 something fails (on every rank), 2 wrong options.
+Exit code: 0 no check fails (there may be warnings), 1 a check fails (the same on every rank), 2 wrong options.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> int:
 def _everywhere(world: World, mine: dict[str, Any], path: str) -> dict[str, Any]:
     """Gather the findings of all machines, run the checks between them, and report before any rank exits.
 
-    As soon as a rank exits with 1, torchrun kills the others, the main rank in the middle of its report too.
+    As soon as a rank exits with 1, torchrun kills the others, even the main rank while it still writes its report.
     """
     import torch.distributed as dist
 

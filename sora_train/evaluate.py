@@ -12,8 +12,8 @@
     python -m sora_train.evaluate votes=[FILE,...] key=PAGE.key.json      what people voted
     python -m sora_train.evaluate videos=DIR memorised=[SHARD,...] out=FILE.json     training clips that samples repeat
 
-See docs/evaluation.md. `run_dir` is a run or an export of one. What a run's evaluation has done is kept: after an
-interruption give the command again, and under torchrun the ranks share the samples out.
+See docs/evaluation.md. `run_dir` is a run or an export of one. After an interruption, repeat the command: finished
+samples of a run's evaluation are kept. Under torchrun the ranks share the samples.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPLITS = {"val": "validation", "test": "test", "train": "sources"}  # and the ke
 
 
 def main() -> int:
-    """Do what the options ask for."""
+    """Run the evaluation that the options select; returns the exit code."""
     o = options(Options, __doc__)
     if o.memorised:
         from sora_train.generation.training_clips import find_copies
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def _with_model(o: Options) -> int:
-    import torch  # these take seconds to import, and only this needs them
+    import torch  # these imports take seconds, and only this function needs them
 
     from sora_train.generation.evaluate_run import evaluate_run
     from sora_train.operations.inputs import check_inputs
@@ -63,7 +63,7 @@ def _with_model(o: Options) -> int:
 
 
 def _plan(config: Config, o: Options) -> Plan:
-    """The order of the clips to evaluate on. Raises InputError for a split without shards."""
+    """Build the plan of the clips to evaluate on. Raises InputError for a split without shards."""
     if o.split not in SPLITS:
         raise InputError(f"split={o.split}; {nearest(o.split, list(SPLITS))}")
     if o.split == "train" and not o.shards:

@@ -5,18 +5,18 @@
 
 A VAE run becomes `vae.safetensors` and `config.json`, its latents' mean and deviation measured on training clips; a
 video model becomes `model.safetensors`, `config.yaml` and a copy of its VAE under `vae/`. In the form of diffusers a
-video model becomes `transformer/` (`WanTransformer3DModel`), which `model.init_from` starts a run from again; where
-it was trained with a released VAE and text encoder, these are copied beside it and `WanPipeline.from_pretrained`
-loads the whole folder. `format=original` is the transformer in the names of Wan's own repository, which ComfyUI and
-`model.init_from` read too. Averaged (EMA) weights; with `ema_length=0.07` those of that relative length, made of the
-run's snapshots (`optim.ema_lengths`).
+video model becomes `transformer/` (`WanTransformer3DModel`), from which `model.init_from` can start another run. If
+it was trained with a released VAE and text encoder, these are copied beside it, and `WanPipeline.from_pretrained`
+loads the folder. `format=original` is the transformer in the names of Wan's own repository, which ComfyUI and
+`model.init_from` read too. Weights are averaged (EMA); with `ema_length=0.07` the average has that relative length, and
+is computed from the run's snapshots (`optim.ema_lengths`).
 
     python -m sora_train.export run_dir=runs/lora out=runs/lora/export format=adapter
 
-A run of adapters (`model.lora`) is written in both forms with the adapters added to the weights beneath them; with
-`format=adapter`, they alone: `pytorch_lora_weights.safetensors`, which `WanPipeline.load_lora_weights` reads; with
-`layout=original` in the names of Wan's own repository, for ComfyUI and others. `dtype=bf16` halves the files,
-`shard_gib=5` splits a diffusers transformer, `base=FOLDER` says where released weights are that have been moved.
+For a run of adapters (`model.lora`), these formats contain the frozen weights with the adapters merged into them.
+`format=adapter` writes the adapters alone: `pytorch_lora_weights.safetensors`, which `WanPipeline.load_lora_weights`
+reads, or with `layout=original` in the names of Wan's own repository, for ComfyUI and others. `dtype=bf16` halves the
+files, `shard_gib=5` splits a diffusers transformer, and `base=FOLDER` is the new path of released weights if moved.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from sora_train.config.released import folder_of
 from sora_train.config.schema import TOKENIZER, VAE_USE, Config, LoraConfig, Prediction
 from sora_train.core.cli import InputError, run
 from sora_train.core.options import choice, number, options
+from sora_train.core.outputs import usable
 from sora_train.core.pixels import to_unit
 from sora_train.data.loader import Loader
 from sora_train.data.order.plan import Position
@@ -51,7 +52,7 @@ from sora_train.operations.trained import EXPORTED, trained_weights
 from sora_train.training.engine.power_ema import combined
 
 _CLIPS_MEASURED = 512
-_VISITS_MEASURED = 4  # of each sample, where there are few
+_VISITS_MEASURED = 4  # visits of each sample to measure, if there are few samples
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Options:
     layout: str = choice(("diffusers", "original"), "diffusers")  # names in a file of adapters
     dtype: str = choice(("fp32", "bf16", "fp16"), "fp32")
     shard_gib: float = number(10.0, above=0)  # size of a weights file of a diffusers folder
-    base: str | None = None  # where the released weights are that the run was trained from, if they have been moved
+    base: str | None = None  # new path of the released weights that the run was trained from, if they were moved
 
 
 def main() -> int:
@@ -76,8 +77,16 @@ def main() -> int:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.dtype]
     if o.format != "safetensors":
         _check_for_diffusers(config, o)
-    out.mkdir(parents=True, exist_ok=True)
     weights = trained_weights(o.run_dir) if o.ema_length is None else _of_length(Path(o.run_dir), o.ema_length)
+    with usable(out, "out"):
+        out.mkdir(parents=True, exist_ok=True)
+        _write(o, config, weights, dtype, out)
+    print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+    return 0
+
+
+def _write(o: Options, config: Config, weights: dict[str, torch.Tensor], dtype: torch.dtype, out: Path) -> None:
+    """Write the weights in the format that the options select."""
     if not METHODS.get(config.method).makes_videos:
         frozen = config.vae.frozen_encoder  # then the checkpoint holds the decoder alone, and the latents are the same
         vae = trained_vae(config.vae) if frozen else build_vae(config.vae)
@@ -103,8 +112,6 @@ def main() -> int:
             shutil.copy2(config.tokenizer_file, out / TOKENIZER)
         assert config.vae.path is not None
         copy_part(folder_of(config.vae.path, "vae"), out / "vae")
-    print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
-    return 0
 
 
 def _of_length(run_dir: Path, length: float) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@
     price=...            dollars per rank and hour, instead of the table's assumption
     disk_gb_s=2          what the shared file system writes, all ranks together
     device_hours=50676   hours that one device runs between failures
-    scale=true           besides, 64 to 16,384 ranks with as much work each: collectives, agreement, saves, goodput
-    encoded=true         without shards at hand: the clips come encoded by data_tools.encode_latents
-    rehearse=true        besides, take one real step of one rank here, the others missing; needs that rank's memory
+    scale=true           also 64 to 16,384 ranks with the same work per rank: collectives, agreement, saves, goodput
+    encoded=true         if the shards aren't available: assume clips encoded by data_tools.encode_latents
+    rehearse=true        also run one real step of one rank here, without the others; needs that rank's memory
 
 Prints parameters, batch arithmetic, FLOPs and checkpoint advice; if the shards exist, steps per epoch, packing and
 balance; memory by part and step time for ZeRO 0 to 3 and by degree of sequence parallelism; and suggests a setting.
@@ -44,7 +44,7 @@ from sora_train.forecast.trace import trace
 
 @dataclass
 class Options:
-    """Options of the command beside the configuration."""
+    """Options of the command in addition to the configuration."""
 
     world_size: int = number(1, least=1)
     hardware: str = "h100"

@@ -2,8 +2,8 @@
 
     python -m sora_train.sample run_dir=runs/demo prompt="a small red ring drifts left over a dark field"
         [out=clip.mp4] [negative="..."] [image=first.png | video=before.mp4] [end_image=last.png | end_video=after.mp4]
-        [strength=0.6] [seconds=2] [whole=true] [loop=true] [overlap=2] [height=32] [width=32] [seed=0] [count=1]
-        [guidance=3] [steps=20] [solver=euler] [shift=1] [guidance_interval=[0,1]] [guidance_rescale=0]
+        [strength=0.6] [seconds=2] [whole=true] [loop=true] [overlap=2] [memory=true] [height=32] [width=32] [seed=0]
+        [count=1] [guidance=3] [steps=20] [solver=euler] [shift=1] [guidance_interval=[0,1]] [guidance_rescale=0]
         [format=mp4|webm|gif|frames|png] [fps=8] [crf=18] [lora=[a.safetensors:0.8,b.safetensors]]
         [checkpoint=1000] [weights=ema|raw] [dtype=fp32|bf16] [vae=FOLDER] [rope_scaling=ntk rope_factors=[2,1,1]]
         [expand=true expand_url=http://localhost:8000/v1]
@@ -14,14 +14,14 @@
     python -m sora_train.sample from=clip.json [key=value ...]
 
 `run_dir` is a run, an export, the folder of a released Wan pipeline, or (with such a folder as `base`) a transformer in
-the layout of Wan's own repository, a folder or a file. A prompt is taken as it is typed. Without one,
-held-out captions are sampled into run_dir/samples/held_out. `image` or `video` is the beginning, `end_image` or
-`end_video` the end, and both together are joined; with `strength` below 1, `video` is made anew instead. More `seconds`
-than the model was trained on are made piece by piece, or at once with `whole=true`. Beside each video stand a contact
-sheet (PNG) and what it was made from (JSON), which makes it again with `from`. Of several samples, those that are there
-are left. Once `python -m sora_train.release init` was given, prompts and videos are checked, marked and signed;
-`release=off` is the switch. Under torchrun all ranks share the tokens of each clip, for clips too long for one. See
-docs/sampling.md.
+the layout of Wan's own repository, a folder or a file. A prompt is used exactly as typed. Without a prompt, held-out
+captions are sampled into run_dir/samples/held_out. `image` or `video` is the beginning of the clip, `end_image` or
+`end_video` its end; with both, the part between them is generated. With `strength` below 1, `video` is varied instead
+of continued. Videos with more `seconds` than the model was trained on are generated piece by piece, or in one piece
+with `whole=true`. Beside each video a contact sheet (PNG) and a record of all settings (JSON) are written; `from`
+generates the video of such a record again. Of several samples, existing ones with the same settings are kept. After
+`python -m sora_train.release init`, prompts and videos are checked, marked and signed, unless `release=off`. Under
+torchrun all ranks share the tokens of each clip, for clips too long for one rank. See docs/sampling.md.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _HELD_OUT = 8  # captions sampled when none is given
 
 
 def main() -> int:
-    """Sample what the options ask for, and say where it is."""
+    """Sample the videos that the options select, and print their paths."""
     o, recorded = parse(__doc__)
     model = Source(o)
     safeguards = safeguards_for(o.release, sign=o.sign, mark=o.mark, guard=o.guard)
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def _held_out(config: Config, o: Options) -> list[Job]:
-    """A sample of each of the first held-out captions, in its clip's size."""
+    """Jobs that sample the first `_HELD_OUT` held-out captions, each in the size of its clip."""
     plan = Shards(config).held_out(config)
     if plan is None:
         raise InputError('the run has no held-out shards; give prompt="..."')

@@ -1,4 +1,4 @@
-"""Serve a model to the invited: an HTTP API, a queue that outlives a kill, and a small web page.
+"""Serve a model to users with a key: an HTTP API, a persistent queue, and a small web page.
 
     python -m sora_train.serve run_dir=RUN [host=127.0.0.1] [port=8400] [tls_certificate=FILE tls_key=FILE]
         [folder=RUN/service] [most_seconds=10] [batch=4] [allow=[10.0.0.0/8]] [proxy=127.0.0.1] [keep_days=7]
@@ -7,9 +7,9 @@
     python -m sora_train.serve run_dir=RUN revoke=NAME
     python -m sora_train.serve run_dir=RUN list=true
 
-`add` prints a key, this once. The page is at http://HOST:PORT/, the API's description at /openapi.json. Guard, mark and
-signature are those of the release folder; without one the service doesn't start, unless release=off. Encryption is a
-proxy's or that of tls_certificate and tls_key. See docs/release.md.
+`add` creates a key and prints it; it can't be shown again. The page is at http://HOST:PORT/, the API's description at
+/openapi.json. Guard, mark and signature are configured in the release folder; without one the service doesn't start,
+unless release=off. For TLS, use a proxy, or tls_certificate and tls_key. See docs/release.md.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Options:
     tls_certificate: str | None = None
     tls_key: str | None = None
     most_seconds: float = number(10.0, above=0, most=3600)
-    batch: int = number(4, least=1, most=64)  # jobs that are made in one go
+    batch: int = number(4, least=1, most=64)  # jobs that are generated as one batch
     allow: list[str] = number([])  # networks; empty: all
-    proxy: str | None = None  # address of the proxy whose X-Forwarded-For is believed
-    keep_days: float = number(7.0, above=0)  # videos, prompts and uploads
+    proxy: str | None = None  # address of the proxy whose X-Forwarded-For header is trusted
+    keep_days: float = number(7.0, above=0)  # for videos, prompts and uploads
     most_upload: int = number(32 << 20, least=1)  # bytes
     release: str | None = None
     steps: int | None = number(None, least=1, most=10_000)
@@ -57,7 +57,7 @@ class Options:
 
 
 def main() -> int:
-    """Serve, or make, revoke or list keys."""
+    """Serve, or create, revoke or list API keys."""
     o = options(Options, __doc__)
     if not Path(o.run_dir).is_dir():
         raise InputError(f"there is no folder {o.run_dir}")
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def _opened(folder: Path) -> Database:
-    """The database of a service's folder, which is made where it isn't there. Raises InputError."""
+    """Open the database in a service's folder; create both if missing. Raises InputError."""
     try:
         for part in (folder, folder / OUTPUTS, folder / UPLOADS):
             part.mkdir(parents=True, exist_ok=True)

@@ -17,13 +17,14 @@ from sora_train.config.hydra import run_hydra, write_exit
 from sora_train.config.load import to_yaml
 from sora_train.config.schema import Config
 from sora_train.core.cli import BAD_INPUT, InputError, run
+from sora_train.core.outputs import usable
 from sora_train.core.world import World, from_environment, threads_here
 from sora_train.data.index.patterns import expand
 from sora_train.data.read.commands import is_command, words
 from sora_train.data.read.store import scheme
 from sora_train.operations.inputs import check_inputs
 from sora_train.operations.lock import RunLock
-from sora_train.operations.preflight import changes, count_restart, done_already, usable
+from sora_train.operations.preflight import changes, count_restart, done_already
 from sora_train.training.state.mirror import Mirror
 
 
@@ -37,7 +38,7 @@ def train(config: Config) -> int:
         code, reason = BAD_INPUT, str(error)
         raise
     finally:
-        told = (Path(config.run_dir) / "exit.json").exists()  # written by the rank that failed first, with the reason
+        told = (Path(config.run_dir) / "exit.json").exists()  # the rank that failed first has written the reason
         if code == BAD_INPUT or (world.is_main and not (code == 1 and told)):
             write_exit(config.run_dir, code, reason)
         if world.is_main and code != BAD_INPUT:
@@ -73,10 +74,10 @@ def _start(config: Config, world: World) -> tuple[int, str]:
     if not world.is_main:
         return _train(config, world, [])
     run_dir = Path(config.run_dir)
-    with usable(run_dir):
+    with usable(run_dir, "run_dir"):
         lock = RunLock(run_dir)
     try:
-        with usable(run_dir):
+        with usable(run_dir, "run_dir"):
             (run_dir / "exit.json").unlink(missing_ok=True)
             if mirror := Mirror.of(config):
                 mirror.restore()
@@ -103,7 +104,7 @@ def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
 
     shards = Shards(config)
     run_dir = Path(config.run_dir)
-    with usable(run_dir):
+    with usable(run_dir, "run_dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
         setup_logging(run_dir, world.rank)
     for line in changed:
@@ -111,7 +112,7 @@ def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
     torch.set_num_threads(config.threads or threads_here(world))
     device = connect(world)
     try:
-        with usable(run_dir):
+        with usable(run_dir, "run_dir"):
             index_everywhere(shards.wanted, world)
             if config.epochs is not None:
                 config = with_length(config, shards.plan(config))
@@ -121,7 +122,7 @@ def _train(config: Config, world: World, changed: list[str]) -> tuple[int, str]:
                 (run_dir / "config.yaml").write_text(to_yaml(config))
             config = with_tokenizer(config, shards, world)
         with Pool.of(config.data, shards.store) as pool, out_of_memory(config, world) as known:
-            with usable(run_dir):
+            with usable(run_dir, "run_dir"):
                 trainer = build_trainer(config, world, device, shards, pool)
             known.where = trainer.where
             try:

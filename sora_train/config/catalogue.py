@@ -9,7 +9,8 @@ An experiment file begins with
     #   time:     the time it takes there
     #   result:   the measured result
 
-or, where nobody has run it yet, with these in place of time and result, and perhaps the command before it (encode):
+or, if it has not been run yet, with the following facts in place of time and result. A command that must be run before
+it may be given too (encode).
 
     #   plan:     the command that forecasts it
     #   planned:  memory, time of a step, length and cost by that command
@@ -38,7 +39,7 @@ class Head:
 
 
 def read_head(path: Path) -> Head:
-    """Parse the head of a file. Lines that follow a fact without a field name continue it."""
+    """Parse the head of a file. A line without a field name continues the fact of the previous line."""
     purpose: list[str] = []
     facts: dict[str, str] = {}
     last = ""

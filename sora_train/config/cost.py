@@ -1,4 +1,4 @@
-"""Geometry and cost of a configuration, asked of its method, and the measured cost that `data.cost` names."""
+"""Geometry and cost of a configuration, as defined by its method, and the measured cost in the file `data.cost`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.cost import TEXT_TOKENS, AdapterCost, Cost, Geometry, Seconds, Shapes
 
-KEPT = "cost.json"  # in the run folder: the run's own copy of what `data.cost` named at its first start
+KEPT = "cost.json"  # in the run folder: copy of the file `data.cost`, made at the run's first start
 _SECOND = 10**15  # femtoseconds
 
 
@@ -28,7 +28,7 @@ def cost(config: Config) -> Cost:
 def balancing_cost(config: Config) -> Cost | Seconds:
     """Cost by which packs are balanced: measured seconds if `data.cost` names a file, else FLOPs.
 
-    A run under way keeps to its own copy of the file, so a new fit doesn't change its plan.
+    A started run uses its own copy of the file, so a new fit doesn't change its plan.
     """
     if config.data.cost is None:
         return cost(config)

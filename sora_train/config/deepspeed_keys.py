@@ -1,6 +1,6 @@
-"""Keys that DeepSpeed 0.18 and 0.19 read, beside those that follow from ours: others it ignores without a word.
+"""Keys that DeepSpeed 0.18 and 0.19 read, except those derived from our own keys. DeepSpeed silently ignores others.
 
-Imports no deepspeed, which takes seconds; a test compares these with what is installed.
+Doesn't import deepspeed, which takes seconds; a test compares the keys with those of the installed version.
 """
 
 from __future__ import annotations

@@ -31,21 +31,21 @@ from sora_train.core.cli import BAD_INPUT, STOPPED, InputError, nearest
 from sora_train.core.options import list_items
 from sora_train.core.world import from_environment
 
-_OWN_LAUNCHER = re.compile("BasicLauncher|TorchrunLauncher")  # those that hand on the codes of jobs
+_OWN_LAUNCHER = re.compile("BasicLauncher|TorchrunLauncher")  # launchers that pass on the exit codes of jobs
 _WITH_VALUE = (  # flags of Hydra whose value is the next argument
     "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c",
     "--experimental-rerun",
 )  # fmt: skip
 _LOCAL_RANK = ("--local_rank=", "--local-rank=")  # as the launchers of DeepSpeed and torch.distributed add it
 _HERE = Path(__file__).parents[1]
-CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # installed from a wheel, or a checkout
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # in a wheel, or in a checkout
 
 
 def store_schema() -> None:
     """Register the schema with Hydra: all keys with their defaults, and each model family as a choice of `model`.
 
-    Only values are registered, not types: `load.build` checks types, and reports a mistake in one line. What is
-    registered already stays, so that this can be called again when plugins have brought families.
+    Only values are registered, not types: `load.build` checks types, and reports a mistake in one line. Existing
+    entries are kept, so that this can be called again after plugins have registered families.
     """
     store = ConfigStore.instance()
     if "schema.yaml" not in store.repo:
@@ -89,10 +89,10 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
     mistakes: list[InputError] = []
 
     def main(tree: DictConfig) -> None:
-        """Run one job, or one of a sweep's."""
-        if STOPPED in codes:  # the sweep was told to stop in an earlier job
+        """Run one job: that of the command line, or one of a sweep."""
+        if STOPPED in codes:  # a signal stopped the sweep in an earlier job
             return
-        is_here = _OWN_LAUNCHER.search(str(HydraConfig.get().launcher))  # others run jobs in processes of their own
+        is_here = _OWN_LAUNCHER.search(str(HydraConfig.get().launcher))  # others run jobs in separate processes
         try:
             _check_run_dir(tree)
             if HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -125,15 +125,35 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
 
 
 def _prepare_arguments() -> None:
-    """Make the command line what Hydra must be given; a sweep keeps its lists of values."""
+    """Check all overrides, and rewrite them in `sys.argv` for Hydra's parser (`as_typed`), except in a sweep."""
+    for argument in sys.argv[1:]:
+        _check_choice(argument)
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         _refuse_sweep_under_torchrun()
     else:
         sys.argv[1:] = [as_typed(argument) for argument in sys.argv[1:]]
 
 
+def _check_choice(argument: str) -> None:
+    """Raise InputError for an override without a key, or one of a config group whose value isn't a name or names."""
+    group, equals, value = argument.lstrip("+").partition("=")
+    if equals and not group:
+        raise InputError(f"{argument}: there is no key before the '='")
+    if not equals or not (CONF / group).is_dir():
+        return
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return  # reported when Hydra parses it
+    chosen = override.value()
+    names = chosen if isinstance(chosen, list) else [chosen]
+    if not override.is_sweep_override() and not all(isinstance(name, str) for name in names):
+        known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        raise InputError(f"{argument}: give the name of a file of conf/{group}/, or a list; {nearest(value, known)}")
+
+
 def _flags_first(arguments: list[str]) -> list[str]:
-    """The same arguments with flags before overrides: Hydra's parser knows no override behind a flag between them."""
+    """Move flags before overrides, because Hydra's parser fails on overrides after a flag that follows others."""
     flags: list[str] = []
     overrides: list[str] = []
     for place, argument in enumerate(arguments):
@@ -143,18 +163,18 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 
 def as_typed(argument: str) -> str:
-    """An override as Hydra must be given it to take it for what was typed.
+    """Rewrite an override so that Hydra parses its value as the text that was typed.
 
-    Text, and items of lists of text, are quoted where Hydra's grammar would read another value: `run_dir=2024_11` is
-    that folder and not a number, `shards=[a-{0..3}.tar]` a pattern. What is quoted already, null and interpolations
-    stay Hydra's. Entries of maps with any keys (`data.storage.s3.anon`, `deepspeed.zero_optimization.stage`) may be
-    new.
+    Text, and items of lists of text, are quoted if Hydra's grammar would parse them as another value: `run_dir=2024_11`
+    is a folder and not a number, `shards=[a-{0..3}.tar]` a pattern. Quoted values, null and interpolations are left to
+    Hydra. New entries of maps with arbitrary keys (`data.storage.s3.anon`, `deepspeed.zero_optimization.stage`) need no
+    `+`.
     """
     key, equals, value = argument.partition("=")
     if not equals:
         return argument
     if _is_open(key):
-        argument = f"++{argument}"  # names of its own are no mistake there, so they need no + of the user's
+        argument = f"++{argument}"  # new keys are allowed there, so the user need not type a +
     kind = _kind(key)
     if not value or value == "null" or "${" in value or value[0] in "'\"" or kind not in (str, str | None, list[str]):
         return argument
@@ -176,7 +196,7 @@ def _quoted(text: str) -> str:
 
 
 def _kind(key: str) -> Any:
-    """Type of the values of a dotted key of the configuration; None where it isn't known."""
+    """Type of the value of a dotted key of the configuration; None if it isn't known."""
     kind: Any = Config
     for part in key.split("."):
         if get_origin(kind) is dict:
@@ -187,7 +207,7 @@ def _kind(key: str) -> Any:
 
 
 def _is_open(key: str) -> bool:
-    """Tell whether a dotted key of the configuration is a map that may have any keys, or lies in one.
+    """Tell whether a dotted key of the configuration is a map with arbitrary keys, or inside one.
 
     A key without a dot (`deepspeed=zero2`) chooses a file of conf/.
     """
@@ -206,7 +226,7 @@ def _plugins() -> list[str]:
 
 
 def write_exit(run_dir: str | Path, code: int, reason: str) -> None:
-    """Write run_dir/exit.json, from which the launch scripts take the exit code."""
+    """Write run_dir/exit.json, from which the launch scripts read the exit code."""
     path = Path(run_dir) / "exit.json"
     _tell_script(f"code {code}")
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -219,7 +239,7 @@ def write_exit(run_dir: str | Path, code: int, reason: str) -> None:
 
 
 def note_start(run_dir: str) -> None:
-    """Tell the launch script of this machine where the run writes, and which exit.json is there from before."""
+    """Tell this machine's launch script the run folder, and inode and time of an exit.json of an earlier start."""
     if from_environment().local_rank > 0 or not os.environ.get("SORA_EXIT_FILE"):
         return
     path = Path(run_dir).absolute()
@@ -233,14 +253,17 @@ def note_start(run_dir: str) -> None:
 
 
 def _tell_script(line: str) -> None:
-    """Append a line to the file in which a launch script reads how the run ended (`final_code` in common.sh)."""
+    """Append a line to the file SORA_EXIT_FILE, in which a launch script reads how the run ended.
+
+    See `final_code` in common.sh. Does nothing without that variable.
+    """
     if told := os.environ.get("SORA_EXIT_FILE"):
         with suppress(OSError), Path(told).open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(line + "\n")
 
 
 def _check_run_dir(tree: DictConfig) -> None:
-    """Raise InputError for a run folder that isn't one, or that each rank would name otherwise."""
+    """Raise InputError for a `run_dir` that is empty or a URL, or whose time stamp would differ between ranks."""
     written = str((OmegaConf.to_container(tree, resolve=False) or {}).get("run_dir", ""))  # type: ignore[union-attr]
     if not written.strip():
         raise InputError("run_dir is empty; name the folder of the run, e.g. run_dir=runs/first")
@@ -254,7 +277,7 @@ def _check_run_dir(tree: DictConfig) -> None:
 
 
 def _value_of(argument: str) -> str:
-    """The value of an override, without quotes around it; as it stands where Hydra can't read it."""
+    """The value of an override without its quotes, or the text after `=` if Hydra can't parse it."""
     try:
         return str(OverridesParser.create().parse_override(as_typed(argument)).value())
     except HydraException:
@@ -278,7 +301,7 @@ def _refuse_sweep_under_torchrun() -> None:
 
 
 def job_name() -> str:
-    """Folder name of a sweep's job: its number and its swept overrides, in characters that need no quoting in Hydra."""
+    """Folder name of a sweep's job: its number and swept overrides, without characters that Hydra needs quoted."""
     hydra_config = HydraConfig.get()
     swept = [override for override in hydra_config.overrides.task if override not in sys.argv]
     return f"{hydra_config.job.num}-" + re.sub(r"[^\w.-]+", "_", ",".join(swept).replace("=", "-"))[:80].strip("_")
@@ -300,6 +323,8 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OverrideParseException) and {"-m", "--multirun"} & set(sys.argv[1:]):
         quoted = f"in a sweep Hydra's grammar reads every value: quote text, 'run_dir=\"a b\"' ({lines[0]})"
         return f"{error.override}: {quoted}"
+    if missing := re.search(r"Missing mandatory value: ([\w.]+)", str(error)):
+        return f"{missing[1]} has no value; give {missing[1]}=..."
     if lines and lines[0].startswith("Ambiguous value"):
         return f"{lines[0]}: write [a,b] for a list, 'key=\"a,b\"' for text, a point in a number, or add -m for a sweep"
     return lines[0] if lines else type(error).__name__

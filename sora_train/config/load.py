@@ -29,15 +29,15 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
 
     Args:
         tree: Values of all keys; keys that are missing get the schema's defaults.
-        need_vae: Raise if there is no VAE at `vae.path`, or no released model at another path. False keeps the tree's
-            shapes instead.
+        need_vae: Raise if there is no VAE at `vae.path`, or no released model at another path. If False, the shapes in
+            the tree are used instead.
 
     Raises:
         InputError: One line about the first mistake.
     """
     try:
         if tree.get("epochs") is not None:
-            # until the shards are indexed, and `with_length` counts them
+            # placeholder until the shards are indexed and `with_length` computes the steps
             tree = DictConfig(OmegaConf.merge(tree, {"steps": 1}))
         merged = OmegaConf.merge(schema_of(tree), OmegaConf.create(OmegaConf.to_container(tree)))
         assert isinstance(merged, DictConfig)
@@ -68,7 +68,7 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
 def schema_of(tree: DictConfig) -> DictConfig:
     """Schema with defaults for a tree; `model` has the keys of the tree's model family. Loads the tree's plugins.
 
-    It is shared by all callers: not to be changed.
+    The result is cached and shared by all callers, which must not modify it.
     """
     load_plugins(tree.get("plugins") or [])
     model = tree.get("model") or {}
@@ -86,7 +86,7 @@ def _schema_with(model: type) -> DictConfig:
 def _take_released_shapes(config: Config, needed: bool) -> None:
     """Replace shapes in the configuration by those of the released models it names, and check that they match.
 
-    A folder that isn't there is an error if it is `needed`; else the shape in the configuration stays.
+    A missing folder raises InputError if `needed`; otherwise the shape in the configuration is kept.
     """
     missing = [] if needed else absent(config)
     if config.vae.path is not None:
@@ -115,7 +115,7 @@ _PATHS = ("vae.path", "text_encoder.path", "model.init_from")
 
 
 def absent(config: Config) -> list[str]:
-    """Keys of the trained or released models that a configuration names and that aren't there."""
+    """Keys with the path of a trained or released model (`_PATHS`) that doesn't exist."""
     paths = dict(zip(_PATHS, (config.vae.path, config.text_encoder.path, config.model.init_from), strict=True))
     return [key for key, path in paths.items() if path is not None and not Path(path).exists()]
 
@@ -123,8 +123,14 @@ def absent(config: Config) -> list[str]:
 def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -> Config:
     """Read the configuration of a run or of an export from its folder.
 
-    `vae` is where its VAE is, if it has been moved; `base` is where the folder of `model.init_from` is, also for VAE
-    and text encoder in that folder. Raises InputError if the folder holds no run.
+    Args:
+        run_dir: Folder of the run or export.
+        vae: New path of its VAE, if it has been moved.
+        base: New path of the folder `model.init_from`, if it has been moved; used for VAE and text encoder too, if
+            they have the same path.
+
+    Raises:
+        InputError: The folder contains no run, or the configuration is wrong.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
@@ -149,8 +155,8 @@ def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -
     if start is not None and not OmegaConf.select(tree, "model.lora.rank") and not Path(start).exists():
         OmegaConf.update(
             tree, "model.init_from", None
-        )  # all its weights were trained since, and are in the checkpoints
-    if (path.parent / "vae").is_dir():  # an export, whole by itself
+        )  # not needed: without adapters all its weights were trained, and are in the checkpoints
+    if (path.parent / "vae").is_dir():  # an export, which is self-contained
         OmegaConf.update(tree, "vae.path", str(path.parent / "vae"))
         OmegaConf.update(tree, "model.init_from", None)
     if vae is not None:
@@ -161,7 +167,7 @@ def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -
 
 
 def _where(path: str, run_dir: Path) -> str:
-    """Find a path of a run's configuration: as it is, else relative to the nearest folder above the run that has it."""
+    """Resolve a path of a run's configuration: as it is if it exists, else relative to the nearest folder above."""
     if Path(path).is_absolute() or Path(path).exists():
         return path
     above = (folder / path for folder in run_dir.resolve().parents)

@@ -15,7 +15,7 @@ _ABOVE_0 = (
     "vae.tile.frames", "vae.tile.pixels", "vae.channels", "vae.patch", "vae.widths", "vae.strides",
     "text_encoder.width", "text_encoder.depth", "text_encoder.heads", "text_encoder.max_tokens",
     "data.slots", "data.max_frames", "data.max_pixels", "data.max_tokens", "data.pack_slots", "data.window",
-    "data.workers", "data.prefetch_steps", "data.decode_timeout_s", "data.decode_memory_gib", "data.max_bad_fraction",
+    "data.workers", "data.prefetch_steps", "data.decode_timeout_s", "data.decode_memory_gib",
     "data.limits.pixels", "data.limits.frames", "data.limits.bytes", "data.cache.gib",
     "flow.std", "flow.shift", "flow.sampling_steps", "flow.sampling_aspect", "optim.lr", "optim.eps", "optim.clip",
     "parallel.accumulation", "parallel.sequence", "checkpoint.every_steps", "checkpoint.keep",
@@ -42,7 +42,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
         ("must be in [0, 1]", lambda value: 0 <= value <= 1),
     ),
     **dict.fromkeys(("optim.betas", "optim.ema_decay"), ("must be in [0, 1)", lambda value: 0 <= value < 1)),
-    "data.fill": ("must be in (0, 1]", lambda value: 0 < value <= 1),
+    **dict.fromkeys(("data.fill", "data.max_bad_fraction"), ("must be in (0, 1]", lambda value: 0 < value <= 1)),
     "flow.mean": ("must be a number", lambda value: True),
     "text_encoder.buckets": ("must be above 1", lambda value: value > 1),
     "logging.prometheus_port": ("must be a port, 0 to 65535", lambda value: 0 <= value <= 65535),
@@ -51,7 +51,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def check_ranges(config: Config) -> None:
-    """Check every number, also those in lists and maps; null is for the key itself to allow. Raises InputError."""
+    """Check every number, also those in lists and maps. Null values are skipped. Raises InputError."""
     for key, (wanted, is_within) in _RANGES.items():
         value: Any = config
         for part in key.split("."):

@@ -83,7 +83,10 @@ def _default(defaults: Any, name: str) -> str:
 
 
 def _comments(source: Path) -> dict[tuple[str, str], str]:
-    """Meanings by (class, field): the names of an enum's values, and the `#` comment at the end of the field's line."""
+    """Meaning of each field by (class, field), read from the source.
+
+    It consists of the values' names if the field's type is an enum, and the `#` comment at the end of its line.
+    """
     text = source.read_text(encoding="utf-8")
     lines = text.splitlines()
     classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]

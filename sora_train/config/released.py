@@ -24,7 +24,7 @@ def is_released(path: str | Path) -> bool:
 
 
 def expands_timesteps(path: str | Path) -> bool:
-    """Tell whether a folder's transformer was trained with given frames, each token having a timestep of its own."""
+    """Tell whether a transformer was trained with given frames and a timestep per token (Wan 2.2 TI2V)."""
     index = Path(path) / "model_index.json"
     if index.is_file():
         return bool(json.loads(index.read_text()).get("expand_timesteps"))
@@ -32,7 +32,7 @@ def expands_timesteps(path: str | Path) -> bool:
 
 
 def second_transformer(path: str | Path) -> bool:
-    """Tell whether a pipeline has two transformers, for the halves of the noise (Wan 2.2's A14B)."""
+    """Tell whether a pipeline has two transformers, for high and low noise levels (Wan 2.2's A14B)."""
     index = Path(path) / "model_index.json"
     found = json.loads(index.read_text()).get("transformer_2") if index.is_file() else None
     return bool(found and found[0]) or (Path(path) / "high_noise_model").is_dir()
@@ -48,7 +48,7 @@ def original_config(path: str | Path) -> dict[str, Any] | None:
 
 
 def flow_shift(path: str | Path) -> float | None:
-    """The shift of timesteps that a pipeline's scheduler has; None without one."""
+    """Timestep shift in the scheduler configuration of a pipeline; None if there is none."""
     file = Path(path) / "scheduler" / "scheduler_config.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     shift = found.get("flow_shift") or found.get("shift")
@@ -56,22 +56,22 @@ def flow_shift(path: str | Path) -> float | None:
 
 
 def folder_of(path: str | Path, part: str) -> Path:
-    """The folder of one part: `path` itself, or its subfolder `part` where `path` is a whole diffusers pipeline."""
+    """Folder of one model: the subfolder `part` if `path` is a complete diffusers pipeline, else `path` itself."""
     return Path(path) / part if is_released(path) else Path(path)
 
 
 def adapter_file(path: str | Path) -> Path:
-    """The file of adapters that a path names: itself, or the one in a folder."""
+    """Path of an adapter file: `ADAPTERS` inside `path` if that is a folder, else `path` itself."""
     return Path(path) / ADAPTERS if Path(path).is_dir() else Path(path)
 
 
 def first_weights(folder: Path) -> Path:
-    """The first weights file of a folder, or where one should be."""
+    """The first safetensors file of a folder, or model.safetensors if there is none."""
     return next(iter(sorted(folder.glob("*.safetensors"))), folder / "model.safetensors")
 
 
 def unreadable(file: Path, error: Exception) -> InputError:
-    """The error for a weights file that can't be read: cut, missing, or a pointer that Git LFS left in its place."""
+    """Build the InputError for an unreadable weights file: truncated, missing, or only a Git LFS pointer."""
     try:
         with file.open("rb") as opened:
             pointer = opened.read(len(_LFS)) == _LFS
@@ -83,7 +83,10 @@ def unreadable(file: Path, error: Exception) -> InputError:
 
 
 def read_config(folder: Path, what: str, key: str) -> dict[str, Any]:
-    """Read the config.json of a folder. `what` and `key` (the key that named the folder) are for the InputError."""
+    """Read the config.json of a folder.
+
+    `what` (kind of model) and `key` (configuration key with the folder) are used in the message of the InputError.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"no {what} at {key}={folder} (there is no {file}); give the folder of its config.json")
@@ -112,7 +115,7 @@ def vae_shape(path: str | Path) -> dict[str, Any] | None:
 
 
 def _like(temporal: int, spatial: int) -> dict[str, Any]:
-    """Shape of a VAE of our own with the strides of a released one, as which forecasts plan it."""
+    """Shape of one of our own VAEs with the strides of a released one, which stands in for it in forecasts."""
     return {
         "patch": spatial // 4, "strides": [[temporal // 2, 2], [2, 2]], "widths": [96, 192, 384], "blocks": [1, 2, 2],
     }  # fmt: skip

@@ -25,7 +25,7 @@ from sora_train.config.schema import (
 )
 from sora_train.core.cli import InputError, nearest
 
-_FEWEST = 257  # entries of a vocabulary of subwords: the bytes, and the start of a caption
+_FEWEST = 257  # smallest size of a subword vocabulary: all bytes, and the start token of a caption
 
 
 def check(config: Config) -> None:

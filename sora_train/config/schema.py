@@ -16,14 +16,14 @@ from omegaconf import MISSING
 
 DECODERS = ("decord", "pyav", "torchcodec")
 TASKS = (
-    "text_to_video", "image_to_video", "extension", "extension_backwards", "interpolation", "frames", "image",
+    "text_to_video", "image_to_video", "extension", "extension_backwards", "interpolation", "frames", "memory", "image",
 )  # fmt: skip
 NATIVE = "native"  # as data.fps
 TOKENIZERS = ("hashed", "bpe")
 TOKENIZER = "tokenizer.json"  # file of a trained tokenizer, in the folder of a run or an export
 _TASK_WEIGHTS = {
     "text_to_video": 0.8, "image_to_video": 0.1, "extension": 0.1, "extension_backwards": 0.0, "interpolation": 0.0,
-    "frames": 0.0,
+    "frames": 0.0, "memory": 0.0,
 }  # fmt: skip
 SCHEDULES = ("linear", "cosine")
 SOLVERS = ("euler", "heun", "adams_bashforth")

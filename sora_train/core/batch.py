@@ -1,7 +1,7 @@
-"""The typed things that travel from shard to step, and the shape legend used in every tensor name.
+"""Data types that are passed from shards to the training step, and the legend of the dimensions in tensor names.
 
     B batch          T frames            C channels       H height      W width
-    N tokens of a pack    P numbers in a patch    D model width    E text width    K heads
+    N tokens of a pack    P values in a patch    D model width    E text width    K heads
     S clips of a pack     L text tokens of a pack     M distinct timesteps of a pack
 
 Pixels are uint8 until the encoder; latents are normalised by the VAE's measured mean and deviation; times are
@@ -31,7 +31,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One planned use of a sample: the part to cut out of it, and the seed of everything random about it."""
+    """One planned use of a sample: the clip to cut out of it, and the seed of all its random choices."""
 
     sample: int  # row in the index
     first: int  # number of the clip's first frame in the source
@@ -83,10 +83,10 @@ class Clip:
 
 @dataclass
 class Pack:
-    """The clips of one forward pass: those of one slot, or of several slots run together. It may hold no clip.
+    """The clips of one forward pass: those of one slot, or of several slots run together. It may have no clips.
 
-    `part` is `(i, n)` where n ranks share the tokens and this one is the i-th of them: all n have the same clips, and
-    each counts an n-th of the loss.
+    `part` is `(i, n)` if n ranks share the tokens and this rank has number i (from 0): all n ranks have the same clips,
+    and each counts an n-th of the loss.
     """
 
     clips: list[Clip]
@@ -102,8 +102,8 @@ class Pack:
 class Layout:
     """Token counts of a packed sequence, from which attention derives its groups.
 
-    Self-attention stays within a clip; cross-attention goes from a clip to its own captions. The counts are plain
-    integers on the host, so that no layer has to wait for the device to learn them.
+    In self-attention, tokens attend to their own clip; in cross-attention, to its captions. The counts are plain
+    integers on the host, so that no layer has to synchronise with the device to read them.
 
     Attributes:
         grids: Token grid (time, height, width) of each clip, in pack order.
@@ -135,7 +135,7 @@ class Layout:
 
     @property
     def mine(self) -> slice:
-        """Slice of the pack's tokens that this rank holds."""
+        """Slice of the pack's tokens that are in this rank's tensors."""
         place, parts = self.part
         size = self.tokens // parts
         return slice(place * size, (place + 1) * size)
@@ -180,7 +180,7 @@ class LatentPack:
 
     streams: dict[str, Stream]
     text: Any  # ids_LR for the text encoder that is trained with the model, or embeddings text_LE of a frozen one
-    ranks: int | None = None  # that share the tokens; None: as many as share all packs (`parallel.sequence`)
+    ranks: int | None = None  # number of ranks that share the tokens; None: `parallel.sequence`
 
     @property
     def video(self) -> Stream:

@@ -14,7 +14,15 @@ _WIDTH, _HEIGHT, _MARGIN = 420, 190, 8
 
 
 def curve_chart(name: str, curves: Sequence[tuple[str, Curve]]) -> Markup:
-    """A figure with curves of given colours on one pair of axes; empty without a finite value."""
+    """Draw curves on one pair of axes as an SVG figure.
+
+    Args:
+        name: Caption of the figure.
+        curves: (colour, curve) pairs.
+
+    Returns:
+        HTML of the figure; empty if no curve has a finite value.
+    """
     lines = [(colour, finite(curve)) for colour, curve in curves]
     points = [point for _, curve in lines for point in curve]
     if not points:
@@ -48,7 +56,7 @@ def finite(curve: Curve) -> list[tuple[int, float]]:
 
 
 def histogram(name: str, values: np.ndarray, bins: int = 24) -> Markup:
-    """A figure with a bar chart of values, their extremes and their median."""
+    """Draw a histogram of values as an SVG figure, with their minimum, maximum and median; returns its HTML."""
     label = escape(name)
     if not len(values):
         return Markup(f"<figure><p>none</p><figcaption>{label}</figcaption></figure>")  # noqa: S704

@@ -1,6 +1,6 @@
 """A client for servers with OpenAI's chat interface and vision: vLLM, SGLang, `transformers serve` and others.
 
-The key is taken from OPENAI_API_KEY, and never written anywhere.
+The API key is read from OPENAI_API_KEY, and is never written to a file or log.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from typing import Any
 
 from sora_train.core.cli import InputError
 
-_TRIES = 6  # of a request that the network or the server failed
-_PAUSE_S, _LONGEST_S = 0.5, 30.0  # before the second try, doubled each time, and at most
-_GONE = 12  # requests in a row without an answer, after which the others aren't tried
+_TRIES = 6  # attempts of a request after errors of network or server
+_PAUSE_S, _LONGEST_S = 0.5, 30.0  # pause before the second attempt, doubled for each further one, and its maximum
+_GONE = 12  # consecutive requests without a response after which further requests fail at once
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 class ServerError(Exception):
-    """A request that failed for good in this run, and may do better in another: a word or two, and a detail."""
+    """A request that failed after all attempts, and may succeed in a later run.
+
+    `kind` is a word or two by which failures are counted, `detail` describes this one.
+    """
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(f"{kind}: {detail}")
@@ -31,28 +34,29 @@ class ServerError(Exception):
 
 
 class Refused(ServerError):
-    """A request that the server won't take, however often it is given."""
+    """A request that the server rejects; a further attempt would be rejected too."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer, and whether it was cut off at the limit of tokens."""
+    """A model's answer, and whether it was truncated at the limit of tokens."""
 
     text: str
     cut_off: bool
 
 
 class Server:
-    """A server by its address (`http://host:8000/v1`); safe to use from several threads.
+    """Client of one server; safe to use from several threads.
 
     Args:
-        url: Base of the interface.
-        model: Name of the model; None takes the first that the server has.
-        timeout_s: Seconds that an answer may take.
-        pause_s: Seconds before the second try.
-        option: Key of the command that named the address, for messages.
+        url: Base URL, e.g. `http://host:8000/v1`.
+        model: Name of the model; None: the first in the server's list.
+        timeout_s: Seconds that a response may take.
+        pause_s: Seconds before the second attempt of a request.
+        option: Option of the command that named the URL, for messages.
 
-    Raises InputError where no server answers, or it has no such model.
+    Raises:
+        InputError: httpx isn't installed, no server responds, or it doesn't have the model.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class Server:
             raise
 
     def ask(self, prompt: str, pictures: Sequence[bytes], temperature: float, max_tokens: int) -> Reply:
-        """The model's answer to a prompt with JPEG pictures; raises ServerError."""
+        """Send a prompt with JPEG pictures (bytes of the files), and return the model's answer. Raises ServerError."""
         parts: list[dict[str, Any]] = [{"type": "text", "text": prompt}]
         for picture in pictures:
             data = base64.b64encode(picture).decode()
@@ -99,7 +103,7 @@ class Server:
         raise last
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         self._client.close()
 
     def _asked(self, body: dict[str, Any]) -> Reply:

@@ -1,4 +1,4 @@
-"""Conventions of all commands: exit codes, and errors of one line. Their options: `sora_train.core.options`."""
+"""Conventions of all commands: exit codes, and one-line errors. `sora_train.core.options` parses their options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(main: Callable[[], int | None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = BAD_INPUT
-    except BrokenPipeError:  # the reader of the output (`| head`) has seen enough
+    except BrokenPipeError:  # the reader of the output (e.g. `| head`) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         code = 1
     sys.exit(code or 0)

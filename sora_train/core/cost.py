@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TEXT_TOKENS = 32  # of a typical caption; stands for captions that aren't known yet
+TEXT_TOKENS = 32  # tokens of a typical caption, assumed for captions that aren't known yet
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Cost:
     per_pair: int
     per_text: int = 0
     per_text_pair: int = 0
-    text_tokens: int = 0  # L that is assumed where the caption isn't known
+    text_tokens: int = 0  # L to assume if the caption isn't known
 
     def forward(self, tokens: int, text: int | None = None) -> int:
         """FLOPs of one forward pass over a clip of `tokens` tokens; `text` None assumes `text_tokens`."""
@@ -71,15 +71,18 @@ class Cost:
         return 3 * _of_pack(self, lengths, texts)
 
     def of_clips(self, tokens: Any, pixels: Any) -> Any:
-        """Costs by which clips are dealt to slots: forward FLOPs, the caption's excluded. Integers or arrays."""
+        """Cost of each clip, by which the plan assigns clips to slots: forward FLOPs, those of the caption excluded.
+
+        Arguments and result are integers or arrays. `pixels` is unused.
+        """
         return self.per_token * tokens + self.per_pair * tokens**2
 
     def undivided(self, tokens: Any, pixels: Any) -> Any:
-        """Part of each clip's cost that every rank of a shared pack has anew: none. Integers or arrays."""
+        """Part of each clip's cost that every rank of a shared pack repeats: always 0. Integers or arrays."""
         return 0 * tokens
 
     def of_pack(self, tokens: Sequence[int], pixels: Sequence[int], slots: int = 1) -> int:
-        """Cost of the clips of a pack for each of the slots that it takes."""
+        """Cost of a pack per slot: training FLOPs of its clips, divided by the number of slots that it takes."""
         return self.training(list(tokens)) // slots
 
 
@@ -88,7 +91,7 @@ class Seconds:
     """Measured time of a clip in forward and backward pass, in femtoseconds, see `sora_train.calibrate`.
 
     Time = `per_clip + per_token * N + per_pair * N^2 + per_pixel * V` for N tokens and V pixels of all frames together,
-    which the VAE encodes. `per_pack` comes on top of every pack.
+    which the VAE encodes. `per_pack` is added once for every pack.
     """
 
     per_pack: int
@@ -98,15 +101,15 @@ class Seconds:
     per_pixel: int
 
     def of_clips(self, tokens: Any, pixels: Any) -> Any:
-        """Costs by which clips are dealt to slots. Integers or arrays."""
+        """Time of each clip, by which the plan assigns clips to slots. Integers or arrays."""
         return self.per_clip + self.per_token * tokens + self.per_pair * tokens**2 + self.per_pixel * pixels
 
     def undivided(self, tokens: Any, pixels: Any) -> Any:
-        """Part of each clip's time that every rank of a shared pack takes anew: the VAE's. Integers or arrays."""
+        """Part of each clip's time that every rank of a shared pack repeats: that of the VAE. Integers or arrays."""
         return self.per_clip + self.per_pixel * pixels
 
     def of_pack(self, tokens: Sequence[int], pixels: Sequence[int], slots: int = 1) -> int:
-        """Time of the clips of a pack for each of the slots that it takes."""
+        """Time of a pack per slot; the part that isn't `undivided` is shared by the slots that the pack takes."""
         whole = sum(self.undivided(n, v) for n, v in zip(tokens, pixels, strict=True))
         clips = sum(self.of_clips(n, v) for n, v in zip(tokens, pixels, strict=True))
         return int(self.per_pack + whole + (clips - whole) // slots)

@@ -25,7 +25,7 @@ def entries(path: Path) -> Iterator[Entry]:
 
 
 def entries_after(path: Path, step: int) -> list[Entry]:
-    """Parsed lines of steps after `step`, read from the end of the file."""
+    """Read the parsed lines of steps after `step`, from the end of the file."""
     if not path.is_file():
         return []
     with path.open("rb") as file:

@@ -32,10 +32,10 @@ class Coding:
     options: Mapping[str, str] = field(default_factory=dict)  # of the encoder
 
 
-# mbtree's vector code gives now and then other bytes for the same frames (1 clip in 40 was seen to differ)
+# mbtree's SIMD code isn't deterministic: the same frames sometimes give other bytes (observed in 1 of 40 clips)
 _H264 = {"preset": "veryfast", "mbtree": "0"}
 _VP9 = {"deadline": "good", "cpu-used": "4", "b": "0"}
-_BT601 = 6  # H.273 code for primaries and transfer: what swscale converts to, so that every player shows our colours
+_BT601 = 6  # H.273 code of primaries and transfer, to which swscale converts; with it players show the right colours
 
 
 def write_mp4(
@@ -84,9 +84,9 @@ def write_webm(
 def write_gif(
     path: str | os.PathLike[str], frames_THWC: np.ndarray | Iterable[np.ndarray], fps: float, comment: str = ""
 ) -> None:
-    """Write frames as a GIF that repeats for ever, atomically. All of them are in memory at once.
+    """Write frames as a GIF that loops endlessly, atomically. All frames are in memory at once.
 
-    A GIF counts hundredths of a second: each frame ends at the nearest one, so that the whole keeps its length.
+    The time unit of a GIF is 1/100 s. The end of each frame is rounded to it, so that rounding errors don't add up.
     """
     pieces = [frames_THWC] if isinstance(frames_THWC, np.ndarray) else frames_THWC
     pictures = [Image.fromarray(frame) for frame in chain.from_iterable(pieces)]
@@ -109,7 +109,7 @@ def encode_mp4(
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """Encode frames like `write_mp4`, and return the file's bytes."""
-    # FFmpeg moves the index to the front by reading its own output again, which takes a file with a name.
+    # FFmpeg moves the index to the front by reading its own output again, which requires a named file.
     with tempfile.TemporaryDirectory(prefix="sora_train_") as folder:
         path = Path(folder) / "clip.mp4"
         _encode(path, frames_THWC, fps, Coding(crf=crf, gop=gop, options=_H264), metadata or {})
@@ -129,7 +129,7 @@ def read_mp4(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray, float]
     try:
         with av.open(opened, "r") as container:
             stream = container.streams.video[0]
-            converter = VideoReformatter()  # one for all frames: it takes time to set up
+            converter = VideoReformatter()  # one for all frames, as its set-up takes time
             frames = [converter.reformat(frame, format="rgb24").to_ndarray() for frame in container.decode(stream)]
             rate = stream.average_rate or stream.guessed_rate
     except (av.error.FFmpegError, IndexError) as error:
@@ -158,7 +158,7 @@ def write_png(path: str | os.PathLike[str], picture: np.ndarray | Image.Image) -
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
-    """Have a file saved under another name and put in its place when it is whole."""
+    """Write a file atomically: `save` writes a temporary file, which is then renamed to `path`."""
     temporary = path.with_name(f".{path.name[-200:]}.{os.getpid()}.tmp")
     try:
         save(temporary)

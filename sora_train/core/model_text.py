@@ -1,12 +1,12 @@
-"""Check of what a language model wrote: no refusal, no loop, no opener such as "the video shows"."""
+"""Check of captions written by a language model: no refusal, no repetition, no opener such as "the video shows"."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 
-_FEWEST = {"short": 3}  # words of a caption by its name; of the others:
-_FEW, _MANY = 5, 400
+_FEWEST = {"short": 3}  # fewest words of a caption, by its name
+_FEW, _MANY = 5, 400  # fewest words of other captions; most words of any
 _REFUSAL = re.compile(
     r"\b(i'?m sorry|i am sorry|i can(no|')t|i am unable|i'?m unable|as an ai|language model|cannot (assist|help)"
     r"|no (image|video|frame)s? (was|were|is|are) (provided|given|attached))\b",
@@ -18,12 +18,12 @@ _OPENER = re.compile(
     r"[\s,:]+",
     re.I,
 )
-_RUN = 5  # words in a row that may come three times at most
-_VARIETY = 0.25  # of a longer caption's words that differ
+_RUN = 5  # length in words of a sequence that may occur three times at most
+_VARIETY = 0.25  # smallest share of distinct words in a longer caption
 
 
 class BadText(Exception):
-    """An answer that can't be used: one word or two for counting, and a detail."""
+    """An unusable answer. `kind` is a word or two by which failures are counted, `detail` describes this one."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(f"{kind}: {detail}")
@@ -31,7 +31,15 @@ class BadText(Exception):
 
 
 def checked(name: str, text: str) -> str:
-    """A caption without an opener; raises BadText for a refusal, a loop, or one that is too short or too long."""
+    """Check a caption and return it without its opener.
+
+    Args:
+        name: Name of the kind of caption, e.g. `short`.
+        text: Answer of the model.
+
+    Raises:
+        BadText: It is a refusal, repeats itself, or is too short or too long.
+    """
     plain = " ".join(text.split())
     if _REFUSAL.search(plain):
         raise BadText("refusal", plain[:120])

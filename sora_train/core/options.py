@@ -1,11 +1,10 @@
 """Options of commands, `key=value`.
 
-The dataclass of a command's options says what each value is, and the value reaches the command as it was typed: text is
-never read as YAML, so a colon, a hash or the word "no" is only text. Numbers are finite and checked against the range
-that their field states. A list is written `[a,b]`; an item that holds a comma stands in quotes, and brackets or braces
-inside an item keep theirs (`[train-{0,1}.tar,val.tar]`). One item needs no brackets, and a list's key may come several
-times. A map is written `{name: value, other: value}`. `null` leaves a number or a choice that may be absent at its
-default.
+The dataclass of a command's options defines the type of each value. Text is used exactly as typed and never parsed as
+YAML, so a colon, a hash or the word "no" has no special meaning. Numbers must be finite and in their field's range.
+A list is written `[a,b]`. An item with a comma needs quotes, unless the comma is inside brackets or braces of the item
+(`[train-{0,1}.tar,val.tar]`). A single item needs no brackets, and a list's key may be given several times. A map is
+written `{name: value, other: value}`. `null` sets an optional number or choice to None.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sora_train.core.cli import InputError, nearest
 
-MAX_SEED = 2**62  # of what a user may give: many may be counted on from it, and torch takes 64 bits
+MAX_SEED = 2**62  # largest seed that a user may give; seeds derived by counting up must fit torch's 64 bits
 
 Options = TypeVar("Options")
-_MISSING = "???"  # a default that means none, in configurations and options alike
+_MISSING = "???"  # marks a field without default, in configurations and in options
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _KEY = re.compile(r"[A-Za-z_]\w*")
 
@@ -38,18 +37,26 @@ def number(
     most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field whose value, or each of whose values, lies within a range; `above` and `below` leave their ends out."""
+    """Dataclass field for a number, or a list of numbers, within a range.
+
+    Args:
+        default: Default value; without one the option is required.
+        least: Smallest allowed value.
+        above: Exclusive lower bound.
+        most: Largest allowed value.
+        below: Exclusive upper bound.
+    """
     limits = {"least": least, "above": above, "most": most, "below": below}
     return _field(default, {"limits": {name: limit for name, limit in limits.items() if limit is not None}})
 
 
 def choice(names: tuple[str, ...], default: Any = dataclasses.MISSING) -> Any:
-    """A field whose value is one of the names."""
+    """Dataclass field whose value must be one of `names`."""
     return _field(default, {"names": names})
 
 
 def named(key: str, default: Any = dataclasses.MISSING) -> Any:
-    """A field whose key is a word that Python keeps for itself (`from`)."""
+    """Dataclass field whose option has another name, `key`, because that is a Python keyword (`from`)."""
     return _field(default, {"key": key})
 
 
@@ -58,10 +65,16 @@ def options(
     usage: str | None,
     beneath: Callable[[Mapping[str, str]], Mapping[str, Any]] = lambda typed: {},
 ) -> Options:
-    """Read the command line, all of it `key=value`, into the dataclass `schema`; `--help` prints `usage`.
+    """Parse the command line, which consists of `key=value` only, into the dataclass `schema`.
 
-    `beneath` gives the values of keys that weren't typed, knowing those that were. Raises InputError for an unknown key
-    (naming the nearest), a wrong type, a value out of range, or a missing one.
+    Args:
+        schema: Dataclass of the options.
+        usage: Text that `--help` prints.
+        beneath: Function from the typed options to values of further options, which typed ones override.
+
+    Raises:
+        InputError: An unknown key (the message names the nearest), a wrong type, a value out of range, or a missing
+            required option.
     """
     given, rest = _sorted_out(schema, usage)
     for argument in rest:
@@ -70,7 +83,7 @@ def options(
 
 
 def options_and_paths(schema: type[Options], usage: str | None) -> tuple[Options, list[str]]:
-    """The same for a command that also takes paths, which are returned in their order."""
+    """Like `options`, for a command that also takes paths. Returns the options, and the paths in their order."""
     given, rest = _sorted_out(schema, usage)
     for argument in rest:
         if argument.startswith("-"):
@@ -82,9 +95,9 @@ def options_and_paths(schema: type[Options], usage: str | None) -> tuple[Options
 
 
 def options_and_overrides(schema: type[Options], usage: str | None, run_dir: str) -> Options:
-    """The same for a command whose other arguments are Hydra's: they alone stay on the command line.
+    """Like `options`, for a command whose other arguments are overrides for Hydra, which remain in `sys.argv`.
 
-    `run_dir` is what the configuration gets where the command line names none; the command writes nothing there.
+    `run_dir` is the value of that key if the command line doesn't set it; the command writes nothing there.
     """
     given, rest = _sorted_out(schema, usage)
     if not any(argument.startswith("run_dir=") for argument in rest):
@@ -95,9 +108,9 @@ def options_and_overrides(schema: type[Options], usage: str | None, run_dir: str
 
 
 def read(schema: type[Options], given: Mapping[str, Any]) -> Options:
-    """The dataclass from text by key, as typed on a command line, or from values of its types, as JSON has them.
+    """Build the dataclass from values by key: text as typed on a command line, or values of the right type from JSON.
 
-    Raises InputError for what `options` refuses.
+    Raises InputError as `options` does.
     """
     fields, hints = _by_key(schema), get_type_hints(schema)
     for key in given:
@@ -110,7 +123,7 @@ def read(schema: type[Options], given: Mapping[str, Any]) -> Options:
 
 
 def keys(schema: type) -> dict[str, str]:
-    """The key of every option, by the name of its field."""
+    """Map from the name of every field to the key of its option."""
     return {field.name: key for key, field in _by_key(schema).items()}
 
 
@@ -130,9 +143,10 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _sorted_out(schema: type, usage: str | None) -> tuple[dict[str, Any], list[str]]:
-    """The values of the command line by key, and all other arguments.
+    """Split the command line into values of options by key, and all other arguments.
 
-    Where a key comes twice the last value counts; lists are joined, so each value of a list's key is a tuple.
+    If a key is given several times, the last value counts. For lists, the value is a tuple of all given texts, to be
+    concatenated.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage)
@@ -157,7 +171,7 @@ def _refuse(schema: type, argument: str) -> None:
 
 
 def _value(key: str, field: dataclasses.Field[Any], hint: Any, given: Any) -> Any:
-    """A value of the field's type, within its range."""
+    """Convert a given value to the field's type, and check its range. Raises InputError."""
     kind, optional = _without_none(hint)
     is_text = kind is str and "names" not in field.metadata
     if optional and (given is None or (given == "null" and not is_text)):
@@ -179,7 +193,7 @@ def _value(key: str, field: dataclasses.Field[Any], hint: Any, given: Any) -> An
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
-    """A type, and whether a value may be absent."""
+    """Split a type hint into the type without None, and True if it allows None."""
     if get_origin(hint) not in (Union, UnionType):
         return hint, False
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
@@ -212,6 +226,8 @@ def _text(key: str, field: dataclasses.Field[Any], given: Any) -> str:
         raise InputError(f"{key} is not UTF-8 at character {error.start}") from error
     if "\0" in given:
         raise InputError(f"{key} has a zero byte at character {given.index(chr(0))}; leave it out")
+    if not given.strip() and _required(field):
+        raise InputError(f"{key}= is empty; --help shows what it means")
     names = field.metadata.get("names", ())
     if names and given not in names:
         raise InputError(f"{key}={_shown(given)}; {nearest(given, list(names))}")
@@ -232,7 +248,7 @@ def _number(key: str, field: dataclasses.Field[Any], kind: type, given: Any) -> 
     try:
         if isinstance(given, bool) or (isinstance(given, float) and kind is int):
             raise ValueError
-        if isinstance(given, str) and (not given.isascii() or "_" in given):  # which Python would take
+        if isinstance(given, str) and (not given.isascii() or "_" in given):  # which Python would accept
             raise ValueError
         value = kind(given)
     except (TypeError, ValueError) as error:
@@ -252,7 +268,7 @@ def _range(limits: Mapping[str, float]) -> str:
 
 
 def list_items(key: str, text: str) -> list[str]:
-    """The items of a list as it is typed."""
+    """Parse a typed list into its items. Raises InputError."""
     inner = _unbracketed(text)
     if inner is None:
         return [text]
@@ -278,7 +294,7 @@ def list_items(key: str, text: str) -> list[str]:
 
 
 def map_items(key: str, text: str) -> dict[str, str]:
-    """The entries of a map as it is typed; a value may hold colons."""
+    """Parse a typed map into its entries; values may contain colons. Raises InputError."""
     inner, entries = text.strip(), dict[str, str]()
     wrong = InputError(f"{key}={_shown(text)} must be a map with each name once, {{name: value, other: value}}")
     if inner[:1] != "{" or inner[-1:] != "}":
@@ -292,7 +308,7 @@ def map_items(key: str, text: str) -> dict[str, str]:
 
 
 def _unbracketed(text: str) -> str | None:
-    """Text between the brackets around a list; None where the text isn't in brackets as a whole."""
+    """Text between the outer brackets of a list; None if no pair of brackets encloses the complete text."""
     depth, quote, before = 0, "", ""
     for place, character in enumerate(text):
         if quote:
@@ -308,7 +324,7 @@ def _unbracketed(text: str) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    """A value as a message can hold it: short and on one line."""
+    """Format a value for a message: shortened, and on one line."""
     text = str(value)
     text = text if len(text) <= 80 else text[:77] + "..."
     return text if text.isprintable() else ascii(text)

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing beside themselves: one style, templates by Jinja2, videos inside."""
+"""Self-contained HTML pages: one style, Jinja2 templates, embedded videos."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TYPES = {".mp4": "video/mp4", ".webm": "video/webm", ".mov": "video/mp4", ".m4v
 
 
 def page(title: str, template: str, values: Mapping[str, Any]) -> str:
-    """A whole page: the template's HTML, whose values are escaped, under the title."""
+    """Render a complete HTML page from a Jinja2 template for its body; `values` are escaped."""
     from markupsafe import Markup
 
     body = Markup(_environment().from_string(template).render(**values))  # noqa: S704  (escaped when it was rendered)
@@ -42,7 +42,7 @@ def page(title: str, template: str, values: Mapping[str, Any]) -> str:
 
 
 def embedded(path: Path) -> str:
-    """A file as a data URI, for `src`."""
+    """Encode a file as a data URI, for the attribute `src`."""
     return f"data:{_TYPES[path.suffix.lower()]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 

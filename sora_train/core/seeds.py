@@ -45,7 +45,7 @@ def order(*parts: Part) -> np.ndarray:
     return np.argsort(hash64(*parts), kind="stable")
 
 
-# Purposes of a visit's seed: every use hashes one of these in, so that no two uses draw the same numbers.
+# Purposes of a visit's seed. Every use includes one of these in the hash, so that no two uses draw the same numbers.
 TASK, FIRST_FRAME, CAPTION, DROP_CAPTION, TIMESTEP, NOISE, GIVEN_FRAMES, POSTERIOR, PER_FRAME, AUGMENT = range(10)
 
 

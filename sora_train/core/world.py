@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from sora_train.core.cli import InputError
 
-_TASKS = {  # numbers of tasks, by launchers
+_TASKS = {  # variables with the number of tasks, and the launcher that sets each
     "SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun",
     "MV2_COMM_WORLD_SIZE": "mpirun", "JSM_NAMESPACE_SIZE": "jsrun", "FLUX_JOB_SIZE": "flux run",
     "HOROVOD_SIZE": "horovodrun",
 }  # fmt: skip
-_PLACES = {  # numbers of a task among others
+_PLACES = {  # variables with the index of a task, and the launcher that sets each
     "SLURM_PROCID": "srun", "OMPI_COMM_WORLD_RANK": "mpirun", "PMI_RANK": "mpirun", "PMIX_RANK": "mpirun or srun",
     "MV2_COMM_WORLD_RANK": "mpirun", "PALS_RANKID": "aprun", "ALPS_APP_PE": "aprun",
     "LOCAL_RANK": "a launcher",
@@ -29,7 +29,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     restarts: int = 0  # automatic restarts so far, by torchrun or the launch script
-    sequence: int = 1  # degree of sequence parallelism: so many consecutive ranks share the tokens of a pack
+    sequence: int = 1  # degree of sequence parallelism: number of consecutive ranks that share the tokens of a pack
 
     @property
     def is_main(self) -> bool:
@@ -38,7 +38,7 @@ class World:
 
     @property
     def sequence_rank(self) -> int:
-        """Rank within the sequence-parallel group: the number of the token part that this rank holds."""
+        """Rank within the sequence-parallel group, which is the index of this rank's part of the tokens."""
         return self.rank % self.sequence
 
     @property
@@ -58,9 +58,9 @@ class World:
         return replace(self, sequence=degree)
 
     def sharing(self, most: int) -> int:
-        """The largest number of neighbouring ranks of a machine that can share a pack of up to `most` slots.
+        """Largest number of consecutive ranks of a machine that can share a pack of up to `most` slots.
 
-        A power of two that divides the ranks of every machine, so that groups of so many lie inside one.
+        It is a power of two that divides the number of ranks per machine, so that no group spans two machines.
         """
         degree = 1
         while 2 * degree <= most and self.size % (2 * degree) == 0 and self.local_size % (2 * degree) == 0:
@@ -69,7 +69,7 @@ class World:
 
     @property
     def launched(self) -> bool:
-        """True if a launcher started this process and left the address at which the ranks meet."""
+        """True if a launcher started this process and set the address at which the ranks connect."""
         return "TORCHELASTIC_RUN_ID" in os.environ or self.size > 1
 
 
@@ -117,7 +117,8 @@ def from_environment() -> World:
 def threads_here(world: World) -> int:
     """CPU threads of this rank: OMP_NUM_THREADS, or its share of the machine's cores.
 
-    torchrun sets 1 where nothing is set and several ranks run on a machine; then it is the share as well.
+    torchrun sets OMP_NUM_THREADS=1 if it isn't set and a machine has several ranks. A 1 is therefore ignored with
+    several ranks.
     """
     said = os.environ.get("OMP_NUM_THREADS", "")
     if said.isdigit() and int(said) > 0 and not (said == "1" and world.local_size > 1):
@@ -126,9 +127,9 @@ def threads_here(world: World) -> int:
 
 
 def _refuse_lone_task() -> None:
-    """Raise InputError for one of several tasks that srun or mpirun started, as nothing makes them one run.
+    """Raise InputError if srun, mpirun or another launcher started several tasks, since each would be a separate run.
 
-    So is the only process that `accelerate launch --cpu` starts where several were asked for.
+    Also raise it for `accelerate launch --cpu`, which starts a single process although several were requested.
     """
     if "ACCELERATE_USE_CPU" in os.environ and os.environ.get("MASTER_ADDR"):
         raise InputError(

@@ -31,6 +31,7 @@ from sora_train.demo_world.scenes import (
 )
 
 FRAMES, FPS = 17, 8  # two seconds
+_SQUARE = (96, 96)  # height, width
 _LANES = {1: (80, 160), 0: (160, 80)}  # height, width for lanes side by side, and one above the other
 _GAP = 0.03  # between objects and at the frame's edge, in shorter sides
 _SIDES = {1: ("to the left of", "to the right of"), 0: ("above", "below")}
@@ -123,7 +124,7 @@ def _count(rng: np.random.Generator, degree: int) -> tuple[Scene, str]:
 def _order(rng: np.random.Generator, degree: int) -> tuple[Scene, str]:
     """An object leaves the frame, then another comes in."""
     axis, whats = _draw(rng, 2, degree, together=True)
-    height, width = 96, 96
+    height, width = _SQUARE
     step = np.array(DIRECTIONS[whats[0][2]])
     middle, outside = np.array([0.5, 0.5]), 0.5 + SIZES["small"] + 2 * _GAP
     things = []
@@ -173,10 +174,15 @@ def _draw(rng: np.random.Generator, objects: int, degree: int, together: bool = 
 
 
 def _in_lanes(rng: np.random.Generator, kind: str, axis: int, whats: list[Combination]) -> Scene:
-    """Small objects side by side, each moving along the frame's shorter side, at one speed."""
-    height, width = _LANES[1 - axis]
-    radius, across = SIZES["small"], 2.0
-    slack = across - 2 * radius * len(whats) - _GAP * (len(whats) + 1)
+    """Small objects in parallel lanes, all at one speed.
+
+    The frame is square if the lanes fit, so that a category tests no more than it names; otherwise it is twice as long
+    across the lanes.
+    """
+    radius = SIZES["small"]
+    needed = 2 * radius * len(whats) + _GAP * (len(whats) + 1)
+    (height, width), across = (_SQUARE, 1.0) if needed <= 1 else (_LANES[1 - axis], 2.0)
+    slack = across - needed
     shares = np.diff(np.concatenate(([0.0], np.sort(rng.random(len(whats))), [1.0])))[:-1]
     reach = SPEEDS["slow"] * (FRAMES - 1) / FPS
     low = 0.5 - reach / 2

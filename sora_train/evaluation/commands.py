@@ -14,6 +14,7 @@ from rich.progress import track
 from sora_train.core.cli import InputError
 from sora_train.core.media import write_mp4
 from sora_train.core.options import MAX_SEED, number
+from sora_train.core.outputs import usable
 from sora_train.demo_world.binding import FPS, trials
 from sora_train.demo_world.render import render
 from sora_train.evaluation import votes
@@ -65,10 +66,8 @@ class Options:
         if not self.out.endswith(ending):
             raise InputError(f"out={self.out or '...'} must end in {ending}")
         path = Path(self.out)
-        try:
+        with usable(path, "out"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"out={path} can't be written: {error.strerror or error}") from error
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise InputError(f"out={path} can't be written: it is a folder, or in one that you may not write to")
         return path
@@ -81,11 +80,9 @@ def judge_videos(o: Options) -> int:
     out, judges = o.path(".json"), o.judges()
     outcome = judge_folder(judges, o.videos, o.reference, o.prompts or None, o.metrics)
     outcome.show(Console())
-    try:
+    with usable(out, "out"):
         write_json(out, outcome.as_json())
         out.with_suffix(".html").write_text(evaluation_page(outcome, videos_in(o.videos)), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"out={out} can't be written: {error.strerror or error}") from error
     print(f"{out}, {out.with_suffix('.html')}")
     return 0
 
@@ -106,10 +103,8 @@ def check_format(o: Options) -> int:
 def write_binding(o: Options) -> int:
     """Write BindingBench: `prompts.jsonl`, and a right video of every prompt under `reference/`."""
     top = Path(o.binding)
-    try:
+    with usable(top, "binding"):
         (top / "reference").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"binding={top} can't be written: {error.strerror or error}") from error
     every = list(trials(o.each, o.seed))
     for trial in track(every, description="drawing right videos"):
         write_mp4(top / "reference" / f"{trial.name}.mp4", render(trial.scene), FPS)

@@ -38,7 +38,7 @@ class FlowObjective:
         self.config, self.geometry, self.channels = config, geometry, channels
 
     def weight(self, pack: Pack) -> float:
-        """Number of loss-bearing tokens (or clips, see `flow.weighting`) of a pack, known before it is encoded."""
+        """Number of loss-bearing tokens (or clips, see `flow.weighting`) of a pack, computed without encoding it."""
         if self.config.weighting is Weighting.clip:
             return float(len(pack.clips))
         return float(sum(_generated(clip, self.geometry) for clip in pack.clips))

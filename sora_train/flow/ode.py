@@ -29,11 +29,17 @@ Tokenize = Callable[[Sequence[str]], tuple[Tensor, tuple[int, ...]]]  # captions
 
 @dataclass(frozen=True)
 class Held:
-    """Overlap of a clip with the one beside it: latents `(C, T, H, W)`, and the noise they were generated from."""
+    """Overlap of a clip with the adjacent one: latents `(C, T, H, W)`, and the noise they were generated from."""
 
     latents_CTHW: Tensor
     noise_CTHW: Tensor
     release: bool = True  # False: all of them are held to the end
+    skipped: int = 0  # latent frames between the overlap and the clip's beginning (or end)
+
+    @property
+    def places(self) -> range:
+        """Latent frames that are held, counted from the clip's beginning (or end)."""
+        return range(self.skipped, self.skipped + self.latents_CTHW.shape[1])
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Request:
             one for a shorter part. Unlike given frames they have the noise level of all others, so the model needs
             no training for them.
         held_end: The same at the end, mirrored: the last frame is held until the last step.
-        negative: Prompt that guidance extrapolates away from; empty: the empty caption.
+        negative: Prompt that guidance extrapolates away from; "" is the empty caption.
     """
 
     caption: str
@@ -201,7 +207,8 @@ def _check(request: Request, channels: int, patch: int) -> None:
     frames, height, width = request.grid
     shape = (channels, height * patch, width * patch)
     start = [] if request.start_CTHW is None else [(0, request.start_CTHW)]
-    for first, latents in (*request.given, *_ends(request), *start):
+    held = [(first, latents) for first, latents, _ in _held(request)]
+    for first, latents in (*request.given, *held, *start):
         if (*latents.shape[:1], *latents.shape[2:]) != shape or not 0 <= first <= frames - latents.shape[1]:
             raise ValueError(f"latents {tuple(latents.shape)} at frame {first} don't fit {request.grid} of {shape}")
     if request.shots and sum(length for length, _ in request.shots) != frames:
@@ -213,10 +220,8 @@ def noise_of(request: Request, channels: int, patch: int) -> Tensor:
     frames, height, width = request.grid
     generator = torch.Generator().manual_seed(request.seed)
     noise_CTHW = torch.randn(channels, frames, height * patch, width * patch, generator=generator)
-    if request.held is not None:
-        noise_CTHW[:, : request.held.noise_CTHW.shape[1]] = request.held.noise_CTHW
-    if request.held_end is not None:
-        noise_CTHW[:, frames - request.held_end.noise_CTHW.shape[1] :] = request.held_end.noise_CTHW
+    for first, _, held_CTHW in _held(request):
+        noise_CTHW[:, first : first + held_CTHW.shape[1]] = held_CTHW
     return noise_CTHW
 
 
@@ -242,25 +247,26 @@ def _release(request: Request, config: FlowConfig) -> Tensor:
     frames, height, width = request.grid
     shift = shift_of(config, request.grid)
     release = [math.inf] * frames
-    for held, places in ((request.held, range(frames)), (request.held_end, range(frames - 1, -1, -1))):
-        count = 0 if held is None else held.latents_CTHW.shape[1]
-        for k, place in enumerate(places[:count]):
-            release[place] = shifted(k / count if held is not None and held.release else 0.0, shift)
+    for held, order in ((request.held, range(frames)), (request.held_end, range(frames - 1, -1, -1))):
+        if held is not None:
+            for k, place in enumerate(held.places):
+                release[order[place]] = shifted(k / len(held.places) if held.release else 0.0, shift)
     return torch.tensor(release).repeat_interleave(height * width)
 
 
-def _ends(request: Request) -> list[tuple[int, Tensor]]:
-    """Latents that a clip is held to at either end, each with the latent frame it begins at."""
-    ends = [] if request.held is None else [(0, request.held.latents_CTHW)]
-    if request.held_end is not None:
-        latents = request.held_end.latents_CTHW
-        ends.append((request.grid[0] - latents.shape[1], latents))
+def _held(request: Request) -> list[tuple[int, Tensor, Tensor]]:
+    """What a clip is held to at either end: the latent frame where it begins, latents and noise."""
+    ends = []
+    if (held := request.held) is not None:
+        ends.append((held.places.start, held.latents_CTHW, held.noise_CTHW))
+    if (held := request.held_end) is not None:
+        ends.append((request.grid[0] - held.places.stop, held.latents_CTHW, held.noise_CTHW))
     return ends
 
 
 def _known(request: Request, channels: int, patch: int) -> Tensor:
     frames, height, width = request.grid
     known = torch.zeros(channels, frames, height * patch, width * patch)
-    for first, latents in (*request.given, *_ends(request)):
+    for first, latents in (*request.given, *((first, latents) for first, latents, _ in _held(request))):
         known[:, first : first + latents.shape[1]] = latents.cpu()
     return patchify(known, patch)

@@ -53,10 +53,22 @@ def _both_ends(frames: int, seed: int) -> list[bool]:
 
 
 def _single_frames(frames: int, seed: int) -> list[bool]:
-    """Random frames, from one to half of all."""
+    """Random single frames: at least one, at most half of all."""
     count = 1 + int(below(max(1, frames // 2), seed, GIVEN_FRAMES))
     chosen = set(order(seed, GIVEN_FRAMES, np.arange(frames))[:count].tolist())
     return [place in chosen for place in range(frames)]
+
+
+def _memory(frames: int, seed: int) -> list[bool]:
+    """The first frame and, after a gap, one or two adjacent frames, before the last. Of fewer than four, the first.
+
+    So a piece of a long video learns to take from an earlier frame what its overlap with the piece before doesn't show.
+    """
+    if frames < 4:
+        return _first_frame(frames, seed)
+    overlap = 1 + int(below(min(2, frames - 3), seed, GIVEN_FRAMES))
+    first = 2 + int(below(frames - 2 - overlap, seed, GIVEN_FRAMES, 1))
+    return [place == 0 or first <= place < first + overlap for place in range(frames)]
 
 
 _MASKS: dict[str, Callable[[int, int], list[bool]]] = {
@@ -67,4 +79,5 @@ _MASKS: dict[str, Callable[[int, int], list[bool]]] = {
     "extension_backwards": _end,
     "interpolation": _both_ends,
     "frames": _single_frames,
+    "memory": _memory,
 }

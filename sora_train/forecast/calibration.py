@@ -1,7 +1,8 @@
-"""Measurement of packs of a run's model on this device, and the fit of their seconds.
+"""Measurement of packs with a run's model on this device, and the fit of a cost model (`Seconds`) to the times.
 
-A pack is encoded, noised and taken through forward and backward pass, without the optimizer step, which costs the same
-for every pack. Packs of images and of clips of several lengths and sizes, alone and together, tell the terms apart.
+A measurement encodes and noises a pack, and runs forward and backward pass. It excludes the optimizer step, which costs
+the same for every pack. To separate the terms of the cost model, packs contain images, or clips of several lengths and
+sizes, one or several per pack.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from sora_train.core.cost import Seconds
 from sora_train.methods.base import Learner, trained
 
 _MOST_CLIPS = 16  # of a pack
-_WORDS = (4, 24)  # of captions, in turns
+_WORDS = (4, 24)  # words of a caption, alternating
 TERMS = tuple(f.name for f in fields(Seconds))
 
 
@@ -40,18 +41,18 @@ class Measured:
 
     @property
     def row(self) -> list[float]:
-        """The numbers by which the terms of `Seconds` are multiplied."""
+        """Factors of the terms of `Seconds`, in the order of `TERMS`."""
         squares = sum(n * n for n in self.tokens)
         return [1.0, float(len(self.tokens)), float(sum(self.tokens)), float(squares), float(sum(self.pixels))]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Fitted seconds by term, and how far off they are for the packs that were left out of the fit in turn."""
+    """Fitted seconds by term, and leave-one-out errors: each pack is predicted by a fit to all others."""
 
     seconds: dict[str, float]
-    errors: list[float]  # relative, of each pack
-    flops_errors: list[float]  # of seconds that are proportional to FLOPs
+    errors: list[float]  # relative error of each pack
+    flops_errors: list[float]  # the same for a fit of seconds proportional to FLOPs
 
 
 class _Bare:
@@ -90,13 +91,13 @@ def shapes(config: Config) -> list[list[tuple[int, int, int]]]:
 
 
 def measure(config: Config, device: torch.device, rounds: int, latents: bool) -> Iterator[Measured]:
-    """Measure packs in turns, and yield each with its median.
+    """Measure all packs once per round, and yield each with its median.
 
     Args:
         config: Configuration of the run.
         device: Device to measure on.
-        rounds: Times of each pack, after one that isn't counted.
-        latents: The clips are encoded before training, so the VAE has no work.
+        rounds: Number of measurements of each pack, after a warm-up.
+        latents: The clips are encoded before training, so the VAE isn't run.
     """
     with torch.device(device):
         learner = METHODS.get(config.method).planned(config)
@@ -122,7 +123,7 @@ def measure(config: Config, device: torch.device, rounds: int, latents: bool) ->
 
 
 def fit(config: Config, packs: Sequence[Measured]) -> Fit:
-    """Fit times of at least 0 that are off by the least share of each pack's seconds."""
+    """Fit the terms by non-negative least squares on the relative errors of the packs' seconds."""
     rows = np.array([pack.row for pack in packs])
     taken = np.array([pack.seconds for pack in packs])
     flops = np.array([[float(cost(config).training(pack.tokens))] for pack in packs])
@@ -131,7 +132,7 @@ def fit(config: Config, packs: Sequence[Measured]) -> Fit:
 
 
 def as_json(config: Config, result: Fit, device: str) -> dict[str, Any]:
-    """Content of the file that `data.cost` names."""
+    """Content of the JSON file for `data.cost`."""
     return {
         "about": "seconds of a pack in forward and backward pass, fitted by sora_train.calibrate",
         "device": device,
@@ -142,7 +143,7 @@ def as_json(config: Config, result: Fit, device: str) -> dict[str, Any]:
 
 
 def _solved(rows: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    scale = rows.max(0) + (rows.max(0) == 0)  # columns of like size
+    scale = rows.max(0) + (rows.max(0) == 0)  # scales the columns to similar magnitude
     values, _ = nnls(rows / taken[:, None] / scale, np.ones(len(taken)))
     return np.asarray(values / scale)
 
@@ -157,7 +158,7 @@ def _left_out(rows: np.ndarray, taken: np.ndarray) -> list[float]:
 
 
 def pack_of(config: Config, sizes: Sequence[tuple[int, int, int]], latents: bool, seed: int = 0) -> Pack:
-    """A pack of clips of these sizes (frames, height, width), of random pixels, or of random latents."""
+    """Make a pack of clips of the given sizes (frames, height, width), with random pixels or random latents."""
     grid, clips = geometry(config), []
     for number, size in enumerate(sizes, seed):
         frames, height, width = size
@@ -176,7 +177,10 @@ def _step(learner: Learner, engines: _Engines, pack: Pack) -> None:
 
 
 def _timed(act: Callable[[], None], device: torch.device) -> float:
-    """Seconds of the device, or CPU seconds where one thread computes, which other processes don't disturb."""
+    """Measure the seconds of `act`, the device synchronised.
+
+    With one CPU thread it is CPU time, which other processes don't affect.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter

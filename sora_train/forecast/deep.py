@@ -1,7 +1,8 @@
-"""Trace of a deep model from those of the same model with three and with four blocks: seconds, whatever its depth.
+"""Trace of a deep model, extrapolated from traces with three and four blocks. It takes seconds, whatever the depth.
 
-Where all blocks are alike, each adds the same operations to a pass, and the same bytes to all that is alive while later
-blocks run. So the figures of a trace are linear in the depth, and the fourth block says what all further ones add.
+If all blocks are alike, each adds the same operations to a pass, and the same number of bytes that stay alive while
+later blocks run. All figures of a trace are therefore linear in the depth: every further block adds the difference
+between the traces of four and three blocks.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from sora_train.config.registry import FAMILIES, METHODS
 from sora_train.config.schema import Config
 from sora_train.forecast.trace import Made, Operation, Size, Trace, trace
 
-_FEW, _MORE = 3, 4  # blocks: the first, the last, and those between, which stand for all further ones
+_FEW, _MORE = 3, 4  # traced depths: the first, the last, and one or two blocks between, from which to extrapolate
 
 
 def deep_trace(config: Config, sizes: Sequence[Size], encoded: bool = False, ranks: int | None = None) -> Trace:
-    """The figures of `trace`; operations of further blocks stand at the end instead of in their place.
+    """Compute the result of `trace` by extrapolation; see `trace` for the arguments.
 
-    A method that trains several networks is traced as a whole.
+    The operations of further blocks are appended at the end, not inserted in the order of execution. Models whose
+    blocks aren't alike, with at most four blocks, or in whose gradients no four blocks are recognised, are traced
+    completely.
     """
     further = config.model.depth - _MORE
     if further <= 0 or not (METHODS.get(config.method).recomputes and FAMILIES.get(config.model.family).alike):
@@ -45,7 +48,7 @@ def deep_trace(config: Config, sizes: Sequence[Size], encoded: bool = False, ran
 
 
 def _of_a_block(few: Sequence[Operation], more: Sequence[Operation]) -> tuple[Operation, ...]:
-    """The operations that one more block adds; those that only grow with the number of blocks are not among them."""
+    """Operations that one more block adds, without those that exist once and only grow with the number of blocks."""
     before, after = Counter(few), Counter(more)
     grown = Counter(o.call.function for o in (before - after).elements() if o.call)
     added = []
@@ -58,15 +61,15 @@ def _of_a_block(few: Sequence[Operation], more: Sequence[Operation]) -> tuple[Op
 
 
 def _further(few: int, more: int, blocks: int) -> int:
-    """A figure with so many more blocks, from those of two depths that differ by one."""
+    """Extrapolate a figure to `blocks` blocks more than in `more`; `few` is the figure of one block less."""
     return more + blocks * (more - few)
 
 
 def _moments(few: Sequence[Made], more: Sequence[Made], further: int) -> tuple[Made, ...] | None:
-    """Moments of all gradients of a deeper model, the last block's first; None if no four blocks are recognised.
+    """Extrapolate `Trace.made` to `further` more blocks than in `more`; None if no four blocks are recognised.
 
-    Bytes that are alive grow with the blocks before the one whose gradient is computed. The last block is a case of its
-    own, and so is the first.
+    The order is that of the backward pass: the last block comes first. Bytes alive grow linearly with the number of
+    blocks before the one whose gradient is computed; the last and the first block are handled separately.
     """
     each, sizes = len(more) - len(few), [moment.elements for moment in more]
     alike = (n for n in range(len(more) - 4 * each + 1) if sizes[n : n + 3 * each] == sizes[n + each : n + 4 * each])

@@ -1,4 +1,4 @@
-"""Batch arithmetic of a run from its configuration: parameters, passes, FLOPs, packing and balance."""
+"""Batch figures of a run from its configuration: parameters, passes, FLOPs, packing and balance."""
 
 from __future__ import annotations
 
@@ -34,13 +34,20 @@ class Estimate:
     fill: float | None  # share of the token budget that packs use
     balance: float | None  # mean over max cost of the slots of a step
     departure: float | None  # largest distance of a step's token shares from the mix, see `data.order.packing`
-    slot_s: float | None  # seconds of a step's dearest slot, where `data.cost` has measured ones
-    shared: float | None = None  # share of the slots that are in packs of several
+    slot_s: float | None  # seconds of a step's most expensive slot; None unless `data.cost` has measured costs
+    shared: float | None = None  # share of the slots that belong to packs of several slots
     encoded: bool = False  # clips come as latents, computed before training
 
 
 def estimate(config: Config, plan: Plan | None, ranks: int, encoded: bool = False) -> Estimate:
-    """Compute the batch figures of a configuration, and of its plan if there is data, which says if it is encoded."""
+    """Compute the batch figures of a configuration.
+
+    Args:
+        config: Configuration of the run.
+        plan: Its plan; None without data.
+        ranks: Number of ranks.
+        encoded: Without a plan: the clips come as latents, computed before training.
+    """
     parameters, frozen = count_parameters(config)
     groups = max(1, ranks // config.parallel.sequence)
     slots, per_rank = config.data.slots, -(-config.data.slots // groups)
@@ -74,7 +81,7 @@ class Heaviest(NamedTuple):
 
     sizes: list[Size]  # frames, height, width of its clips
     share: float  # mean over steps of each step's most expensive pass, as a share of this one's cost
-    ranks: int = 1  # that share it
+    ranks: int = 1  # number of ranks that share it
 
 
 @dataclass(frozen=True)
@@ -87,9 +94,10 @@ class Degree:
 
 
 def degrees(config: Config, plan: Plan | None, ranks: int) -> dict[int, Degree]:
-    """Degrees of sequence parallelism for all packs, up to 16, that divide the ranks; no more than there are heads.
+    """Configurations for the possible degrees of sequence parallelism, by degree.
 
-    None where the plan says how many ranks share a pack.
+    Degrees are powers of two up to 16 that divide the ranks and don't exceed the number of heads. The result is empty
+    if the method doesn't support them, or if the plan sets the degree of each pack (`data.pack_slots` above 1).
     """
     found = {}
     if METHODS.get(config.method).splits_sequence and config.data.pack_slots == 1:
@@ -103,7 +111,7 @@ def degrees(config: Config, plan: Plan | None, ranks: int) -> dict[int, Degree]:
 def heaviest_pass(config: Config, plan: Plan | None, ranks: int, per_node: int = 8) -> Heaviest:
     """Find the most expensive forward pass: in the first window of the plan, or slots full of the longest clips.
 
-    `per_node` are the ranks of one machine, which share packs of several slots.
+    `per_node` is the number of ranks of one machine; only these can share a pack of several slots.
     """
     d, fixed = config.data, config.parallel.sequence
     per_rank = -(-d.slots // max(1, ranks // fixed))

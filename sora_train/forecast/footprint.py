@@ -20,7 +20,7 @@ from sora_train.forecast.trace import Trace
 _BUCKET = 500_000_000  # elements, DeepSpeed's default
 _LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered, DeepSpeed's default
 _PREFETCH = 50_000_000  # elements that ZeRO-3 gathers at once, DeepSpeed's default
-_REUSE = 1_000_000_000  # elements used between two uses of a weight up to which ZeRO-3 keeps it, DeepSpeed's default
+_REUSE = 1_000_000_000  # ZeRO-3 keeps a weight if at most so many elements are used until its next use (default)
 PERSISTENT = 100_000  # size of a parameter up to which ZeRO-3 keeps it gathered, DeepSpeed's default
 
 
@@ -54,9 +54,9 @@ class _Sizes:
     """Bytes from which the peaks of every stage are computed."""
 
     each: int  # of one weight, and of one gradient
-    all: int  # gradients of all parameters
-    own: int  # this rank's part of the gradients
-    master: int  # this rank's part of the gradients in fp32
+    all: int  # of the gradients of all parameters
+    own: int  # of this rank's part of the gradients
+    master: int  # of this rank's part of the gradients in fp32
     passes: int
     trace: Trace
     ranks: int

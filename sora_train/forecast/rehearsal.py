@@ -26,12 +26,12 @@ class Rehearsal:
     start: int  # peak bytes of tensors while the engine was built
     peak: int  # peak bytes of tensors in the step
     seconds: float
-    owned: int  # elements of the master weights that the rank holds
+    owned: int  # number of master weights that the rank owns
     parameters: int
 
 
 def rehearse(config: Config, ranks: int, passes: int, sizes: list[Size]) -> Rehearsal:
-    """Take one step as rank 0 of `ranks`, in passes with clips of these sizes (frames, height, width)."""
+    """Run one step as rank 0 of `ranks`, in `passes` passes over clips of the given sizes (frames, height, width)."""
     device = connect(World(size=ranks), rehearsal=True)
     try:
         with Recorder() as recorder:

@@ -1,9 +1,10 @@
 """Forecast of a run on many ranks: collectives by alpha-beta models, the agreement, saves and reads, and goodput.
 
-A collective of n bytes takes a time by itself, one for every message that follows another one (alpha) and one for
-every byte that a rank sends (beta); Thakur et al. 2005 (doi 10.1177/1094342005051521) has the counts by algorithm. For
-NCCL the times are those by which it chooses its algorithms itself (`src/graph/tuning.cc`, protocol Simple).
-benchmarks/collectives.py fits gloo's to two and three ranks, and holds what they say of four against four.
+The time of a collective is the sum of a constant (call), a latency for each sequential message (alpha) and a time for
+each byte that a rank sends (beta). Thakur et al. 2005 (doi 10.1177/1094342005051521) has the counts by algorithm. For
+NCCL the values are those by which it chooses its algorithms itself (`src/graph/tuning.cc`, protocol Simple).
+benchmarks/collectives.py fits gloo's values to two and three ranks, and compares their prediction for four ranks with
+measurements.
 """
 
 from __future__ import annotations
@@ -27,37 +28,37 @@ from sora_train.forecast.trace import Trace
 from sora_train.training.report.console import duration
 
 RANKS = (64, 256, 1024, 4096, 16384)
-_CALL_S = 8.4e-6  # of NCCL, for a collective
-_NEAR_S, _FAR_S = 3.4e-6, 14e-6  # of NCCL, for a message in a ring: over NVLink, over the network
+_CALL_S = 8.4e-6  # NCCL's constant for a collective
+_NEAR_S, _FAR_S = 3.4e-6, 14e-6  # NCCL's latency of a message in a ring: over NVLink, over the network
 _HOST_S = 3e-5  # assumed: a message between hosts over TCP, as gloo sends it
-_GROUPS = 4  # of parameters, whose new weights ZeRO-1 and 2 gather one by one
+_GROUPS = 4  # parameter groups; ZeRO-1 and 2 gather their new weights group by group
 _START_S = 120.0  # assumed: from a failure to the first new step, without reading the checkpoint
-_ELEMENTS = {0: 500_000_000, 3: 50_000_000}  # of DeepSpeed's buckets where none is configured; of its prefetches
+_ELEMENTS = {0: 500_000_000, 3: 50_000_000}  # DeepSpeed's defaults: elements of a bucket; of a prefetch at stage 3
 
 
 @dataclass(frozen=True)
 class AlphaBeta:
-    """Times of collectives between ranks, in seconds."""
+    """Alpha-beta model of collectives between ranks, in seconds."""
 
-    call: float  # of a collective by itself
-    alpha: float  # of a message
-    beta: float  # of a byte
+    call: float  # constant of a collective
+    alpha: float  # latency of a message
+    beta: float  # time of a byte
 
     def all_reduce(self, nbytes: float, ranks: int) -> float:
         """Seconds of a ring all-reduce."""
         return 2 * self.gather(nbytes, ranks) - self.call
 
     def gather(self, nbytes: float, ranks: int) -> float:
-        """Seconds of a ring all-gather to, or reduce-scatter of, this many bytes."""
+        """Seconds of a ring all-gather to, or reduce-scatter of, `nbytes` bytes in all."""
         return self.call + (ranks - 1) * self.alpha + nbytes * (ranks - 1) / ranks * self.beta
 
 
 def fit(measured: Sequence[tuple[int, float, float]], times: int) -> AlphaBeta:
-    """Fit the three times by the least relative error.
+    """Fit the three values by non-negative least squares on relative errors.
 
     Args:
-        measured: Ranks, bytes and seconds of collectives.
-        times: 2 for all-reduces, 1 for all-gathers.
+        measured: (ranks, bytes, seconds) of each measured collective.
+        times: Ring passes of a collective: 2 for all-reduces, 1 for all-gathers.
     """
     rows = np.array([[1 / s, times * (r - 1) / s, times * n * (r - 1) / r / s] for r, n, s in measured])
     scale = rows.max(0)
@@ -71,17 +72,17 @@ class Scale:
     ranks: int
     step: float
     collectives: float  # of a step
-    waiting: float  # the part of it that messages take which wait for others: it grows with the ranks
-    efficiency: float  # share of a step that computes
-    ring: float  # the agreement of a step as a ring, as gloo does it; it is hidden if it is shorter than a step
-    tree: float  # the same as a tree
-    written: float  # checkpoint to disk in the background, or from it at a start
+    waiting: float  # the part of `collectives` that is latency of sequential messages; it grows with the ranks
+    efficiency: float  # share of a step spent on computation
+    ring: float  # agreement of a step by a ring, as in gloo; hidden if shorter than a step
+    tree: float  # agreement of a step by a tree
+    written: float  # writing a checkpoint in the background, or reading it at a start
     failure_every: float
-    goodput: float  # share of the time that ends up in the weights
+    goodput: float  # share of the time whose work isn't lost
 
 
 def waiting(config: Config, parameters: int, passes: int, stage: int, ranks: int, per_node: int) -> float:
-    """Seconds that the messages of a step's collectives wait for one another: in rings over all ranks."""
+    """Total latency of the sequential messages of a step's collectives, in seconds, for rings over all ranks."""
     each = 2 if config.precision is Precision.bf16 else 4
     zero = config.deepspeed.get("zero_optimization", {})
     bucket = int(zero.get("reduce_bucket_size", _ELEMENTS[0])) if stage or each == 2 else BUCKET // each
@@ -92,7 +93,7 @@ def waiting(config: Config, parameters: int, passes: int, stage: int, ranks: int
         gathered = fetched * passes * (1 if kept_gathered(zero, parameters) else 2)
     machines = -(-ranks // per_node)
     once = _CALL_S + (ranks - machines) * _NEAR_S + (machines - 1) * _FAR_S
-    rings = reduced * (1 if stage == 3 else 2) + gathered + 2  # and the norm of the gradients
+    rings = reduced * (1 if stage == 3 else 2) + gathered + 2  # 2 for the all-reduce of the gradient norm
     return rings * once
 
 
@@ -100,7 +101,10 @@ def scaled(
     config: Config, figures: Estimate, traced: Trace, share: float, device: Hardware, per_node: int, *, disk: float,
     hours_per_failure: float,
 ) -> list[Scale]:  # fmt: skip
-    """Forecast a run on `RANKS` ranks that have as much work each as planned; see `step_time` and `save_advice`."""
+    """Forecast the run on each number of `RANKS`, with the same work per rank (weak scaling).
+
+    See `step_time` and `save_advice` for the arguments.
+    """
     parameters, found = figures.parameters - figures.frozen, []
     for ranks in RANKS:
         time = step_time(
@@ -123,7 +127,7 @@ def scaled(
 
 
 def table(rows: Sequence[Scale], device: Hardware) -> Table:
-    """Table of a forecast, a line for each number of ranks."""
+    """Table of a forecast, with a row for each number of ranks."""
     title = (
         f"on more ranks of {device.name}, each with as much work: a step, its collectives as rings, the part that "
         "waits for other messages, the share that computes, the agreement as a ring and as a tree in ms, a checkpoint "

@@ -1,10 +1,10 @@
 """Measured rates of one CPU core: the operations of a traced pass are replayed, in order and with their shapes.
 
-An operation that is repeated alone finds its operands in the cache, and measures too fast: a forward and backward pass
-of 80 ms adds up to 55 ms in this way. Replayed in the order of the pass, with outputs kept for a while, operations find
-the caches as in a run.
+If an operation is repeated alone, its operands are in the cache and it is measured too fast: the times of a forward and
+backward pass of 80 ms add up to 55 ms. In a replay in the order of the pass, with outputs kept alive for a while, the
+state of the caches is that of a run.
 
-Times are CPU times, and medians of a few rounds; minima would be those of a machine without other work.
+Times are CPU times, and medians of a few rounds; minima would be those of a machine without other load.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sora_train.forecast.hardware import Gloo, Hardware
 from sora_train.forecast.trace import Call, Like, Operation, Recorder
 
 _LARGE_FLOPS, _LARGE_BYTES = 3e9, 16 << 20  # larger operations profit little from caches, and are measured alone
-_TRIED_FLOPS = 3e10  # larger operations aren't run; their time follows from the measured rate
+_TRIED_FLOPS = 3e10  # larger operations aren't run; their time is computed from the measured rate
 _HELD = 32 << 20  # bytes of outputs that are kept alive: a few times a core's cache
 _ROUNDS, _ROUNDS_S = 5, 10.0  # number of measured replays, and limit of their total seconds
 

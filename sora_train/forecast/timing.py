@@ -10,7 +10,8 @@ from sora_train.forecast.footprint import PERSISTENT, kept_gathered
 from sora_train.forecast.hardware import Hardware
 from sora_train.forecast.trace import Trace
 
-# Bytes per element: Adam reads and writes master and two moments and reads the gradient; an average reads the master.
+# Bytes per element: Adam reads and writes master and two moments, and reads the gradient; an average is read and
+# written, and its update reads the master.
 _ADAM_BYTES, _AVERAGE_BYTES = 28, 12
 _HOOK_S = 1e-4  # seconds of Python per ZeRO-3 hook; a module has four: before and after its forward and backward pass
 # 419 unexpected stops in 54 days on 16,384 GPUs (Llama 3, arXiv 2407.21783, section 3.3.4).
@@ -95,7 +96,7 @@ def _exchange(
 ) -> float:  # fmt: skip
     """Seconds of a step's collectives, and of ZeRO-3's Python hooks.
 
-    `share` = (ranks - 1) / ranks is the share of all elements that a rank sends, `wire` the byte/s of its link.
+    `share` = (ranks - 1) / ranks is the share of all elements that a rank sends, `wire` the rate of its link in byte/s.
     """
     each = 2 if config.precision is Precision.bf16 else 4
     reduced, gathered = _travelling(config, parameters, frozen, passes, stage)

@@ -86,7 +86,7 @@ class Trace:
     operations: tuple[Operation, ...]
     modules: int = 0  # number of modules of the trained networks
     exchanged: int = 0  # bytes sent by a rank for sequence parallelism
-    ranks: int = 1  # that share the pack
+    ranks: int = 1  # number of ranks that share the pack
 
     @property
     def flops(self) -> int:
@@ -197,7 +197,7 @@ def trace(config: Config, sizes: Sequence[Size], encoded: bool = False, ranks: i
     Args:
         config: Configuration of the run.
         sizes: Frames, height and width of each clip.
-        encoded: The clips' latents come from the shards; else the frozen VAE encodes their pixels.
+        encoded: Clips have latents from the shards; otherwise the frozen VAE encodes their pixels.
         ranks: Number of ranks that share the pack; None: `parallel.sequence`.
     """
     # lengths of attention's groups are real tensors, because the FLOPs depend on their values
@@ -216,7 +216,7 @@ def trace(config: Config, sizes: Sequence[Size], encoded: bool = False, ranks: i
         recorder, encoder = Recorder([t for module in (*learning, *frozen) for t in _tensors(module)]), [0]
 
         def begun(_: nn.Module, arguments: Any) -> None:
-            """Attribute the peak so far to the encoder, when the first trained network begins."""
+            """Attribute the memory peak so far to the encoder; called when the first trained network starts."""
             if not encoder[0]:
                 encoder[0], recorder.peak = recorder.peak, recorder.live
 
@@ -232,7 +232,7 @@ def trace(config: Config, sizes: Sequence[Size], encoded: bool = False, ranks: i
 
 
 def _with_latents(clip: Clip, config: Config) -> Clip:
-    """The clip as it comes from shards with precomputed latents: without pixels."""
+    """Copy of a clip as in shards with precomputed latents: with latents, without pixels."""
     (frames, height, width), grid = clip.visit.size, geometry(config)
     shape = (1 + (frames - 1) // grid.temporal_stride, height // grid.spatial_stride, width // grid.spatial_stride)
     return replace(clip, video_TCHW=clip.video_TCHW[:0], latents_CTHW=torch.zeros(config.vae.channels, *shape))

@@ -5,7 +5,8 @@ noise and is held to that one's latents: the first to the end, the others only w
 details are then made together with what follows, and shown as the later piece makes them: so the seam is no place where
 one piece ends and another begins. The first of them is encoded anew from the last frame shown, because the first latent
 frame of a clip holds one frame alone. A piece is decoded after the latents before it. Only a piece's length of them is
-kept, so memory doesn't grow with the length. What has left the picture for longer than the overlap is forgotten.
+kept, so memory doesn't grow with the length. What has left the picture for longer than the overlap is forgotten, unless
+the pieces have memory: then each also sees an earlier frame (`sora_train.generation.memory`).
 The end of a loop's last piece is held to the loop's beginning in the same way, mirrored.
 
 A new shot begins from the last frame before it, as a clip from an image does: the movement that it tells of need not
@@ -28,30 +29,38 @@ from sora_train.core.cost import Geometry
 from sora_train.core.seeds import hash64
 from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.ode import Held, Request, noise_of
+from sora_train.generation.memory import BEFORE_OVERLAP, Memory, has_room
 from sora_train.generation.requests import Prompt, Shot, Size, encode, encode_end, tail
 from sora_train.generation.sampler import Sampler
 
 
 def in_pieces(
-    config: Config, sampler: Sampler, prompt: Prompt, size: Size, frames: int, seed: int, *, overlap: int, loop: bool
-) -> Iterator[np.ndarray]:
+    config: Config, sampler: Sampler, prompt: Prompt, size: Size, frames: int, seed: int,
+    *, overlap: int, loop: bool, memory: bool = False,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """frames_THWC uint8, `frames` of them in all, a piece at a time; `size` is a piece's.
 
     `overlap`: latent frames that a piece shares with the one before. With `loop` the last piece leads back to the first
     frame and ends right before it; pieces aren't cut then, so there may be a few more frames, and its shots change
-    within pieces. What the prompt gives as beginning isn't repeated. Raises InputError for an overlap that leaves no
-    room.
+    within pieces. With `memory` every piece after the first sees an earlier frame. What the prompt gives as beginning
+    isn't repeated. Raises InputError for an overlap that leaves no room.
     """
+    check_overlap(geometry(config).grid(*size)[0], overlap, memory=memory)
     if loop:
         yield from _continued(config, sampler, prompt, size, frames, seed, overlap=overlap, loop=True)
         return
     before = prompt.before
+    earlier = Memory(None if before is None else before[0]) if memory else None
     for shot, first, last in _frames_of(prompt.shots, frames, config.data.made_fps):
         alone = replace(prompt, shots=[shot], before=before)
         own_seed = int(hash64(seed, first, last)) >> 1 if first else seed
-        for video in _continued(config, sampler, alone, size, last - first, own_seed, overlap=overlap, loop=False):
+        for video in _continued(
+            config, sampler, alone, size, last - first, own_seed, overlap=overlap, loop=False, earlier=earlier
+        ):
             yield video
             before = video[-1:]
+            if earlier is not None:
+                earlier.add(video[0])
 
 
 def _frames_of(shots: Sequence[Shot], frames: int, fps: float) -> Iterator[tuple[Shot, int, int]]:
@@ -65,19 +74,22 @@ def _frames_of(shots: Sequence[Shot], frames: int, fps: float) -> Iterator[tuple
 
 
 def _continued(
-    config: Config, sampler: Sampler, prompt: Prompt, size: Size, frames: int, seed: int, *, overlap: int, loop: bool
-) -> Iterator[np.ndarray]:
+    config: Config, sampler: Sampler, prompt: Prompt, size: Size, frames: int, seed: int,
+    *, overlap: int, loop: bool, earlier: Memory | None = None,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """Pieces that go on from each other: see `in_pieces`."""
     grid = geometry(config)
     latents, stride = grid.grid(*size)[0], grid.temporal_stride
-    check_overlap(latents, overlap)
     past, made, piece, back = _Past(), 0, 0, None
     if prompt.before is not None:
-        past = _Past(encode(sampler.vae, tail(prompt.before, latents, grid)))
+        past = _Past(encode(sampler.vae, tail(prompt.before, latents, grid)), last_HWC=prompt.before[-1])
     closing = (latents - 1 - overlap) * stride - 1 if loop else 0
     while made < frames - closing or (loop and made == 0):
-        begins = replace(prompt, before=None if piece else prompt.before, most=overlap)
+        seen = None if earlier is None or past.last_HWC is None else earlier.recall(past.last_HWC)
+        begins = replace(prompt, before=None if piece or seen is not None else prompt.before, most=overlap)
         request = _request(config, sampler.vae, begins, size, seed, piece, made=made, held=past.held)
+        if seen is not None:
+            request = past.with_memory(sampler.vae, request, seen, config)
         (whole_CTHW,) = sampler.latents([request])
         new_CTHW = whole_CTHW[:, _known(request) :]
         more = new_CTHW.shape[1] * stride - (stride - 1 if past.shown_CTHW is None else 0)
@@ -101,8 +113,13 @@ def _continued(
         yield past.decoded(sampler.vae, whole_CTHW[:, 1 : latents - back.repeated], stride)[: back.last]
 
 
-def check_overlap(latents: int, overlap: int) -> None:
-    """Raise InputError if `overlap` exceeds half of a piece of `latents` latent frames, or a piece has fewer than 3."""
+def check_overlap(latents: int, overlap: int, *, memory: bool) -> None:
+    """Raise InputError if `overlap` exceeds half of a piece of `latents` latent frames, or a piece has fewer than 3.
+
+    With `memory` a piece also needs room for that.
+    """
+    if memory and not has_room(latents, overlap):
+        raise InputError(f"memory and overlap={overlap} leave nothing to make in a piece of {latents} latent frames")
     if overlap > (latents - 1) // 2 and latents > 1:
         raise InputError(f"overlap={overlap} of a piece's {latents} latent frames; at most {(latents - 1) // 2}")
     if latents < 3:
@@ -140,10 +157,29 @@ def _back(
 
 @dataclass(frozen=True)
 class _Past:
-    """The last latents `(C, T, H, W)` of what is shown, and what the next piece is held to."""
+    """The last latents `(C, T, H, W)` of what is shown, what the next piece is held to, and the last frame shown.
+
+    `own` are the latents of the overlap as the piece before made them, with their noise: with memory the overlap isn't
+    a piece's beginning, so its first latent frame isn't encoded anew.
+    """
 
     shown_CTHW: Tensor | None = None
     held: Held | None = None
+    own: Held | None = None
+    last_HWC: np.ndarray | None = None
+
+    def with_memory(self, vae: FrozenVae, request: Request, seen_HWC: np.ndarray, config: Config) -> Request:
+        """A piece's request with an earlier frame at its beginning, and the overlap after that.
+
+        A new shot has no overlap: the last frame stands still for one latent frame in its place.
+        """
+        own = self.own
+        if own is None:
+            assert self.last_HWC is not None, "a shot begins from a frame"
+            still = np.repeat(self.last_HWC[None], 1 + config.vae.temporal_stride, axis=0)
+            noise_CTHW = noise_of(request, config.vae.channels, config.model.patch)
+            own = Held(encode(vae, still)[:, 1:], noise_CTHW[:, BEFORE_OVERLAP : BEFORE_OVERLAP + 1])
+        return replace(request, given=((0, encode(vae, seen_HWC[None])),), held=replace(own, skipped=BEFORE_OVERLAP))
 
     def decoded(self, vae: FrozenVae, new_CTHW: Tensor, stride: int) -> np.ndarray:
         """The frames of the latents that follow."""
@@ -159,8 +195,9 @@ class _Past:
         latents = whole_CTHW.shape[1]
         shown = new_CTHW if self.shown_CTHW is None else torch.cat((self.shown_CTHW, new_CTHW), dim=1)
         first_CTHW = encode(vae, video_THWC[-1:])
-        held_CTHW = torch.cat((first_CTHW, whole_CTHW[:, latents - overlap + 1 :]), dim=1)
-        return _Past(shown[:, -latents:], Held(held_CTHW, noise_CTHW[:, latents - overlap :]))
+        own = Held(whole_CTHW[:, latents - overlap :], noise_CTHW[:, latents - overlap :])
+        held_CTHW = torch.cat((first_CTHW, own.latents_CTHW[:, 1:]), dim=1)
+        return _Past(shown[:, -latents:], Held(held_CTHW, own.noise_CTHW), own, video_THWC[-1])
 
 
 def _request(
@@ -173,4 +210,6 @@ def _request(
 
 def _known(request: Request) -> int:
     """Latent frames at a piece's beginning whose frames are shown already."""
-    return 1 if request.held is not None else sum(latents.shape[1] for first, latents in request.given if first == 0)
+    if request.held is not None:
+        return request.held.skipped + 1
+    return sum(latents.shape[1] for first, latents in request.given if first == 0)

@@ -56,6 +56,7 @@ class Options:
     loop: bool = False  # the end leads back to the beginning
     whole: bool = False  # attend over the whole length at once, however long
     overlap: int = number(2, least=1)  # latent frames that a piece shares with the one before
+    memory: bool | None = None  # each piece sees an earlier frame; default: if the run trained the task `memory`
     seconds: float | None = number(None, above=0, most=86400)  # default: the longest trained clip
     height: int | None = number(None, least=1, most=16384)
     width: int | None = number(None, least=1, most=16384)

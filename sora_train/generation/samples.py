@@ -23,6 +23,7 @@ from sora_train.data.read.pool import Pool
 from sora_train.encoding.captions import count_tokens
 from sora_train.generation.given import Given
 from sora_train.generation.long_video import check_overlap, in_pieces
+from sora_train.generation.memory import has_room, remembers
 from sora_train.generation.options import FILES, Job, Options, Recorded, record
 from sora_train.generation.output import Target, is_there, save, target_of
 from sora_train.generation.requests import Prompt, Shot, Size, clip_size, fits, inside, read_shots
@@ -50,6 +51,19 @@ class Sample:
         return o.loop or (self.size[0] > self.config.data.max_frames and not o.whole)
 
     @property
+    def piece(self) -> int:
+        """Latent frames of a piece."""
+        return geometry(self.config).grid(min(self.size[0], self.config.data.max_frames), *self.sides)[0]
+
+    @property
+    def memory(self) -> bool:
+        """Tell whether its pieces see an earlier frame: as asked for, else if the run trained it and there is room."""
+        o = self.options
+        if o.memory is not None:
+            return o.memory
+        return not o.loop and remembers(self.config) and has_room(self.piece, o.overlap)
+
+    @property
     def sides(self) -> tuple[int, int]:
         """Height and width."""
         return self.size[1], self.size[2]
@@ -62,6 +76,7 @@ class Sample:
             fps=o.fps or self.config.data.made_fps, format=self.target.format, guidance=flow.guidance,
             guidance_interval=list(flow.guidance_interval), guidance_rescale=flow.guidance_rescale,
             steps=flow.sampling_steps, solver=flow.solver, shift=flow.shift,
+            memory=self.memory if self.in_pieces else None,
         )  # fmt: skip
         return {
             "prompt": o.prompt, "seed": o.seed, "file": self.target.path.name, "frames": self.size[0],
@@ -166,7 +181,9 @@ def made(sampler: Sampler, sample: Sample) -> Video:
     )
     if sample.in_pieces:
         piece = (min(size[0], config.data.max_frames), *sides)
-        pieces = in_pieces(config, sampler, prompt, piece, size[0], o.seed, overlap=o.overlap, loop=o.loop)
+        pieces = in_pieces(
+            config, sampler, prompt, piece, size[0], o.seed, overlap=o.overlap, loop=o.loop, memory=sample.memory
+        )
         return pieces if before is None else chain(before.pieces(0, before.frames, sides), pieces)
     request = prompt.request(config, sampler.vae, size, o.seed)
     (video,) = sampler.videos([request])
@@ -200,7 +217,9 @@ def prepared(config: Config, o: Options, job: Job, pool: Pool) -> Sample:
     if sample.in_pieces and (after is not None or start is not None):
         raise InputError("a loop, or a video made piece by piece, can't end in what is given; try whole=true")
     if sample.in_pieces:
-        check_overlap(geometry(config).grid(min(size[0], config.data.max_frames), *size[1:])[0], o.overlap)
+        if o.memory and o.loop:
+            raise InputError("a loop is made without memory; leave memory=true out")
+        check_overlap(sample.piece, o.overlap, memory=sample.memory)
     if size[0] == 1 and (before is not None or after is not None):
         raise InputError("one frame has no room beside what is given; give more seconds")
     return sample

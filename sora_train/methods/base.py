@@ -1,7 +1,7 @@
 """The contract of a training method: the networks that a run trains, and one optimizer step of all of them.
 
-A method has two parts. A `Method` answers questions about a configuration (geometry, cost, rules) and imports no torch,
-so that mistakes are reported at once. The `Learner` that it builds holds the networks and performs the steps. Methods
+A method has two parts. A `Method` derives properties of a configuration (geometry, cost, rules) and imports no torch,
+so that mistakes are reported at once. The `Learner` that it builds owns the networks and performs the steps. Methods
 are registered by name in `config/registry.py`; a plugin calls `METHODS.register(NAME, method)`.
 """
 
@@ -34,9 +34,9 @@ class Network:
         rates: The submodules that are optimised, each with a factor on the learning rate. None: the network is frozen.
         ema: Keep an exponential moving average of the weights.
         passes: Backward passes through the network per pack.
-        matrices: The modules in which Muon may move the weights of linear layers and convolutions: blocks, never
-            embeddings, modulation or the output projection of a transformer. None: adapters, which AdamW moves
-            whatever is configured.
+        matrices: The modules in which Muon may update the weights of linear layers and convolutions: blocks, never
+            embeddings, modulation or the output projection of a transformer. None for adapters, which AdamW updates
+            regardless of `optim.matrices`.
     """
 
     module: nn.Module
@@ -53,7 +53,7 @@ class Network:
 
 @dataclass
 class StepResult:
-    """Result of an optimizer step: `applied` is True if every engine updated its weights; the loss of each pack."""
+    """Result of an optimizer step: the loss of each pack, and `applied`, True if every engine updated its weights."""
 
     applied: bool = False
     losses: list[tuple[Pack, Loss]] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Learner(Protocol):
 
 
 class Method(Protocol):
-    """A method's answers about a configuration, before any network is built."""
+    """Properties and rules of a method for a configuration, available before any network is built."""
 
     fixed: tuple[str, ...]  # configuration sections and keys that may not change when a run resumes
     highest_stage: int  # highest ZeRO stage that it supports

@@ -25,7 +25,7 @@ class Family(Protocol):
 
     settings: type[ModelConfig]  # dataclass of its keys under `model`
     adapter_targets: tuple[str, ...]  # suffixes of the names of linear layers that LoRA may adapt
-    alike: bool  # all blocks have the same layers and shapes, so that a forecast traces a few of them
+    alike: bool  # all blocks have the same layers and shapes, so that a forecast need only trace a few of them
 
     def rules(self, config: Config) -> None:
         """Check the keys that only this family has. Raises InputError."""
@@ -43,7 +43,7 @@ class Family(Protocol):
         """FLOPs of training adapters alone (`model.lora`)."""
 
     def build(self, config: ModelConfig, shapes: Shapes) -> nn.Module:
-        """Build the network, randomly initialised. Its forward has the signature of `models.wan.model.DiT`."""
+        """Build the network, randomly initialised. Its `forward` has the signature of `models.wan.model.DiT`'s."""
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
         """The transformer blocks, which are compiled, recomputed and gathered (ZeRO-3) one by one.

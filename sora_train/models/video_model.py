@@ -39,7 +39,7 @@ class VideoModel(nn.Module):
         return self.family.blocks(self.dit)
 
     def matrices(self) -> Sequence[nn.Module]:
-        """The modules whose linear layers are inner ones: the blocks of the transformer, and of our text encoder."""
+        """Modules whose linear layers Muon may update: the blocks of the transformer and of our own text encoder."""
         return [*self.blocks(), *(self.text.layers if self.text is not None else ())]
 
     def split_sequence(self, groups: ulysses.Groups) -> None:
@@ -61,8 +61,8 @@ def build_video_model(config: Config) -> VideoModel:
 def starting_model(config: Config) -> VideoModel:
     """Build the network with its initial weights: random or released ones, and adapters with `model.lora`.
 
-    With adapters, all random initial values depend on the configured seed alone: checkpoints hold only the adapters,
-    and the frozen weights are built again from the seed (`whole_weights`).
+    With adapters, all random initial values depend on the configured seed alone, because checkpoints contain only the
+    adapters, and `whole_weights` rebuilds the frozen weights from the seed.
     """
     if config.model.lora.rank == 0:
         return _with_released_weights(config)

@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -27,8 +24,6 @@ from sora_train.operations.records import flat
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "decord", "av", "webdataset", "hydra-core", "omegaconf")
 _VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "WORLD_SIZE")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
 _OWN = ("run_dir", "guard.accept_changes")  # keys that aren't compared
 _FREE = ("model.activation_checkpointing", "vae.cache_mib")  # keys of fixed sections that don't affect the weights
 
@@ -81,20 +76,6 @@ def count_restart(config: Config, world: World) -> None:
             f"{limit} restarts in a row brought no new checkpoint after {newest!r} (guard.max_futile_restarts); "
             f"see {run_dir}/logs, mend the cause, and start it by hand"
         )
-
-
-@contextmanager
-def usable(run_dir: Path) -> Iterator[None]:
-    """Context that turns errors of a full disk, missing permissions or misplaced files into an InputError."""
-    try:
-        yield
-    except OSError as error:
-        what = f"{error.filename or run_dir} can't be used: {error.strerror}"
-        if error.errno in _FULL:
-            raise InputError(f"{what}; make room where run_dir={run_dir} lies, and give the command again") from error
-        if error.errno in _BARRED:
-            raise InputError(f"{what}; choose another run_dir than {run_dir}, or mend that") from error
-        raise
 
 
 def surroundings() -> dict[str, str]:

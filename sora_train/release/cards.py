@@ -23,6 +23,7 @@ from sora_train.config.load import load
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.core.lines import entries
+from sora_train.core.outputs import usable
 from sora_train.data.index.index import load_index
 from sora_train.data.index.patterns import expand
 from sora_train.data.read.store import Store
@@ -82,14 +83,15 @@ def main(o: Options) -> int:
         "evaluation": _evaluation(Path(o.run_dir)), "redteam": _redteam(o.redteam),
     }  # fmt: skip
     out = Path(o.out)
-    out.mkdir(parents=True, exist_ok=True)
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=False,  # Markdown
     )  # fmt: skip
-    for name in CARDS:
-        (out / name).write_text(environment.get_template(name).render(**values), encoding="utf-8")
-        print(out / name)
+    with usable(out, "out"):
+        out.mkdir(parents=True, exist_ok=True)
+        for name in CARDS:
+            (out / name).write_text(environment.get_template(name).render(**values), encoding="utf-8")
+            print(out / name)
     return 0
 
 

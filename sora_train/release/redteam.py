@@ -22,6 +22,7 @@ from scipy.stats import binomtest
 
 from sora_train.core.cli import InputError
 from sora_train.core.options import MAX_SEED, number
+from sora_train.core.outputs import usable
 from sora_train.data.read.pool import Pool
 from sora_train.evaluation.intervals import wilson
 from sora_train.evaluation.results import write_json
@@ -119,11 +120,9 @@ def attempt_all(cases: Sequence[Case], out: Path, about: Mapping[str, Any], atte
 
     `about` says which model and guard it is: a folder holds one run.
     """
-    try:
+    with usable(out, "out"):
         out.mkdir(parents=True, exist_ok=True)
         out.chmod(0o700)
-    except OSError as error:
-        raise InputError(f"out={out} can't be used: {error.strerror or error}") from error
     head = {"about": dict(about)}
     lines = _lines(out / RESULTS)
     if lines and lines[0] != head:

@@ -19,14 +19,14 @@ from sora_train.training.parts import Step
 
 @dataclass(frozen=True)
 class Numbers:
-    """Numbers of one rank, or their sums over all ranks."""
+    """Numbers that are summed over all ranks in every step: those of one rank, or the sums."""
 
     weight: float = 0.0  # loss weight of the packs of the next step
-    arrived: float = 0.0  # samples of the next step
-    refused: float = 0.0  # samples of the next step
-    tokens: float = 0.0  # of the next step
-    stop: float = 0.0  # 1 for a stop request
-    loss: float = 0.0  # share of the loss of a step that was taken
+    arrived: float = 0.0  # samples of the next step that were loaded
+    refused: float = 0.0  # samples of the next step that could not be used
+    tokens: float = 0.0  # tokens of the next step
+    stop: float = 0.0  # 1 if the rank got a stop signal; the sum counts these ranks
+    loss: float = 0.0  # the rank's share of the loss of the previous step
 
 
 class Request:
@@ -37,7 +37,7 @@ class Request:
         self._work: Any = dist.all_reduce(self._values, async_op=True)
 
     def read(self) -> Numbers:
-        """Wait for the sums."""
+        """Wait for the all-reduce, and return the sums over all ranks."""
         self._work.wait()
         return Numbers(*self._values.tolist())
 
@@ -54,8 +54,8 @@ class Taken:
 
 @dataclass(frozen=True)
 class Ahead:
-    """The next step, asked about before the current one is computed."""
+    """The next step, loaded while the current one is not yet computed, and its running all-reduce."""
 
-    batch: Step | None  # None behind the last step
-    taken: Taken | None  # the step whose loss is part of the request
+    batch: Step | None  # None after the last step
+    taken: Taken | None  # the previous step, whose loss is summed by this request; None if there is none
     request: Request

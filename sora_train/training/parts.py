@@ -41,10 +41,15 @@ class Plan(Protocol):
 
     @property
     def amendments(self) -> Sequence[Any]:
-        """Samples left out, each list with the epoch from which on it applies."""
+        """Amendments: lists of samples to leave out, each with the first epoch to which it applies."""
 
     def before(self, at: Any, taken: int) -> str:
-        """A hash of the shards that the epoch of the step at `at` visits in windows before it."""
+        """Hash of the shards in the earlier windows of an epoch.
+
+        Args:
+            at: Position of a step (epoch, window, step); the windows before it in its epoch are hashed.
+            taken: Number of steps before it, which selects the stage of a curriculum.
+        """
 
     def amend(self, at: Any, taken: int, ahead: int, samples: Sequence[int]) -> None:
         """Leave samples out of epochs that begin more than `ahead` steps (which may be prefetched) after `at`."""
@@ -70,7 +75,7 @@ class Noted(Sequence[Pack]):
 
 @dataclass(frozen=True)
 class Marks:
-    """Figures of an evaluation by name, and the one that compares checkpoints, signed so that more is better."""
+    """Metrics of an evaluation by name, and the score that compares checkpoints, signed so that higher is better."""
 
     figures: dict[str, float]
     score: float | None
@@ -93,13 +98,13 @@ class Parts:
     evaluate: Callable[[Callable[[], bool]], Marks]  # takes a stop request
     ledger: Ledger
     mirror: Mirror | None  # on the main rank, if configured
-    guard: Guard  # handles signals from its creation on; before, there is nothing to save and they end the process
+    guard: Guard  # handles signals once it is created; earlier ones end the process, as there is nothing to save
     watch: Watch
 
 
 @dataclass(frozen=True)
 class Place:
-    """Step, phase and pack at which something happened in a run."""
+    """Step, phase and pack in which a run failed or another event occurred."""
 
     step: int  # number of steps done
     phase: str

@@ -50,7 +50,7 @@ class Trainer:
         self.sizes: list[tuple[int, int, int]] = []  # frames, height, width of the clips in the current or last pack
         self.left_out: set[tuple[int, ...]] = set()  # positions of steps that rollbacks left out
         self.step, self.applied, self.position, self.stop = 0, 0, (0, 0, 0), False
-        self.taken: Taken | None = None  # the last step, until the others are told its loss
+        self.taken: Taken | None = None  # the last step, until its loss is sent to the other ranks
         self.best: tuple[float, int] | None = None  # best score of an evaluation, and its step
         self.reason = "failed; see the logs"  # why the run ended
         newest = self.checkpoints.newest()
@@ -114,7 +114,11 @@ class Trainer:
         return self.leave(0, "done")
 
     def start(self) -> tuple[Iterator[Step], Step | None, Numbers]:
-        """Steps from the current position on, the first of them, and what the ranks agreed about it. Collective."""
+        """Start to iterate over the steps from the current position on. Collective.
+
+        Returns:
+            Iterator of the steps after the first, the first step (None after the run's last), and its sums over ranks.
+        """
         batches = self.batches()
         return batches, *self.hear(self.ask(batches, self.step + 1))
 
@@ -130,7 +134,7 @@ class Trainer:
         return self.step + sum(position < tuple(self.position) for position in self.left_out)
 
     def enter(self, phase: str) -> None:
-        """Announce a phase to the hang watch and the profiler. The first step compiles and has the long time-out."""
+        """Announce a phase to the hang watch and the profiler. The first step has the long time-out, as it compiles."""
         self.profile.phase(phase)
         self.watch.phase(phase, slow=self.watch.step == 0)
 
@@ -155,11 +159,16 @@ class Trainer:
         return self.due(self.config.checkpoint.every_steps) or self.stop or is_best
 
     def due(self, every: int) -> bool:
-        """True if something that is done every `every` steps and at the last one is due; never for 0."""
+        """True if the current step is a multiple of `every` or the last one; always False for 0."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
     def ask(self, batches: Iterator[Step], number: int) -> Ahead:
-        """Fetch the step of this number, if there is one, and send this rank's numbers to the others. Collective."""
+        """Load the next step, and start the all-reduce of this rank's numbers. Collective.
+
+        Args:
+            batches: Iterator of the steps.
+            number: Number of the step to load; none is loaded after the run's last.
+        """
         batch = None
         with self.meter.waiting():
             self.enter("data")
@@ -180,19 +189,23 @@ class Trainer:
         return Ahead(batch, taken, Request(mine))
 
     def hear(self, ahead: Ahead) -> tuple[Step | None, Numbers]:
-        """Wait for the sums over all ranks of what was sent, which have arrived unless a rank is late."""
+        """Wait for the all-reduce that `ask` started; it is complete unless a rank is late.
+
+        Returns:
+            The loaded step, and the sums over all ranks; their `weight` is at least 1.
+        """
         self.enter("agreement")
         told = ahead.request.read()
         self.stop = self.stop or told.stop > 0
         return ahead.batch, replace(told, weight=max(told.weight, 1.0))
 
     def begin(self, batch: Step, agreed: Numbers) -> None:
-        """Record the samples of a step that is about to be taken. Collective where samples were refused."""
+        """Record the samples of a step that is about to be taken. Collective if samples are left out (`leave_out`)."""
         self.ledger.write(self.step + 1, batch.position, batch.samples, batch.refused)
         self.leave_out(batch, agreed)
 
     def leave_out(self, batch: Step, agreed: Numbers) -> None:
-        """With `data.drop_refused`, leave the samples that any rank refused out of later epochs. Collective."""
+        """With `data.drop_refused`, exclude the samples that any rank refused from later epochs. Collective."""
         if not self.config.data.drop_refused or not agreed.refused:
             return
         rows = torch.zeros(self.world.size, int(agreed.refused), dtype=torch.int64)
@@ -210,7 +223,7 @@ class Trainer:
         return self.stop
 
     def advance(self, batch: Step, own_loss: float, applied: bool) -> None:
-        """Count a step, and move the position behind it.
+        """Count a step, and advance the position to the next one.
 
         Args:
             batch: The step that was taken.
@@ -256,10 +269,10 @@ class Trainer:
         return self.stop or self.step == self.config.steps or any(map(self.due, [*often, snapshots]))
 
     def roll_back(self, verdict: Verdict) -> bool:
-        """Go back to the newest checkpoint before the bad steps, and leave these out of the plan.
+        """Roll back to the newest checkpoint before the bad steps, and exclude these from the plan.
 
         Returns:
-            False if there is no such checkpoint and training may go on, after a loss spike.
+            True after a rollback. False after a loss spike without such a checkpoint: training continues.
 
         Raises:
             InputError: No such checkpoint after non-finite steps, or more than `guard.max_rollbacks` rollbacks.
@@ -380,7 +393,7 @@ class Trainer:
             state = {
                 "step": self.step, "applied": self.applied,
                 "position": self.position, "plan_hash": self.parts.plan.hash,
-                "before": self.parts.plan.before(self.position, self.step), "amendments": self.parts.plan.amendments,
+                "before": self.parts.plan.before(self.position, self.planned), "amendments": self.parts.plan.amendments,
                 "ema_updates": engines.ema.updates, "totals": asdict(self.meter.totals), "shapes": engines.shapes,
                 "health": self.health.state(), "left_out": sorted(self.left_out),
                 "best": self.best,
@@ -431,25 +444,35 @@ class Trainer:
         dist.barrier()
 
     def _in_a_new_plan(self, state: dict[str, Any]) -> tuple[tuple[int, int, int], str]:
-        """The position from which every sample of the epoch is visited that wasn't yet, and a line's end that says so.
+        """Compute the position from which to resume if the plan has changed since the checkpoint.
 
-        A window is begun again; the epoch, where the shards of the windows before are others, or in another order.
+        From there, every sample of the epoch that wasn't visited yet is visited. It is the beginning of the current
+        window if the earlier windows of the epoch have the same shards in the same order, else that of the epoch.
+
+        Args:
+            state: State of the checkpoint.
+
+        Returns:
+            The position (epoch, window, 0), and the end of a message that explains it.
         """
         epoch, window, taken = self.position
-        if window == 0 or state.get("before") == self.parts.plan.before(self.position, self.step):
+        if window == 0 or state.get("before") == self.parts.plan.before(self.position, self.planned):
             again = f"the {taken} step(s) taken of it are taken again"
             return (epoch, window, 0), f"at the beginning of window {window} of epoch {epoch}; {again}"
         again = f"so what the {window} window(s) before held, and {taken} step(s), are taken again"
         return (epoch, 0, 0), f"at the beginning of epoch {epoch}, as its shards are others; {again}"
 
     def leave(self, code: int, reason: str) -> int:
-        """Wait for background saves and uploads, and return the exit code; 1 if the last checkpoint wasn't written."""
+        """Wait for background saves and uploads, log the reason of the end, and return the exit code.
+
+        It is 1 instead of 0 if the last checkpoint couldn't be written.
+        """
         with self.watch.slow("save"):
             saved = self.checkpoints.wait()
             if self.snapshots:
                 saved = self.snapshots.wait() and saved
             if self.mirror:
-                self.mirror.finish(self.config.guard.slow_timeout_s / 2)  # no hang yet
+                self.mirror.finish(self.config.guard.slow_timeout_s / 2)  # below the watch's time-out
         if not saved and code == STOPPED:  # resumable: the next start repeats the steps since the last checkpoint
             reason = f"{reason.removesuffix(' after saving')}, but its checkpoint could not be written"
         elif not saved:
@@ -461,7 +484,7 @@ class Trainer:
     def close(self) -> None:
         """Finish the checkpoint under way and close the writers, however the run ended.
 
-        After a failure other ranks may be gone, so a save is waited for no longer than `guard.timeout_s`.
+        After a failure other ranks may have exited, so it waits at most `guard.timeout_s` for a save.
         """
         self.profile.close()
         if self.snapshots:

@@ -109,6 +109,16 @@ def test_an_unknown_choice_is_answered_with_the_nearest(answer: Answer, choice: 
     assert line.startswith(f"there is no {choice}; did you mean '{known}")
 
 
+@pytest.mark.parametrize("choice", ["deepspeed=null", "experiment=3", "experiment=[demo,null]", "model={a: 1}"])
+def test_a_choice_that_is_no_name_is_answered_with_those_there_are(answer: Answer, choice: str) -> None:
+    group = choice.partition("=")[0]
+    assert answer("steps=5", choice).startswith(f"{choice}: give the name of a file of conf/{group}/, or a list; ")
+
+
+def test_a_value_without_a_key_is_refused(answer: Answer) -> None:
+    assert answer("experiment=demo_vae", "=3") == "=3: there is no key before the '='"
+
+
 def test_what_has_no_value_is_named(answer: Answer) -> None:
     assert answer().startswith("steps has no value; give steps=... or choose an experiment=")
     assert answer("experiment=demo_vae", "data=folder").startswith("data.sources.mine.shards has no value")
@@ -136,6 +146,7 @@ def test_a_deepspeed_key_that_follows_from_ours_is_refused(answer: Answer, key: 
         (["steps=0"], "steps=0 must be above 0"),
         (["data.slots=-1"], "data.slots=-1 must be above 0"),
         (["data.fill=1.5"], "data.fill=1.5 must be in (0, 1]"),
+        (["data.max_bad_fraction=2"], "data.max_bad_fraction=2.0 must be in (0, 1]"),
         (["deepspeed.zero_optimization.stage=4"], "deepspeed.zero_optimization.stage=4; known: 0, 1, 2, 3"),
         (["+deepspeed.zero_optimization.round_robin_gradients=true"], "round_robin_gradients"),
         (["logging.writers=[tensorbord]"], "logging.writers has no ['tensorbord']; known: tensorboard, wandb, p"),

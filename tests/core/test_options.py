@@ -138,6 +138,9 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tool"])
     with pytest.raises(InputError, match=r"missing: run_dir=\.\.\."):
         options(Options, "usage")
+    monkeypatch.setattr(sys, "argv", ["tool", "run_dir= "])
+    with pytest.raises(InputError, match="run_dir= is empty"):
+        options(Options, "usage")
 
 
 def test_values_of_a_file_are_held_to_the_same_rules() -> None:

@@ -43,6 +43,15 @@ def test_backwards_the_end_is_given_between_both_ends_and_of_frames_any_few() ->
     assert all(240 > sum(mask[place] for mask in few) > 160 for place in range(6)), "each place as often: a third"
 
 
+def test_memory_is_given_the_first_frame_and_an_overlap_after_a_gap_and_makes_the_last() -> None:
+    five = {tuple(given_frames("memory", 5, seed)) for seed in range(200)}
+    assert five == {
+        (True, False, True, False, False), (True, False, False, True, False), (True, False, True, True, False),
+    }  # fmt: skip
+    assert given_frames("memory", 4, 7) == [True, False, True, False]
+    assert given_frames("memory", 3, 7) == [True, False, False], "as image_to_video"
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_configurable_task_is_known_and_generates_something(task: str) -> None:
     for frames in (1, 2, 3, 9):

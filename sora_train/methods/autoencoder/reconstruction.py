@@ -21,7 +21,7 @@ from sora_train.models.video_vae.perceptual import Perceptual
 
 
 class Reconstruction:
-    """Reconstruction loss of the clips of a pack, per pixel; `perceptual` is weighted by `vae.perceptual.weight`."""
+    """Reconstruction loss of a pack; the distance of `perceptual` is weighted by `vae.perceptual.weight`."""
 
     def __init__(self, config: VaeConfig, geometry: Geometry, perceptual: Perceptual | None = None) -> None:
         self.config, self.geometry, self.perceptual = config, geometry, perceptual

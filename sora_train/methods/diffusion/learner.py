@@ -25,7 +25,10 @@ from sora_train.models.video_vae.model import build_vae
 
 
 class DiffusionLearner(OneNetwork):
-    """Trains the video model; VAE and a released text encoder are frozen. `sample` generates a clip's caption anew."""
+    """Trains the video model; the VAE and a released text encoder are frozen.
+
+    `sample(network, clip)` generates frames `(T, H, W, 3)` uint8 for a clip's caption and size.
+    """
 
     name = "video"
 

@@ -30,7 +30,7 @@ from sora_train.models.layers.batches import batches
 
 BACKENDS = ("auto", "sdpa", "varlen", "flex")
 _ALL_KEYS = {"window_size_left": -1, "window_size_right": -1}  # no sliding window
-_FEW_KEYS = 256  # up to so many keys the backward pass on a CPU is faster in fp32 than in bf16: up to 4x for captions
+_FEW_KEYS = 256  # up to this many keys, a CPU's backward pass is faster in fp32 than in bf16 (up to 4x for captions)
 _aten = torch.ops.aten
 
 
@@ -70,7 +70,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tenso
 
 
 def host_lengths(lengths: Sequence[int]) -> Tensor:
-    """Tensor of lengths, int64 on the host. Real values even while a forecast traces the network with fake tensors."""
+    """Make a tensor of lengths, int64 on the host; it is real even while a forecast traces with fake tensors."""
     with _disable_current_modes():
         return torch.tensor(lengths, dtype=torch.int64, device="cpu")
 
@@ -112,7 +112,7 @@ def newest_flash(dtype: torch.dtype) -> str | None:
 
 
 def _works(backend: str, dtype: torch.dtype) -> bool:
-    """Try a back end's forward and backward pass on two small groups; the build or the GPU may lack its kernels."""
+    """Test a back end's forward and backward pass on two small groups, as the build or the GPU may lack its kernels."""
     try:
         q = torch.ones(32, 1, 64, device="cuda", dtype=dtype, requires_grad=True)
         lengths = host_lengths((16, 16))
@@ -149,7 +149,7 @@ def _forward(
 
 
 def _statistics(q: Tensor) -> Tensor:
-    """Room for the log-sum-exp of each query's scores."""
+    """Uninitialised tensor for the log-sum-exp of each query's scores."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((q.shape[1], q.shape[0]), dtype=dtype)
 
@@ -164,7 +164,7 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_lengths: Tensor, k_lengths: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of queries, keys and values."""
+    """Gradients of queries, keys and values, in their shapes."""
     q_list, k_list = q_lengths.tolist(), k_lengths.tolist()
     if backend == "varlen":
         bounds = _bounds(tuple(q_list), tuple(k_list), q.device)

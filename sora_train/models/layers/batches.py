@@ -1,4 +1,7 @@
-"""Groups of a pack as few batches of equal shape: on a CPU small groups cost more to call than to compute."""
+"""Batching of a pack's attention groups: few padded batches instead of one attention call per group.
+
+On a CPU, the call overhead of a small group exceeds its computation.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,21 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-_CALL = 8192  # pairs of a query and a key that are computed in the time that one more call takes
+_CALL = 8192  # overhead of an attention call, as the number of query-key pairs computed in the same time
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of some groups of a packed tensor, as a block of `count` groups of `longest` rows each."""
+    """Rows of some groups of a packed tensor, padded to a block of `count` groups of `longest` rows each."""
 
     count: int
     longest: int
-    first: int  # row, where the groups are neighbours of equal length
-    index: Tensor | None = None  # (count x longest) rows elsewhere; what pads a group repeats its first row
-    real: Tensor | None = None  # (count x longest) bool: not padding; None where there is none
+    first: int  # first row, if the groups are adjacent and of equal length; else -1
+    index: Tensor | None = None  # (count x longest,) row numbers otherwise; padding repeats a group's first row
+    real: Tensor | None = None  # (count x longest,) bool, False at padding; None without padding
 
     def take(self, x_NKd: Tensor) -> Tensor:
-        """The block `(count, K, longest, d)` of a packed tensor `(N, K, d)`."""
+        """Gather the block `(count, K, longest, d)` from a packed tensor `(N, K, d)`."""
         if self.index is None:
             rows = x_NKd[self.first : self.first + self.count * self.longest]
         else:
@@ -32,7 +35,7 @@ class Rows:
         return rows.unflatten(0, (self.count, self.longest)).transpose(1, 2)
 
     def put(self, block_BKnd: Tensor, out_NKd: Tensor) -> None:
-        """Write a block to its rows of a packed tensor, without what pads it."""
+        """Write a block to its rows of a packed tensor in place, padding excluded."""
         rows = block_BKnd.transpose(1, 2)
         if self.index is None:
             whole = out_NKd[self.first : self.first + self.count * self.longest]
@@ -43,7 +46,7 @@ class Rows:
             out_NKd.index_copy_(0, self.index[self.real], rows.flatten(0, 1)[self.real])
 
     def without_padding(self, block_BKnd: Tensor) -> Tensor:
-        """The block with zeros in the rows that pad it."""
+        """The block with its padding rows set to zero."""
         if self.real is None:
             return block_BKnd
         return block_BKnd * self.real.view(self.count, 1, self.longest, 1)
@@ -51,7 +54,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Groups that attend in one call; `mask` `(count, 1, 1, keys)` is False at keys that pad a group."""
+    """Groups that are computed in one attention call.
+
+    `mask` `(count, 1, 1, keys)` is False at padding keys; None without padding.
+    """
 
     queries: Rows
     keys: Rows
@@ -66,9 +72,15 @@ class Batch:
 
 
 def batches(q_list: Sequence[int], k_list: Sequence[int], padding: bool) -> tuple[Batch, ...]:
-    """The groups that have queries, in batches: with padding where that costs less than a call, else equal neighbours.
+    """Divide the groups that have queries into batches.
 
-    Remembered: all layers of a network ask for the same.
+    With `padding`, groups of similar lengths are padded to one batch if that costs less than another call; without it,
+    only consecutive groups of equal lengths share a batch. Cached, because all layers of a network need the same ones.
+
+    Args:
+        q_list: Queries of each group.
+        k_list: Keys of each group.
+        padding: Allow padded groups.
     """
     return _batches(tuple(q_list), tuple(k_list), padding)
 
@@ -86,12 +98,12 @@ def _batches(q_list: tuple[int, ...], k_list: tuple[int, ...], padding: bool) ->
 
 
 def _together(q_list: Sequence[int], k_list: Sequence[int], padding: bool) -> Iterator[list[int]]:
-    """Groups that share a batch. Padded, each is as large as the largest."""
+    """Yield the numbers of the groups of each batch. Padding makes each group of a batch as large as the largest."""
     asking = [group for group, queries in enumerate(q_list) if queries]
     if padding:
         asking.sort(key=lambda group: (q_list[group], k_list[group]))
     batch: list[int] = []
-    most = 0  # keys of a group of the batch
+    most = 0  # most keys of a group of the batch
     for group in asking:
         queries, keys = q_list[group], k_list[group]
         if batch:

@@ -62,14 +62,15 @@ class _Gelu(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NF: Tensor) -> Tensor:
+        """Multiply the gradient by the saved derivative of GELU."""
         return grad_NF * ctx.saved_tensors[0]
 
 
 class SquaredRelu(nn.Module):
-    """The square of ReLU (So et al. 2021, Primer, arXiv 2109.08668): on a CPU a quarter of GELU's time."""
+    """The square of ReLU (So et al. 2021, Primer, arXiv 2109.08668). On a CPU it takes a quarter of GELU's time."""
 
     def forward(self, x_NF: Tensor) -> Tensor:
-        """Value by value, any shape."""
+        """Apply the squared ReLU elementwise, any shape."""
         return _SquaredRelu.apply(x_NF)
 
 
@@ -83,6 +84,7 @@ class _SquaredRelu(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NF: Tensor) -> Tensor:
+        """Multiply the gradient by the derivative of the square of ReLU, 2 relu(x)."""
         return (grad_NF * ctx.saved_tensors[0]).mul_(2.0)
 
 
@@ -91,7 +93,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": Gelu, "relu2": SquaredRelu}  
 
 @torch.library.custom_op("sora_train::gelu_and_slope", mutates_args=())
 def _by_rows(x_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU and its derivative, by chunks of rows. One operation for a trace, which plans for other devices too."""
+    """GELU and its derivative, computed in chunks of `_ROWS` rows.
+
+    A custom operator, so that a forecast's trace counts one operation: it may plan for a GPU, which needs no chunks.
+    """
     y_NF, slope_NF = torch.empty_like(x_NF), torch.empty_like(x_NF)
     for x, y, slope in zip(*(t.split(_ROWS) for t in (x_NF, y_NF, slope_NF)), strict=True):
         for to, part in zip((y, slope), _value_and_slope(x), strict=True):
@@ -192,7 +197,7 @@ def _full(x: Tensor) -> Tensor:
 def _sum_by_timestep(rows_ND: Tensor, t_of_N: Tensor, count: int) -> Tensor:
     """Sum the rows of each timestep's tokens, `(M, D)`.
 
-    As a matrix product with a one-hot matrix: `index_add` into few rows would serialise on a GPU, and isn't
+    Computed as a product with a one-hot matrix, because `index_add` into few rows would serialise on a GPU and isn't
     deterministic there.
     """
     each_M1 = torch.arange(count, device=rows_ND.device).unsqueeze(1)

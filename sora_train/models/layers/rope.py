@@ -1,7 +1,7 @@
 """Positional encodings: rotary embedding (RoPE) over time, height and width, and features of absolute position.
 
-RoPE is that of Su et al. 2021 (arXiv 2104.09864), in the three-axis form of Wan. It encodes relative positions, from
-which a small model is slow to learn a token's place in the frame; the absolute features state it directly.
+RoPE is that of Su et al. 2021 (arXiv 2104.09864), in the three-axis form of Wan. It encodes relative positions only, so
+a small model is slow to learn where in the frame a token is. The absolute features give this position directly.
 
 Clips longer or larger than those a model was trained on lead to angles outside of the trained range. Two scalings
 extend an axis by a factor (new length / trained length). `interpolation` divides positions by it (Chen et al. 2023,
@@ -69,7 +69,14 @@ def rotations(
 
 
 def line_rotations(lengths: Sequence[int], head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same for tokens in lines, `(L, head_dim / 2)` fp32, every line counted from its own beginning."""
+    """Cosines and sines of 1-D positions, e.g. of text tokens, `(L, head_dim / 2)` fp32 each.
+
+    Args:
+        lengths: Tokens of each sequence; positions of every sequence start at 0.
+        head_dim: Channels of a head.
+        theta: Base of the frequencies.
+        device: Device of the result.
+    """
     places = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
     angles = send(places[:, None] * _axis_frequencies(head_dim, theta, "none", 1.0), device).float()
     return angles.cos(), angles.sin()

@@ -2,17 +2,17 @@
 
 The ranks of a sequence-parallel group work on the same pack, each on an equal part of its tokens. Around self-attention
 an all-to-all exchanges tokens for heads: each rank attends over all tokens with a share of the heads, and a second one
-reverses the exchange. Heads that don't divide are padded by heads of zeros. Everything else works token by token; so
-does cross-attention, since every rank has all captions. The model's code is not changed: two hooks split its inputs and
-gather its output, and its attention function is replaced.
+reverses the exchange. If the ranks don't divide the heads, heads of zeros are added. All other layers work token by
+token, including cross-attention, since every rank has all captions. The model's code is not changed: two hooks split
+its inputs and gather its output, and its attention function is replaced.
 
-How many ranks share a pack is the same for all packs (`parallel.sequence`), or the plan says it for each
-(`data.pack_slots`). In one pass groups of several sizes then work side by side. No two ranks can wait for one another:
-those of a group run the same operations in the same order, and groups have only collectives of all ranks in common.
+The number of ranks that share a pack is the same for all packs (`parallel.sequence`), or the plan sets it for each pack
+(`data.pack_slots`). In the second case, groups of different sizes run at the same time. This can't deadlock: the ranks
+of a group run the same operations in the same order, and different groups share only collectives of all ranks.
 
-Every rank of a group decodes and encodes the clips itself; they only agree on which clips failed (`same_clips`). Every
-rank has the whole velocity and computes the whole loss, of which it counts its part, an n-th of n ranks; so the sums
-over all ranks, and the gradient, are those of one rank that computes the pack alone.
+Every rank of a group decodes and encodes the clips itself; the ranks only agree on which clips failed (`same_clips`).
+Each of the n ranks has the complete velocity, computes the complete loss, and counts an n-th of it. The sums over all
+ranks, and the gradient, are therefore those of one rank that computes the pack alone.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Neighbours:
 
 
 class Groups:
-    """The ranks with which this one shares packs, by their number; `now` are those of the pack that is being computed.
+    """The groups of ranks in which this rank shares packs, by group size; `now` is that of the current pack.
 
     Args:
-        neighbours: The ranks by their number, this one included; above 1.
-        fixed: Number of ranks that share all packs; 1 where each pack says how many do.
+        neighbours: Group by its size (2 or more ranks, this one included).
+        fixed: Number of ranks that share every pack; 1 if `LatentPack.ranks` sets it for each pack.
     """
 
     def __init__(self, neighbours: Mapping[int, Neighbours], fixed: int = 1) -> None:
@@ -69,7 +69,14 @@ class Groups:
         return self.neighbours[max(self.neighbours)] if self.neighbours else None
 
     def enter(self, ranks: int | None) -> Neighbours | None:
-        """Begin a pack that so many ranks share (None: as all packs are); returns them, or None for one alone."""
+        """Select the group for a pack, as `now`.
+
+        Args:
+            ranks: Number of ranks that share the pack; None: `fixed`.
+
+        Returns:
+            The group, or None if this rank computes the pack alone.
+        """
         self.now = self.neighbours[ranks or self.fixed] if (ranks or self.fixed) > 1 else None
         return self.now
 
@@ -77,7 +84,8 @@ class Groups:
 def sequence_groups(world: World, most: int = 1) -> Groups:
     """Create the process groups in which ranks share packs. Collective: all ranks must call it.
 
-    With `parallel.sequence` groups of so many ranks; else of 2, 4, ... as many as can share a pack of `most` slots.
+    With `parallel.sequence` above 1, all groups have that size. Otherwise there are groups of 2, 4, ... ranks, up to
+    the number that can share a pack of `most` slots.
     """
     sizes = [world.sequence] if world.sequence > 1 else [1 << n for n in range(1, world.sharing(most).bit_length())]
     mine = {}
@@ -89,7 +97,7 @@ def sequence_groups(world: World, most: int = 1) -> Groups:
 
 
 class Imagined(Neighbours):
-    """Stand-in for forecasts: results have the real shapes, but nothing is sent; the bytes are counted in `sent`."""
+    """Stand-in for forecasts: results have the real shapes, but no data is sent; bytes are counted in `sent`."""
 
     def __init__(self, parts: int) -> None:
         self.place, self.parts, self.sent = 0, parts, 0  # bytes, including those that a rank sends to itself
@@ -108,12 +116,12 @@ class Imagined(Neighbours):
 def same_clips(steps: Iterable[Any], groups: Groups | None) -> Iterator[Any]:
     """Yield the steps of a loader without the clips that failed on any rank that shares their pack.
 
-    The ranks decode separately, so a failure such as a time-out may hit only some of them. One exchange a step.
+    The ranks decode separately, so a failure such as a time-out may hit only some of them. Costs one collective a step.
     """
     others = groups.most if groups else None
     for step in steps:
         if groups is not None and others is not None:
-            # by pass, and first rank of the pack's group; all packs are the same where all are shared
+            # first rank of the group of each pass's pack; 0 for all with a fixed size, as all these ranks share a pack
             firsts = [0 if groups.fixed > 1 else others.place - pack.part[0] for pack in step.packs]
             told: list[Any] = [None] * others.parts
             mine = [(first, pack.refused) for first, pack in zip(firsts, step.packs, strict=True)]
@@ -131,7 +139,7 @@ def apply(network: nn.Module, self_attentions: Sequence[Any], groups: Groups) ->
     Args:
         network: Maps a `LatentPack` to one row per token.
         self_attentions: Its self-attention modules, each with an attribute `attend`.
-        groups: The ranks that share the tokens, by their number.
+        groups: The groups of ranks that share the tokens.
     """
 
     def share_out(_: nn.Module, arguments: tuple[LatentPack]) -> tuple[LatentPack]:
@@ -151,9 +159,9 @@ def apply(network: nn.Module, self_attentions: Sequence[Any], groups: Groups) ->
 
 
 def part_of(pack: LatentPack, place: int, parts: int) -> LatentPack:
-    """Take part `place` of `parts` equal parts of a pack's tokens.
+    """Select part number `place` of `parts` equal parts of a pack's tokens.
 
-    If they don't divide the tokens, the pack is padded at its end, by a clip without a caption.
+    If the number of tokens isn't divisible, the pack is padded at its end by a clip without a caption.
     """
     video = pack.video
     layout = video.layout
@@ -166,11 +174,14 @@ def part_of(pack: LatentPack, place: int, parts: int) -> LatentPack:
 
 
 def across(attend: Attend, groups: Groups) -> Attend:
-    """Wrap an attention function: takes and returns a rank's part of the tokens, attends over those of all ranks."""
+    """Wrap an attention function, so that it attends over the tokens of all ranks of the group.
+
+    The wrapped function takes and returns this rank's part of the tokens.
+    """
 
     @torch.compiler.disable
     def attend_across(q: Tensor, k: Tensor, v: Tensor, q_lengths: Tensor, k_lengths: Tensor) -> Tensor:
-        """Attention over the tokens of all ranks, each rank for its share of the heads."""
+        """Attend over the tokens of all ranks; each rank computes its share of the heads."""
         others, heads = groups.now, q.shape[1]
         if others is None:
             return attend(q, k, v, q_lengths, k_lengths)

@@ -2,8 +2,8 @@
 
 The embedding of a word is the sum of two rows of a table, chosen by two hashes (hash embeddings, Svenstrup et al.
 2017). With one row per word, collisions are likely even for a hundred words in a few thousand rows, and a word that
-shares its row with a frequent one is never learned. Positions enter by rotation (RoPE) alone: which adjective belongs
-to which noun depends on how far apart they are, not on where in the caption they stand.
+shares its row with a frequent one is never learned. Positions are encoded by RoPE alone: which adjective belongs to
+which noun depends on their distance, not on their absolute positions in the caption.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sora_train.models.layers.attention import host_lengths, packed_attention
 from sora_train.models.layers.fused import SquaredRelu
 from sora_train.models.layers.rope import line_rotations, rotate
 
-# A word of letters, a single digit, a single character of a script written without spaces, or a punctuation mark.
+# Tokens: a word of letters, a single digit, a single character of a script written without spaces, a punctuation mark.
 _WORDS = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\d|[^\w\s]"
 )
@@ -42,7 +42,7 @@ def _rows(word: str, buckets: int) -> tuple[int, int]:
 
 
 def tokenize_captions(captions: Sequence[str], buckets: int, max_tokens: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Tokenize captions: their rows end to end, `(L, 2)` int64 on the host, and the number of tokens of each."""
+    """Tokenize captions: table rows of all tokens end to end, `(L, 2)` int64 on the host, and each caption's length."""
     rows = [tokenize(caption, buckets, max_tokens) for caption in captions]
     flat = [pair for caption in rows for pair in caption]
     return torch.tensor(flat, dtype=torch.long).view(-1, 2), tuple(map(len, rows))
@@ -87,7 +87,10 @@ class TextLayer(nn.Module):
             nn.init.zeros_(last.bias)
 
     def forward(self, x_LE: Tensor, lengths: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Apply the layer, `(L, E)` to `(L, E)`; `lengths` on the host, `rope` the cos and sin of each word."""
+        """Apply the layer, `(L, E)` to `(L, E)`.
+
+        `lengths` are the tokens of each caption, on the host; `rope` has cos and sin of each token's angles.
+        """
         q, k, v = self.qkv(self.attention_norm(x_LE)).unflatten(-1, (3, self.heads, -1)).unbind(1)
         q, k = (rotate(x, *rope) for x in (self.q_norm(q), self.k_norm(k)))
         x_LE = x_LE + self.out(packed_attention(q, k, v, lengths, lengths).flatten(1))

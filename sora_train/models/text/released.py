@@ -16,16 +16,16 @@ from sora_train.config.released import first_weights, folder_of, unreadable
 from sora_train.core.batch import send
 from sora_train.core.cli import InputError
 
-_AT_ONCE = 16  # captions per forward pass; its activations need far more memory than the embeddings
+_AT_ONCE = 16  # captions per forward pass, limited because activations need far more memory than embeddings
 _CLASSES = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
 
 
 class ReleasedText:
     """Maps captions to embeddings.
 
-    With `pad_to` above 0, the embeddings of each caption are padded with zeros to so many tokens, because Wan was
-    trained with zeros that are attended to. The weights are loaded with the first caption: a run whose shards hold
-    embeddings needs them for previews only.
+    With `pad_to` above 0, the embeddings of each caption are padded with zeros to `pad_to` tokens, because Wan was
+    trained with zeros that are attended to. The weights are loaded with the first caption, because a run whose shards
+    contain embeddings needs them for previews only.
     """
 
     def __init__(self, path: str, device: torch.device, max_tokens: int, pad_to: int) -> None:
@@ -33,7 +33,7 @@ class ReleasedText:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
-        """Embed captions: `(L, E)` of all of them end to end, on the device, and the number of tokens of each."""
+        """Embed captions: embeddings of all tokens end to end, `(L, E)` on the device, and each caption's length."""
         starts = range(0, len(captions), _AT_ONCE)
         rows = [row for at in starts for row in self._embedded(captions[at : at + _AT_ONCE])]
         return torch.cat(rows), tuple(map(len, rows))
@@ -54,7 +54,7 @@ class ReleasedText:
 
 
 def token_counts(path: str, captions: Sequence[str]) -> list[int]:
-    """Tokens of each caption as it is, before any are cut off; the encoder itself is not loaded."""
+    """Number of tokens of each caption before truncation; the encoder itself is not loaded."""
     ids = _tokenizer(path)([_clean(caption) for caption in captions], truncation=False, verbose=False).input_ids
     return list(map(len, ids))
 

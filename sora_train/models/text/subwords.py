@@ -1,7 +1,7 @@
 """A subword tokenizer that is trained on the captions of a run: byte-level BPE (Sennrich et al. 2016), by `tokenizers`.
 
-Frequent words are one token, rare ones several, and since every byte is a token too, no text is unknown. It is a file
-of the run, which everything that reads captions for its model needs.
+Frequent words are one token and rare ones several. Every byte is a token too, so no text is unknown. The tokenizer is
+saved as a file of the run; everything that encodes captions for the run's model needs it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from sora_train.core.cli import InputError
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the forks of decode processes don't mix
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would conflict with forked decode processes
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 
-_START = "<start>"  # of every caption, which gives the empty caption a token too
+_START = "<start>"  # first token of every caption, so that the empty caption has a token too
 
 
 def train_subwords(captions: Iterable[str], entries: int) -> str:
-    """Train a tokenizer of at most `entries` tokens; returns its file's text. The same captions give the same text."""
+    """Train a tokenizer of at most `entries` tokens; returns the content of its file. The result is deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -47,7 +47,7 @@ def tokenize_subwords(path: str, captions: Sequence[str], max_tokens: int) -> tu
 
 @lru_cache(maxsize=4)
 def load_subwords(path: str) -> Tokenizer:
-    """Read the file of a tokenizer. Raises InputError if it isn't there or isn't one."""
+    """Read the file of a tokenizer. Raises InputError if the file is missing or is no tokenizer."""
     if not Path(path).is_file():
         raise InputError(f"{path} is missing, the tokenizer that the model was trained with; put it back there")
     try:

@@ -7,7 +7,7 @@ from sora_train.core.cost import Cost
 
 
 def cost(v: VaeConfig) -> Cost:
-    """Forward FLOPs per latent position: convolutions of encoder and decoder, finer levels with all their positions."""
+    """Forward FLOPs per latent position: all convolutions of encoder and decoder, at all positions of finer levels."""
     flops, positions = 0, 1
     for level in reversed(range(len(v.widths))):
         width = v.widths[level]

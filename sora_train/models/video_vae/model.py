@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sora_train.config.schema import VaeConfig
 
-_CALM = 1e-3  # epsilon of the norm; so large because uniform areas have near-zero energy, where gradients would spike
+_CALM = 1e-3  # epsilon of the norm; large, because gradients would spike in uniform areas, whose energy is near 0
 
 
 class VideoVAE(nn.Module):
@@ -152,9 +152,9 @@ class Decoder(nn.Module):
 
 
 class CausalConv(nn.Conv3d):
-    """A 3x3x3 convolution that is causal in time: padded with two copies of the first frame, and not at the end.
+    """A 3x3x3 convolution that is causal in time: two copies of the first frame are padded before it, none at the end.
 
-    While a video is processed in pieces, `remembers` is set, and `past` holds the last two frames of the piece before.
+    While a video is processed in pieces, `remembers` is set, and `past` is the last two frames of the previous piece.
     """
 
     remembers = False
@@ -168,7 +168,7 @@ class CausalConv(nn.Conv3d):
         first = x_BCTHW[:, :, :1]
         if self.past is None:
             whole, skip = torch.cat((first, first, x_BCTHW), dim=2), 0
-        else:  # the last window ended with the piece before; the next one ends `stride` frames into this piece
+        else:  # the last window ended with the previous piece; the next one ends `stride` frames into this piece
             whole, skip = torch.cat((self.past, x_BCTHW), dim=2), self.stride[0] - 1
         if self.remembers:
             self.past = whole[:, :, -2:].clone()

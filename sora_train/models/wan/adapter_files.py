@@ -1,4 +1,4 @@
-"""Files of low-rank adapters, as people share them, added to a DiT's weights."""
+"""Reader of low-rank adapter files in the common naming schemes, and their use in a DiT."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _ADAPTER_KEY = re.compile(
 def add_to_weights(dit: nn.Module, path: str, factor: float) -> None:
     """Add the adapters of a file (or of a folder that `save_adapters` wrote), times `factor`, to a DiT's weights.
 
-    Read are the names of diffusers and peft, those of Wan's own repository (`diffusion_model.`), and kohya's
-    (`lora_unet_`). Raises InputError for another file, and for layers or shapes that the DiT doesn't have.
+    Tensor names may be those of diffusers and peft, of Wan's own repository (`diffusion_model.`) or of kohya's scripts
+    (`lora_unet_`). Raises InputError for other names, and for layers or shapes that the DiT doesn't have.
     """
     parameters = dict(dit.named_parameters())
     layers = _layers(parameters)
@@ -46,10 +46,17 @@ def add_to_weights(dit: nn.Module, path: str, factor: float) -> None:
 
 
 def start_adapters(dit: nn.Module, path: str, lora: LoraConfig) -> None:
-    """Set the adapters of a DiT to those of a file, which may have a lower rank; `lora` is what they were made with.
+    """Set the adapters of a DiT to those of a file.
 
-    Adapted layers that the file doesn't have stay at their start. Raises InputError for a file of a higher rank, of
-    another model, or of layers that aren't adapted.
+    Adapted layers that the file doesn't have keep their initial values.
+
+    Args:
+        dit: DiT with adapters.
+        path: File, or folder that contains one. Its rank may be lower than that of the DiT's adapters.
+        lora: Configuration of the DiT's adapters.
+
+    Raises:
+        InputError: The file has a higher rank, belongs to another model, or has layers that aren't adapted.
     """
     parameters = dict(dit.named_parameters())
     adapted = {name.removesuffix(_DOWN): p for name, p in parameters.items() if name.endswith(_DOWN)}
@@ -70,7 +77,14 @@ def start_adapters(dit: nn.Module, path: str, lora: LoraConfig) -> None:
 
 
 def read_adapters(path: str) -> dict[str, tuple[Tensor, Tensor, float | None]]:
-    """A, B and alpha (None: the factor is 1) of each adapted layer in a file, by the layer's name there."""
+    """Read the adapters of a file.
+
+    Returns:
+        A, B and alpha by the layer's name in the file. The scale is alpha / rank, or 1 if alpha is None.
+
+    Raises:
+        InputError: The file can't be read, or has tensors that aren't a low-rank adapter's.
+    """
     try:
         tensors = load_file(adapter_file(path))
     except (OSError, SafetensorError) as error:
@@ -90,12 +104,12 @@ def read_adapters(path: str) -> dict[str, tuple[Tensor, Tensor, float | None]]:
 
 
 def _layers(parameters: Iterable[str]) -> dict[str, str]:
-    """Names of weights by the names that files of adapters give their layers."""
+    """Map from the names that adapter files use for a layer to the name of its weight in our DiT."""
     return {alias: name for name in parameters if name.endswith(".weight") for alias in _aliases(name)}
 
 
 def _aliases(name: str) -> list[str]:
-    """Names of a layer of our DiT in files of adapters."""
+    """Names that adapter files use for a layer of our DiT, from its weight's name; empty if Wan has no such layer."""
     try:
         theirs = wan_name(name).removesuffix(".weight")
     except KeyError:

@@ -137,8 +137,9 @@ def save_wan(
 ) -> None:
     """Write the weights of a DiT as a folder that `WanTransformer3DModel.from_pretrained` loads.
 
-    With the layout `original`, as a folder that `WanModel.from_pretrained` of Wan's own repository loads. Weights of
-    more than `shard_gib` become several files with an index, as both have them.
+    With the layout `original`, `WanModel.from_pretrained` of Wan's own repository loads it. Weights of more than
+    `shard_gib` GiB are split into several files with an index, as in both repositories.
+
     Raises InputError for a model with options that Wan doesn't have.
     """
     require_wan(model, layout)
@@ -182,7 +183,7 @@ def _settings(model: WanConfig, channels: int, text_width: int) -> str:
 def save_adapters(adapters: Mapping[str, Tensor], model: WanConfig, folder: Path, layout: str = "diffusers") -> None:
     """Write the adapters of a DiT as a file that diffusers' `load_lora_weights` and `load_lora_adapter` read.
 
-    With the layout `original`, in the names of Wan's own repository, as ComfyUI and others read them.
+    With the layout `original`, tensors have the names of Wan's own repository, which ComfyUI and others read.
 
     The scale alpha / rank is multiplied into B, so that readers that ignore alpha apply the right scale too.
     Raises InputError for a model with options that Wan doesn't have.
@@ -213,7 +214,7 @@ def require_wan(model: WanConfig, form: str) -> None:
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of weights files one at a time, since 14B doesn't fit into memory twice."""
+    """Yield the tensors of weights files one at a time, since a 14B model doesn't fit into memory twice."""
     for file in files:
         if is_pickled(file):
             yield from ((name.removeprefix(PREFIX), tensor) for name, tensor in pickled(file, "cpu").items())

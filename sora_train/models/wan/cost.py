@@ -39,7 +39,7 @@ class _Flow:
         """Add a layer's FLOPs per token, or per text token. `has_gradient`: its input has a gradient."""
         adapted = any(f".{name}".endswith(f".{target}") for target in self.targets)
         flops = 2 * inputs * outputs * (1 + has_gradient)
-        if adapted:  # forward pass; gradients of A and B; of the value between A and B; of the input
+        if adapted:  # forward pass; gradients of A and B, of the value between A and B, and of the input
             down, up = 2 * inputs * self.rank, 2 * outputs * self.rank
             flops += (down + up) + (down + up) + up + down * has_gradient
         if text:
@@ -62,7 +62,7 @@ def adapter_cost(m: WanConfig, shapes: Shapes) -> AdapterCost:
     """FLOPs of forward and backward with all but the adapters frozen, layer by layer as in `model.py`."""
     flow = _Flow(m.lora.rank, m.lora.targets)
     linear, width = flow.linear, m.width
-    # layers of the timestep run once per distinct timestep and aren't counted, but adapters there cause gradients later
+    # the timestep's layers run once per distinct timestep and aren't counted; their adapters need all blocks' gradients
     silent = _Flow(m.lora.rank, m.lora.targets)
     time = silent.linear("time_in.0", 1, 1, False)
     time = silent.linear("time_in.2", 1, 1, time)

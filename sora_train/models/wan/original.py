@@ -23,7 +23,7 @@ _NEEDED = ("patch_embedding.weight", "text_embedding.0.weight", "time_embedding.
 
 
 def is_original(path: str | Path) -> bool:
-    """Tell whether a path names a checkpoint in the layout of Wan's own repository: a file, or a folder of it."""
+    """Tell whether a path is a checkpoint in the layout of Wan's own repository: a single file, or its folder."""
     return Path(path).is_file() or original_config(path) is not None
 
 
@@ -66,7 +66,10 @@ def original_shape(path: str | Path) -> dict[str, Any]:
 
 
 def pickled(file: Path, place: str) -> dict[str, Any]:
-    """Tensors of a `.pth` file, mapped and not read; `place` is "cpu", or "meta" for shapes. Nothing in it is run."""
+    """Load the tensors of a `.pth` file by name, memory-mapped. No code in it is executed.
+
+    `place` is "cpu", or "meta" for shapes alone. Raises InputError if it can't be read or isn't a map of tensors.
+    """
     import torch
 
     try:
@@ -79,13 +82,13 @@ def pickled(file: Path, place: str) -> dict[str, Any]:
 
 
 def is_pickled(file: Path) -> bool:
-    """Tell whether a file is one of torch.save."""
+    """Tell whether a file was written by torch.save, from its suffix."""
     return file.suffix in _PICKLED
 
 
 def original_settings(shape: dict[str, Any], text_width: int) -> str:
     """The config.json of a `WanModel`; `shape` as from `original_shape`."""
-    kind = "ti2v" if shape["channels"] == 48 else "t2v"  # as Wan 2.2's 5B model, which takes given frames, has it
+    kind = "ti2v" if shape["channels"] == 48 else "t2v"  # 48: Wan 2.2's 5B model, which accepts given frames
     its = {
         "_class_name": "WanModel", "model_type": kind, "dim": shape["width"], "ffn_dim": shape["ffn"],
         "freq_dim": shape["frequencies"], "text_dim": text_width, "text_len": 512, "in_dim": shape["channels"],

@@ -1,10 +1,11 @@
-"""The collectives of a step, where fewer or earlier ones do than DeepSpeed's own.
+"""Replacements for some of DeepSpeed's collectives of a step, with fewer or earlier communication.
 
-Without ZeRO, in fp32, gradients are summed bucket by bucket while the backward pass still runs, in the buffers that the
-optimizer then reads them from: one copy instead of two, and no pass to divide them. At ZeRO 1 and 2, DeepSpeed waits
-for one all-reduce of the norm and one all-gather of weights per parameter group, and in bf16 looks for non-finite
-gradients beforehand, which the norm shows as well. Here the norm is one all-reduce, and all all-gathers are under way
-together. Checked against DeepSpeed 0.19.
+Without ZeRO, in fp32, gradients are summed bucket by bucket while the backward pass still runs. The optimizer reads
+them from the buckets, which saves a copy and the pass that would divide them.
+
+At ZeRO 1 and 2, DeepSpeed waits for one all-reduce of the norm and one all-gather of weights per parameter group. In
+bf16 it also searches for non-finite gradients beforehand, although the norm shows them too. Here one all-reduce
+computes the norm, and the all-gathers of all groups run concurrently. Checked against DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from sora_train.config.deepspeed_keys import BUCKET
 
 
 class Buckets:
-    """Gradients of a network that are summed over the ranks in a few flat tensors.
+    """Buckets: flat tensors in which the gradients of a network are summed over the ranks.
 
-    A bucket is sent as soon as the backward pass has made the last gradient of it; buckets are sent in the same order
-    on every rank. Once sent, the gradients are views of the buckets.
+    The all-reduce of a bucket starts as soon as the backward pass has computed all of its gradients. Buckets are sent
+    in the same order on every rank. From then on, the `.grad` of a parameter is a view of its bucket.
 
     Args:
         parameters: The trained parameters, in the order of the forward pass.
-        limit: Bytes of a bucket, unless one parameter has more.
+        limit: Most bytes of a bucket; a larger parameter has a bucket of its own.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], limit: int = BUCKET) -> None:
@@ -48,11 +49,11 @@ class Buckets:
             p.register_post_accumulate_grad_hook(self._arrived)
 
     def open(self) -> None:
-        """Send buckets from now on: the next backward pass is the step's last."""
+        """Enable sending; called before the last backward pass of a step."""
         self._missing = [len(bucket) for bucket in self._buckets]
 
     def close(self) -> list[Tensor]:
-        """Send what is left, wait for all sums, and return the flat tensors."""
+        """Send the remaining buckets, wait for all sums, and return the buckets as flat tensors."""
         while len(self._sent) < len(self._buckets):
             self._send()
         for _, work in self._sent:
@@ -77,13 +78,13 @@ class Buckets:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of squares of all elements, in fp64."""
+    """Squared L2 norm of all tensors together, a scalar in fp64."""
     norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
     return torch.stack(norms).double().square().sum()
 
 
 def spare(optimizer: Any) -> None:
-    """Replace the norm and the all-gathers of DeepSpeed's ZeRO-1 and 2 by those of this file."""
+    """Replace norm, overflow check and all-gathers of DeepSpeed's ZeRO-1/2 optimizer; others are left unchanged."""
     if not isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
         return
     optimizer.check_overflow = lambda partition_gradients=True: None

@@ -9,7 +9,10 @@ from sora_train.training.engine.fragments import Fragment
 
 
 class Ema:
-    """fp32 averages of this rank's fragments; the decay of update n is at most n / (9 + n), for a fast start."""
+    """fp32 averages of this rank's fragments.
+
+    The decay of update n is the smaller of `decay` and n / (9 + n), so that the initial weights are forgotten quickly.
+    """
 
     def __init__(self, fragments: list[Fragment], decay: float) -> None:
         self.decay, self.updates = decay, 0

@@ -24,7 +24,8 @@ class Engines:
         networks: All networks of the learner, by name.
         packs: Packs per step and rank.
         config: Configuration of the run.
-        whole: Check that the ranks together hold every parameter. False in a forecast, where other ranks don't exist.
+        whole: Check that the master weights of all ranks together cover every parameter. False in a forecast, where
+            other ranks don't exist.
     """
 
     def __init__(self, networks: Mapping[str, Network], packs: int, config: Config, whole: bool = True) -> None:
@@ -48,7 +49,7 @@ class Engines:
 
     @property
     def first(self) -> Engine:
-        """The engine whose loss, gradient norm and learning rate stand for the run."""
+        """The first engine, whose loss, gradient norm and learning rate are reported as those of the run."""
         return next(iter(self._engines.values()))
 
     @property
@@ -84,7 +85,11 @@ class Engines:
             engine.pace = Pace(weight, lr_factor, once)
 
     def figures(self) -> dict[str, float]:
-        """Gradient norm and learning rate of the first engine; those and the loss of others, by `FIGURE/NETWORK`."""
+        """Metrics of the last step by name.
+
+        Gradient norm and learning rate of the first engine (`grad_norm`, `lr`); for every other engine these and its
+        loss, as `FIGURE/NETWORK`.
+        """
         found = {"grad_norm": self.first.grad_norm, "lr": self.first.lr}
         for name, engine in list(self._engines.items())[1:]:
             more = {"grad_norm": engine.grad_norm, "lr": engine.lr, "loss": engine.loss.read()}

@@ -29,12 +29,12 @@ class Fragment:
     name: str  # NETWORK/PARAMETER
     start: int
     master: Tensor  # fp32 master weights, 1-D
-    states: dict[str, Tensor]  # optimizer state by name (exp_avg, exp_avg_sq), 1-D
+    states: dict[str, Tensor]  # optimizer state by name (`MOMENTS`), 1-D
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained parameters of a network, looked at before DeepSpeed takes the network and changes their shapes."""
+    """Names and shapes of a network's trained parameters, recorded before DeepSpeed changes the shapes."""
 
     names: dict[Any, str]  # NETWORK/PARAMETER, by parameter
     shapes: dict[str, tuple[int, ...]]  # by name
@@ -42,7 +42,7 @@ class Trained:
 
     @classmethod
     def of(cls, name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> Trained:
-        """Look at the network of this name."""
+        """Record the trained parameters of a network; `name` is the prefix of their names."""
         names: dict[Any, str] = {p: f"{name}/{key}" for key, p in network.named_parameters() if p.requires_grad}
         muon = [group for group in optimizer.param_groups if group.get("muon")]
         matrices = frozenset(names[p] for group in muon for p in group["params"])
@@ -68,7 +68,7 @@ class Partition:
         self.fragments = sorted(self._fragments(), key=lambda f: f.name)
 
     def flats(self) -> dict[int, Flat]:
-        """Locations of the pieces of matrices that Muon updates, by the id of the tensor that holds them."""
+        """Locations of the matrix pieces that Muon updates, by the `id` of the optimizer tensor that contains them."""
         mine = {f.name: f for f in self.fragments}
         found = {}
         for flat, parameters in self._masters():
@@ -85,8 +85,9 @@ class Partition:
         return found
 
     def check(self, whole: bool) -> None:
-        """Check that master weights equal their parts of the parameters, and, with `whole`, that they cover all.
+        """Check that this rank's master weights equal the corresponding elements of the parameters.
 
+        With `whole`, also check that the fragments of all ranks cover every parameter exactly once (collective).
         Raises InputError if DeepSpeed's internals aren't as expected.
         """
         params = {name: p for p, name in self.names.items()}
@@ -131,9 +132,9 @@ class Partition:
             z._lazy_init_hp_params_optimizer_state()
 
     def _masters(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
-        """The tensors that the optimizer itself works on, each with the parameters of which it holds pieces."""
+        """Tensors that the inner optimizer updates, each with the parameters whose pieces it contains."""
         z = self.zero
-        if self.stage == 3:  # its groups stand empty between steps
+        if self.stage == 3:  # the optimizer's own groups are empty between steps
             return list(zip(z.fp32_partitioned_groups_flat, z.fp16_groups, strict=True))
         if self.stage in (1, 2):
             groups = getattr(z, "bit16_groups", None) or z.bf16_groups
@@ -146,12 +147,12 @@ class Partition:
         return getattr(z, "single_partition_of_fp32_groups", None) or z.fp32_groups_flat_partition
 
     def _moments(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        """The states that the optimizer keeps of a parameter: Muon has no second moment."""
+        """Names of the optimizer states of a parameter: Adam's two moments, or for Muon the first alone."""
         return MOMENTS[:1] if self.names[parameter] in self.matrices else MOMENTS
 
     @staticmethod
     def _place(part: Tensor, flat: Tensor) -> int:
-        """The element of a flat tensor at which a view of it begins."""
+        """Offset of `part`, a view of the flat tensor `flat`, in elements."""
         return (part.data_ptr() - flat.data_ptr()) // flat.element_size()
 
     def _fragments(self) -> Iterator[Fragment]:
@@ -176,7 +177,7 @@ class Partition:
 
     def _flat_fragment(self, p: Any, name: str) -> Iterator[Fragment]:
         place = p._hp_mapping
-        if place is None:  # another rank's
+        if place is None:  # owned by another rank
             return
         flat, at = self._partitions()[place.param_group_index], place.hp_fragment_address
         state, moments = self.inner.state[flat], self._moments(p)

@@ -1,9 +1,10 @@
 """Muon for the matrices of blocks, AdamW for the rest, as one optimizer under ZeRO.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the momentum of a whole matrix, and ZeRO
-gives a rank a piece of it. So momentum is kept in pieces, like Adam's; before an update the ranks put the matrices
-together, each orthogonalises some of them, and the results are shared. That is two all-reduces of the matrices' size;
-at stage 0 one. DeepSpeed's own Muon is not used: it chooses by names, and at stage 0 it doesn't orthogonalise.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the momentum of a complete matrix, but under
+ZeRO a rank owns only a piece of it. Momentum is therefore stored in pieces, like Adam's. For an update, an all-reduce
+assembles the matrices, each rank orthogonalises some of them, and a second all-reduce distributes the results. Stage 0
+needs only the second. DeepSpeed's own Muon is not used: it selects parameters by name, and at stage 0 it doesn't
+orthogonalise.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 _STEPS = 5
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: steepest at zero, singular values end in 0.7 to 1.2
-_RMS = 0.2  # of an update's elements, as of AdamW's (Liu et al. 2025, Moonlight, arXiv 2502.16982, section 2.2)
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: steepest at zero; singular values end in 0.7 to 1.2
+_RMS = 0.2  # RMS of an update's elements, like AdamW's (Liu et al. 2025, Moonlight, arXiv 2502.16982, section 2.2)
 
 
 class MatrixOptimizer(torch.optim.AdamW):
-    """AdamW, with Muon for groups whose `muon` is True; `orthogonal` is set by whoever knows where pieces belong.
+    """AdamW, with Muon for parameter groups whose `muon` is True.
 
-    `orthogonal(tensors, updates)` gives for the tensors of a group, from their pieces of updates, the same pieces of
-    orthogonal matrices. All ranks call it together, in the same order. The kernel of a convolution is a matrix of a row
-    for each output channel.
+    The engine sets `orthogonal` to a function that knows which pieces of which matrices a tensor contains (`Sharing`).
+    `orthogonal(tensors, updates)` takes the momentum updates of a group's tensors, and returns the same pieces of the
+    orthogonalised matrices. It is collective. The kernel of a convolution counts as a matrix with one row per output
+    channel.
     """
 
     orthogonal: Callable[[Sequence[Tensor], list[Tensor]], list[Tensor]] | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update the parameters now in `param_groups`; ZeRO fills in and updates one group at a time."""
+        """Update the parameters that are in `param_groups` at the time of the call; ZeRO fills one group at a time."""
         everything = self.param_groups
         try:
             self.param_groups = [group for group in everything if not group["muon"] and group["params"]]
@@ -47,11 +49,11 @@ class MatrixOptimizer(torch.optim.AdamW):
                 self._update(group)
 
     def _update(self, group: dict[str, Any]) -> None:
-        """Nesterov's momentum, orthogonalised; decoupled weight decay."""
+        """Apply a Muon update: orthogonalised Nesterov momentum, and decoupled weight decay."""
         updates = []
         for p in group["params"]:
             state = self.state[p]
-            if not state:  # DeepSpeed's step with gradients of zero, which makes the state
+            if not state:  # DeepSpeed creates the state by a first step with zero gradients
                 state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
             state["step"] += 1
             gradient = p.grad.to(p.dtype)
@@ -65,9 +67,9 @@ class MatrixOptimizer(torch.optim.AdamW):
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements `start` to `start + numel` of a flattened matrix, which this rank has in a flat tensor from `at` on."""
+    """This rank's piece of a matrix: elements `start` to `start + numel` when flattened, at `at` in a flat tensor."""
 
-    matrix: int  # its number in the flat tensor
+    matrix: int  # index of the matrix in `Flat.shapes`
     start: int
     at: int
     numel: int
@@ -75,20 +77,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Flat:
-    """Shapes of the matrices in a tensor of the optimizer (the same on every rank), and this rank's pieces of them."""
+    """Contents of a flat tensor of the optimizer.
+
+    `shapes` are those of its matrices, the same on every rank; `pieces` are this rank's pieces of them.
+    """
 
     shapes: tuple[tuple[int, int], ...]
     pieces: tuple[Piece, ...]
 
 
 class Sharing:
-    """Computes the Muon updates of the pieces on this rank. With `whole` (stage 0) every rank has whole matrices."""
+    """Computes the Muon updates of this rank's pieces. With `whole` (stage 0), every rank has complete matrices."""
 
     def __init__(self, flats: dict[int, Flat], whole: bool) -> None:
         self.flats, self.whole = flats, whole  # by the tensor's id
 
     def __call__(self, tensors: Sequence[Tensor], updates: list[Tensor]) -> list[Tensor]:
-        """See `MatrixOptimizer`."""
+        """Orthogonalise updates in place and return them; see `MatrixOptimizer`. Collective."""
         flats = [self.flats[id(tensor)] for tensor in tensors]
         shapes = [shape for flat in flats for shape in flat.shapes]
         room = updates[0].new_zeros(sum(map(math.prod, shapes)))
@@ -109,7 +114,7 @@ class Sharing:
 
     @staticmethod
     def _copy(flats: list[Flat], matrices: list[Tensor], updates: list[Tensor], inwards: bool) -> None:
-        """From the updates into the matrices, or back; what pads a flat tensor stays as it is."""
+        """Copy the pieces from `updates` into `matrices` (`inwards`), or back. Padding is not touched."""
         first = 0
         for flat, update in zip(flats, updates, strict=True):
             for piece in flat.pieces:
@@ -120,9 +125,10 @@ class Sharing:
 
 
 def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """The nearest matrices with singular values of about 1, by Newton and Schulz's iteration; equal shapes together.
+    """Orthogonalise matrices by the Newton-Schulz iteration, so that all singular values are about 1.
 
-    In bf16 on a GPU, where its rounding has been found harmless (Jordan et al.).
+    Matrices of equal shape are batched. On a GPU it runs in bf16, whose rounding errors were found harmless (Jordan et
+    al.).
     """
     results: list[Tensor] = [torch.empty(0)] * len(matrices)
     by_shape: dict[tuple[int, int], list[int]] = {}
@@ -138,7 +144,7 @@ def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _iterated(x_BMN: Tensor) -> Tensor:
-    """The iteration on matrices of no more rows than columns."""
+    """Run the iteration on matrices `(B, M, N)` with M <= N."""
     a, b, c = _COEFFICIENTS
     x_BMN = x_BMN / (torch.linalg.vector_norm(x_BMN, dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(_STEPS):

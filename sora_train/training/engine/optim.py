@@ -20,9 +20,9 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def optimizer_of(network: Network, config: OptimConfig) -> torch.optim.AdamW:
-    """The optimizer that `optim` asks for.
+    """Build the optimizer of a network: AdamW, or Muon if `optim.matrices` is muon and the network isn't adapters.
 
-    Raises InputError for Muon where a network names no matrices for it.
+    Raises InputError for Muon if the network's `matrices` are empty.
     """
     assert network.rates is not None
     scales = _scales(network.module, config.rates)
@@ -34,7 +34,7 @@ def optimizer_of(network: Network, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def check_patterns(networks: Iterable[Network], rates: Mapping[str, float]) -> None:
-    """Raise InputError for a pattern of `optim.rates` that is the name of no trained parameter."""
+    """Raise InputError for a pattern of `optim.rates` that matches no trained parameter."""
     names = [name for n in networks if n.trained for name, p in n.module.named_parameters() if p.requires_grad]
     for pattern in rates:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -44,7 +44,7 @@ def check_patterns(networks: Iterable[Network], rates: Mapping[str, float]) -> N
 
 
 def _scales(module: nn.Module, rates: Mapping[str, float]) -> dict[int, float]:
-    """The relative rates of parameters by their ids: of the last pattern that a name matches."""
+    """Relative learning rates by `id` of the parameter. The last pattern that matches a name counts."""
     found = {}
     for name, p in module.named_parameters():
         for pattern, rate in rates.items():
@@ -56,10 +56,15 @@ def _scales(module: nn.Module, rates: Mapping[str, float]) -> dict[int, float]:
 def adamw(
     parts: Iterable[tuple[nn.Module, float]], config: OptimConfig, scales: Mapping[int, float] = _NONE
 ) -> torch.optim.AdamW:
-    """Build AdamW over modules, each with a factor on its learning rate; `scales` are further ones, of parameters.
+    """Build AdamW over modules.
 
     Weight decay applies to the weights of linear layers and convolutions, found by module type and not by name. Every
     parameter group has `base_lr`, which the schedule multiplies.
+
+    Args:
+        parts: Modules to train, each with a factor on its learning rate.
+        config: Learning rate and other settings.
+        scales: Further factors on the learning rates of single parameters, by `id`.
     """
     groups = _groups(parts, config, set(), scales)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
@@ -97,7 +102,10 @@ def muon(
 def _groups(
     parts: Iterable[tuple[nn.Module, float]], config: OptimConfig, without: set[int], scales: Mapping[int, float]
 ) -> list[dict[str, Any]]:
-    """AdamW's groups: of each part what decays and what doesn't, without the parameters of these ids."""
+    """Parameter groups of AdamW: for each part, parameters with and without weight decay.
+
+    Parameters whose `id` is in `without` are excluded.
+    """
     groups = []
     for module, scale in parts:
         matrices = {id(layer.weight) for layer in module.modules() if isinstance(layer, _LAYERS)}

@@ -84,7 +84,14 @@ class Snapshots:
         self._checkpoints = Checkpoints(run_dir / "snapshots", sys.maxsize, mirror=mirror)
 
     def save(self, step: int, fragments: Sequence[Fragment], split: tuple[int, int] | None, shapes: Any) -> None:
-        """Start a snapshot, written in the background, and delete older ones so that at most `limit` remain."""
+        """Start a snapshot, which is written in the background, and delete older ones so that at most `limit` remain.
+
+        Args:
+            step: Step of the run.
+            fragments: This rank's fragments.
+            split: This rank's share of the tensors, see `checkpoint_format.shares`.
+            shapes: Shape of every parameter by name.
+        """
         self._checkpoints.wait()
         folder = self._checkpoints.folder
         if self._checkpoints.rank == 0:
@@ -92,7 +99,7 @@ class Snapshots:
             kept = thinned([int(name.removeprefix("step-")) for name in there], self.every, self.limit - 1)
             for name in there:
                 uploading = self._checkpoints.mirror and self._checkpoints.mirror.busy == folder / name
-                if int(name.removeprefix("step-")) not in kept and not uploading:  # it goes with the next one
+                if int(name.removeprefix("step-")) not in kept and not uploading:  # else deleted by the next save
                     remove_folder(folder / name)
         mine = shares(fragments, self.emas.values, split)
         self._checkpoints.save(step, mine, {"step": step, "shapes": shapes, **self.emas.state()})
@@ -171,7 +178,7 @@ def combined(run_dir: Path, length: float) -> tuple[dict[str, Tensor], int, floa
         (path, each, at)
         for path, state, at in zip(intact, states, updates, strict=True)
         for each in state["ema_lengths"]
-        if at > 0  # not every step so far was skipped
+        if at > 0  # 0 if every step so far was skipped
     ]
     if not parts:
         raise InputError(f"the snapshots in {run_dir}/snapshots are from before the first step that was taken")

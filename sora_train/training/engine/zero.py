@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO behind one class, with the same interface to training and optimizer state at every stage.
 
-How DeepSpeed partitions that state is known to `fragments` alone.
+Only `fragments` depends on how DeepSpeed partitions that state.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Engine:
         optimizer: AdamW over its trained parameters.
         passes: Backward passes per step.
         config: Configuration of the run.
-        whole: Check that the ranks together hold every parameter; see `Engines`.
+        whole: Check that the master weights of all ranks together cover every parameter; see `Engines`.
     """
 
     def __init__(

@@ -1,10 +1,11 @@
-"""A process beside a rank that ends it when it no longer answers, also where a thread holds the GIL for ever.
+"""Monitor process of a rank: kills the rank when its heartbeats stop, even if a thread never releases the GIL.
 
     python monitor.py PID < BEATS
 
-Each line of stdin is a sign of life, and holds the seconds until the next one is due. When it is overdue, the rank is
-told to write the stacks of its threads (SIGUSR2, see `Watch`), and killed. Time in which the rank or this process was
-stopped (by a Slurm suspension, `docker pause`, Ctrl-Z) doesn't count. Needs nothing but Python, and ends with the rank.
+Each line of stdin is a heartbeat: the number of seconds until the next one is due. If a heartbeat is overdue, the
+monitor makes the rank write the stacks of its threads (SIGUSR2, see `Watch`), and kills it. Time in which the rank or
+this process was stopped (by a Slurm suspension, `docker pause`, Ctrl-Z) doesn't count. The script uses only Python's
+standard library, and exits when the rank has exited.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-_TICK = 0.25  # seconds between looks
+_TICK = 0.25  # seconds between checks
 _WRITING = 1.0  # seconds that the rank has to write its stacks
 
 
@@ -29,10 +30,10 @@ def is_stopped(pid: int) -> bool:
 
 
 def main() -> None:
-    """Watch the process of the command line until stdin is closed."""
+    """Watch the process whose PID is the first argument, until stdin is closed."""
     pid, limit, waited = int(sys.argv[1]), float("inf"), 0.0
     while waited <= limit:
-        if os.getppid() != pid:  # it is gone, though a child of it may keep stdin open
+        if os.getppid() != pid:  # the rank has exited; a child of it may keep stdin open
             return
         before = time.monotonic()
         if select.select([0], [], [], _TICK)[0]:
@@ -41,7 +42,7 @@ def main() -> None:
                 return
             limit, waited = float(beats.split()[-1]), 0.0
         elif not is_stopped(pid):
-            waited += min(time.monotonic() - before, 2 * _TICK)  # more: this process was stopped itself
+            waited += min(time.monotonic() - before, 2 * _TICK)  # a longer wait means that this process was stopped
     os.kill(pid, signal.SIGUSR2)
     time.sleep(_WRITING)
     os.kill(pid, signal.SIGKILL)

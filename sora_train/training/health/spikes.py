@@ -27,7 +27,7 @@ Position = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Reason to go back to a checkpoint."""
+    """Decision to roll back to a checkpoint, with its reason."""
 
     reason: str
     first: int  # number of the first bad step
@@ -69,7 +69,7 @@ class Health:
         )
 
     def forget(self) -> None:
-        """Clear all state, after a verdict without a checkpoint to go back to."""
+        """Clear all state, after a verdict for which no checkpoint to roll back to exists."""
         self.not_finite = self.high = 0
         self._losses.clear()
         self._recent.clear()

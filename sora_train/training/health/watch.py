@@ -2,9 +2,9 @@
 
 Each rank has a thread that watches its progress. If one rank hangs, the others soon wait for it in a collective, so all
 reach their time-out together. Each writes the stacks of its threads and its phase to `logs/rank-N.stacks.txt`, kills
-the ranks on its machine that can't exit themselves, and exits with 1. In case the main thread never releases the GIL, a
-process beside the rank (`monitor.py`) has the stacks written and kills it. Time in which a rank was stopped, with the
-others, doesn't count. Phase times also identify the slowest rank in the metrics.
+the ranks on its machine that can't exit themselves, and exits with 1. If the main thread never releases the GIL, a
+monitor process (`monitor.py`) makes the rank write its stacks and kills it. Time in which all ranks were stopped (e.g.
+suspended by Slurm) doesn't count. Phase times also identify the slowest rank in the metrics.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Watch:
         logs: Folder for the stacks.
         timeout_s: Seconds that a phase may take.
         slow_timeout_s: Seconds that a phase marked as slow may take.
-        tell: Called with the reason before the process exits, to write it to exit.json.
+        tell: Called with the reason before the process exits; it writes exit.json.
     """
 
     def __init__(self, logs: Path, timeout_s: float, slow_timeout_s: float, tell: Callable[[str], None]) -> None:
@@ -100,7 +100,7 @@ class Watch:
 
     @contextmanager
     def slow(self, name: str) -> Iterator[None]:
-        """Context of a phase with the long time-out; returns to the phase before."""
+        """Context of a phase with the long time-out; afterwards the previous phase is entered again."""
         before = self._phase
         self.phase(name, slow=True)
         yield
@@ -122,9 +122,9 @@ class Watch:
         return {"slowest_rank": int(times.argmax()), "slowest_rank_lag": float(times.max()) / median - 1.0}
 
     def _beat(self) -> None:
-        """Show the monitor that this process lives. It fires if the thread can't do so again, for lack of the GIL."""
+        """Send a heartbeat to the monitor, which kills this process if the next is overdue, e.g. without the GIL."""
         assert self._monitor is not None and self._monitor.stdin is not None
-        with suppress(BrokenPipeError):  # someone killed it; the thread alone watches on
+        with suppress(BrokenPipeError):  # the monitor was killed; this thread continues to watch
             self._monitor.stdin.write(f"{self._limit + 2 * self._pause}\n".encode())
             self._monitor.stdin.flush()
 
@@ -138,7 +138,7 @@ class Watch:
         before = time.monotonic()
         while not self._end.wait(self._pause):
             now = time.monotonic()
-            if now - before > self._pause + _LATE:  # this process was stopped; so the others wait for nobody
+            if now - before > self._pause + _LATE:  # this process was stopped, which doesn't count as waiting
                 self._since += now - before - self._pause
             before = now
             self._beat()

@@ -47,7 +47,7 @@ class Console:
             self._bar.start()
 
     def step(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Report a logged step: loss, grad_norm, lr, tokens_per_s, data_wait and mfu, those that are in `values`."""
+        """Report a logged step: those of loss, grad_norm, lr, tokens_per_s, data_wait and mfu that are in `values`."""
         if not self._is_main:
             return
         text = f"{_figures(values)} eta {self._eta(step)}"

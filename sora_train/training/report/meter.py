@@ -51,7 +51,7 @@ class Totals:
     skipped_samples: int = 0
     skipped_steps: int = 0
     productive_s: float = 0.0  # seconds of training steps, without waiting for data
-    wall_s: float = 0.0  # seconds in all
+    wall_s: float = 0.0  # seconds of the whole run
 
 
 class Meter:
@@ -105,7 +105,7 @@ class Meter:
     def add(self, losses: Sequence[tuple[Pack, Loss]], weight: float) -> None:
         """Count packs and their losses. `weight` is the step's loss weight; losses stay on the device.
 
-        Ranks that share a pack have its whole loss, and count a part each.
+        Each of n ranks that share a pack has the complete loss, and counts an n-th of it.
         """
         for pack, loss in losses:
             place, ranks = pack.part

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: over an HTTP port, or in a file for the node exporter's textfile collector.
+"""Metrics for Prometheus: served over HTTP, or written to a file for the node exporter's textfile collector.
 
 Metric names are prefixed by `sora_train_`; the 0.7 of `loss_by_noise/0.7` becomes a label. A scrape also returns the
 age of the last checkpoint.
@@ -41,7 +41,7 @@ class PrometheusWriter:
         """Do nothing, as Prometheus has no videos."""
 
     def close(self) -> None:
-        """Close the port."""
+        """Stop the HTTP server, if there is one."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

@@ -198,7 +198,7 @@ def _gif(path: Path) -> tuple[bytes, int, int]:
 
 
 class _Wandb:
-    """A wandb run with the id of our run, so that a resumed run continues it. Never prompts for a login."""
+    """A wandb run with the id of our run, so that a resumed run continues the wandb run. Never prompts for a login."""
 
     def __init__(
         self, run_dir: Path, run_id: str, config: dict[str, Any], project: str, group: str, tags: Sequence[str],
@@ -208,7 +208,7 @@ class _Wandb:
 
         self._finish_s, self._folder = finish_s, run_dir / "wandb"
         self._video, self._table = wandb.Video, wandb.Table
-        known = wandb.setup().settings  # with those of its files, such as the server of `wandb login --host`
+        known = wandb.setup().settings  # includes wandb's settings files, e.g. the server of `wandb login --host`
         mode = wandb_mode(known.base_url, known.api_key)
         if mode == "offline" and "WANDB_MODE" not in os.environ:
             log.warning("there is no key of wandb (`wandb login`): it writes to %s, for `wandb sync`", self._folder)
@@ -244,7 +244,7 @@ class _Wandb:
         self._run.log({"samples": self._table(columns=["step", "prompt", "video"], data=rows), "step": step})
 
     def close(self) -> None:
-        """Wait for the uploads, for a limited time, so that a lost network doesn't keep the process from ending.
+        """Wait for the uploads, for a limited time, so that a network failure doesn't prevent the process from exiting.
 
         wandb has a time limit of its own; the thread is for the case that wandb ignores it.
         """
@@ -293,7 +293,7 @@ def wandb_mode(server: str, key: str | None = None) -> Any:
 
 
 def _wandb_id(run_dir: Path, made: str) -> str:
-    """Identity of the wandb run: WANDB_RUN_ID, or that of the last start, which a moved run folder keeps."""
+    """Id of the wandb run: WANDB_RUN_ID, or the id of the last start, which stays the same in a moved run folder."""
     path = run_dir / "wandb_id"
     known = path.read_text().strip() if path.is_file() else ""
     chosen = os.environ.get("WANDB_RUN_ID") or known or made

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background, and found again. The format is that of `checkpoint_format`.
+"""Checkpoints of a run: saving in the background, and selection at a resume. `checkpoint_format` has the format.
 
 A checkpoint is written from a copy, into a temporary folder that is renamed when it is complete. Tensors in host memory
 are copied in the background too: they don't change before the next optimizer step, which waits for the copy (`settle`).
@@ -43,7 +43,7 @@ class Checkpoints:
         self.best: str | None = None  # name of the best checkpoint, which is kept
         self.failed = 0  # number of saves that could not be written
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        # the writer thread has a group of its own, as collectives of two threads must not mix; None after a failure
+        # process group of the writer thread, as collectives of two threads must not mix; None after a failure
         self._group: Any = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -91,7 +91,9 @@ class Checkpoints:
         return failure is None
 
     def newest(self, before: int | None = None) -> Path | None:
-        """Find the newest checkpoint, of a step below `before`, that is intact on every rank; None without any.
+        """Find the newest checkpoint that is intact on every rank, of a step below `before` if given.
+
+        Returns None if there are no checkpoints.
 
         Raises InputError if there are checkpoints but all are damaged.
         """
@@ -206,7 +208,7 @@ class Checkpoints:
         write_json(temporary / "manifest.json", manifest | {"sha256": digest_of(manifest)})
         sync_folder(temporary)
         final = self.folder / f"step-{step:08d}"
-        if os.path.lexists(final):  # it is damaged, or the run would have resumed from it
+        if os.path.lexists(final):  # a damaged one: the run would have resumed from an intact one
             remove_folder(final)
         temporary.rename(final)
         sync_folder(self.folder)

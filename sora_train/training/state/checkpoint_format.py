@@ -122,7 +122,16 @@ def networks_of(path: Path) -> list[str]:
 
 
 def load_full(path: Path, kind: str, network: str | None = None) -> dict[str, Tensor]:
-    """Load the full tensors of a kind by parameter name, of a network (default: the first), for use outside a run."""
+    """Load all tensors of a kind for use outside a run.
+
+    Args:
+        path: Folder of the checkpoint.
+        kind: Kind of the tensors, e.g. `master` or `ema`.
+        network: Name of the network; default: the first.
+
+    Returns:
+        Full tensors by parameter name.
+    """
     prefix = f"{network or networks_of(path)[0]}/"
     shapes = {name: shape for name, shape in read_state(path)["shapes"].items() if name.startswith(prefix)}
     full = {name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
@@ -141,7 +150,7 @@ def latest_intact(folder: Path) -> Path:
 def verify(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """Verify a checkpoint. Returns a description of the damage, or None if it is intact.
 
-    With several ranks each checks the hashes of its share of the files.
+    With several ranks, each rank checks the hashes of its share of the files.
     """
     try:
         manifest = read_manifest(path)

@@ -6,7 +6,7 @@
     FOLDER/TAG/zero/NAME/fp32.pt, exp_avg.pt, ...          instead, in a universal checkpoint (ds_to_universal.py)
 
 The files are pickles. They are read by torch's restricted unpickler, with plain stand-ins for DeepSpeed's classes, so
-that no code in them is executed; a file with anything else is refused. The layouts are those of DeepSpeed 0.19. Tensor,
+that no code in them is executed; a file with other objects is refused. The layouts are those of DeepSpeed 0.19. Tensor,
 pipeline and expert parallelism aren't supported.
 """
 
@@ -97,7 +97,7 @@ def _of_ranks(place: Path, model: dict[str, Any]) -> tuple[dict[str, dict[str, T
     ranks = max(counts) if isinstance(counts, list) else int(counts)
     if ranks != len(files):
         raise InputError(f"{place} was saved by {ranks} ranks and holds the files of {len(files)}; a rank's is missing")
-    stage = int(parts[0].get("zero_stage", 1))  # BF16_Optimizer doesn't say: it is a stage 1
+    stage = int(parts[0].get("zero_stage", 1))  # BF16_Optimizer, a stage 1, doesn't store it
     pieces: dict[str, dict[str, list[Tensor]]] = {kind: {} for kind in KINDS}
     for rank, part in enumerate(parts):
         places = _places_3(part, model, rank, ranks) if stage == 3 else _places(part)

@@ -42,7 +42,7 @@ def check_file(path: Path, record: dict[str, Any], hashed: bool = True) -> None:
 
 
 def surplus(names: Sequence[str], keep: int, keep_every: int, best: str | None = None) -> list[str]:
-    """Select the checkpoints to delete: all but the newest `keep`, the best, and those kept for ever by `keep_every`.
+    """Select the checkpoints to delete: all but the newest `keep`, the best, and multiples of `keep_every` steps.
 
     `names` are sorted, oldest first.
     """

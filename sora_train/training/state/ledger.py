@@ -62,7 +62,7 @@ class Ledger:
         self._note(self.left_out, {"step": step, "back_to": back_to, "reason": reason, "positions": places})
 
     def forget_rollbacks(self) -> None:
-        """Remove the record of rollbacks: without checkpoints, it is of another run that was in this folder."""
+        """Remove the record of rollbacks. Without checkpoints, it belongs to an earlier run in the same folder."""
         self.left_out.unlink(missing_ok=True)
 
     def rollbacks(self) -> list[list[tuple[int, ...]]]:

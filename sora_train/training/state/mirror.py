@@ -1,7 +1,7 @@
 """Mirror of a run's checkpoints (`checkpoint.mirror`) in object storage, or anywhere that fsspec can write.
 
     URL/run.json                 identity of the run folder that owns the mirror
-    URL/config.yaml, inputs.json what the run was configured as, and which weights it read; tokenizer.json if it has one
+    URL/config.yaml, inputs.json configuration, and hashes of the weights that the run read; tokenizer.json if used
     URL/step-00001000/...        files of a checkpoint; manifest.json last, so that partial copies are never used
     URL/snapshots/step-.../...   snapshots of averages, all of those that are in the run folder
 
@@ -79,10 +79,12 @@ class Mirror:
         return cls(c.mirror, Path(config.run_dir), c.keep, c.keep_every, options)
 
     def restore(self) -> Path | None:
-        """Fetch the newest complete checkpoint if the run folder has none; returns its folder. Call before the start.
+        """Fetch the newest complete checkpoint if the run folder has none. Call before the start.
 
-        Raises InputError if the mirror belongs to another run. If the run folder has no checkpoints, also if the mirror
-        can't be read or all its checkpoints are damaged, since the run would silently start from scratch.
+        Returns the folder of the fetched checkpoint, or None if nothing was fetched.
+
+        Raises InputError if the mirror belongs to another run. For a run folder without checkpoints, it is also raised
+        if the mirror can't be read or all its checkpoints are damaged: the run would silently start from scratch.
         """
         empty = not any((self.run_dir / "checkpoints").glob("step-*"))
         try:
@@ -161,7 +163,7 @@ class Mirror:
         self._tidy(folder.name)
 
     def _upload_snapshots(self, folder: Path) -> None:
-        """Make the mirror's snapshots the same as the run folder's: they are few, small, and all needed at the end."""
+        """Synchronise the mirror's snapshots with the run folder's, which are few, small, and all needed at the end."""
         self._claim(take_over=False)
         here = sorted(path for path in folder.glob("step-*") if path.is_dir())
         for path in here:
@@ -233,7 +235,10 @@ class Mirror:
         return self.run_dir.stat().st_ino
 
     def _has_moved(self, known: dict[str, Any]) -> bool:
-        """Tell whether the run folder isn't where its mirror.json was written. Raises InputError for a copy of it."""
+        """Tell whether the run folder isn't the one whose mirror.json this is: neither path nor inode agree.
+
+        Raises InputError if it is a copy, i.e. the original folder still exists.
+        """
         folder = Path(known.get("folder", self.run_dir.resolve()))
         if folder == self.run_dir.resolve() or known.get("inode") == self._inode():
             return False
@@ -248,7 +253,7 @@ class Mirror:
     def _fetch_newest(self) -> Path | None:
         """Fetch the newest complete and intact checkpoint to the run folder; None if the mirror is empty."""
         whole = sorted(name for name, files in self._found().items() if "manifest.json" in files)
-        for name in _NOTES:  # changes are compared to them, as at every start
+        for name in _NOTES:  # the next checks compare the configuration to them, as at every start
             if not (self.run_dir / name).is_file() and (text := self._text(name)):
                 (self.run_dir / name).write_text(text)
         for name in reversed(whole):
@@ -310,7 +315,7 @@ class Mirror:
         return found
 
     def _remove(self, name: str) -> None:
-        """Delete a copy, its manifest first, so that an interruption leaves nothing that seems complete."""
+        """Delete a copy, its manifest first, so that an interruption leaves no copy that seems complete."""
         files = self._found(name.rpartition("/")[0]).get(name, set())
         for file in sorted(files, key=lambda file: file != "manifest.json"):
             self._fs.rm_file(self._at(f"{name}/{file}"))

@@ -1,0 +1,49 @@
+"""Earlier frames of a long video, from which a piece takes what its overlap with the piece before doesn't show.
+
+A piece with memory begins with one earlier frame at t = 0 and one latent frame that isn't shown; the overlap comes
+after them. The task `memory` trains it (`sora_train.flow.tasks`). Attention to retrieved earlier frames is that of
+Context as Memory (Yu et al. 2025, arXiv 2506.03141); retrieval here is by pixels, since there is no camera path.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sora_train.config.schema import Config
+
+BEFORE_OVERLAP = 2  # latent frames of a piece before its overlap: the earlier frame, and one that isn't shown
+_MOST = 64  # frames that are kept
+
+
+class Memory:
+    """What the video was given as its beginning, and one frame of every piece so far, thinned out above a limit."""
+
+    def __init__(self, given_HWC: np.ndarray | None = None) -> None:
+        self._frames = [] if given_HWC is None else [given_HWC]
+        self._every, self._pieces = 1, 0  # every how many pieces are kept, and how many there were
+
+    def add(self, frame_HWC: np.ndarray) -> None:
+        """Keep a frame of a piece, uint8."""
+        if self._pieces % self._every == 0:
+            self._frames.append(frame_HWC)
+        self._pieces += 1
+        if len(self._frames) > _MOST:
+            self._frames, self._every = self._frames[::2], 2 * self._every
+
+    def recall(self, last_HWC: np.ndarray) -> np.ndarray | None:
+        """The frame that differs most from the last one shown, by mean squared error; None before the second piece."""
+        if not self._pieces:
+            return None
+        last = last_HWC.astype(np.float32)
+        return max(self._frames, key=lambda frame: float(np.square(frame - last).mean()))
+
+
+def has_room(latents: int, overlap: int) -> bool:
+    """Tell whether a piece of so many latent frames has room for memory, an overlap and a frame to make."""
+    return latents > BEFORE_OVERLAP + overlap
+
+
+def remembers(config: Config) -> bool:
+    """Tell whether a run trained the task `memory`."""
+    stages = [stage.tasks for stage in config.data.stages if stage.tasks]
+    return any(tasks.get("memory", 0.0) > 0 for tasks in (config.flow.tasks, *stages))
