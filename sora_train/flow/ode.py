@@ -55,8 +55,8 @@ class Request:
         strength: Timestep at which the denoising starts; 1 is noise alone.
         shots: `(latent frames, caption)` of each shot, which replaces `caption`. The frames must add up to the clip.
         lead_CTHW: Latent frame before a given end, which the causal VAE needs to decode that end. Not sampled.
-        held: Overlap that the first frames follow during denoising: the first frame until the last step, each later
-            one for a shorter part. Unlike given frames they have the noise level of all others, so the model needs
+        held: Overlap that the clip's frames from `held.skipped` on follow during denoising: the first of them until the
+            last step, each later one for a shorter part. Unlike given frames they have the noise level of all others, so the model needs
             no training for them.
         held_end: The same at the end, mirrored: the last frame is held until the last step.
         negative: Prompt that guidance extrapolates away from; "" is the empty caption.
@@ -255,7 +255,7 @@ def _release(request: Request, config: FlowConfig) -> Tensor:
 
 
 def _held(request: Request) -> list[tuple[int, Tensor, Tensor]]:
-    """What a clip is held to at either end: the latent frame where it begins, latents and noise."""
+    """List the held overlaps of a clip: first latent frame, latents `(C, T, H, W)`, noise `(C, T, H, W)`."""
     ends = []
     if (held := request.held) is not None:
         ends.append((held.places.start, held.latents_CTHW, held.noise_CTHW))

@@ -60,9 +60,10 @@ def _single_frames(frames: int, seed: int) -> list[bool]:
 
 
 def _memory(frames: int, seed: int) -> list[bool]:
-    """The first frame and, after a gap, one or two adjacent frames, before the last. Of fewer than four, the first.
+    """The first frame, and one or two adjacent frames after a gap; the last frame is generated.
 
-    So a piece of a long video learns to take from an earlier frame what its overlap with the piece before doesn't show.
+    Trains the pieces of long videos, which see an earlier frame beside their overlap with the previous piece
+    (`sora_train.generation.memory`). A clip of fewer than four latent frames is given the first frame alone.
     """
     if frames < 4:
         return _first_frame(frames, seed)

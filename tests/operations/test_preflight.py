@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ from sora_train.core.world import World
 from sora_train.forecast.out_of_memory import advice, is_out_of_memory, peak_bytes, suggestion
 from sora_train.operations.inputs import check_inputs, note_inputs
 from sora_train.operations.memory import out_of_memory
-from sora_train.operations.preflight import changes, code_hash, count_restart, differences, done_already, facts, usable
+from sora_train.operations.preflight import changes, code_hash, count_restart, differences, done_already, facts
 from sora_train.training.parts import Place
 
 Make = Callable[..., Config]
@@ -181,25 +179,3 @@ def test_a_gpu_that_is_full_leaves_a_snapshot(make: Make, tmp_path: Path, monkey
 
 def _last(overrides: list[str]) -> list[str]:
     return list({o.partition("=")[0]: o for o in overrides}.values())
-
-
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [
-        (errno.ENOSPC, "r/starts.json can't be used: No space left on device; make room where run_dir=r lies"),
-        (errno.EROFS, "r/starts.json can't be used: Read-only file system; choose another run_dir than r"),
-    ],
-)
-def test_a_run_folder_that_cannot_be_written_is_one_line(number: int, said: str) -> None:
-    with pytest.raises(InputError, match=said), usable(Path("r")):
-        raise OSError(number, os.strerror(number), "r/starts.json")
-    with pytest.raises(FileNotFoundError), usable(Path("r")):
-        raise FileNotFoundError(errno.ENOENT, "not there", "vae.safetensors")
-
-
-def test_a_file_or_a_dangling_link_in_the_place_of_the_run_folder_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "file/run", "link"):
-        with pytest.raises(InputError, match=r"can't be used: (File exists|Not a directory)"), usable(tmp_path / name):
-            (tmp_path / name).mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ class Buckets:
         self._sent.append((flat, dist.all_reduce(flat, async_op=True)))
 
 
-def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Squared L2 norm of all tensors together, a scalar in fp64."""
     norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
     return torch.stack(norms).double().square().sum()
@@ -95,7 +95,7 @@ def spare(optimizer: Any) -> None:
 def _scaled_global_norm(optimizer: Any, norm_type: int = 2) -> Tensor:
     """Global gradient norm; infinite if a gradient isn't finite."""
     mine = [g for i in range(len(optimizer.bit16_groups)) for g in optimizer.averaged_gradients[i]]
-    squares = norm_of(mine) if mine else torch.zeros((), dtype=torch.float64, device=optimizer.device)
+    squares = squared_norm(mine) if mine else torch.zeros((), dtype=torch.float64, device=optimizer.device)
     dist.all_reduce(squares, group=optimizer.dp_process_group)
     norm = squares.sqrt().float()
     return torch.where(torch.isfinite(norm), norm, float("inf"))

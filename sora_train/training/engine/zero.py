@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sora_train.config.schema import Config, Precision
 from sora_train.core.cli import InputError
-from sora_train.training.engine.collectives import Buckets, norm_of, spare
+from sora_train.training.engine.collectives import Buckets, squared_norm, spare
 from sora_train.training.engine.fragments import Partition, Trained
 from sora_train.training.engine.muon import MatrixOptimizer, Sharing
 
@@ -149,7 +149,7 @@ class Engine:
     def _step_fp32(self) -> bool:
         """Step of stage 0 in fp32, for which DeepSpeed neither checks for NaN nor keeps the gradient norm."""
         gradients = self._buckets.close() if self._buckets else [p.grad for p in self.names if p.grad is not None]
-        norm = norm_of(gradients).sqrt()
+        norm = squared_norm(gradients).sqrt()
         self._grad_norm = known = float(norm)  # the only synchronisation with the device in such a step
         finite = known < float("inf")  # False for NaN too
         if finite:
