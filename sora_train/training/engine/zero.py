@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sora_train.config.schema import Config, Precision
 from sora_train.core.cli import InputError
-from sora_train.training.engine.collectives import Buckets, squared_norm, spare
+from sora_train.training.engine.collectives import Buckets, spare, squared_norm
 from sora_train.training.engine.fragments import Partition, Trained
 from sora_train.training.engine.muon import MatrixOptimizer, Sharing
 
