@@ -56,8 +56,8 @@ class Request:
         shots: `(latent frames, caption)` of each shot, which replaces `caption`. The frames must add up to the clip.
         lead_CTHW: Latent frame before a given end, which the causal VAE needs to decode that end. Not sampled.
         held: Overlap that the clip's frames from `held.skipped` on follow during denoising: the first of them until the
-            last step, each later one for a shorter part. Unlike given frames they have the noise level of all others, so
-            the model needs no training for them.
+            last step, each later one for a shorter part. Unlike given frames they have the noise level of all others,
+            so the model needs no training for them.
         held_end: The same at the end, mirrored: the last frame is held until the last step.
         negative: Prompt that guidance extrapolates away from; "" is the empty caption.
     """
