@@ -149,7 +149,7 @@ def _split(journal: Journal, candidates: Sequence[Candidate], asked: Options) ->
 def _without_copies(
     folder: Path, media: Media, candidates: list[Candidate], done: dict[str, Mark], refusals: Refusals
 ) -> list[Candidate]:
-    """The candidates but those whose file has the bytes of an earlier one, or of one that is in a shard."""
+    """Drop candidates whose file has the same bytes as an earlier one, or as one that is already in a shard."""
     in_shards = {file_of(name) for name in done} & set(media.files)
     order = dict.fromkeys([*sorted(in_shards), *(candidate.file for candidate in candidates)])
     copies = _copies(folder, list(order))
@@ -159,7 +159,7 @@ def _without_copies(
 
 
 def _copies(folder: Path, files: list[str]) -> dict[str, str]:
-    """Files whose bytes are those of an earlier one in the list, with that one. Only equal sizes are compared."""
+    """Map each file with the bytes of an earlier file of the list to that one. Only equal sizes are compared."""
     by_size: dict[tuple[str | None, int], list[str]] = {}
     for file in files:
         by_size.setdefault((media_extension(file), (folder / file).stat().st_size), []).append(file)

@@ -38,7 +38,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a caption table: its number (the first line is 1), its file as written, and what it says of it."""
+    """One row of a caption table: its line number (from 1), its file as written there, and its other values."""
 
     number: int
     file: str

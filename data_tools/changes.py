@@ -38,7 +38,7 @@ class Changes:
 
 
 def find_changes(journal: Journal, folder: Path, candidates: Sequence[Candidate]) -> Changes:
-    """Compare what is in shards with the folder. A file that is gone stays as it is in its shard."""
+    """Compare the samples of the shards with the folder. Samples whose file was deleted remain in their shard."""
     now = {candidate.name: candidate for candidate in candidates}
     found = Changes()
     for name, mark in journal.samples.items():

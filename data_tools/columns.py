@@ -1,4 +1,4 @@
-"""Columns of a caption table: which one names the file, which holds the caption, and what the others are."""
+"""Columns of a caption table: which one names the file, which has the caption, and what the others mean."""
 
 from __future__ import annotations
 

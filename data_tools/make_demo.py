@@ -125,7 +125,7 @@ def _write_all(shards: list[Shard], workers: int | None, advance: Callable[[int]
 
 
 def write_shard(shard: Shard) -> None:
-    """Render, encode and write one shard; it appears under its name only when it is whole."""
+    """Render, encode and write one shard; it gets its final name when it is complete."""
     temporary = shard.path.with_suffix(".tar.tmp")
     with temporary.open("wb") as file:
         with wds.TarWriter(file, encoder=False, mtime=0) as tar:

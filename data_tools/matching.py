@@ -1,8 +1,8 @@
 """Matching of the rows of a caption table to files, wherever the table was written.
 
-A path is followed from the folder, from the table and from where the command runs. Else it may come from another
-machine: it then is a file whose whole path it ends with, or that ends with it, whatever case, slashes and a missing
-extension say. Where two files or two paths of the table would do, the rows are refused: a caption is never guessed.
+A path is resolved from the folder, from the table's folder and from the working directory. Otherwise it may come from
+another machine; then it matches a file if one path ends with the other, ignoring case, the kind of slashes and a
+missing extension. If two files or two rows match, the rows are refused: captions are never guessed.
 """
 
 from __future__ import annotations

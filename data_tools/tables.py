@@ -48,7 +48,7 @@ class Table(NamedTuple):
 
 
 def read_records(path: Path, columns: Columns, encoding: str | None = None) -> Table:
-    """Read a table; raises InputError if that can't be done, with what was found and what is wanted."""
+    """Read a table. Raises InputError with what was found and what is accepted if it can't be read."""
     kind = path.suffix.lower()
     if kind not in KINDS:
         raise InputError(f"captions={path} must be a {', '.join(KINDS[:-1])} or {KINDS[-1]} file, or a folder of texts")
@@ -66,10 +66,10 @@ def read_records(path: Path, columns: Columns, encoding: str | None = None) -> T
 
 
 def decoded(data: bytes, encoding: str | None = None) -> str:
-    """Text in the encoding told, in that of its byte order mark, in UTF-16 that shows by its zeros, or in UTF-8.
+    """Decode text: in the given encoding, that of its byte order mark, UTF-16 (recognised by zero bytes), or UTF-8.
 
-    Bytes that aren't UTF-8 come out as lone surrogates, so that only the cells that hold them are refused.
-    Raises UnicodeDecodeError where text isn't in the encoding told or marked.
+    Invalid bytes become lone surrogates, so that only the cells that contain them are refused. Raises
+    UnicodeDecodeError if the text isn't valid in the given or marked encoding.
     """
     marked = next((name for mark, name in _BOMS.items() if data.startswith(mark)), None)
     if name := encoding or marked:

@@ -38,7 +38,7 @@ class Options:
 
 
 def main() -> int:
-    """Take a source down, and say what went and what was trained on it."""
+    """Remove a source, and print what was removed and which checkpoints were trained on it."""
     asked, sources = options_and_paths(Options, __doc__)
     if len(sources) != 1:
         raise InputError("name one source to take down; --help shows how")

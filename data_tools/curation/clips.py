@@ -36,7 +36,7 @@ def sample_name(film: Item, shot: Item) -> str:
 
 
 def _part_of(film: Item, number: int) -> int:
-    """The first shot in a row of those that follow one another without a frame between: parts of one long shot."""
+    """First shot of a sequence of shots without a frame between them: parts of one long shot."""
     while number and film["shots"][number - 1]["end"] == film["shots"][number]["start"]:
         number -= 1
     return number
@@ -81,7 +81,7 @@ def hashed(clip: Item) -> Hashed:
 
 
 def without_alike(clips: Sequence[Item], stored: Collection[str], cosine: float) -> Results:
-    """The clips, of which those whose vector is nearly that of a preferred one are dropped; not parts of one shot."""
+    """Drop clips whose feature vector is close to that of a preferred clip, except parts of the same shot."""
     kept: list[Item] = []
     dropped: dict[str, str] = {}
     bank_ND = np.zeros((len(clips), len(from_text(clips[0]["vector"])) if clips else 0), np.float32)

@@ -1,8 +1,8 @@
-"""Near-duplicates among clips by sequences of perceptual hashes, wherever one begins in the other, mirrored or not.
+"""Near-duplicates among clips, found by sequences of perceptual hashes at any offset, mirrored or not.
 
-Two clips are near when they show the same for three seconds at some offset (or for all of the shorter one): the mean
-number of differing bits is at most `near`. Candidates are clips that share a picture; every hash of every clip is
-compared with a few of the one that is asked for, which takes some milliseconds for a hundred thousand clips.
+Two clips are near-duplicates if, at some offset, the mean number of differing bits over three seconds (or over all of
+the shorter clip) is at most `near`. Candidates are clips with a similar picture: a few hashes of the clip in question
+are compared with every hash of every clip, which takes some milliseconds for a hundred thousand clips.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Near:
 
 
 def find_near(clips: Sequence[Hashed], near: float, review: float) -> Near:
-    """Go through clips in order of preference; one that is near a preferred one is dropped."""
+    """Go through clips in the order of preference, and drop those that are near-duplicates of a preferred one."""
     found = Near({}, {}, HashIndex())
     for clip in clips:
         match = found.index.nearest(clip)

@@ -178,7 +178,7 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
-    """Do work as it comes, until the other end is closed, as it is when the command has been killed."""
+    """Process work items until the other end of the pipe is closed, for example because the command was killed."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the command's to handle

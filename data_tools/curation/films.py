@@ -1,7 +1,7 @@
-"""Films as they are decoded: opened by what their first bytes are, and read from a place on, one frame after the other.
+"""Access to films: opened by the type that their first bytes show, and read frame by frame from any position.
 
-Films are too large to be held in memory, so they aren't read as samples are (`data/read`); what a stream, a picture and
-damage are is decided by the same code.
+Films are too large for memory, so they aren't read as samples are (`data/read`). The choice of a stream, the conversion
+of pictures and the detection of damage use the same code.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def frames(film: Any, stream: Any, complaints: Complaints) -> Iterator[Shown]:
 
 
 def seconds_of(film: Any, stream: Any) -> float:
-    """Length of a film in seconds by what its container says; 0 where it says nothing."""
+    """Length of a film in seconds according to its container; 0 if unknown."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return float(film.duration or 0) / av.time_base

@@ -1,8 +1,7 @@
-"""The stage `look`: the one decode of a film that cuts, borders, scores and duplicates are found in.
+"""Stage `look`: the single decode of a film, from which cuts, borders, scores and duplicates are computed.
 
-What later stages need is kept in `work/look/SHA256.npz`: small pictures twice a second, tiny ones of every frame, the
-time of every frame, and where a detector sees cuts. Those stages can then be given other parameters without decoding
-anything.
+Its results are stored in `work/look/SHA256.npz`: small pictures twice a second, tiny ones of every frame, the time of
+every frame, and the cuts that a detector found. Later stages can then run with other parameters without decoding.
 """
 
 from __future__ import annotations

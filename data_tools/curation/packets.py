@@ -22,7 +22,7 @@ _EARLIER_S = (0.0, 10.0, 1e6)  # a container may seek to a key frame that is sho
 
 
 class Missed(Exception):
-    """Frames that came out are not those of the film's one whole decode."""
+    """The frames that were cut differ from those of the film's full decode."""
 
 
 def copy_span(film_path: str, stream_number: int, stamps: Sequence[int], path: Path) -> int:

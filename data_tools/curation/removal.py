@@ -114,7 +114,7 @@ def remove(out: Path, removal: Removal) -> int:
 
 
 def remove_from_shard(shard: str, keys: Collection[str]) -> int:
-    """Write another shard (of latents, say) without samples of these keys; returns how many it had. Its index goes."""
+    """Rewrite a shard without the samples of these keys, and delete its index. Returns how many were removed."""
     samples = members_of(shard)[0]
     gone = [key for key in samples if _PIECE.sub("", key) in keys]
     if gone:

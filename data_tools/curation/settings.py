@@ -51,5 +51,5 @@ class Settings:
 
     @property
     def workers_or_all(self) -> int:
-        """Worker processes: as told, or one for each core."""
+        """Number of worker processes: `workers`, or one for each core."""
         return self.workers or len(os.sched_getaffinity(0))

@@ -1,7 +1,7 @@
-"""Contract of a stage: an item goes in, the same item with more fields comes out, or a drop with its reason.
+"""Interface of a stage: it maps an item to the same item with more fields, or to a drop with its reason.
 
-Items are maps of JSON values. A stage says which fields it reads; it gets those alone, so that its result depends on
-nothing else, and the ledger can take the result of an earlier run for the same fields, parameters and code.
+Items are maps of JSON values. A stage declares the fields it reads and gets only those, so its result depends on
+nothing else, and the ledger can reuse the result of an earlier run for the same fields, parameters and code.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def code_version(modules: tuple[str, ...]) -> str:
 
 
 def attempt(stage: Stage, item: Item, folder: Path) -> Outcome:
-    """Do a stage's work on one item. Whatever it raises becomes an outcome, but a full disk.
+    """Run a stage on one item. All exceptions except a full disk become outcomes.
 
-    Decoders raise anything, and one film must not stop the others.
+    Decoders raise exceptions of any kind, and one film must not stop the others.
     """
     try:
         return {"kept": stage.work(stage.inputs(item), stage.parameters, folder)}

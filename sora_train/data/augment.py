@@ -1,12 +1,12 @@
-"""Changes of a decoded clip together with its caption, drawn anew for every visit: `data.augment`.
+"""Augmentations of a decoded clip together with its caption, drawn for every visit: `data.augment`.
 
 A plugin registers one under a name (`config.registry.AUGMENTATIONS`):
 
     def reverse(frames_THWC, caption, rng): ...
 
-It gets a clip's frames `(T, H, W, 3)` uint8, which it must not write to, the caption drawn for the visit, and a NumPy
-generator that is seeded by the visit, so a resumed run and any number of ranks draw the same. It returns frames of the
-same shape and type, and their caption. Clips of training alone go through it.
+It gets a clip's frames `(T, H, W, 3)` uint8, which it must not modify, the caption drawn for the visit, and a NumPy
+generator seeded by the visit, so that a resumed run and any number of ranks draw the same. It returns frames of the
+same shape and type, and their caption. Only clips of training are augmented.
 """
 
 from __future__ import annotations

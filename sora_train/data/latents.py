@@ -1,4 +1,4 @@
-"""Tensors of samples that were encoded before training (`encoded.py` has what the index knows of them)."""
+"""Reading of latents and text embeddings that were encoded before training (their headers: `read/encoded.py`)."""
 
 from __future__ import annotations
 

@@ -154,9 +154,9 @@ CATEGORIES: dict[str, tuple[Make, int]] = {  # how a scene is made, and how many
 
 
 def _draw(rng: np.random.Generator, objects: int, degree: int, together: bool = False) -> tuple[int, list[Combination]]:
-    """The axis of all movements, and the objects, `degree` of them held out, no two of one colour.
+    """Draw the axis of all movements, and objects of different colours, `degree` of them with held-out combinations.
 
-    With `together` all go one way along the axis.
+    With `together` all objects move in one direction.
     """
     while True:
         axis = int(rng.integers(2))

@@ -70,7 +70,7 @@ def judge(frames_THWC: np.ndarray, scene: Mapping[str, object]) -> dict[str, boo
 
 
 def _looks(seen: list[list[Sighting]], thing: Thing) -> dict[str, bool]:
-    """Colour and shape of the one object, over the frames that show it whole."""
+    """Colour and shape of the single object, from the frames that show it completely."""
     whole = [s for s in only_objects(seen) if s.whole]
     enough = len(whole) >= _SEEN * len(seen)
     return {
@@ -130,10 +130,10 @@ def _gap(seen: list[list[Sighting]]) -> tuple[int, int]:
 
 
 def _is_thing(stage: list[list[Sighting]], thing: Thing) -> bool:
-    """Tell whether the one object of these frames, where enough of it is visible, has the thing's colour and shape.
+    """Tell whether the single object of these frames has the thing's colour and shape.
 
-    Frames that show an object whole are judged where there are any, and none in which much less is to be seen than in
-    another: what is half out of sight may be anything.
+    Frames that show an object completely are preferred. Frames in which far fewer pixels of it are visible than in
+    another are ignored, because the shape of a partly hidden object is uncertain.
     """
     telling = [frame for frame in stage if any(s.whole for s in frame)] or [frame for frame in stage if frame]
     most = max((frame[0].pixels for frame in telling), default=0)

@@ -134,9 +134,9 @@ def make_scene(rng: np.random.Generator, split: str, kind: str | None = None) ->
 def captions(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
     """Four wordings of a scene by name: plain, scene_first, described, note.
 
-    Each says everything: what a caption leaves open becomes noise in the loss, and a background left open is the
-    largest part of a frame. In runs of minutes on an earlier version, direction was learned with full captions alone
-    and not with ones among them that left the background out.
+    Each describes everything, because what a caption leaves out becomes noise in the loss, and the background is the
+    largest part of a frame. In runs of minutes on an earlier version, direction was learned with full captions only,
+    and not if some captions left the background out.
     """
     first, ground = scene.things[0], _GROUNDS[scene.background]
     if scene.kind in ("image", "pair"):
@@ -195,7 +195,7 @@ def _near_middle(rng: np.random.Generator) -> float:
 def _crossing(
     rng: np.random.Generator, area: np.ndarray, what: Combination, seconds: float, size: str, across: float
 ) -> Thing:
-    """An object that stays whole in the frame and moves one way; `across` is its centre on the other axis."""
+    """An object that stays fully in the frame and moves one way; `across` is its centre on the other axis."""
     axis, step = _axis(what[2]), sum(DIRECTIONS[what[2]])
     room = area[axis] - 2 * (SIZES[size] + _GAP)
     speed = _pick(rng, [name for name, pace in SPEEDS.items() if pace * seconds <= room])
@@ -226,7 +226,7 @@ def _one(rng: np.random.Generator, area: np.ndarray, what: Combination, seconds:
 def _two(
     rng: np.random.Generator, area: np.ndarray, first: Combination, second: Combination, seconds: float
 ) -> tuple[Thing, ...]:
-    """Two objects along one axis, each in a lane of its own, so that they never meet; at rest in an image."""
+    """Two objects along one axis, in separate lanes, so that they never meet; at rest in an image."""
     across = area[1 - _axis(first[2])]
     sizes = [(a, b) for a, b in product(SIZES, SIZES) if 2 * (SIZES[a] + SIZES[b]) + 3 * _GAP <= across]
     lanes = list(zip((first, second), _pick(rng, sizes), strict=True))
@@ -246,7 +246,7 @@ def _two(
 def _behind(
     rng: np.random.Generator, area: np.ndarray, what: Combination, colour: str, seconds: float
 ) -> tuple[Thing, ...]:
-    """A small object goes behind a large square that stands still, stays there for a moment, and goes on."""
+    """A small object passes behind a large square that doesn't move, and is hidden for a moment."""
     axis, step = _axis(what[2]), np.array(DIRECTIONS[what[2]])
     middle = area / 2
     middle[1 - axis] += (_near_middle(rng) - 0.5) * (area[1 - axis] - 2 * (SIZES["large"] + _GAP))

@@ -29,10 +29,13 @@ _CAPTIONS = ("prompt", "caption", "text")
 def judge_folder(
     judges: Judges, videos: str, reference: str | None, prompts: str | None, named: Collection[str] = ()
 ) -> Outcome:
-    """Judge every video of a folder. Raises InputError where names don't go together, or nothing can be read.
+    """Compute metrics of every video of a folder.
 
-    Where names of both folders agree, each video has its real one; where none does, the reference is a set for
-    distances alone. `named` are metrics that must be there: one that nothing can be compared for is an error.
+    Videos of the same name in `reference` are compared in pairs. If no names agree, the reference is used as a set, for
+    distances only. `named` are metrics that the user asked for by name.
+
+    Raises:
+        InputError: Only some names agree, no video can be read, or a named metric has nothing to compare with.
     """
     made, texts = videos_in(videos), read_prompts(prompts) if prompts else {}
     real = videos_in(reference) if reference else {}

@@ -1,7 +1,7 @@
-"""The contract of a metric, and the registry that finds metrics by name or by group.
+"""Interface of a metric, and the registry that finds metrics by name or by group.
 
-A metric gets the frames of a video that was made, the real video that belongs to it where there is one, and what else
-is known of it, and gives figures by name. To add one, decorate a function in a module that `registry.py` imports:
+A metric maps a generated video, its real counterpart (or None) and the facts of the sample to figures by name. To add
+one, decorate a function in a module that `registry.py` imports:
 
     @metric("brightness", groups=("quick",), better=None)
     def brightness(made_THWC, real_THWC, sample):

@@ -1,7 +1,8 @@
-"""Samples a model for an evaluation and judges the samples, a unit of clips at a time.
+"""Samples a model for an evaluation and computes the metrics of the samples, unit by unit.
 
-A unit is a fixed run of clips whose samples are made together. Its figures don't depend on who makes it, and they are
-kept in a file of its own: ranks share the units out, and a run that was killed goes on with those that are missing.
+A unit is a fixed number of consecutive clips that are sampled together. Its figures don't depend on the rank that
+computes them and are stored in a file per unit: the ranks divide the units, and an evaluation that was killed continues
+with the missing ones.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Given:
     """
 
     def __init__(self, path: str, fps: float, fit: Fit, pool: Pool) -> None:
-        """Find out what the file holds. Raises InputError for one that can't be used, which says why."""
+        """Probe the file. Raises InputError with the reason if it can't be used."""
         self.path, self.pool, self.fit, self.fps = path, pool, fit, fps
         self._file = str(Path(path).absolute())
         self.kind = _kind(path)

@@ -1,16 +1,16 @@
-"""Videos of any length, piece by piece: each goes on from the last latent frames of the one before.
+"""Generation of videos of any length in pieces, each of which continues the last latent frames of the previous one.
 
-A piece is a clip of the trained length. Over the frames that it shares with the piece before it begins from that one's
-noise and is held to that one's latents: the first to the end, the others only while the picture takes shape. Their
-details are then made together with what follows, and shown as the later piece makes them: so the seam is no place where
-one piece ends and another begins. The first of them is encoded anew from the last frame shown, because the first latent
-frame of a clip holds one frame alone. A piece is decoded after the latents before it. Only a piece's length of them is
-kept, so memory doesn't grow with the length. What has left the picture for longer than the overlap is forgotten, unless
-the pieces have memory: then each also sees an earlier frame (`sora_train.generation.memory`).
-The end of a loop's last piece is held to the loop's beginning in the same way, mirrored.
+A piece is a clip of the trained length. It shares `overlap` latent frames with the previous piece: they start from the
+same noise and follow its latents during denoising, the first of them until the last step, the others only in the early
+steps, which fix the layout. Their details are then generated together with the frames that follow, and these versions
+are shown, so that no seam separates two pieces. The first latent frame of a clip holds one frame, so that of a piece is
+encoded from the last frame shown. Latents are decoded after those of the previous piece; older ones are dropped, so
+memory use doesn't grow with the length. Objects that left the picture before the overlap are forgotten, unless pieces
+also see an earlier frame (`sora_train.generation.memory`). A loop's last piece is held to the first one's beginning in
+the same way.
 
-A new shot begins from the last frame before it, as a clip from an image does: the movement that it tells of need not
-go on with the one before.
+A new shot is conditioned on the last frame of the previous shot, as an image-to-video clip is, so that its movement can
+differ.
 """
 
 from __future__ import annotations
@@ -140,10 +140,11 @@ def _back(
     vae: FrozenVae, prompt: Prompt, whole_CTHW: Tensor, noise_CTHW: Tensor, video_THWC: np.ndarray, overlap: int,
     *, grid: Geometry,
 ) -> _Back:  # fmt: skip
-    """The way back to a loop's beginning, whose first piece is `whole_CTHW`.
+    """Compute how the last piece leads back to the beginning of the loop, whose first piece is `whole_CTHW`.
 
-    A made beginning is treated as the overlap of two pieces: the loop begins within it, and the last piece makes what
-    stands before that anew. A given beginning is shown as it is, so the last piece is held to it altogether.
+    A generated beginning is treated like the overlap of two pieces: the video starts within it, and the last piece
+    generates the frames before that point again. A given beginning is shown unchanged, so the last piece is held to it
+    until the last step.
     """
     if prompt.opening is None:
         joint = slice(1, 1 + overlap)
@@ -157,10 +158,10 @@ def _back(
 
 @dataclass(frozen=True)
 class _Past:
-    """The last latents `(C, T, H, W)` of what is shown, what the next piece is held to, and the last frame shown.
+    """State after a piece: the last latents shown `(C, T, H, W)`, the overlap for the next piece, the last frame shown.
 
-    `own` are the latents of the overlap as the piece before made them, with their noise: with memory the overlap isn't
-    a piece's beginning, so its first latent frame isn't encoded anew.
+    `held` is the overlap at a piece's beginning, its first latent frame encoded from the last frame shown. `own` is the
+    overlap as the previous piece generated it, for pieces with memory, where it doesn't come first.
     """
 
     shown_CTHW: Tensor | None = None
@@ -169,9 +170,9 @@ class _Past:
     last_HWC: np.ndarray | None = None
 
     def with_memory(self, vae: FrozenVae, request: Request, seen_HWC: np.ndarray, config: Config) -> Request:
-        """A piece's request with an earlier frame at its beginning, and the overlap after that.
+        """Add an earlier frame `(H, W, 3)` to the beginning of a piece's request, and move the overlap behind it.
 
-        A new shot has no overlap: the last frame stands still for one latent frame in its place.
+        A new shot has no overlap; one latent frame that repeats the last frame shown takes its place.
         """
         own = self.own
         if own is None:

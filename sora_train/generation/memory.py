@@ -1,8 +1,9 @@
-"""Earlier frames of a long video, from which a piece takes what its overlap with the piece before doesn't show.
+"""Memory of a long video: earlier frames, on one of which each piece is conditioned beside its overlap.
 
-A piece with memory begins with one earlier frame at t = 0 and one latent frame that isn't shown; the overlap comes
-after them. The task `memory` trains it (`sora_train.flow.tasks`). Attention to retrieved earlier frames is that of
-Context as Memory (Yu et al. 2025, arXiv 2506.03141); retrieval here is by pixels, since there is no camera path.
+A piece with memory starts with one earlier frame at t = 0 and one latent frame that is generated but not shown; its
+overlap with the previous piece follows. The task `memory` trains it (`sora_train.flow.tasks`). Attention to retrieved
+earlier frames is that of Context as Memory (Yu et al. 2025, arXiv 2506.03141); retrieval here compares pixels, since
+there is no camera path.
 """
 
 from __future__ import annotations

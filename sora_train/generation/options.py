@@ -84,7 +84,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One sample to make: its options, where it goes (without a suffix), and a note for the line that says so."""
+    """One sample to generate: its options, its path without suffix, and a note for the line that reports it."""
 
     options: Options
     place: Path
@@ -126,7 +126,7 @@ def parse(usage: str | None) -> tuple[Options, Recorded | None]:
 
 
 def record(o: Options) -> dict[str, Any]:
-    """The options of one sample as its JSON has them: all that aren't absent, by key, files with their whole paths."""
+    """Options of one sample by key, for its JSON file: those that are set, with absolute paths."""
     names = keys(Options)
     values = {names[name]: value for name, value in asdict(o).items() if value is not None}
     for key in _UNRECORDED:

@@ -1,6 +1,6 @@
-"""A sample's files: the video in one of several formats, a contact sheet, and the JSON that it was made from.
+"""Files of a sample: the video in one of several formats, a contact sheet, and a JSON file with its options.
 
-The JSON is written last: where it stands, the sample is whole.
+The JSON file is written last; if it exists, the sample is complete.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def save(
 
 
 def is_there(target: Target, about: Mapping[str, Any]) -> bool:
-    """Tell whether this very sample was made before: its video is there, and its JSON says what this one would say."""
+    """Tell whether the same sample exists already: its video, and a JSON file with the same contents."""
     try:
         found = json.loads(target.json.read_bytes())
     except (OSError, ValueError):

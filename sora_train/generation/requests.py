@@ -136,10 +136,10 @@ def encode(vae: FrozenVae, frames_THWC: np.ndarray) -> Tensor:
 
 
 def encode_end(vae: FrozenVae, frames_THWC: np.ndarray, latents: int, grid: Geometry) -> Tensor:
-    """Latents of frames that end a clip: whole strides of them, encoded after one more frame before them.
+    """Encode frames that end a clip: whole strides of frames, with one more frame before them.
 
-    The first latent frame of any encoding holds one frame alone, and has no place at a clip's end: it only leads there.
-    Fewer frames than one stride stand still to fill it.
+    The first latent frame of any encoding holds a single frame and can't be part of a clip's end; it is only there
+    because the causal VAE starts with it. If there are fewer frames than one stride, the last one is repeated.
     """
     stride = grid.temporal_stride
     count = max(1, min(latents, (len(frames_THWC) - 1) // stride))

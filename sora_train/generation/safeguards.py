@@ -1,6 +1,6 @@
-"""The contract of what happens to a sample between a prompt and a file: checked, marked, signed.
+"""Interface of the safeguards between a prompt and a file: check of prompt and frames, mark, signature.
 
-`release/safeguards.py` has the one that does it; the one here, for users who made no release folder, does nothing.
+`release/safeguards.py` implements it. `NO_SAFEGUARDS`, for users without a release folder, does nothing.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Sampler:
         return generate(self.network, requests, self.config.flow, channels, patch, self.tokenize, device=self.device)
 
     def _decode(self, latents_CTHW: Tensor, request: Request) -> np.ndarray:
-        """A clip's frames. A given end is decoded as it was encoded: after a frame of its own, not after a made one."""
+        """Decode a clip. A given end is decoded as it was encoded: after its own lead frame, not a generated one."""
         video = self.vae.decode(latents_CTHW)
         if request.lead_CTHW is not None:
             _, end = request.given[-1]

@@ -100,10 +100,12 @@ class Model(Protocol):
 def make_all(
     model: Model, jobs: Sequence[Job], recorded: Recorded | None, safeguards: Safeguards = NO_SAFEGUARDS
 ) -> None:
-    """Make every sample of the jobs that isn't there yet, one after the other, and say where each is.
+    """Generate every sample of the jobs that doesn't exist yet, one after the other, and print its path.
 
-    What is wrong with any of them is said before the first is made. Raises InputError; for samples that the safeguards
-    refuse, when the others are made.
+    All jobs are checked before the first one is generated.
+
+    Raises:
+        InputError: A job is wrong, or the safeguards refused samples (raised after all others were generated).
     """
     o, weights = model.options, model.weights
     if recorded is not None and recorded.weights not in ("", weights):

@@ -10,5 +10,5 @@ Video = np.ndarray | Iterable[np.ndarray]  # frames_THWC uint8
 
 
 def pieces_of(video: Video) -> Iterator[np.ndarray]:
-    """The pieces of a video; of a whole one, itself."""
+    """Iterate over the pieces of a video; a single array is one piece."""
     return iter([video] if isinstance(video, np.ndarray) else video)

@@ -20,13 +20,13 @@ _VALIDATION = "data.validation"
 
 
 def check_inputs(config: Config, run_dir: str | Path, instead: str, told: Sequence[str] = ()) -> None:
-    """Raise InputError where a path of the configuration holds other weights than those the checkpoints belong to.
+    """Raise InputError if a path of the configuration contains other weights than those the run was trained with.
 
     Args:
         config: Configuration of the run.
-        run_dir: Its folder; nothing is checked if there is no record of what it was trained with.
-        instead: What else to do, for the message.
-        told: Keys whose weights the user named anew, which may be others.
+        run_dir: Its folder; nothing is checked if it has no inputs.json.
+        instead: Alternative for the user, appended to the message.
+        told: Keys whose paths the user gave on this command line; their weights may differ.
     """
     path = Path(run_dir) / INPUTS
     if not path.is_file() or not any((Path(run_dir) / "checkpoints").glob("step-*")):

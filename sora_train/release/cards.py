@@ -1,8 +1,8 @@
-"""Cards: a model card, a data card and a summary of training content, written from files alone.
+"""Model card, data card and summary of the training content, written from files only.
 
-Figures come from the run: its configuration, checkpoint, metrics, index, ledger, evaluation and red team. What no file
-of the run knows (licences, intended use, how data was obtained) stands in a file of facts that its owner writes. What
-is missing is an error that names it, never an empty place.
+Figures come from the run: its configuration, checkpoint, metrics, index, ledger, evaluation and red team. Facts that no
+file of the run contains (licences, intended use, how data was obtained) come from a YAML file that the owner writes. A
+missing fact is an error that names it; no field is left empty.
 """
 
 from __future__ import annotations

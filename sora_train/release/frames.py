@@ -16,7 +16,7 @@ _MOST_PIXELS = 1 << 26  # of a frame
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames one after the other, each `(1, H, W, 3)` uint8. Raises InputError for what can't be read."""
+    """Iterate over the frames of a video, each `(1, H, W, 3)` uint8. Raises InputError if it can't be read."""
     try:
         if path.is_dir():
             for picture in sorted(path.glob("*.png")):

@@ -116,9 +116,12 @@ def read_cases(path: Path) -> list[Case]:
 
 
 def attempt_all(cases: Sequence[Case], out: Path, about: Mapping[str, Any], attempt: Try) -> dict[str, str]:
-    """Outcome of every case, by id; those of an earlier, interrupted call are kept. Raises InputError.
+    """Run every case and return its outcome by id; outcomes of an earlier, interrupted call are reused.
 
-    `about` says which model and guard it is: a folder holds one run.
+    `about` identifies the model, guard and prompt set; a folder holds the results of one of these.
+
+    Raises:
+        InputError: The folder can't be used, or holds other results.
     """
     with usable(out, "out"):
         out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""A list of words and phrases, compared after folding: case, width, accents, look-alikes, hidden and spaced letters.
+"""Word list: phrases compared after folding case, width, accents, look-alikes, and hidden and spaced letters.
 
-A floor under other guards, not a guard alone: it knows words and no meaning. A line of the list is `category: phrase`;
-lines that begin with # say nothing.
+A minimum beneath other guards, since it knows no meaning. Each line is `category: phrase`; lines that start with # are
+comments.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Studio:
         return outcomes
 
     def _kept(self, watch: Watch, sample: Sample, video: Video, sampler: Sampler) -> str | Exception:
-        """Write one video; the name of its file, or why there is none."""
+        """Write one video. Returns the file's name, or the reason why there is none."""
         try:
             watch.progress(0.99)  # nothing is written for one that was cancelled
             fps = sample.config.data.made_fps

@@ -1,9 +1,8 @@
-"""One memory-mapped index of many shards: the columns that plans and filters need, 19 bytes a sample, and 8 bytes for
-each number of its side tables.
+"""Consolidated index of many shards: one memory-mapped file per column that plans and filters need.
 
-A folder with one file a column and `meta.json`. The ranks of a node map the same pages, and nothing is read before it
-is needed, so a hundred million samples open in a moment. Where a sample lies in its shard stays in the Parquet beside
-the shard, which is read when a sample of it is.
+It takes 19 bytes a sample, and 8 bytes for each number of its side tables. The ranks of a node map the same pages,
+which are read on first use, so that a hundred million samples open in a moment. The offsets of samples in their shards
+remain in the Parquet file beside each shard, which is read when one of its samples is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The file that holds a shard's index: its version, its shard, and the one that lies beside a remote shard."""
+"""The file that holds a shard's index: its version, the shard it belongs to, and the copy beside a remote shard."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def is_current(shard: str, store: Store, limits: Limits | None = None, probe: Pr
 
 
 def is_of(known: dict[str, str], shard: str, store: Store, limits: Limits | None, probe: Probe | None) -> bool:
-    """Tell whether an index, known by its metadata, was made from a shard as it is now, and fits what is asked."""
+    """Tell whether the index with this metadata was made from the shard's current content and has the wanted depth."""
     if not _fits(known, limits, probe):
         return False
     if scheme(shard) is not None:
@@ -60,7 +60,7 @@ def metadata(schema: pa.Schema) -> dict[str, str]:
 
 
 def _fits(known: dict[str, str], limits: Limits | None, probe: Probe | None) -> bool:
-    """Tell whether an index was made by this version, with these limits, and decoding what is asked for or more."""
+    """Tell whether an index was made by this version with these limits, and decoded at least as much as wanted."""
     return (
         known.get("sora_train.version") == str(VERSION)
         and (limits is None or known["sora_train.limits"] == json.dumps(limits))
@@ -91,7 +91,7 @@ def ignored_fields(shard: str, store: Store) -> dict[str, str]:
 
 
 def adopt(shard: str, store: Store, limits: Limits | None, probe: Probe | None) -> bool:
-    """Take over the index that lies beside a remote shard, if there is one and it was made from that very shard."""
+    """Copy the index beside a remote shard to the cache, if there is one and it was made from that shard."""
     if scheme(shard) in (None, PIPE):
         return False
     beside = _beside(shard)

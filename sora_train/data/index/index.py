@@ -1,8 +1,8 @@
-"""The index of shards: where every sample lies, and what it is. Parquet beside the shard, read into plain columns.
+"""Index of shards: the offset and the facts of every sample. A Parquet file beside each shard, read into NumPy columns.
 
 `train-000000.tar` has `train-000000.index.parquet`. A shard without one is indexed on first use (`make.py`). Frames are
-counted, not believed; a sample that can't be used stays in the index with its cause, so that it is reported and never
-planned. What the json of a sample says in plain numbers and words becomes columns for filters.
+counted rather than taken from the container. A sample that can't be used stays in the index with its cause: it is
+reported and never planned. Numbers and words in a sample's json become columns for filters.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def load_index(
 
 
 def load_rows(shard: str, store: Store) -> pa.Table:
-    """The rows of one shard's index, that beside a remote shard included; raises InputError without a current one."""
+    """Load the index of one shard, or the copy beside a remote shard. Raises InputError if none is current."""
     if not is_current(shard, store) and not adopt(shard, store, None, None):
         raise InputError(f"{shard} has no current index; run: python -m data_tools.index {shard}")
     return pq.read_table(index_path(shard, store))

@@ -1,7 +1,7 @@
-"""Tar headers, read so that damage shows: every member in order, and every fault with what it cost.
+"""Reader of tar headers that reports damage: every member in order, and every fault with the bytes it cost.
 
-The tarfile library (and webdataset with it) takes a damaged header in the middle for the end, and a file that is cut
-between two members for a whole one. Here the walk goes on at the next intact header, and says what lay between.
+The tarfile library (and webdataset with it) stops silently at a damaged header, and accepts a file that is cut between
+two members. This reader continues at the next intact header, and reports what was in between.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with a tar: one word for counting, where, how many bytes are lost, and a sentence."""
+    """A fault of a tar file: a word for counting, its offset, the number of bytes lost, and a sentence."""
 
     cause: str
     offset: int

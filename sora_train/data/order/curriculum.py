@@ -1,7 +1,7 @@
-"""Stages of training: plans one after the other over the same samples, with other sizes, lengths or shares of sources.
+"""Stages of training: successive plans over the same samples with other sizes, lengths or shares of the sources.
 
-Epochs are counted on through the stages, so a position is the same three integers and no two steps of a run share one;
-a stage begins with an epoch of its own. Which stage a step is in follows from how many steps were taken before it.
+A stage starts with a new epoch, and epochs are numbered through all stages, so a position is the same three integers
+and no two steps of a run share one. The stage of a step follows from the number of steps before it.
 """
 
 from __future__ import annotations
@@ -61,9 +61,11 @@ class Stages:
         return self.plans[self.stage(taken)].before(Position(*at))
 
     def amend(self, at: Position, taken: int, ahead: int, samples: Sequence[int]) -> None:
-        """Leave samples out from the first epoch that begins more than `ahead` steps after the one at `at`, which
-        follows `taken` steps: what was given away already stays as it is. A pure function of its arguments, the
-        inputs and the amendments before."""
+        """Leave samples out from the first epoch that begins more than `ahead` steps after the step at `at`.
+
+        `at` follows `taken` steps. Steps that were already handed to the loader stay unchanged. A pure function of its
+        arguments, the inputs and the earlier amendments.
+        """
         stage = self.stage(taken)
         while stage < len(self.ends) and (last := self.ends[stage] - 1 - taken) < ahead:
             at = Position(self.plans[stage].epoch_after(at, last) + 1, 0, 0)

@@ -36,7 +36,7 @@ _REMEMBERED = 3  # windows
 
 
 class Slots(Sequence[list[Visit]]):
-    """The slots of one step; the visits of a slot are made when it is asked for.
+    """The slots of one step; a slot's visits are built on access.
 
     `spans` holds for each slot the first slot of its pack, and the number of slots that the pack takes, up to `most`.
     """

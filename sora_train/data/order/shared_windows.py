@@ -1,7 +1,7 @@
-"""Planned windows shared by the ranks of a node: the first to need one plans it, the others read what it wrote.
+"""Planned windows shared by the ranks of a node: the first rank to need one plans it, the others read its file.
 
-Files in shared memory (or the temporary folder where there is none), of one user and one plan. Reading them is an
-economy and never needed: where a file can't be written or read, each rank plans for itself.
+The files are in shared memory (or in the temporary folder), and belong to one user and one plan. They only save time:
+if a file can't be written or read, each rank plans by itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The packs of one step: items dealt to them so that every slot bears the same load.
+"""Assignment of a step's items to packs, so that every slot has the same load.
 
-Each item goes to the pack with room that has the least load with it, dearest first (Graham 1969, longest processing
-time), and swaps between dear and cheap packs then even out what is left. Items that outweigh a slot get packs of 2, 4,
-... slots beforehand, the fewest that make them light enough. A pack's load is that of each of its slots.
+Each item, in the order of falling cost, goes to the pack with room that has the smallest load (Graham 1969, longest
+processing time first); then swaps between packs of large and small load even out the rest. Items that exceed a slot
+first get packs of 2, 4, ... slots, the fewest for which their load per slot is small enough.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def deal(dealt: list[int], items: Items, slots: int) -> tuple[Packs, list[int]]:
 
 
 class _Open:
-    """Packs of one width, by load: the lightest that has room for an item takes it.
+    """Packs of one width, ordered by load: an item goes to the one with the smallest load that has room for it.
 
-    Items come in the order of falling cost, so that a pack without room for one may have it for a later one.
+    Items come in the order of falling cost, so a pack without room for one item may have room for a later one.
     """
 
     def __init__(self, packs: Packs, loads: list[int], numbers: list[int]) -> None:

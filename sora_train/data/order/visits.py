@@ -16,7 +16,7 @@ _SHIFT, _ANYWHERE = (1 << 34) + np.arange(2)  # streams of where a long clip is 
 
 @dataclass(frozen=True)
 class Visits:
-    """Many visits, one row each; a row becomes a `Visit` when it is asked for."""
+    """Many visits as columns; a row becomes a `Visit` on access."""
 
     sample: np.ndarray
     first: np.ndarray  # source frame

@@ -158,7 +158,7 @@ def first_line(error: Exception) -> str:
 
 
 def by_ffmpeg(error: OSError) -> str:
-    """An error that FFmpeg returned, as one short line of ASCII: what it logged last, and its code."""
+    """Format an error that FFmpeg returned as one short line of ASCII: its last log message, and its code."""
     log = getattr(error, "log", None)
     said = " ".join(str(log[2]).split()) if log else f"{error.filename or 'it'} failed, without saying why"
     return f"FFmpeg: {said} (code {error.errno})".encode("ascii", "backslashreplace").decode()[:200]

@@ -1,8 +1,8 @@
-"""Facts in the first bytes of packets: whether decoding may begin there, and whether a frame comes of them.
+"""Facts in the first bytes of packets: whether decoding can start there, and whether the packet yields a frame.
 
-Containers mark key packets by what the muxer was told. The streams themselves say it too, in the header of a unit or
-picture: H.264 (ITU-T H.264, 7.3.1 and D.1.8), HEVC (H.265, 7.4.2.2), VP8 (RFC 6386, 9.1), VP9 (bitstream specification
-0.7, 6.2), MPEG-4 (ISO/IEC 14496-2, 6.2.5), MPEG-1 and 2 (ISO/IEC 13818-2, 6.2.3).
+Containers mark key packets as the muxer was told, which may be wrong. The streams state it themselves in the header of
+a unit or picture: H.264 (ITU-T H.264, 7.3.1 and D.1.8), HEVC (H.265, 7.4.2.2), VP8 (RFC 6386, 9.1), VP9 (bitstream
+specification 0.7, 6.2), MPEG-4 (ISO/IEC 14496-2, 6.2.5), MPEG-1 and 2 (ISO/IEC 13818-2, 6.2.3).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def units(codec: str, packet: Bytes, record: bytes) -> Iterator[tuple[int, int]]
 
 
 def is_intact(codec: str, data: bytes, start: int, end: int, record: bytes) -> bool:
-    """Tell whether the units of an H.264 or HEVC packet, data[start:end], fill it, with no three zeros in a row.
+    """Tell whether the units of an H.264 or HEVC packet, data[start:end], fill it exactly and hold no three zero bytes.
 
-    An encoder escapes those inside a unit. FFmpeg takes them for the unit's end and says nothing, though they are
-    damage where units have their lengths before them. Of other streams nothing is said.
+    Encoders escape three zeros inside a unit. FFmpeg takes them for the unit's end without an error, but in units with
+    a length prefix they are damage. True for other codecs.
     """
     place = LENGTHS.get(codec)
     if place is None or len(record) <= place or record[0] != 1:
@@ -66,9 +66,9 @@ def is_slice(codec: str, first: int) -> bool:
 
 
 def is_entry(codec: str, packet: Bytes, record: bytes) -> bool:
-    """Tell whether nothing that is shown from this packet on needs anything from before it.
+    """Tell whether everything shown from this packet on can be decoded without earlier packets.
 
-    Of a codec that isn't known here nothing is said, and a container's key packet is taken for one.
+    For codecs that are not known here, the container's key packets are taken for such entries.
     """
     check = _ENTRIES.get(codec)
     return check is None or (len(packet) > 0 and check(packet, record))

@@ -1,7 +1,7 @@
-"""The cache of a node: a folder that all its ranks share, of byte ranges and whole shards, with a limit to its size.
+"""Cache of a node: a folder shared by its ranks, of byte ranges and whole shards, with a limit to its size.
 
-Files appear whole, under one lock; the ones longest unused go when it is full. The kernel frees the locks of a process
-that dies, so nothing that was killed stands in the way.
+Files are renamed into place under one lock; when the cache is full, the least recently used ones are removed. The
+kernel releases the locks of a process that dies, so a killed process blocks nobody.
 """
 
 from __future__ import annotations

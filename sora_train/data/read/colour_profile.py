@@ -12,7 +12,7 @@ _HELD = 16  # profiles, of which a set of images has few
 
 
 def in_srgb(image: Image.Image) -> Image.Image:
-    """The image with the colours that its profile means; as it is without one, or with one that is not for its mode."""
+    """Convert an image from its embedded profile to sRGB; unchanged without a profile, or with one for another mode."""
     profile = image.info.get("icc_profile")
     transform = _transform(profile, image.mode) if isinstance(profile, bytes) and image.mode in _SPACES else None
     return image if transform is None else transform.apply(image)

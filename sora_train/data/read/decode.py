@@ -1,8 +1,8 @@
-"""Words that everything which decodes shares: limits, what is known of a video's pictures, containers, images.
+"""What all decoders share: limits, the facts of a video track, containers, images.
 
-Frames are numbered in the order they are shown. A number means the frame that is on the screen in the middle of its
-interval at the index's rate, so that a video of constant rate gives frame k for number k, and one of variable rate the
-frame that a viewer would see then.
+Frames are numbered in display order. A number denotes the frame that is shown in the middle of its interval at the
+index's rate: for a video of constant rate, number k is frame k; for one of variable rate, it is the frame that a viewer
+would see at that time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WHITE = 255  # what shows through where a picture has no colour, as on the page
 
 
 class DecodeError(Exception):
-    """A sample that can't be used; `cause` is one word for counting, the message says more."""
+    """A sample that can't be used. `cause` is one word for counting; the message has details."""
 
     def __init__(self, cause: str, detail: str) -> None:
         super().__init__(f"{cause}: {detail}")
@@ -86,7 +86,7 @@ AS_STORED = Conversion()
 
 
 def read_member(path: str, offset: int, size: int) -> bytes:
-    """The bytes of one tar member, or of a whole file where size is -1."""
+    """Read the bytes of one tar member, or of a whole file if size is -1."""
     with Path(path).open("rb") as file:
         return os.pread(file.fileno(), os.fstat(file.fileno()).st_size if size < 0 else size, offset)
 

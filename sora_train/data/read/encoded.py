@@ -1,7 +1,7 @@
-"""Samples that were encoded before training: `KEY.latent.safetensors`, and `KEY.text.safetensors` of a frozen encoder.
+"""Samples encoded before training: `KEY.latent.safetensors`, and `KEY.text.safetensors` of a frozen text encoder.
 
-The header of each says what it was made with, and a run takes only what it would have made itself. Without torch, so
-that the index can read headers; `latents.py` reads the tensors.
+The header of each file records the settings it was made with; a run accepts only what it would have computed itself. No
+torch here, so that the index can read headers; `latents.py` reads the tensors.
 """
 
 from __future__ import annotations

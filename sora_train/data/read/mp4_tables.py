@@ -1,9 +1,8 @@
-"""The times of an mp4's frames, read from its sample tables as arrays: FFmpeg says the same packet by packet, at thirty
-times the cost.
+"""Frame times of an mp4 file, read from its sample tables as arrays.
 
-Only for files that leave nothing to interpret: one video track, no fragments, at most one edit and that hides nothing,
-tables that agree with each other, and samples that all lie inside the file (ISO/IEC 14496-12:2022, 8.2 to 8.7). Of any
-other file nothing is said, and FFmpeg is asked.
+FFmpeg gives the same times packet by packet, at thirty times the cost. Only for unambiguous files: one video track, no
+fragments, at most one edit that hides nothing, consistent tables, and samples that all lie inside the file (ISO/IEC
+14496-12:2022, 8.2 to 8.7). For all others FFmpeg is used.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ class Line(NamedTuple):
 
 
 def choose_stream(file: Any, wanted: int = -1) -> Any:
-    """The video stream to read, set to decode in this thread with all checks; raises DecodeError where there is none.
+    """Choose the video stream to read, and set it to decode in this thread with all checks.
 
-    It is the stream of number `wanted`, which the index chose; else the one that the ffmpeg program would take: the
-    largest, those that the container marks as default before others, and no cover picture.
+    The stream numbered `wanted`, which the index chose; otherwise the one that the ffmpeg program would choose: the
+    largest, with default streams first, and no cover picture. Raises DecodeError if there is none.
     """
     streams = file.streams.video
     flags: Any = type(streams[0].disposition) if streams else None

@@ -1,11 +1,11 @@
-"""A pool of decode processes that can be killed: one thread and one child each, a deadline for every request.
+"""Pool of decode processes: one thread and one child process each, with a deadline for every request.
 
-The child (`child.py`) is a fresh interpreter without torch, without inherited descriptors other than its pipes and
-the shared memory, without network, and with an environment that holds no credentials: bytes of remote shards are
-fetched here and handed over. A child that misses the deadline or dies is replaced, and the request tried again, the
-last time without the first decoder, before it counts as failed.
+The child (`child.py`) is a fresh interpreter without torch, without inherited descriptors except its pipes and the
+shared memory, without network, and with an environment without credentials: bytes of remote shards are fetched here and
+passed to it. A child that misses the deadline or dies is replaced and the request repeated, the last time without the
+first decoder, before it counts as failed.
 
-Longer than most files here, as pool and child share one protocol.
+Longer than most files here, because pool and child share one protocol.
 """
 
 from __future__ import annotations

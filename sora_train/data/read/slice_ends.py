@@ -1,10 +1,10 @@
-"""Slices of H.264 whose pictures end before their bytes do: damage that FFmpeg doesn't look for.
+"""H.264 slices whose picture is complete before their bytes end: damage that FFmpeg doesn't report.
 
-A slice of CABAC is one arithmetic code. From a flipped bit on other symbols come out of it, all of them valid, until
-the last block of the picture: then bytes are missing, which FFmpeg reports, or bytes are left over, which it doesn't.
-They show when the slice is decoded without its last bytes: FFmpeg reports that of a whole slice, and has nothing to
-report where it never came to them. A whole slice may pass for once, when what is left gives as many blocks by chance
-(about one in twenty), but not with every one of these ends.
+A CABAC slice is one arithmetic code. After a flipped bit it decodes to other symbols, all of them valid, until the last
+block of the picture; then either bytes are missing, which FFmpeg reports, or bytes are left over, which it doesn't. To
+find the latter, the slice is decoded without its last bytes: an intact slice then causes an error report, while a slice
+whose last bytes were never reached causes none. An intact slice may cause none by chance (about one in twenty), so
+several lengths are tried.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Rows of HEVC that don't end where the next is said to begin: damage that FFmpeg doesn't look for.
+"""HEVC rows that don't end where the next one is declared to begin: damage that FFmpeg doesn't report.
 
-With wavefront parallel processing, which x265 has on unless told otherwise, the header of a slice says at which byte
-each row of blocks begins. One thread decodes a row from where the one above ended; several threads begin at those
-bytes. The pictures of a damaged row and of those below it differ between the two.
+With wavefront parallel processing, which x265 uses by default, a slice header states the byte at which each row of
+blocks begins. A single thread decodes a row from where the previous one ended; several threads start at the stated
+bytes. For a damaged row and those below it the two decodings give different pictures.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def digest(frame: Any) -> int:
 
 
 def first_differing(codec: Any, packets: Sequence[Any], digests: Sequence[int]) -> int | None:
-    """Number of the first frame that two threads, each with rows of its own, decode to another than one thread did."""
+    """Number of the first frame for which decoding with two threads differs from decoding with one."""
     decoder = av.CodecContext.create("hevc", "r")
     decoder.extradata, decoder.thread_type, decoder.thread_count = codec.extradata, "SLICE", 2
     number = 0
