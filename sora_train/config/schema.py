@@ -399,6 +399,7 @@ class Config:
     run_dir: str = MISSING  # folder for everything that the run writes
     method: str = "diffusion"  # training method: diffusion, autoencoder, or a plugin's
     plugins: list[str] = field(default_factory=list)  # modules that register methods, model families, ...
+    method_options: dict[str, Any] = field(default_factory=dict)  # settings of a plugin's method, by names of its own
     init_from: str | None = None  # run folder or export whose averaged weights a new run starts from
     seed: int = 0  # of initial weights, data order and noise
     steps: int = MISSING  # optimizer updates of the run

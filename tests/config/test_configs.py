@@ -27,7 +27,7 @@ OPTIONS = sorted(
     for path in CONF.glob("*/*.yaml")
     if path.parent.name not in ("experiment", "sweep", "debug")
 )
-FREE = ("data.sources", "flow.tasks", "deepspeed")  # maps whose keys are the user's
+FREE = ("data.sources", "flow.tasks", "deepspeed", "method_options")  # maps whose keys are the user's
 
 
 @pytest.fixture(autouse=True)

@@ -63,6 +63,15 @@ def test_the_loss_is_l1_and_squared_error_and_kl(task: Reconstruction, network: 
     assert task.loss(network, Pack([clip]), CPU).sum.item() == pytest.approx(16 * 8 * expected.item(), rel=1e-5)
 
 
+def test_the_terms_add_up_and_have_the_same_names_without_clips(
+    task: Reconstruction, network: VideoVAE, clips: list[Clip]
+) -> None:
+    loss, empty = (task.loss(network, Pack(part), CPU) for part in (clips, []))
+    assert sum(loss.terms.values()).item() == pytest.approx(loss.sum.item(), rel=1e-6)
+    assert list(loss.terms) == list(empty.terms) == ["l1", "mse", "kl"]
+    assert not any(term.requires_grad for term in loss.terms.values())
+
+
 def test_an_empty_pack_has_no_loss_and_reaches_every_weight(task: Reconstruction, network: VideoVAE) -> None:
     loss = task.loss(network, Pack([]), CPU).sum
     loss.backward()

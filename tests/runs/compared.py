@@ -210,7 +210,7 @@ def plugs(bed: Bed) -> object:
     load_plugins(["tests.plugs.distil", "tests.plugs.mixer"])
     store_schema()
     mine = ("plugins=[tests.plugs.distil,tests.plugs.mixer]", "method=distil")
-    short = (*mine, "steps=4", "optim.decay_fraction=0")
+    short = (*mine, "steps=4", "optim.decay_fraction=0", "+method_options.share=0.5")
     configs = {
         f"distil-{stage}": bed.config(f"distil-{stage}", f"deepspeed=zero{stage}", *short) for stage in (1, 2, 3)
     }
@@ -226,9 +226,15 @@ def plugs(bed: Bed) -> object:
     newest = latest_intact(bed.run_dir("killed") / "checkpoints")
     return {
         "losses": {name: list(losses(Path(config.run_dir)).values()) for name, config in configs.items()},
-        "kill": wrong, "torn saves": bed.facts["torn"],
+        "kill": wrong, "torn saves": bed.facts["torn"], "terms": _terms(bed.run_dir("distil-1")),
         "tensors": {network: kinds_of(newest, network) for network in networks_of(newest)},
     }  # fmt: skip
+
+
+def _terms(run_dir: Path) -> list[float]:
+    """Share of the plugin's own term in the loss, in each logged step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss_term/distance"] / line["loss"] for line in lines if "loss" in line]
 
 
 def moved_plugs(bed: Bed) -> object:

@@ -20,6 +20,7 @@ def test_plugins_train_at_every_stage_and_survive_a_kill(runs: Callable[[str], A
     found = runs("plugs")
     assert found["kill"] is None, "bitwise, every network's tensors"
     assert found["torn saves"] >= 1
+    assert 0 < found["terms"][-1] < 1, "a term of its own is logged; the student begins as its teacher"
     for name, losses in found["losses"].items():
         assert losses == pytest.approx(found["losses"]["distil-1"], rel=1e-5) or name == "mixer-1", name
         assert len(set(losses)) == len(losses) == 4
@@ -48,6 +49,7 @@ def test_plan_forecasts_a_plugin(python: str, chosen: tuple[str, ...]) -> None:
 def test_an_unknown_name_or_module_is_one_line(python: str) -> None:
     for arguments, message in (
         (("method=distill", PLUGS), "method=distill; did you mean 'distil'?"),
+        (("method=distil", PLUGS, "method_options.shares=1"), "give share, a number from 0 on"),
         (("plugins=[tests.plugs.nothing]",), "plugins: tests.plugs.nothing can't be imported"),
         (("model=mixer", PLUGS, "model.sharpness=-1", "model.width=32", "model.depth=1", "model.heads=2",
           "model.ffn=32"), "model.sharpness=-1.0 must be above 0"),

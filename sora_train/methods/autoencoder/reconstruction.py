@@ -39,28 +39,37 @@ class Reconstruction:
         if not pack.clips:
             blank = torch.zeros(1, 3, 1, side, side, device=device)
             (output,) = network([blank], [self._noise([0], (1, side, side), device)])
-            return Loss(0.0 * sum(part.float().sum() for part in output))
+            nothing = torch.zeros((), device=device)
+            terms = dict.fromkeys(("l1", "mse", "kl", *(["perceptual"] if self.perceptual else [])), nothing)
+            return Loss(0.0 * sum(part.float().sum() for part in output), terms=terms)
         videos, noises = [], []
         for size, run in groupby(pack.clips, key=lambda clip: clip.visit.size):
             clips = list(run)
             pixels = torch.stack([clip.video_TCHW.to(device, non_blocking=True) for clip in clips])
             videos.append(to_unit(pixels.transpose(1, 2)))
             noises.append(self._noise([clip.visit.seed for clip in clips], size, device))
-        total = torch.zeros((), device=device)
+        loss = Loss(torch.zeros((), device=device))
         for video, (decoded, mean, log_variance) in zip(videos, network(videos, noises), strict=True):
-            total = total + self._loss(video, decoded.float(), mean.float(), log_variance.float())
-        return Loss(total)
+            count = video.numel() / video.shape[1]  # of pixels
+            terms = self._terms(video, decoded.float(), mean.float(), log_variance.float())  # per pixel
+            loss.sum = loss.sum + sum(terms.values(), loss.sum.new_zeros(())) * count
+            for name, term in terms.items():
+                loss.terms[name] = loss.terms.get(name, torch.zeros_like(term)) + term.detach() * count
+        return loss
 
-    def _loss(self, video: Tensor, decoded: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    def _terms(self, video: Tensor, decoded: Tensor, mean: Tensor, log_variance: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of the loss per pixel, by name."""
         error = decoded - video
         kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
-        per_pixel = (
-            error.abs().mean() + self.config.mse_weight * error.square().mean() + self.config.kl_weight * kl.mean()
-        )
+        terms = {
+            "l1": error.abs().mean(),
+            "mse": self.config.mse_weight * error.square().mean(),
+            "kl": self.config.kl_weight * kl.mean(),
+        }
         if self.perceptual is not None:
             pictures = (x.transpose(1, 2).flatten(0, 1) for x in (decoded, video))
-            per_pixel = per_pixel + self.config.perceptual.weight * self.perceptual(*pictures).mean()
-        return per_pixel * (video.numel() / video.shape[1])
+            terms["perceptual"] = self.config.perceptual.weight * self.perceptual(*pictures).mean()
+        return terms
 
     def _noise(self, seeds: list[int], size: tuple[int, int, int], device: torch.device) -> Tensor:
         frames, height, width = size

@@ -77,6 +77,7 @@ class Meter:
         self._loss: Tensor
         self._levels: Tensor
         self._tasks: Tensor
+        self._terms: dict[str, Tensor]
         self.start()
 
     def restore(self, totals: dict[str, Any]) -> None:
@@ -119,6 +120,8 @@ class Meter:
                 self._levels = self._levels + torch.stack((loss.level_sum, loss.level_weight)).double() / ranks
             if loss.by_task is not None:
                 self._tasks = self._tasks + loss.by_task.double() / ranks
+            for name, term in loss.terms.items():
+                self._terms[name] = self._terms.get(name, 0) + term.detach().double() / (weight * ranks)
 
     def step_done(self, samples: int, tokens: int, refused: int, applied: bool) -> None:
         """Finish a step. Samples, tokens and refused samples are sums over all ranks."""
@@ -137,18 +140,20 @@ class Meter:
         peak_loads = loads.clone()
         dist.all_reduce(peak_loads, op=dist.ReduceOp.MAX)
         host = torch.tensor([self._tokens, self._flops, self._data_wait], dtype=torch.float64)
-        device = torch.cat((self._loss.view(1), self._levels.flatten(), self._tasks.flatten())).cpu()
+        terms = [self._terms[name].view(1) for name in sorted(self._terms)]
+        device = torch.cat((self._loss.view(1), *terms, self._levels.flatten(), self._tasks.flatten())).cpu()
         both = torch.cat((host, loads, device))
         dist.all_reduce(both)
         ranks = dist.get_world_size()
         tokens, flops, wait = both[:3].tolist()
         balance = (both[3 : 3 + len(loads)] / ranks / peak_loads.clamp(min=1)).mean().item()
-        loss = both[3 + len(loads)].item() / self._steps
-        levels, tasks = (x.view(2, -1) for x in both[4 + len(loads) :].split((self._levels.numel(), 2 * len(TASKS))))
+        sizes = (1, len(terms), self._levels.numel(), self._tasks.numel())
+        losses, shares, *parts = (both[3 + len(loads) :]).split(sizes)
+        levels, tasks = (part.view(2, -1) for part in parts)
         self.totals.wall_s += seconds
         self.totals.productive_s += max(0.0, seconds - wait / ranks)
         figures = {
-            "loss": loss,
+            "loss": losses.item() / self._steps,
             "samples": self.totals.samples,
             "tokens": self.totals.tokens,
             "tokens_per_s": tokens / seconds,
@@ -161,6 +166,8 @@ class Meter:
             "skipped_samples": self.totals.skipped_samples,
             "skipped_steps": self.totals.skipped_steps,
         }
+        for name, share in zip(sorted(self._terms), shares.tolist(), strict=True):
+            figures[f"loss_term/{name}"] = share / self._steps
         for level, (total, weight) in enumerate(levels.T.tolist()):
             if weight:
                 figures[f"loss_by_noise/{level / levels.shape[1]:.1f}"] = total / weight
@@ -191,3 +198,4 @@ class Meter:
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._levels = torch.zeros(2, LEVELS, dtype=torch.float64, device=self.device)
         self._tasks = torch.zeros(2, len(TASKS), dtype=torch.float64, device=self.device)
+        self._terms = {}
