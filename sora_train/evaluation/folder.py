@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import io
 import json
 import os
@@ -21,6 +22,12 @@ from sora_train.evaluation.metric import Sample
 from sora_train.evaluation.outcome import Outcome, conclude
 from sora_train.evaluation.results import REAL, SAMPLES, Judged, Judges
 
+_MALLOC = {  # parameters of glibc's mallopt(3) and their values
+    -8: 1,  # M_ARENA_MAX: threads share one heap, whose memory can be reused by any of them
+    -3: 32 << 20,  # M_MMAP_THRESHOLD, the largest there is
+    -2: 256 << 20,  # M_TOP_PAD: how much the heap grows at once
+    -1: (1 << 31) - 1,  # M_TRIM_THRESHOLD: how much stays free before memory is returned
+}
 _VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 _NAMES = ("video", "name", "file_name", "file", "path")  # columns that may name a video, the first that is there
 _CAPTIONS = ("prompt", "caption", "text")
@@ -57,6 +64,7 @@ def judge_folder(
         truth = None if beside is None else read_video(beside)[0]
         return judges.judge(frames, truth, _sample(name, fps, texts))
 
+    _reuse_memory()
     work = {SAMPLES: [(name, path, real[name] if paired else None) for name, path in made.items()]}
     if real:
         work[REAL] = [(name, path, None) for name, path in real.items()]
@@ -70,6 +78,18 @@ def judge_folder(
         pool.shutdown(cancel_futures=True)
     about = {"folder": videos, "reference": reference, "prompts": prompts}
     return conclude(f"{videos}, {len(made)} videos", about, judges, columns)
+
+
+def _reuse_memory() -> None:
+    """Have glibc keep freed memory for the next video instead of returning it to the system, for all of this process.
+
+    Arrays of a video are large enough to be mapped anew each time; faulting their pages in took a quarter of the CPU
+    time of 64 clips of 480p. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in _MALLOC.items():
+            mallopt(parameter, value)
 
 
 def videos_in(folder: str) -> dict[str, Path]:

@@ -53,6 +53,8 @@ def test_what_differs_or_is_not_there_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=says):
             read_sized([one, run(tmp_path / name, 9, 1.0, 3, **changed)], "prompts")
+    hashed = [run(tmp_path / path, 9, 1.0, 3, prompts=path, clips="sha") for path in ("here", "there")]
+    assert len(read_sized(hashed, "prompts")) == 2, "one prompt file, given by two paths"
     with pytest.raises(InputError, match="has no evaluation"):
         read_sized([one], "clips")
     with pytest.raises(InputError, match="there is no .*/evaluation/others.json; give"):
