@@ -59,7 +59,11 @@ def check(config: Config) -> None:
         AUGMENTATIONS.get(data.augment)
         require(vae.cache_mib == 0, f"vae.cache_mib={vae.cache_mib} keeps the latents of each clip, which "
                 f"data.augment={data.augment} makes anew for every visit; set vae.cache_mib=0")  # fmt: skip
-    METHODS.get(config.method).rules(config)
+    method = METHODS.get(config.method)
+    for key in config.method_options:
+        known = f"known: {', '.join(method.options)}" if method.options else "it has none"
+        require(key in method.options, f"method={config.method} reads no method_options.{key}; {known}")
+    method.rules(config)
 
 
 def _check_vae(vae: VaeConfig) -> None:

@@ -104,6 +104,7 @@ class Method(Protocol):
     """Properties and rules of a method for a configuration, available before any network is built."""
 
     fixed: tuple[str, ...]  # configuration sections and keys that may not change when a run resumes
+    options: tuple[str, ...]  # keys of `method_options` that it reads
     highest_stage: int  # highest ZeRO stage that it supports
     splits_sequence: bool  # supports sequence parallelism (parallel.sequence)
     recomputes: bool  # supports model.activation_checkpointing

@@ -55,12 +55,13 @@ class Distillation:
 
 class Distil(Diffusion):
     fixed = (*Diffusion.fixed, "method_options")
+    options = ("share",)
 
     def rules(self, config: Config) -> None:
         super().rules(config)
         share = config.method_options.get("share", 1.0)
-        if set(config.method_options) - {"share"} or not isinstance(share, (int, float)) or share < 0:
-            raise InputError(f"method_options={config.method_options}: give share, a number from 0 on")
+        if not isinstance(share, (int, float)) or share < 0:
+            raise InputError(f"method_options.share={share} must be a number from 0 on")
 
     def learner(self, config: Config, device: torch.device) -> Distillation:
         share = config.method_options.get("share", 1.0)

@@ -49,7 +49,9 @@ def test_plan_forecasts_a_plugin(python: str, chosen: tuple[str, ...]) -> None:
 def test_an_unknown_name_or_module_is_one_line(python: str) -> None:
     for arguments, message in (
         (("method=distill", PLUGS), "method=distill; did you mean 'distil'?"),
-        (("method=distil", PLUGS, "method_options.shares=1"), "give share, a number from 0 on"),
+        (("method=distil", PLUGS, "method_options.shares=1"), "reads no method_options.shares; known: share"),
+        (("method=distil", PLUGS, "method_options.share=-1"), "method_options.share=-1 must be a number from 0 on"),
+        (("method_options.share=1",), "method=diffusion reads no method_options.share; it has none"),
         (("plugins=[tests.plugs.nothing]",), "plugins: tests.plugs.nothing can't be imported"),
         (("model=mixer", PLUGS, "model.sharpness=-1", "model.width=32", "model.depth=1", "model.heads=2",
           "model.ffn=32"), "model.sharpness=-1.0 must be above 0"),

@@ -20,6 +20,7 @@ class Autoencoder:
     """Trains the VAE of the section `vae` to reconstruct clips. See `methods.base.Method`."""
 
     fixed = ("method", "vae")
+    options: tuple[str, ...] = ()
     highest_stage = 2  # clips of each size run separately, so the order of layers varies, which ZeRO-3 can't prefetch
     splits_sequence = recomputes = reads_latents = reads_captions = makes_videos = False
 

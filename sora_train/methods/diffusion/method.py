@@ -25,6 +25,7 @@ class Diffusion:
     """
 
     fixed = ("method", "model", "vae", "text_encoder")
+    options: tuple[str, ...] = ()
     highest_stage = 3
     splits_sequence = recomputes = reads_latents = reads_captions = makes_videos = True
 
