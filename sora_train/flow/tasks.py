@@ -1,6 +1,7 @@
 """Tasks as masks over latent frames: given frames (conditions, t = 0) and frames to generate.
 
-To add a task, write a mask function here, add its name to `config.schema.TASKS`, and give it a weight in `flow.tasks`.
+To add a task, write a mask function here, enter it in `_MASKS`, add its name to `config.schema.TASKS`, and give it a
+weight in `flow.tasks`.
 """
 
 from __future__ import annotations
