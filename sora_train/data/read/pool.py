@@ -1,9 +1,9 @@
 """Pool of decode processes: one thread and one child process each, with a deadline for every request.
 
 The child (`decode_child.py`) is a fresh interpreter without torch, without inherited descriptors except its pipes and
-the shared memory, without network, and with an environment without credentials: bytes of remote shards are fetched here and
-passed to it. A child that misses the deadline or dies is replaced and the request repeated, the last time without the
-first decoder, before it counts as failed.
+the shared memory, without network, and with an environment without credentials: bytes of remote shards are fetched here
+and passed to it. A child that misses the deadline or dies is replaced and the request repeated, the last time without
+the first decoder, before it counts as failed.
 
 Longer than most files here, because pool and child share one protocol.
 """
