@@ -135,6 +135,8 @@ def make_all(
                 refused.append(f"{sample.target.path}: {error}")
                 print(f"refused: {refused[-1]}", file=sys.stderr, flush=True)
     if refused:
+        if sampler is not None and model.world.size > 1:
+            torch.distributed.barrier()  # a launcher ends all ranks with the first: the last file must be written
         raise InputError(f"{len(refused)} of {len(samples)} refused; {refused[0]}")
 
 

