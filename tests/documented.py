@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = r"python -m|torchrun|tensorboard|mkdocs|wandb|pip|source|kubectl|sysctl|sbatch"
+PROGRAMS = r"python3? -m|torchrun|tensorboard|mkdocs|wandb|pip|source|kubectl|sysctl|sbatch"
 STARTS = rf"(?:[A-Z_]+=\S+ )*(?:(?:{PROGRAMS}) |\./launch/)"
 
 # What stands in for what the reader puts in.
@@ -70,7 +70,9 @@ SMALLER = {
 NOT_RUN = {
     "./launch/test.sh": "runs the tests, this one among them",
     "python -m pytest --campaign tests/runs/test_two_machines.py": "a test itself",
-    "pip install torch --index-url https://download.pytorch.org/whl/cpu": "fetches what is installed",
+    "python3 -m venv .venv && .venv/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu": (
+        "fetches what is installed"
+    ),
     "kubectl apply -f": "wants a cluster; tests/test_k8s.py checks the files",
     "sysctl net.ipv4.tcp_retries2=8": "changes the machine; tests/runs/test_two_machines.py does it in a namespace",
     'python -m sora_train.release init provider="Example Lab" contact=safety@example.org': (
