@@ -270,7 +270,7 @@ def test_the_tools_options_are_answered_in_the_same_way(monkeypatch: pytest.Monk
 def test_text_reaches_the_configuration_as_it_was_typed(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     GlobalHydra.instance().clear()
-    monkeypatch.setattr("sys.argv", ["train", "experiment=demo_vae", f"run_dir={value}", "hydra.run.dir=."])
+    monkeypatch.setattr("sys.argv", ["train", "--run", "experiment=demo_vae", f"run_dir={value}", "hydra.run.dir=."])
 
     def job(config: Config) -> int:
         seen.append(config.run_dir)

@@ -262,6 +262,7 @@ def test_wrong_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         hardware("h1000")
 
 
+@pytest.mark.campaign
 def test_one_rank_of_64_takes_a_step_alone(python: str) -> None:
     script = """
 from hydra import compose, initialize_config_dir
@@ -329,6 +330,7 @@ def test_adapters_are_traced_with_what_is_frozen_left_out(
     assert sum(m.elements for m in adapted.made) < 0.1 * sum(m.elements for m in full.made)
 
 
+@pytest.mark.campaign
 def test_ranks_that_share_a_pack_need_less_each(compose_tree: Callable[..., DictConfig]) -> None:
     """Whole packs are encoded, and heads traded for tokens: half the activations, not more than a third in addition."""
     keys = ("experiment=demo", "model.depth=4", "data.max_frames=65", "data.max_tokens=2112")

@@ -171,6 +171,7 @@ print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.campaign
 def test_the_length_and_resolution_of_a_video_do_not_show_in_memory(tmp_path: Path) -> None:
     """Ten seconds of 720p are 442 MiB of pixels; at the size asked for they are 2 MiB."""
     picture = np.random.default_rng(0).integers(0, 255, (1, 45, 80, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)

@@ -137,6 +137,7 @@ def test_out_of_memory_is_known_by_its_kinds() -> None:
     assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(KeyError("x"))
 
 
+@pytest.mark.campaign
 def test_the_suggestion_for_too_little_memory_fits(make: Make) -> None:
     config = make("model=20m", "model.depth=2", "data.slots=16", "parallel.accumulation=1", "deepspeed=zero1")
     available = int(1.1 * peak_bytes(config, 8))  # the forecast was wrong

@@ -63,8 +63,8 @@ def _matrix(bed: Bed, wanted: dict[int, list[tuple[int, int]]], steps: int) -> o
     return found
 
 
-def adapters(bed: Bed, stages: tuple[int, ...] = (0, 3), in_bf16: tuple[int, ...] = (0,), steps: int = 2) -> object:
-    """Two ranks train adapters at ZeRO stages, in bf16, and again at stage 3 with a stop halfway."""
+def adapters(bed: Bed, stages: tuple[int, ...] = (0, 3), in_bf16: tuple[int, ...] = (), steps: int = 2) -> object:
+    """Two ranks train adapters at ZeRO stages in fp32 and in bf16, and again at stage 3 with a stop halfway."""
     lora = (
         "model.lora.rank=2", "model.lora.alpha=4", "model.lora.targets=[q,v,mlp.2,text_in.0,out.project]",
         "optim.decay_fraction=0", "optim.lr=0.01", "optim.warmup_steps=1", f"steps={steps}",

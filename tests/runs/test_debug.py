@@ -11,7 +11,7 @@ import pytest
 
 from sora_train.forecast.out_of_memory import is_out_of_memory
 
-pytestmark = pytest.mark.timeout(3600)  # a quarter of a minute, but not on a busy machine
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
 
 
 def test_debug_groups_and_a_rank_without_memory(runs: Callable[[str], Any], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(3600)  # a quarter of a minute, but not on a busy machine
 def test_deepspeeds_own_checkpoints_are_taken_over(runs: Callable[[str], Any]) -> None:
     found = runs("imports")
