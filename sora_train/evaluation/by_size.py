@@ -1,4 +1,4 @@
-"""One evaluation of several runs side by side, by the size of the model and the time that it was trained for."""
+"""Compares the same evaluation of several runs, by size of the model and time of training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Sized:
     evaluation: Mapping[str, Any]
 
     def figure(self, name: str) -> str:
-        """A figure with its interval as text; a dash where there is none."""
+        """A figure with its interval as text; a dash if the run doesn't have it."""
         entry = self.evaluation["figures"].get(name, {})
         found = entry.get("columns", {}).get(SAMPLES)
         if found is None:
@@ -94,7 +94,7 @@ def rows_of(runs: Sequence[Sized], figures: Sequence[str]) -> tuple[list[str], l
 
 
 def sizes_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The table for a terminal: a run a column, since figures are many."""
+    """Build the table for a terminal, with a column per run and a line per figure, as there are many figures."""
     out = Table()
     for column in zip(header, *rows, strict=True):
         if not out.columns:
@@ -106,5 +106,5 @@ def sizes_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def sizes_page(about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table as a page of its own."""
+    """Render the table as an HTML page."""
     return page("By size of the model", _TEMPLATE, {"about": about, "header": header, "rows": rows})

@@ -1,4 +1,4 @@
-"""The options of `sora_train.evaluate`, and the parts of it that need no model."""
+"""The options of `sora_train.evaluate`, and those of its commands that need no model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from sora_train.evaluation.page import evaluation_page
 from sora_train.evaluation.registry import choose
 from sora_train.evaluation.results import Judges, write_json
 
-_SHOWN = 40  # lines of what is wrong with a folder
+_SHOWN = 40  # printed faults of a folder
 
 
 @dataclass
 class Options:
-    """Command-line options; the head of `evaluate.py` says which go together."""
+    """Command-line options; the docstring of `evaluate.py` tells which can be combined."""
 
     run_dir: str = ""
     split: str = "val"
@@ -49,16 +49,16 @@ class Options:
     binding: str = ""
     each: int = number(8, least=1)  # trials of a category and degree
     side_by_side: list[str] = field(default_factory=list)
-    repeats: float = number(0.1, least=0, most=1)  # share of the questions that are asked twice
+    repeats: float = number(0.1, least=0, most=1)  # share of the pairs of `side_by_side` that are asked twice
     votes: list[str] = field(default_factory=list)
     key: str = ""
     memorised: list[str] = field(default_factory=list)
     release: str | None = None  # the release folder that signs the samples, or off
-    vae: str | None = None  # where the run's VAE is, if it has been moved
-    base: str | None = None  # where the released weights are that the run was trained from, if they have been moved
+    vae: str | None = None  # new path of the run's VAE, if it has been moved
+    base: str | None = None  # new path of the released weights that the run was trained from, if they have been moved
 
     def judges(self) -> Judges:
-        """The metrics asked for."""
+        """The requested metrics and distances."""
         return choose(self.metrics or ["completion" if self.tasks else "quick"], self.models)
 
     def path(self, ending: str) -> Path:
@@ -74,7 +74,7 @@ class Options:
 
 
 def judge_videos(o: Options) -> int:
-    """Judge a folder of videos."""
+    """Compute the metrics of a folder of videos; prints them, writes a JSON file and a page. Returns the exit code."""
     if not o.videos:
         raise InputError("name what to evaluate: run_dir=RUN, or videos=DIR; --help shows more")
     out, judges = o.path(".json"), o.judges()
@@ -88,7 +88,7 @@ def judge_videos(o: Options) -> int:
 
 
 def check_format(o: Options) -> int:
-    """Check a folder of a benchmark's videos; 1 where something is wrong."""
+    """Check a folder of a benchmark's videos and print its faults. Returns the exit code, 1 if there are any."""
     every = wanted(o.format, o.prompts)
     wrong = check_layout(o.format, o.videos, every)
     for line in [*wrong[:_SHOWN], *([f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else [])]:
@@ -101,7 +101,7 @@ def check_format(o: Options) -> int:
 
 
 def write_binding(o: Options) -> int:
-    """Write BindingBench: `prompts.jsonl`, and a right video of every prompt under `reference/`."""
+    """Write BindingBench: `prompts.jsonl`, and a correct video of every prompt under `reference/`."""
     top = Path(o.binding)
     with usable(top, "binding"):
         (top / "reference").mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def write_binding(o: Options) -> int:
 
 
 def ask_people(o: Options) -> int:
-    """Write the page for blind votes."""
+    """Write the page for blind votes on `side_by_side`, and its key. Returns the exit code."""
     pairs = votes.pairs_of(o.side_by_side, o.prompts or None, o.count, o.seed, o.repeats)
     votes.write_votes_page(pairs, o.path(".html"))
     print(f"{o.out}: {len(pairs)} questions; {o.path('.html').with_suffix('.key.json')} says who is who")
@@ -123,7 +123,7 @@ def ask_people(o: Options) -> int:
 
 
 def count_votes(o: Options) -> int:
-    """Print the strengths that votes give."""
+    """Compute and print the strengths of models from files of votes. Returns the exit code."""
     if not o.key:
         raise InputError("votes need key=PAGE.key.json, which was written beside the page")
     found, repeats = votes.read_votes(o.key, o.votes)
@@ -134,7 +134,7 @@ def count_votes(o: Options) -> int:
     return 0
 
 
-WITHOUT_A_MODEL: dict[str, Callable[[Options], int]] = {  # by the option that asks for it
+WITHOUT_A_MODEL: dict[str, Callable[[Options], int]] = {  # by the option that requests the command
     "binding": write_binding,
     "side_by_side": ask_people,
     "votes": count_votes,

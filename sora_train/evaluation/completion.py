@@ -1,7 +1,6 @@
 """Measures of clips that were completed from some of their own frames.
 
-Given frames must come back as the VAE gives them back, and what is made between or beside them must join on without a
-jump.
+Given frames must be reproduced up to the error of the VAE, and generated frames must continue them without a jump.
 """
 
 from __future__ import annotations
@@ -17,11 +16,17 @@ TASKS = ("image_to_video", "extension", "extension_backwards", "interpolation")
 
 
 def part_of(task: str, frames: int, stride: int) -> Part:
-    """Given part of a clip of `frames` at a VAE's temporal stride: an image, half of the latents, or both ends.
+    """Determine the given part of a clip for a task: an image, half of the latent frames, or both ends.
 
-    Raises InputError for another task.
+    Args:
+        task: Name of the task, one of `TASKS`.
+        frames: Frames of the clip.
+        stride: Temporal stride of the VAE.
+
+    Raises:
+        InputError: The task is unknown.
     """
-    half = (1 + (frames - 1) // stride) // 2  # latent frames; the first holds one frame alone
+    half = (1 + (frames - 1) // stride) // 2  # latent frames; the first encodes a single frame
     known = dict(zip(TASKS, (Part(1, 0), Part(1 + (half - 1) * stride, 0), Part(0, half * stride), Part(1, stride)),
                      strict=True))  # fmt: skip
     if task not in known:
@@ -46,7 +51,7 @@ def given(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -
 
 @metric("seam", groups=("completion",), better="down", needs=["part"], summary="median")
 def seam(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
-    """Change where given and generated frames meet, relative to all other frames; 1: no difference."""
+    """Change where given and generated frames meet, divided by the change at all other frames; 1: no difference."""
     assert sample.part is not None
     frames = len(made_THWC)
     seams = [at for at in (sample.part.before, frames - sample.part.after) if 0 < at < frames]

@@ -1,8 +1,8 @@
 """Distances between sets of videos: kernel and Frechet distance on the features of a network.
 
-A Frechet distance of few videos is mostly bias: of two sets of 64 from the same source it is far from 0, and it falls
-as sets grow. So both distances are given with the number of videos and with the distance of real from real videos at
-that number, and the kernel distance, which is unbiased, comes first.
+A Frechet distance of few videos is mostly bias: for two sets of 64 from the same source it is far from 0, and it falls
+as sets grow. So both distances are reported with the number of videos, and with the distance between two sets of that
+many real videos. The kernel distance is listed first, as it is unbiased.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from sora_train.evaluation.metric import Distance, Models, Sample, register
 from sora_train.evaluation.results import REAL, Columns, Judged
 
 _SPLITS = 60  # random halves that a distance is averaged over
-_FRAMES, _SIDE = 16, 64  # of a video as the fixed network sees it
+_FRAMES, _SIDE = 16, 64  # frames and pixels a side of the fixed network's input
 _WIDTHS = (3, 24, 48, 96)
 _SEED = 20260101
 
 
 @dataclass(frozen=True)
 class DistanceFigure:
-    """A distance of made from real videos, and of real from real ones (the floor), both between sets of n videos."""
+    """Distance of generated from real videos, and of real from other real videos (the floor), for sets of n videos."""
 
     name: str
     made: Estimate
@@ -38,7 +38,9 @@ class DistanceFigure:
 
 
 def kernel_distance(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
-    """Squared maximum mean discrepancy of two sets with the kernel (x y / D + 1)^3, unbiased: 0 on average for equals.
+    """Squared maximum mean discrepancy of two sets with the kernel (x y / D + 1)^3.
+
+    It is unbiased: 0 on average for two sets from the same distribution.
 
     M. Binkowski et al., "Demystifying MMD GANs", ICLR 2018 (the kernel inception distance, without its subsets).
     """
@@ -66,17 +68,25 @@ def frechet_distance(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
 
 
 def set_distances(made_ND: np.ndarray, real_ND: np.ndarray) -> dict[str, float]:
-    """Both distances, the headline first."""
+    """Compute both distances by name, the main one first."""
     return {"kernel": kernel_distance(made_ND, real_ND), "frechet": frechet_distance(made_ND, real_ND)}
 
 
 def between(distance: Distance, made_ND: np.ndarray, real_ND: np.ndarray) -> list[DistanceFigure]:
-    """Distances of halves: n is half of the smaller set. Mean over random splits, seeded; none for under 8 videos.
+    """Compute mean distances between random subsets of n videos, where n is half of the smaller set.
 
-    A split takes n of the made videos, n of the real ones and n others of the real ones for the floor. The spread over
-    splits is that of the delete-half jackknife, which estimates the error of the whole sets' distance
-    (J. Shao and C. Wu, "A general theory for jackknife variance estimation", Annals of Statistics 17, 1989), and
-    unlike resampling with replacement puts no video into a set twice.
+    Each of the splits, drawn with a fixed seed, takes n generated videos, n real ones, and n other real ones for the
+    floor. The spread over splits is that of the delete-half jackknife, which estimates the error of the distance
+    between the full sets (J. Shao and C. Wu, "A general theory for jackknife variance estimation", Annals of Statistics
+    17, 1989). Unlike resampling with replacement it puts no video into a set twice.
+
+    Args:
+        distance: The distance.
+        made_ND: Features of the generated videos.
+        real_ND: Features of the real videos.
+
+    Returns:
+        A figure for each name of the distance; none for fewer than 8 videos.
     """
     n = min(len(made_ND), len(real_ND)) // 2
     if n < 4:
@@ -103,7 +113,7 @@ def _spread(values: np.ndarray, n: int) -> Estimate:
 
 
 def measure_distances(distances: Sequence[Distance], columns: Columns) -> dict[str, list[DistanceFigure]]:
-    """The distances of every column from the real videos; empty without real ones."""
+    """Compute the distances of every column from the real videos, by column; empty without real videos."""
     real = columns.get(REAL, ())
     return {
         column: [f for one in distances for f in between(one, _features(one, videos), _features(one, real))]
@@ -118,7 +128,7 @@ def _features(distance: Distance, videos: Sequence[Judged]) -> np.ndarray:
 
 
 def distances_table(found: Mapping[str, Sequence[DistanceFigure]]) -> Table:
-    """A line per distance and column, the floor beside it."""
+    """Build a table with a line per distance and column, including the floor."""
     out = Table(title="distance from the real videos, less is better")
     for head in ("distance", "videos", "distance (95% interval)", "real from real (floor)", "n"):
         out.add_column(head, justify="left" if head in ("distance", "videos") else "right")
@@ -130,7 +140,7 @@ def distances_table(found: Mapping[str, Sequence[DistanceFigure]]) -> Table:
 
 
 def distances_json(found: Mapping[str, Sequence[DistanceFigure]]) -> dict[str, Any]:
-    """The distances for a JSON file: by figure, by column."""
+    """Convert the distances to a map for a JSON file, by figure and column."""
     out: dict[str, Any] = {}
     for column, figures in found.items():
         for figure in figures:
@@ -139,10 +149,10 @@ def distances_json(found: Mapping[str, Sequence[DistanceFigure]]) -> dict[str, A
 
 
 class FixedNetwork:
-    """A random 3-D convolutional network that is the same everywhere: features without a download.
+    """A random 3-D convolutional network with the same weights on every machine: features without a download.
 
-    Distances on random features order damages as those on learned ones do for plain damage; they know nothing of what a
-    video shows. Weights are drawn by NumPy, whose generator doesn't change between versions.
+    Distances on its features rank simple kinds of damage in the same order as distances on learned features, but they
+    are independent of a video's content. Weights are drawn by NumPy, whose generator doesn't change between versions.
     """
 
     def __init__(self) -> None:
@@ -154,7 +164,7 @@ class FixedNetwork:
 
     @torch.no_grad()
     def features(self, video_THWC: np.ndarray, sample: Sample) -> np.ndarray:
-        """Mean and deviation over space and time of the last layer's channels."""
+        """Mean and standard deviation over space and time of the last layer's channels, `(2 C,)`."""
         x = resampled(video_THWC, _FRAMES, _SIDE).unsqueeze(0)
         for weight in self.weights:
             x = F.leaky_relu(F.conv3d(x, weight, stride=2, padding=1), 0.2)
@@ -163,14 +173,14 @@ class FixedNetwork:
 
 
 def resampled(video_THWC: np.ndarray, frames: int, side: int) -> Tensor:
-    """A video in [-1, 1] as (C, frames, side, side): frames evenly spaced, repeated where there are fewer."""
+    """Resample a video to `(C, frames, side, side)` in [-1, 1]: evenly spaced frames, repeated if it is shorter."""
     places = np.linspace(0, len(video_THWC) - 1, frames).round().astype(int)
     video_TCHW = to_unit(to_video(np.ascontiguousarray(video_THWC[places])))
     return F.interpolate(video_TCHW, (side, side), mode="bilinear", antialias=True).transpose(0, 1)
 
 
 def distance_on(name: str, features: Callable[[np.ndarray, Sample], np.ndarray]) -> Distance:
-    """Kernel and Frechet distance on the features of a network."""
+    """Build the kernel and Frechet distances on the features `(D,)` that a function computes of a video."""
     return Distance(name, features, set_distances)
 
 

@@ -1,4 +1,4 @@
-"""Judges a folder of videos made by anything, beside a folder of real ones, by the names of the files."""
+"""Computes the metrics of a folder of videos from any model, compared with real videos of the same file names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MALLOC = {  # parameters of glibc's mallopt(3) and their values
     -1: (1 << 31) - 1,  # M_TRIM_THRESHOLD: how much stays free before memory is returned
 }
 _VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-_NAMES = ("video", "name", "file_name", "file", "path")  # columns that may name a video, the first that is there
+_NAMES = ("video", "name", "file_name", "file", "path")  # columns that may name a video; the first existing one counts
 _CAPTIONS = ("prompt", "caption", "text")
 
 
@@ -69,7 +69,7 @@ def judge_folder(
     if real:
         work[REAL] = [(name, path, None) for name, path in real.items()]
     columns: dict[str, list[Judged]] = {}
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # most of the work is in libraries that let threads go
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # most of the work is in libraries that release the GIL
     try:
         for column, tasks in work.items():
             found = pool.map(lambda task: judged(*task), tasks)
@@ -81,10 +81,10 @@ def judge_folder(
 
 
 def _reuse_memory() -> None:
-    """Have glibc keep freed memory for the next video instead of returning it to the system, for all of this process.
+    """Configure glibc, for this process, to keep freed memory for the next video instead of returning it to the system.
 
-    Arrays of a video are large enough to be mapped anew each time; faulting their pages in took a quarter of the CPU
-    time of 64 clips of 480p. Other C libraries are left as they are.
+    By default glibc maps new memory for arrays as large as a video; the page faults took a quarter of the CPU time for
+    64 clips of 480p. Other C libraries are not changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -93,7 +93,10 @@ def _reuse_memory() -> None:
 
 
 def videos_in(folder: str) -> dict[str, Path]:
-    """The videos of a folder and those below it, by their path without the ending. Raises InputError for none."""
+    """Find the videos of a folder and its subfolders, by their relative path without the ending.
+
+    Hidden files and folders are skipped. Raises InputError if there are none.
+    """
     top = Path(folder)
     if not top.is_dir():
         raise InputError(f"there is no folder {folder}")
@@ -108,7 +111,7 @@ def videos_in(folder: str) -> dict[str, Path]:
 
 
 def read_video(path: Path) -> tuple[np.ndarray, float]:
-    """Frames and frames a second. Raises InputError for a file that can't be read."""
+    """Read a video: frames `(T, H, W, 3)` uint8, and frames per second. Raises InputError if it can't be read."""
     try:
         return read_mp4(path)
     except ValueError as error:
@@ -116,7 +119,9 @@ def read_video(path: Path) -> tuple[np.ndarray, float]:
 
 
 def read_prompts(file: str) -> dict[str, dict[str, Any]]:
-    """Prompt and further fields of each video by its name without the ending.
+    """Read the prompt and further fields of each video; returns them by the video's name without the ending.
+
+    The prompt is in the field `caption`.
 
     Files: .jsonl and .csv with a column `video` (or name, file_name, file, path) and `prompt` (or caption, text); .json
     with a list of the same or an object from name to prompt; .txt with lines of name, tab, prompt.
@@ -144,7 +149,7 @@ def read_prompts(file: str) -> dict[str, dict[str, Any]]:
 
 
 def _shown(name: str) -> str:
-    """A name as it is shown: some systems store accents apart from their letters."""
+    """Normalise a name to Unicode's composed form (NFC), as some systems store accents separately from letters."""
     return unicodedata.normalize("NFC", name)
 
 

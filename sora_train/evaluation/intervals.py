@@ -25,7 +25,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], summary: Summary) -> Estimate:
-    """Summarise independent figures; NaNs, figures that a video doesn't have, are left out."""
+    """Summarise independent figures of videos. NaNs (the video doesn't have the figure) are left out."""
     known = np.array([v for v in values if not np.isnan(v)], dtype=np.float64)
     if not len(known):
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
@@ -35,7 +35,7 @@ def estimate(values: Sequence[float], summary: Summary) -> Estimate:
 
 
 def bootstrap(values_N: np.ndarray, summary: Summary) -> Estimate:
-    """Mean or median with the percentiles of 2,000 seeded resamples.
+    """Mean or median with its 95% bootstrap interval: percentiles of 2,000 resamples with a fixed seed.
 
     B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
     """
@@ -48,8 +48,8 @@ def bootstrap(values_N: np.ndarray, summary: Summary) -> Estimate:
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """Interval of a success rate: Wilson's score interval; (0, 1) for n = 0.
 
-    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927). Holds its
-    level for small `n` and at 0 and 1, where the usual normal interval has no width.
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927). Its coverage
+    is right for small `n` and at rates of 0 and 1, where the usual normal interval has no width.
     Raises ValueError unless 0 <= successes <= n.
     """
     if not 0 <= successes <= n:

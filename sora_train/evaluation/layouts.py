@@ -1,7 +1,7 @@
-"""Folders as the benchmarks of others want them: which videos from which prompts, under which names, how long.
+"""Folder layouts of external benchmarks: which videos from which prompts, under which names, how long.
 
-The benchmarks themselves run in environments of their own and are not part of this project. Their code is under Apache
-2.0; VBench's metrics bring AMT and CoTracker (CC BY-NC), VBench-2.0's bring mmyolo (GPL-3).
+The benchmarks themselves run in separate environments and are not part of this project. Their code is under Apache 2.0;
+VBench's metrics include AMT and CoTracker (CC BY-NC), VBench-2.0's include mmyolo (GPL-3).
 
 | format | prompts=FILE | videos |
 | --- | --- | --- |
@@ -39,7 +39,15 @@ class Wanted:
 
 
 def wanted(form: str, prompts: str) -> list[Wanted]:
-    """The videos of a benchmark. Raises InputError for another format, and for prompts that can't be read or named."""
+    """List the videos of a benchmark.
+
+    Args:
+        form: Name of the benchmark's format, one of `FORMATS`.
+        prompts: Path of the benchmark's file or folder of prompts.
+
+    Raises:
+        InputError: The format is unknown, or the prompts can't be read or used as file names.
+    """
     if form not in FORMATS:
         raise InputError(f"format={form}; {nearest(form, list(FORMATS))}")
     path = Path(prompts)
@@ -98,7 +106,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def check_layout(form: str, folder: str, every: Sequence[Wanted]) -> list[str]:
-    """Faults of a folder of a benchmark's videos; empty for a folder that can be handed in."""
+    """Check a folder of a benchmark's videos; returns a line for each fault, none if it can be submitted.
+
+    Args:
+        form: Name of the benchmark's format, one of `FORMATS`.
+        folder: Path of the folder.
+        every: The videos that the benchmark requires.
+    """
     top = Path(folder)
     if not top.is_dir():
         raise InputError(f"there is no folder {folder}")
@@ -128,13 +142,16 @@ def check_layout(form: str, folder: str, every: Sequence[Wanted]) -> list[str]:
 
 
 def case_collisions(every: Sequence[Wanted]) -> list[str]:
-    """Names of videos that differ only in case, and so would overwrite each other on macOS and Windows."""
+    """List the names that differ from another only in case: these files overwrite each other on macOS and Windows."""
     folded = Counter(one.file.casefold() for one in every)
     return [one.file for one in every if folded[one.file.casefold()] > 1]
 
 
 def _length(path: Path) -> tuple[float, float]:
-    """Seconds and frames a second, of the frames that are really there."""
+    """Duration in seconds and frames per second of a video, from the number of its packets.
+
+    Raises ValueError if it has no frames or no frame rate.
+    """
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         count = sum(packet.size > 0 for packet in container.demux(stream))

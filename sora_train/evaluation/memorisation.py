@@ -1,8 +1,9 @@
-"""Finds training clips that samples repeat: perceptual hashes of frames, slid along each other.
+"""Finds training clips that samples repeat, by perceptual hashes of frames compared at every shift in time.
 
-A frame's hash is 64 signs of its low frequencies (DCT), of the picture within its borders and of its mirror image. Two
-videos are compared at every shift in time; the distance is the mean number of different bits over the frames that
-overlap. Re-encoded, shifted, mirrored, letterboxed copies are found; crops by a tenth and more are not.
+A frame's hash has 64 bits: whether each low-frequency DCT coefficient is above the median. It is computed for the
+picture without its borders and for its mirror image. The distance of two videos is the mean number of different bits
+over the overlapping frames, at the best shift. Re-encoded, shifted, mirrored and letterboxed copies are found; copies
+cropped by a tenth or more are not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from scipy.fft import dctn
 from sora_train.core.page import embedded, page
 from sora_train.evaluation.pixels import luma
 
-COPY = 8.0  # mean bits of 64 under which two videos are one; unrelated real clips were 17 and more
+COPY = 8.0  # mean bits of 64 up to which a video counts as a copy; unrelated real clips had 17 and more
 _RATE = 2.0  # hashes a second
 _SIDE, _KEPT = 32, 8
 _LEAST = 3  # frames that must overlap
@@ -47,8 +48,10 @@ class Match:
 
 
 def hashes(frames_THWC: np.ndarray, fps: float) -> np.ndarray:
-    """Bits `(2, T', 64)` of frames taken at 2 a second (all of a video that would give fewer than four): as they are,
-    and mirrored."""
+    """Compute the hashes `(2, T', 64)`, bool, of frames taken at 2 a second: of the frames, and of their mirror images.
+
+    For a video that would give fewer than four frames, more are taken, if necessary all.
+    """
     step = max(1, round(fps / _RATE)) if fps else 1
     while step > 1 and len(frames_THWC) // step < _LEAST + 1:
         step -= 1
@@ -75,7 +78,15 @@ def _hash(grey_HW: np.ndarray) -> np.ndarray:
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int, bool]:
-    """Least mean Hamming distance over all shifts and both views: with the shift in hashes, and whether mirrored."""
+    """Compute the least mean Hamming distance over all shifts and both views.
+
+    Args:
+        ours: Hashes of a sample, `(2, T, 64)`.
+        theirs: Hashes of a training clip, `(2, T', 64)`.
+
+    Returns:
+        The distance in bits, the shift in hashes, and whether the mirrored sample is the nearer one.
+    """
     best = (64.0, 0, False)
     other = theirs[0]
     for mirrored, view in enumerate(ours):
@@ -90,7 +101,12 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int, bool]:
 
 
 def nearest_clips(samples: Mapping[str, np.ndarray], clips: Iterable[tuple[str, np.ndarray]]) -> list[Match]:
-    """The nearest training clip of every sample, nearest first; both by name with what `hashes` gives."""
+    """Find the nearest training clip of every sample; returns the matches, smallest distance first.
+
+    Args:
+        samples: Result of `hashes` by name of the sample.
+        clips: Names of training clips with their results of `hashes`.
+    """
     best = {name: Match(name, "", 64.0, 0.0, False) for name in samples}
     for clip, theirs in clips:
         for name, ours in samples.items():
@@ -101,7 +117,7 @@ def nearest_clips(samples: Mapping[str, np.ndarray], clips: Iterable[tuple[str, 
 
 
 def matches_table(found: Iterable[Match], most: int = 20) -> Table:
-    """The nearest pairs."""
+    """Build a table of the first `most` matches."""
     out = Table(title=f"nearest training clips; at most {COPY:g} of 64 bits is a copy")
     for head in ("distance", "sample", "training clip", "shift, s", "mirrored"):
         out.add_column(head)
@@ -112,7 +128,14 @@ def matches_table(found: Iterable[Match], most: int = 20) -> Table:
 
 
 def matches_page(found: list[Match], samples: Mapping[str, Path], clips: Mapping[str, Path], most: int = 20) -> str:
-    """The nearest pairs with players."""
+    """Render the first `most` matches as an HTML page with video players.
+
+    Args:
+        found: Matches, smallest distance first.
+        samples: Paths of the samples by name.
+        clips: Paths of the training clips by name.
+        most: Number of matches on the page.
+    """
     rows = [
         {
             "distance": m.distance, "sample": m.sample, "clip": m.clip, "shift_s": m.shift_s,

@@ -16,39 +16,39 @@ from typing import Any, Literal
 
 import numpy as np
 
-Better = Literal["up", "down"] | None  # None: neither; as near to the real videos' as can be
-Summary = Literal["rate", "mean", "median"]  # of the videos' figures; a rate is that of figures 1.0 among 0.0
+Better = Literal["up", "down"] | None  # None: neither; the closer to the real videos' figure, the better
+Summary = Literal["rate", "mean", "median"]  # of the videos' figures; for a rate these are 1.0 or 0.0
 Need = Literal["real", "caption", "fps", "scene", "part"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Numbers of frames of a clip that were given at its beginning and at its end; those between were made."""
+    """Numbers of frames that were given at the beginning and at the end of a clip; those between were generated."""
 
     before: int
     after: int
 
     def made(self, frames: int) -> slice:
-        """The made frames of a clip of `frames`."""
+        """Slice of the generated frames in a clip of `frames` frames."""
         return slice(self.before, frames - self.after)
 
     def given(self, frames: int) -> list[int]:
-        """The given ones."""
+        """Indices of the given frames in a clip of `frames` frames."""
         return [n for n in range(frames) if not self.before <= n < frames - self.after]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Everything known of a video beside its frames."""
+    """All that is known about a video apart from its frames."""
 
     name: str
     caption: str = ""
     fps: float = 0.0
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the sample's json; the demo world's `scene` is there
-    part: Part | None = None  # null: all frames were made
+    part: Part | None = None  # None: all frames were generated
 
     def has(self, need: Need) -> bool:
-        """Tell whether it has something that a metric may ask for, beside the real video."""
+        """Tell whether the sample has what a metric needs. The real video is not part of a sample and isn't checked."""
         return {
             "caption": bool(self.caption), "fps": self.fps > 0, "scene": self.fields.get("scene") is not None,
             "part": self.part is not None, "real": True,
@@ -67,15 +67,15 @@ class Metric:
     better: Better
     needs: frozenset[Need] = frozenset()  # a video without these gets no figure
     summary: Summary = "mean"
-    chance: Mapping[str, float] = field(default_factory=dict)  # figures of whoever guesses, where they are known
+    chance: Mapping[str, float] = field(default_factory=dict)  # figures of random guessing, if known
 
 
 @dataclass(frozen=True)
 class Distance:
     """Distances between two sets of videos; less is better.
 
-    `features(video_THWC, sample)` are those `(D,)` of one video, `distances(made_ND, real_ND)` the figures of as many
-    made as real videos by name, the headline first.
+    `features(video_THWC, sample)` returns the features `(D,)` of one video. `distances(made_ND, real_ND)` returns the
+    distances by name, the main one first, for equal numbers of generated and real videos.
     """
 
     name: str
@@ -84,17 +84,17 @@ class Distance:
     needs: frozenset[Need] = frozenset()
 
 
-Models = Mapping[str, str]  # local folders or files of networks by the name that a metric asks for
+Models = Mapping[str, str]  # local folders or files of networks, by the name under which metrics look them up
 Build = Callable[[Models], Metric | Distance]
 
 
 class Unavailable(Exception):
-    """Something that a metric needs isn't there; the message says what, and how to get it."""
+    """A library or network that a metric needs is missing; the message names it and tells how to get it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered metric; `build` raises Unavailable where a library or a network is missing."""
+    """A registered metric; `build` raises Unavailable if a library or a network is missing."""
 
     name: str
     groups: tuple[str, ...]
@@ -124,7 +124,16 @@ def metric(
     summary: Summary = "mean",
     chance: Mapping[str, float] | None = None,
 ) -> Callable[[Figures], Figures]:
-    """Register a function that gives figures, under `name`."""
+    """Decorate a function that computes the figures of one video, to register it as the metric `name`.
+
+    Args:
+        name: Name of the metric.
+        groups: Groups that contain it, keys of `GROUPS`.
+        better: Direction of improvement.
+        needs: Facts without which a sample gets no figure.
+        summary: How the figures of several videos are summarised.
+        chance: Figures of random guessing, if known.
+    """
 
     def enter(function: Figures) -> Figures:
         built = Metric(name, function, better, frozenset(needs), summary, chance or {})

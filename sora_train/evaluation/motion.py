@@ -1,4 +1,4 @@
-"""Measures of motion: how much, how smooth, how steady in brightness, and whether a video jumps at a seam."""
+"""Measures of motion: its amount, its smoothness, steadiness of brightness, and jumps at seams."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sora_train.evaluation.metric import Sample, metric
 from sora_train.evaluation.pixels import edges, luma
 from sora_train.evaluation.remembered import remembered
 
-_STATIC = 0.002  # shorter sides a second: less is a still camera before nothing that moves
+_STATIC = 0.002  # shorter sides a second: slower videos count as static
 _SMALL = 32  # pixels a side of the frames that are compared for consistency
 _NONE = float("nan")
 
 
 @metric("flicker", groups=("quick", "full"), better="down")
 def flicker(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
-    """Mean absolute second difference of brightness in time, in steps of 255: steady motion adds little to it."""
+    """Mean absolute second difference of brightness in time, on a scale of 0 to 255; steady motion adds little."""
     if len(made_THWC) < 3:
         return {"flicker": _NONE}
     return {"flicker": _mean_changes(made_THWC)[1]}
@@ -27,9 +27,9 @@ def flicker(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample)
 
 @metric("jerk", groups=("quick", "full"), better="down")
 def jerk(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
-    """Second differences in time against first ones: 0 for even motion, 2 for a picture that swings to and fro.
+    """Ratio of mean second to mean first differences in time: 0 for steady motion, 2 for oscillation.
 
-    0 for a video that stands still.
+    0 for a static video.
     """
     if len(made_THWC) < 3:
         return {"jerk": _NONE}
@@ -39,7 +39,7 @@ def jerk(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) ->
 
 @metric("motion", groups=("quick", "full"), better=None, needs=["fps"])
 def motion(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
-    """Speed of the picture's edges in shorter sides of the frame a second."""
+    """Speed of edges in the picture, in shorter sides of the frame per second."""
     return {"motion": speed(made_THWC, sample.fps) if len(made_THWC) > 1 else _NONE}
 
 
@@ -51,10 +51,10 @@ def dynamic(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample)
 
 
 def speed(frames_THWC: np.ndarray, fps: float) -> float:
-    """Change in time over change in space, summed over all pixels: normal flow, in shorter sides a second.
+    """Normal flow, in shorter sides of the frame per second: total change in time divided by total change in space.
 
-    From the constraint of B. Horn and B. Schunck, "Determining optical flow", Artificial Intelligence 17 (1981): at
-    one edge it is the edge's speed along its normal, whatever its contrast. 0 for flat frames.
+    From the constraint of B. Horn and B. Schunck, "Determining optical flow", Artificial Intelligence 17 (1981): for a
+    single edge it is the edge's speed along its normal, independent of its contrast. 0 for frames without edges.
     """
     length = edges(frames_THWC)
     return _mean_changes(frames_THWC)[0] / length / min(frames_THWC.shape[1:3]) * fps if length else 0.0
@@ -62,7 +62,7 @@ def speed(frames_THWC: np.ndarray, fps: float) -> float:
 
 @remembered
 def _mean_changes(frames_THWC: np.ndarray) -> tuple[float, float]:
-    """Mean absolute first and second differences of brightness in time."""
+    """Mean absolute first and second differences of brightness in time, on a scale of 0 to 255."""
     grey_THW, before = luma(frames_THWC), None
     first, second = 0.0, 0.0
     for one, other in pairwise(grey_THW):  # pair by pair, which stays in the cache
@@ -75,7 +75,7 @@ def _mean_changes(frames_THWC: np.ndarray) -> tuple[float, float]:
 
 @metric("consistency", groups=("quick", "full"), better="up")
 def consistency(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
-    """Likeness of small frames to the first and to the one before: mean cosine of their pixels about their mean."""
+    """Mean cosine similarity of each reduced frame, minus its mean, with the first and with the previous frame."""
     if len(made_THWC) < 2:
         return {"consistency": _NONE}
     small = [np.asarray(Image.fromarray(f).resize((_SMALL, _SMALL), Image.Resampling.BOX)) for f in made_THWC]
@@ -84,7 +84,7 @@ def consistency(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sam
 
 
 def likeness(features_TD: np.ndarray) -> float:
-    """Mean cosine of each row with the first and with the one before: subject consistency as VBench defines it.
+    """Mean cosine of each row with the first and with the previous row: VBench's definition of subject consistency.
 
     Z. Huang et al., "VBench: comprehensive benchmark suite for video generative models", CVPR 2024, section 3.2.
     """
@@ -94,7 +94,7 @@ def likeness(features_TD: np.ndarray) -> float:
 
 
 def changes(frames_THWC: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of each frame from the one before it, `(T - 1,)`, in steps of 255."""
+    """Mean absolute difference of each frame from the previous one, `(T - 1,)`, on a scale of 0 to 255."""
     frames = frames_THWC.astype(np.int16)
     return np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
 

@@ -1,4 +1,4 @@
-"""Metrics on networks from local folders: nothing is fetched, `models={NAME: FOLDER}` says where they lie.
+"""Metrics based on networks in local folders, given by `models={NAME: FOLDER}`. Nothing is downloaded.
 
 `clip` (CLIP or X-CLIP of transformers) for text alignment, `image` (DINO, CLIP or another image model of transformers)
 for subject consistency, `video` (VideoMAE, V-JEPA or another video model of transformers, or an I3D as TorchScript that
@@ -22,12 +22,12 @@ from sora_train.evaluation.distances import distance_on
 from sora_train.evaluation.metric import Distance, Metric, Models, Sample, Unavailable, register
 from sora_train.evaluation.motion import likeness
 
-_FRAMES = 16  # of a video that an image model sees, at most
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, where a folder doesn't say
+_FRAMES = 16  # of a video that an image model gets, at most
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for a folder without these values
 
 
 class _Network:
-    """A transformers model from a folder, and how it wants its pictures."""
+    """A transformers model from a folder, with the size and normalisation of its input pictures."""
 
     def __init__(self, folder: str) -> None:
         try:
@@ -48,7 +48,7 @@ class _Network:
         self.side = int(size if isinstance(size, int) else size[0])
 
     def pictures(self, video_THWC: np.ndarray, frames: int) -> Tensor:
-        """Evenly spaced frames `(T, 3, S, S)`, normalised; frames are repeated where there are fewer."""
+        """Resize and normalise `frames` evenly spaced frames: `(T, 3, S, S)`. A shorter video's frames are repeated."""
         places = np.linspace(0, len(video_THWC) - 1, frames).round().astype(int)
         video = to_video(np.ascontiguousarray(video_THWC[places])).float() / 255
         small = F.interpolate(video, (self.side, self.side), mode="bicubic", antialias=True)
@@ -56,7 +56,7 @@ class _Network:
 
 
 def _vectors(output: Any) -> Tensor:
-    """A vector for each input of what a model returned."""
+    """Pool a model's output to one vector `(N, D)` per input."""
     if isinstance(output, Tensor):
         return output
     pooled = getattr(output, "pooler_output", None)
@@ -96,7 +96,7 @@ def _build_subject(models: Models) -> Metric:
 
     @torch.no_grad()
     def figures(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
-        """Mean cosine similarity of each frame's features with those of the first frame and of the one before."""
+        """Mean cosine similarity of each frame's features with those of the first and of the previous frame."""
         if len(made_THWC) < 2:
             return {"subject_consistency": float("nan")}
         found = _vectors(of_images(pixel_values=network.pictures(made_THWC, _few(made_THWC))))

@@ -1,4 +1,4 @@
-"""An evaluation that is done: its figures, printed and written."""
+"""Outcome of an evaluation: its figures, to be printed and written."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sora_train.evaluation.results import Columns, Judges, Row, as_json, summari
 
 @dataclass(frozen=True)
 class Outcome:
-    """An evaluation that is done: of which videos, with which figures."""
+    """Outcome of an evaluation: its videos and their figures."""
 
     title: str
-    about: Mapping[str, Any]  # what was evaluated: run or folder, checkpoint, split, seed ...
-    columns: Columns  # the videos that are judged come first
+    about: Mapping[str, Any]  # the subject: run or folder, checkpoint, split, seed ...
+    columns: Columns  # the evaluated videos are the first column
     rows: Sequence[Row]
     distances: Mapping[str, Sequence[DistanceFigure]]  # by column
     skipped: Sequence[str] = ()  # metrics of a group that weren't available, and why
 
     def show(self, console: Console) -> None:
-        """Print the figures, and what was left out."""
+        """Print the figures, and the metrics that were left out."""
         console.print(table(self.rows, list(self.columns), self.title))
         if any(self.distances.values()):
             console.print(distances_table(self.distances))
@@ -32,7 +32,7 @@ class Outcome:
             console.print(f"left out {line}", style="dim", markup=False, highlight=False)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything for a JSON file."""
+        """Return the contents of the JSON file."""
         return {
             **self.about, "videos": max(map(len, self.columns.values())), "figures": as_json(self.rows),
             "distances": distances_json(self.distances), "skipped": list(self.skipped),
@@ -41,6 +41,6 @@ class Outcome:
 
 
 def conclude(title: str, about: Mapping[str, Any], judges: Judges, columns: Columns) -> Outcome:
-    """Sum up what was judged."""
+    """Summarise the figures and compute the distances of judged videos."""
     distances = measure_distances(judges.distances, columns)
     return Outcome(title, about, columns, summarise(judges.metrics, columns), distances, judges.skipped)

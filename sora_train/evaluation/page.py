@@ -43,13 +43,13 @@ _TEMPLATE = """
 
 @dataclass
 class _Media:
-    """Videos and stills by the name of what was judged, put into the page while there is room."""
+    """Videos and images by the name of the sample, embedded in the page up to a total size."""
 
     files: Mapping[str, Path]
     room: int = _MEDIA_BYTES
 
     def source(self, name: str) -> str:
-        """The data URI of a video or still, or nothing."""
+        """Return the data URI of a video or image; empty if it doesn't exist or there is no room left."""
         path = self.files.get(name)
         if path is None or not path.is_file() or path.stat().st_size > self.room:
             return ""
@@ -58,7 +58,13 @@ class _Media:
 
 
 def evaluation_page(outcome: Outcome, files: Mapping[str, Path], curves: Curves | None = None) -> str:
-    """The page; `files` are the judged videos by name."""
+    """Render the page of an evaluation as HTML.
+
+    Args:
+        outcome: The evaluation.
+        files: Paths of the judged videos by name.
+        curves: Values over checkpoints by figure, if there are any.
+    """
     media, judged = _Media(files), next(iter(outcome.columns.values()))
     ends = [end for row in outcome.rows if row.better for end in _ends(row, judged, media)]
     values = {
@@ -71,7 +77,7 @@ def evaluation_page(outcome: Outcome, files: Mapping[str, Path], curves: Curves 
 
 
 def _ends(row: Row, judged: Sequence[Judged], media: _Media) -> list[dict[str, object]]:
-    """The worst and the best videos of one figure; none where all are alike."""
+    """Select the worst and the best videos of one figure; empty if all have the same value."""
     values = [(f[row.name], video) for video in judged for f in video.figures.values() if row.name in f]
     values.sort(key=lambda pair: pair[0], reverse=row.better == "up")
     if not values or values[0][0] == values[-1][0]:

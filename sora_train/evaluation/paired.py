@@ -1,4 +1,4 @@
-"""Two evaluations on the same clips, compared clip by clip: far sharper than two intervals side by side."""
+"""Compares two evaluations clip by clip, which detects far smaller differences than two separate intervals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SAME = ("split", "seed", "task", "clips", "reference", "prompts")  # what two e
 
 @dataclass(frozen=True)
 class Difference:
-    """The second evaluation's figure minus the first's, over the clips that both have it for."""
+    """Difference of a figure, second evaluation minus first, over the clips for which both have it."""
 
     name: str
     first: float
@@ -31,7 +31,12 @@ class Difference:
 
 
 def print_differences(places: list[str], metrics: str | list[str]) -> int:
-    """Print what differs between two evaluations on the same clips."""
+    """Print the differences between two evaluations of the same clips; returns the exit code.
+
+    Args:
+        places: Run folders or JSON files of the two evaluations.
+        metrics: `all`, or names of figures.
+    """
     if len(places) != 2:
         raise InputError(f"metrics=... compares two evaluations; {len(places)} were given")
     first, second = map(read_evaluation, places)
@@ -45,7 +50,7 @@ def print_differences(places: list[str], metrics: str | list[str]) -> int:
 
 
 def read_evaluation(place: str) -> dict[str, Any]:
-    """Read what `evaluate` wrote, from a run folder or a JSON file. Raises InputError where there is nothing."""
+    """Read an evaluation from a run folder or a JSON file. Raises InputError if there is none."""
     path = Path(place) / "evaluation.json" if Path(place).is_dir() else Path(place)
     if not path.is_file():
         raise InputError(f"{place} has no evaluation; give python -m sora_train.evaluate run_dir={place} first")
@@ -59,7 +64,7 @@ def read_evaluation(place: str) -> dict[str, Any]:
 
 def check_alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     """Raise InputError for evaluations on different clips, prompts or seeds."""
-    hashed = first.get("clips") is not None  # a hash of the prompt file's content, which may lie anywhere
+    hashed = first.get("clips") is not None  # a hash of the prompt file's content, whose path doesn't matter then
     for key in _SAME:
         if key == "prompts" and hashed:
             continue
@@ -70,9 +75,15 @@ def check_alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[str]) -> list[Difference]:
-    """The differences of these figures, of all that both have for no names.
+    """Compute the differences of some figures, or without names of all that both evaluations have.
 
-    Raises InputError for evaluations on different clips or seeds, and for a figure that one hasn't.
+    Args:
+        first: Content of the first evaluation's JSON file.
+        second: Content of the second evaluation's JSON file.
+        names: Names of figures.
+
+    Raises:
+        InputError: The evaluations have different clips or seeds, or one of them doesn't have a figure.
     """
     check_alike(first, second)
     ours, theirs = ({v["name"]: v["figures"] for v in one["columns"][SAMPLES]} for one in (first, second))
@@ -98,7 +109,7 @@ def _difference(name: str, better: str | None, ours: Mapping[str, Any], theirs: 
 
 
 def differences_table(found: Sequence[Difference], first: str, second: str) -> Table:
-    """A line per figure."""
+    """Build a table with a line per figure. `first` and `second` are the names of the evaluations."""
     out = Table(title=f"{second} against {first}, clip by clip")
     for head in ("figure", first, second, "difference (95% interval)", "n", "verdict"):
         out.add_column(head, justify="left" if head in ("figure", "verdict") else "right")
@@ -110,7 +121,10 @@ def differences_table(found: Sequence[Difference], first: str, second: str) -> T
 
 
 def distances_side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Table | None:
-    """The distances of both; None where neither has any. Raises InputError where they are of different n."""
+    """Build a table of the distances that both evaluations have; None if there are none.
+
+    Raises InputError if a distance was computed with different numbers of videos.
+    """
     out = Table(title="distance from the real videos, less is better")
     for head in ("distance", "first (95% interval)", "second", "real from real (floor)", "n"):
         out.add_column(head, justify="right")

@@ -1,4 +1,4 @@
-"""Measures of pixels: how near a video is to another, how sharp, and its colours."""
+"""Measures of pixels: similarity of two videos, sharpness, and colours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from sora_train.evaluation.metric import Metric, Models, Sample, Unavailable, metric, register
 from sora_train.evaluation.remembered import remembered
 
-_SSIM_SIDE, _SSIM_SIGMA = 11, 1.5  # pixels of the window, and its deviation
+_SSIM_SIDE, _SSIM_SIGMA = 11, 1.5  # window in pixels, and the standard deviation of its Gaussian
 _SSIM_FLOORS = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
@@ -19,21 +19,21 @@ def psnr_figures(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sa
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape; `inf` if they are equal.
+    """Peak signal-to-noise ratio in dB of two uint8 arrays of the same shape; `inf` if they are equal.
 
-    10 log10(255^2 / MSE), the mean taken over the whole array (ITU-T J.340, with the error of a whole clip in one
-    mean rather than a mean of per-frame decibels). Raises ValueError for other types, or shapes that differ.
+    10 log10(255^2 / MSE), where the MSE is the mean over the complete array, not a mean of per-frame values (ITU-T
+    J.340). Raises ValueError for other types, or shapes that differ.
     """
     _check(a, b)
     squares = 0.0
-    for one, other in zip(a, b, strict=True):  # frame by frame, which stays in the cache
+    for one, other in zip(a, b, strict=True):  # frame by frame, so that the data stays in the CPU cache
         difference = np.subtract(one, other, dtype=np.int16).astype(np.float32).ravel()
         squares += float(np.dot(difference, difference))
     return float("inf") if squares == 0 else float(10 * np.log10(255.0**2 * a.size / squares))
 
 
 def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
-    """Mean structural similarity of the frames of two uint8 videos `(T, H, W, C)`: 1 for equal ones.
+    """Mean structural similarity of the frames of two uint8 videos `(T, H, W, C)`; 1 if they are equal.
 
     Z. Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 13 (2004),
     with a Gaussian window of 11 pixels, per channel, mirrored at the borders. Raises ValueError for other types or
@@ -53,7 +53,7 @@ def _ssim_of_planes(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
     def blurred(x: np.ndarray) -> np.ndarray:
         return cv2.GaussianBlur(x, (_SSIM_SIDE, _SSIM_SIDE), _SSIM_SIGMA, borderType=cv2.BORDER_REFLECT_101)
 
-    # in place where a plane is needed no more: giving memory back and taking it anew costs as much as the arithmetic
+    # in place if a plane isn't needed any more: freeing and allocating memory costs as much as the arithmetic
     a, b = a_HW.astype(np.float32), b_HW.astype(np.float32)
     mean_a, mean_b = blurred(a), blurred(b)
     covariance = blurred(a * b)
@@ -95,13 +95,13 @@ register("ssim", ("quick", "full"), _build_ssim)
 
 @metric("sharpness", groups=("quick", "full"), better=None)
 def sharpness(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
-    """Mean length of the brightness gradient, in steps of 255 a pixel: more for detail, and for noise."""
+    """Mean length of the brightness gradient per pixel, on a scale of 0 to 255; detail and noise increase it."""
     return {"sharpness": edges(made_THWC) if min(made_THWC.shape[1:3]) > 1 else float("nan")}
 
 
 @metric("colour", groups=("quick", "full"), better=None)
 def colour(made_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> dict[str, float]:
-    """Brightness, contrast (deviation of brightness within a frame) and colourfulness, each in steps of 255.
+    """Brightness, contrast (standard deviation of brightness within a frame), colourfulness; on a scale of 0 to 255.
 
     Colourfulness is that of D. Hasler and S. Suesstrunk, "Measuring colourfulness in natural images", SPIE 5007 (2003).
     """
@@ -131,7 +131,7 @@ def luma(frames_THWC: np.ndarray) -> np.ndarray:
 
 @remembered
 def edges(frames_THWC: np.ndarray) -> float:
-    """Mean length of the brightness gradient; sides of two pixels or more."""
+    """Mean length of the brightness gradient per pixel; frames must have two pixels a side or more."""
     sums = 0.0
     for grey_HW in luma(frames_THWC):
         dy, dx = np.gradient(grey_HW)
@@ -140,7 +140,7 @@ def edges(frames_THWC: np.ndarray) -> float:
 
 
 def require_opencv() -> None:
-    """Raises Unavailable with the install line where OpenCV is missing."""
+    """Raise Unavailable with the install command if OpenCV is missing."""
     try:
         import cv2  # noqa: F401
     except ImportError as error:

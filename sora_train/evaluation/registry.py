@@ -1,4 +1,4 @@
-"""Every metric of this package, and the choice among them: importing a module of metrics registers what is in it."""
+"""All metrics of this package, and the selection by name or group. Importing a module of metrics registers them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from sora_train.evaluation.results import Judges
 
 
 def choose(names: Sequence[str], models: Models) -> Judges:
-    """The metrics and distances of these names and groups.
+    """Build the metrics and distances of some names and groups.
 
-    Raises InputError for an unknown name, and for a metric that was asked for by name and isn't available; of a group
-    it is left out.
+    An unavailable metric of a group is left out and listed in `Judges.skipped`.
+
+    Raises:
+        InputError: A name is unknown, or a metric given by its own name is unavailable.
     """
     metrics: list[Metric] = []
     distances: list[Distance] = []
@@ -41,7 +43,7 @@ def choose(names: Sequence[str], models: Models) -> Judges:
 
 
 def _expanded(names: Sequence[str]) -> dict[str, bool]:
-    """Names of metrics in order, and whether each was named itself."""
+    """Replace groups by their metrics; maps each name to whether it was given itself rather than by a group."""
     found: dict[str, bool] = {}
     for name in names:
         if name in METRICS:

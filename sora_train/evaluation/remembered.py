@@ -1,4 +1,4 @@
-"""Remembers what several metrics work out of the same video."""
+"""Caches a result that several metrics compute from the same video."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Result = TypeVar("Result")
 
 
 def remembered(function: Callable[[np.ndarray], Result]) -> Callable[[np.ndarray], Result]:
-    """Keep the function's result for the array that it was last given in this thread, as long as that is there.
+    """Cache the function's result for its last argument in each thread, until that array is deleted.
 
-    An array is known by being the same object: nobody may change one that was given, nor a result.
+    Arrays are compared by identity, so neither an argument nor a result may be changed in place.
     """
     threads = threading.local()
 

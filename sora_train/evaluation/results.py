@@ -1,4 +1,4 @@
-"""Figures of a set of videos: gathered video by video, summed up with intervals, printed and written."""
+"""Figures of a set of videos: computed per video, summarised with intervals, printed and written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sora_train.evaluation.intervals import Estimate, estimate
 from sora_train.evaluation.metric import Distance, Metric, Sample
 
 SAMPLES, REAL, THROUGH_VAE = "samples", "real videos", "real through VAE"
-STILL = "made part held still"  # a given frame repeated in place of a model's work
+STILL = "made part held still"  # baseline: a given frame repeated in place of the generated part
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,24 @@ class Judges:
 
     metrics: Sequence[Metric]
     distances: Sequence[Distance] = ()
-    skipped: Sequence[str] = ()  # of the groups asked for: what wasn't available, and why
+    skipped: Sequence[str] = ()  # unavailable metrics of the requested groups, each with the reason
 
     @property
     def names(self) -> list[str]:
-        """The names of all of them."""
+        """Names of all metrics and distances."""
         return [one.name for one in self.metrics] + [one.name for one in self.distances]
 
     def judge(self, video_THWC: np.ndarray, real_THWC: np.ndarray | None, sample: Sample) -> Judged:
-        """All figures of one video; a metric that needs what the sample hasn't gives none.
+        """Compute all figures of one video, without metrics for which the sample lacks something they need.
 
-        Without `real_THWC` the metrics that compare with it are left out, as they are for the real videos themselves.
-        Raises InputError for a video that can't be compared.
+        Args:
+            video_THWC: Frames of the video, uint8.
+            real_THWC: Frames of the real video, uint8. None leaves out the metrics that compare with it, as for real
+                videos themselves.
+            sample: Further facts of the video.
+
+        Raises:
+            InputError: The video can't be compared with the real one.
         """
         figures: dict[str, dict[str, float]] = {}
         for one in self.metrics:
@@ -72,7 +78,7 @@ Columns = Mapping[str, Sequence[Judged]]  # sets of videos side by side: SAMPLES
 
 @dataclass(frozen=True)
 class Row:
-    """One figure in every column that has it."""
+    """One figure, with its estimate for every column that has it."""
 
     name: str
     better: str | None
@@ -82,7 +88,7 @@ class Row:
 
 
 def summarise(metrics: Sequence[Metric], columns: Columns) -> list[Row]:
-    """A row for each figure that any video has, in the order of the metrics."""
+    """Summarise the figures of videos: a row for each figure that any video has, in the order of the metrics."""
     rows = []
     for one in metrics:
         values = {c: [video.figures.get(one.name, {}) for video in videos] for c, videos in columns.items()}
@@ -95,7 +101,10 @@ def summarise(metrics: Sequence[Metric], columns: Columns) -> list[Row]:
 
 
 def table(rows: Sequence[Row], columns: Sequence[str], title: str = "figures with 95% intervals") -> Table:
-    """A line per figure, a column per set of videos; the last one is chance, where any figure has it."""
+    """Build a table with a line per figure and a column per set of videos.
+
+    A last column has the figure of chance if any row has one.
+    """
     out = Table(title=title)
     out.add_column("figure")
     guessing = any(row.chance is not None for row in rows)
@@ -110,7 +119,7 @@ def table(rows: Sequence[Row], columns: Sequence[str], title: str = "figures wit
 
 
 def cell(value: Estimate, summary: str) -> str:
-    """An estimate as text: percent for a rate, else three figures that count."""
+    """An estimate as text: in percent for a rate, else with three significant digits."""
     if not value.n:
         return "-"
     if summary == "rate":
@@ -119,7 +128,7 @@ def cell(value: Estimate, summary: str) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, Any]:
-    """The rows for a JSON file: by figure, by column. An infinite figure is the text "inf"."""
+    """Convert rows to a map for a JSON file, by figure and column. An infinite figure becomes the text "inf"."""
     return {
         row.name: {
             "better": row.better, "summary": row.summary, **({} if row.chance is None else {"chance": row.chance}),
@@ -130,12 +139,12 @@ def as_json(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def finite(value: float) -> float | str:
-    """A number that JSON has, or its name."""
+    """Return a number that JSON can represent, or the text "inf", "-inf" or "nan"."""
     return value if isinstance(value, int) or math.isfinite(value) else str(value)
 
 
 def videos_json(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """Every video's figures for a JSON file, by figure."""
+    """Convert the figures of videos to a list for a JSON file: name, caption and figures of each."""
     return [
         {
             "name": video.name, "caption": video.caption,

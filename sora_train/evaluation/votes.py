@@ -1,4 +1,4 @@
-"""Blind votes of people on pairs of videos: a page that opens from the disk, and strengths from what it exports."""
+"""Blind votes of people on pairs of videos: a page that needs no server, and strengths from the votes it exports."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Pair:
     prompt: str
     left: str  # folders
     right: str
-    again: bool = False  # asked before with the sides changed, to see whether a person agrees with themselves
+    again: bool = False  # repeats an earlier question with the sides exchanged, to measure a person's consistency
 
 
 @dataclass(frozen=True)
 class Strength:
-    """A model's strength, in units in which 1 more wins e : 1; all together are 0 on average."""
+    """A model's strength: the log odds of a win; a strength higher by 1 wins e : 1. The mean of all models is 0."""
 
     model: str
     value: float
@@ -83,10 +83,10 @@ class Strength:
 
 
 def pairs_of(folders: Sequence[str], prompts: str | None, count: int, seed: int, repeats: float) -> list[Pair]:
-    """Draw at most `count` pairs of videos of the same name in two folders; `seed` decides pairs, order and sides.
+    """Draw at most `count` pairs of videos of the same name in two of the folders.
 
-    A share `repeats` of them is asked a second time with the sides changed. Raises InputError for folders without
-    common names.
+    `seed` determines pairs, order and sides. A share `repeats` of the pairs is repeated later with the sides exchanged.
+    Raises InputError for fewer than two folders, or folders without common names.
     """
     if len(set(folders)) < 2:
         raise InputError("votes compare two folders of videos or more; give side_by_side=[A,B]")
@@ -109,7 +109,10 @@ def pairs_of(folders: Sequence[str], prompts: str | None, count: int, seed: int,
 
 
 def write_votes_page(pairs: Sequence[Pair], out: Path) -> None:
-    """Write the page and, beside it, `NAME.key.json`, which says who is who and stays with whoever asks."""
+    """Write the page and, beside it, the key `NAME.key.json`, which tells the folders of each pair.
+
+    The key must not be given to voters.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     files = {folder: videos_in(folder) for pair in pairs for folder in (pair.left, pair.right)}
     trials = [
@@ -127,9 +130,14 @@ def write_votes_page(pairs: Sequence[Pair], out: Path) -> None:
 
 
 def read_votes(key: str, files: Sequence[str]) -> tuple[list[tuple[str, str, float]], tuple[int, int]]:
-    """(model, other model, share of the point that goes to the first) of every vote, and repeats that agree of all.
+    """Read files of votes with the key of their page.
 
-    A repeat isn't counted as a vote of its own. Raises InputError for files that don't belong to the key.
+    Returns:
+        For every vote (model, other model, points of the first: 1, 0.5 or 0), without repeated pairs; and for repeated
+        pairs (number that agree with the first vote, number of all).
+
+    Raises:
+        InputError: The files don't belong to the key.
     """
     try:
         pairs = [Pair(**pair) for pair in json.loads(Path(key).read_text())]
@@ -153,11 +161,20 @@ def read_votes(key: str, files: Sequence[str]) -> tuple[list[tuple[str, str, flo
 
 
 def strengths(votes: Sequence[tuple[str, str, float]]) -> list[Strength]:
-    """Bradley-Terry strengths by maximum likelihood with 95% intervals from the Fisher information, strongest first.
+    """Compute Bradley-Terry strengths by maximum likelihood with 95% intervals from the Fisher information.
 
     R. Bradley and M. Terry, "Rank analysis of incomplete block designs", Biometrika 39 (1952); fitted by the
-    minorisation of D. Hunter, Annals of Statistics 32 (2004). A tie is half a win each. Half a tie between every two
-    models is added, which keeps one that never lost at a finite strength.
+    minorisation of D. Hunter, Annals of Statistics 32 (2004). A tie counts as half a win for each. Half a tie is added
+    for every two models, so that the strength of a model without defeats is finite.
+
+    Args:
+        votes: Votes as returned by `read_votes`.
+
+    Returns:
+        The strengths, strongest model first.
+
+    Raises:
+        InputError: There are votes on fewer than two models.
     """
     models = sorted({name for vote in votes for name in vote[:2]})
     if len(models) < 2:
@@ -190,7 +207,7 @@ def strengths(votes: Sequence[tuple[str, str, float]]) -> list[Strength]:
 
 
 def strengths_table(found: Sequence[Strength], repeats: tuple[int, int]) -> Table:
-    """A line per model."""
+    """Build a table with a line per model. `repeats`: number of repeats that agree, number of all."""
     title = "strengths (1 more wins e : 1)" + (f"; {repeats[0]} of {repeats[1]} repeats agree" if repeats[1] else "")
     out = Table(title=title)
     for head in ("videos", "strength (95% interval)", "votes"):
@@ -201,5 +218,5 @@ def strengths_table(found: Sequence[Strength], repeats: tuple[int, int]) -> Tabl
 
 
 def as_json(found: Sequence[Strength], repeats: tuple[int, int]) -> Mapping[str, Any]:
-    """The strengths for a JSON file."""
+    """Convert the strengths to a map for a JSON file. `repeats`: number of repeats that agree, number of all."""
     return {"strengths": [asdict(one) for one in found], "repeats_agree": repeats[0], "repeats": repeats[1]}

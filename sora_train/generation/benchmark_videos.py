@@ -1,4 +1,4 @@
-"""Writes the videos of others' benchmarks, each once: what is there already is kept, and ranks share the rest."""
+"""Writes the videos of external benchmarks. Existing videos are kept, and the ranks share the others."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _OVERLAP = 2  # latent frames that a piece of a long video shares with the one b
 class Output:
     """Settings of a benchmark's videos and their folder.
 
-    `seconds` of each video (null: the longest trained clip). `images`: folder of first frames, found by the first four
-    characters of a video's name, as Physics-IQ's are.
+    `seconds` is the length of each video (None: that of the longest trained clip). `images` is a folder of first
+    frames; a video's is found by the first four characters of the video's name, as in Physics-IQ.
     """
 
     folder: Path
@@ -46,9 +46,9 @@ class Output:
 def write_videos(
     sampler: Sampler, every: Sequence[Wanted], to: Output, world: World, safeguards: Safeguards = NO_SAFEGUARDS
 ) -> None:
-    """Sample what is missing of `every`; the seed of a video is the output's plus its place in the list.
+    """Sample the videos of `every` that don't exist yet. A video's seed is the output's plus its index in the list.
 
-    Raises InputError for a time that is no whole number of frames, and for a missing first frame.
+    Raises InputError if the length is not a whole number of frames, or a first frame is missing.
     """
     config = sampler.config
     frames = None if to.seconds is None else _frames(config, to.seconds)
@@ -79,9 +79,10 @@ def _frames(config: Config, seconds: float) -> int:
 
 
 def _video(sampler: Sampler, prompt: str, frames: int | None, seed: int, given: Given | None) -> np.ndarray:
-    """A video of so many frames: made longer where the grid asks for it, and cut; in pieces above the trained length.
+    """Generate a video of `frames` frames (None: the trained length), in pieces if it is longer than a trained clip.
 
-    A given first frame stays in it.
+    It is generated with the next number of frames that the VAE's stride allows, and cut. A given first frame is the
+    first frame of the video.
     """
     config = sampler.config
     grid, most = geometry(config), config.data.max_frames
@@ -108,7 +109,7 @@ def _image(config: Config, folder: str, one: Wanted, pool: Pool) -> Given:
 
 
 def seconds_of(form: str, seconds: float | None) -> float | None:
-    """Length of a benchmark's videos; Physics-IQ allows one length alone."""
+    """Length of a benchmark's videos in seconds; None: that of the longest trained clip. Physics-IQ allows only one."""
     if form == "physics_iq":
         return PHYSICS_SECONDS
     return seconds or (PHYSICS_SECONDS if form == "vbench_long" else None)

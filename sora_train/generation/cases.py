@@ -1,4 +1,4 @@
-"""Cases of an evaluation: captions of held-out clips, the clips completed, or the prompts of a file."""
+"""Cases of an evaluation: captions of held-out clips, held-out clips to be completed, or the prompts of a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Task:
-    """Task of an evaluation: clips from their captions alone, or completed where `part` was made."""
+    """Task of an evaluation: `count` clips, from their captions alone or, with `part`, completed from given frames."""
 
     name: str
     count: int
@@ -44,9 +44,9 @@ class Task:
 
 
 def cases(config: Config, plan: Plan, task: Task) -> Iterator[Case]:
-    """The first clips of a plan, cut as in training; raises InputError for shards without pixels.
+    """Iterate over the first clips of a plan, cut as in training. Raises InputError for shards without pixels.
 
-    For completion these are clips of the full length, and in the demo world those of one moving object.
+    For completion only clips of the full length are used, and of the demo world only those with one moving object.
     """
     found = 0
     with Pool.of(config.data) as pool:
@@ -66,7 +66,7 @@ def cases(config: Config, plan: Plan, task: Task) -> Iterator[Case]:
 
 
 def _shows_its_scene(index: Index, visit: Visit, fields: Mapping[str, Any]) -> bool:
-    """Tell whether a clip is long enough to show what its demo scene says; other clips have no scene."""
+    """Tell whether a clip of the demo world is long enough to show its scene; True for clips without a scene."""
     if fields.get("scene") is None:
         return True
     stride = float(index.fps[visit.sample]) / visit.fps if visit.fps else 1.0
@@ -80,9 +80,10 @@ def _suits(config: Config, visit: Visit, fields: Mapping[str, Any], task: Task) 
 
 
 def prompt_cases(config: Config, rows: Mapping[str, Mapping[str, Any]], task: Task) -> list[Case]:
-    """A case for each prompt of a file; `seconds`, `height` and `width` of a row say its size, where it has them.
+    """Make a case for each of the first `task.count` prompts of a file.
 
-    A size that the model wasn't trained on is scaled to the area that it was.
+    `rows` are the fields of each prompt by the name of its video. `height` and `width` of a row give the aspect ratio;
+    the area is the trained one. `seconds` gives the length, at most the trained one.
     """
     found = []
     for number, (name, row) in enumerate(rows.items()):
@@ -99,9 +100,9 @@ def prompt_cases(config: Config, rows: Mapping[str, Mapping[str, Any]], task: Ta
 
 
 def request_of(config: Config, vae: FrozenVae, case: Case) -> Request:
-    """The request for a clip from its caption, or to complete it as `sample` would from files.
+    """Build the request for a clip from its caption, or to complete it from given frames as `sample` does.
 
-    A given end is encoded after one more frame before it.
+    Frames given at the end are encoded with one more frame before them.
     """
     frames, part = case.frames_THWC, case.sample.part
     if part is None or frames is None:

@@ -1,4 +1,4 @@
-"""Evaluates a run: by which tasks, on which clips, and what is left in the run folder."""
+"""Evaluates a run: chooses tasks and clips, and writes the results to the run folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,19 @@ def evaluate_run(
     o: Options, sampler: Sampler, checkpoint: str, plan: Plan | None, world: World,
     safeguards: Safeguards = NO_SAFEGUARDS,
 ) -> int:  # fmt: skip
-    """Evaluate a run on the clips of a plan or on the prompts of a file, or write a benchmark's videos with it."""
+    """Evaluate a run on the clips of a plan, or on the prompts of a file, or write a benchmark's videos with it.
+
+    Args:
+        o: Options of `evaluate`.
+        sampler: The model.
+        checkpoint: Name of its checkpoint.
+        plan: Plan of the clips; None for the prompts of `o.prompts`.
+        world: The ranks, which share the samples.
+        safeguards: Check, mark and signature of the samples.
+
+    Returns:
+        The exit code.
+    """
     if o.format:
         every = wanted(o.format, o.prompts)
         out, seconds = Path(o.out or f"{o.run_dir}/{o.format}"), seconds_of(o.format, o.seconds)
@@ -47,7 +59,7 @@ def evaluate_run(
 
 
 def _on_clips(evaluator: Evaluator, plan: Plan, o: Options) -> dict[str, Outcome]:
-    """The outcome of each task, or of sampling from captions, on the clips of a plan."""
+    """Evaluate each task, or sampling from captions, on the clips of a plan; returns the outcomes by name."""
     config = evaluator.sampler.config
     frames, stride = config.data.max_frames, config.vae.temporal_stride
     parts: dict[str, Part | None] = {name: part_of(name, frames, stride) for name in o.tasks}
@@ -60,7 +72,7 @@ def _on_clips(evaluator: Evaluator, plan: Plan, o: Options) -> dict[str, Outcome
 
 
 def _on_prompts(evaluator: Evaluator, o: Options) -> dict[str, Outcome]:
-    """The outcome of sampling the prompts of a file, under the name of the file."""
+    """Sample the prompts of a file; returns the outcome under the file's name without its ending."""
     rows = read_prompts(o.prompts)
     task = Task(Path(o.prompts).stem, min(o.count, len(rows)), o.seed)
     known = hashlib.sha256(Path(o.prompts).read_bytes()).hexdigest()
@@ -92,13 +104,17 @@ def _write(run_dir: str, outcomes: dict[str, Outcome]) -> None:
 
 
 def _sample(folder: Path, number: int) -> Path:
-    """The file of a sample: a video, or a picture where it is a still."""
+    """Path of a sample: a video, or a PNG if it has one frame."""
     video = folder / f"{number:04d}.mp4"
     return video if video.is_file() else video.with_suffix(".png")
 
 
 def _history(path: Path, outcome: Outcome) -> dict[str, list[tuple[int, float]]]:
-    """Remember the figures of this checkpoint, and return those of all checkpoints that were evaluated alike."""
+    """Add the figures of this checkpoint to the file `path`; returns the curves of all comparable evaluations.
+
+    The curves are lists of (step, value) by figure, over all checkpoints evaluated on the same clips with the same seed
+    and count.
+    """
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     now = {row.name: row.cells[SAMPLES].value for row in outcome.rows if SAMPLES in row.cells}
     now |= {figure.name: figure.made.value for figure in outcome.distances.get(SAMPLES, [])}

@@ -34,7 +34,7 @@ UNIT = 16  # clips
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples with the model of a checkpoint and judges, on this rank's share of the units."""
+    """Samples with the model of a checkpoint and computes the metrics, for this rank's share of the units."""
 
     sampler: Sampler
     checkpoint: str
@@ -43,9 +43,15 @@ class Evaluator:
     safeguards: Safeguards = NO_SAFEGUARDS
 
     def evaluate(self, clips: Iterable[Case], task: Task, folder: Path) -> dict[str, list[Judged]]:
-        """The figures of every clip by column; `folder` keeps the units of this very evaluation.
+        """Compute the figures of every clip; returns them by column, such as `samples` or `real videos`.
 
-        Raises InputError where there is no clip.
+        Args:
+            clips: The cases, the same on every rank.
+            task: Name and number of clips of the evaluation.
+            folder: Stores a file per finished unit. It must belong to this evaluation alone.
+
+        Raises:
+            InputError: There is no clip.
         """
         folder.mkdir(parents=True, exist_ok=True)
         cases, world = iter(clips), self.world
@@ -86,7 +92,7 @@ class Evaluator:
         return columns
 
     def _show(self, folder: Path, place: int, case: Case, made_THWC: np.ndarray, judged: Judged) -> None:
-        """Write a sample; of a completed clip, with the clip itself below it."""
+        """Write a sample to a file. For a completed clip, the real clip is shown below it."""
         about: dict[str, object] = {"prompt": case.sample.caption, "seed": case.seed, "figures": judged.figures}
         if case.sample.part is not None:
             about |= {"given_frames": case.sample.part.given(len(made_THWC))}
@@ -95,7 +101,7 @@ class Evaluator:
 
 
 def through_vae(vae: FrozenVae, frames_THWC: np.ndarray) -> np.ndarray:
-    """The frames as the VAE gives them back: the best that a model on its latents can do."""
+    """Encode and decode frames `(T, H, W, 3)` uint8: the upper bound for a model on this VAE's latents."""
     return vae.decode(vae.encode(to_video(frames_THWC).transpose(0, 1).unsqueeze(0))[0])
 
 
@@ -106,7 +112,7 @@ def _write(path: Path, columns: Mapping[str, Sequence[Judged]]) -> None:
 
 
 def _wait_for_all(world: World) -> None:
-    """Return when every rank is here, so that all units are written."""
+    """Wait until every rank has called this, so that all units are written."""
     if world.size == 1:
         return
     dist.init_process_group("gloo", rank=world.rank, world_size=world.size)

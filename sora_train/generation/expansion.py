@@ -20,7 +20,7 @@ from sora_train.generation.output import has_format
 
 _EXAMPLES, _LONGEST = 6, 600  # captions shown to the language model, and characters of each
 _TRIES = 3
-_WARMER = 0.7  # temperature of all tries but the first
+_WARMER = 0.7  # temperature of all tries except the first
 _TOKENS = 500
 _ASK = (
     "Rewrite the prompt below for a model that makes videos from text. Keep everything that it asks for and contradict "
@@ -28,7 +28,7 @@ _ASK = (
     "Answer with the rewritten prompt alone.\n\nPrompt: {prompt}"
 )
 _WORDING = "Captions of videos that the model was trained on, whose wording and length to take:\n{examples}\n\n"
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.S)  # of a model that thinks aloud
+_THOUGHTS = re.compile(r"<think>.*?</think>", re.S)  # the reasoning part of an answer
 
 Rewrite = Callable[[str], str]
 
@@ -62,7 +62,10 @@ def expand_all(jobs: Sequence[Job], o: Options, config: Config, ranks: int) -> l
 
 
 def rewritten(server: Server, prompt: str, examples: Sequence[str]) -> str:
-    """A prompt in the wording of the examples. Raises InputError where the server gives no answer that can be used."""
+    """Rewrite a prompt in the wording of example captions.
+
+    Raises InputError if the server gives no usable answer.
+    """
     wording = _WORDING.format(examples="\n".join(f"- {one}" for one in examples)) if examples else ""
     asked, reason = _ASK.format(wording=wording, prompt=prompt), ""
     for number in range(_TRIES):
@@ -75,12 +78,12 @@ def rewritten(server: Server, prompt: str, examples: Sequence[str]) -> str:
             reason = str(error)
         except ServerError as error:
             reason = str(error)
-            break  # it was tried often enough
+            break  # the server client has retried already
     raise InputError(f"expand_url={server.url} gives no other wording of {prompt[:60]!r}: {reason}")
 
 
 def captions_of(config: Config) -> list[str]:
-    """A few captions from all over the training shards, the longest of each sample; none where they aren't here."""
+    """Return the longest captions of a few samples, spread over the training shards; empty without shards."""
     try:
         shards = Shards(replace(config, data=replace(config.data, validation=[])))
         if not shards.training:

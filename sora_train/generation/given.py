@@ -1,7 +1,7 @@
 """Images and videos that a user gives to sample from, decoded as in training: upright, at their times, by data.fit.
 
 Decoding happens in the pool's child process, within the limits of `data.limits`. A video is read piece by piece at the
-size asked for, so that its length and resolution don't show in this process's memory.
+requested size, so this process's memory use doesn't depend on the video's length and resolution.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _GLIMPSE = 8  # frames that are checked
 
 
 class Given:
-    """An image (of one frame) or a video, at the clip's frame rate.
+    """An image (of one frame) or a video, resampled to `fps` frames a second, the clip's rate.
 
-    `height` and `width` are those of the upright picture, `frames` is what the file has at `fps` frames a second.
+    `height` and `width` are those of the upright picture, `frames` is the number of frames after resampling.
     """
 
     def __init__(self, path: str, fps: float, fit: Fit, pool: Pool) -> None:
@@ -46,9 +46,9 @@ class Given:
         self.frames = int(count) if self.track.fps else 1
 
     def decoded(self, first: int, count: int, size: tuple[int, int]) -> np.ndarray:
-        """Frames `first` to `first + count`, `(T, H, W, 3)` uint8, of the height and width `size`.
+        """Decode `count` frames from frame `first` on, at `size` (height, width); returns `(T, H, W, 3)` uint8.
 
-        Raises InputError where the file can't be decoded there.
+        Raises InputError if they can't be decoded.
         """
         resize, crop = fitted((self.height, self.width), size, self.fit)
         if resize[0] * resize[1] > self.pool.limits.pixels:
@@ -62,23 +62,23 @@ class Given:
             raise InputError(f"{self.path} can't be used: {error}") from error
 
     def glimpse(self, size: tuple[int, int]) -> np.ndarray:
-        """A few evenly spaced frames, for a check."""
+        """Decode a few evenly spaced frames `(T, H, W, 3)` uint8, for the safeguards."""
         places = sorted({round(place) for place in np.linspace(0, self.frames - 1, _GLIMPSE)})
         return np.concatenate([self.decoded(place, 1, size) for place in places])
 
     def pieces(self, first: int, last: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
-        """Frames `first` to `last` (exclusive), some at a time."""
+        """Iterate over frames `first` to `last` (exclusive) in arrays `(T, H, W, 3)` uint8 of a few frames."""
         for start in range(first, last, _AT_ONCE):
             yield self.decoded(start, min(_AT_ONCE, last - start), size)
 
     def _numbers(self, first: int, count: int) -> Sequence[float]:
-        """Numbers of the file's frames that are on the screen at each frame of the clip, as training takes them."""
+        """Numbers of the file's frames that are on the screen at the times of the clip's frames, as in training."""
         fps = self.fps if self.track.fps else 0.0
         visit = Visit(0, 0, first + count, fps, (self.height, self.width), (0, 0, self.height, self.width), "", 0)
         return source_frames(visit, self.track.fps, self.track.vfr)[first:]
 
     def sha256(self) -> str:
-        """The hash of the file, by which it is known again."""
+        """SHA-256 of the file as hex digits, to detect later whether it has changed."""
         with Path(self.path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -105,7 +105,10 @@ def fitted(
 
 
 def _kind(path: str) -> str:
-    """The extension that the decoder is told, by the file's first bytes: names of files are often wrong."""
+    """Determine the extension to pass to the decoder from the file's first bytes: names of files are often wrong.
+
+    Raises InputError if the file can't be read.
+    """
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}")
     try:

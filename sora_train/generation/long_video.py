@@ -38,12 +38,24 @@ def in_pieces(
     config: Config, sampler: Sampler, prompt: Prompt, size: Size, frames: int, seed: int,
     *, overlap: int, loop: bool, memory: bool = False,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """frames_THWC uint8, `frames` of them in all, a piece at a time; `size` is a piece's.
+    """Generate a long video; yields the new frames `(T, H, W, 3)` uint8 of each piece.
 
-    `overlap`: latent frames that a piece shares with the one before. With `loop` the last piece leads back to the first
-    frame and ends right before it; pieces aren't cut then, so there may be a few more frames, and its shots change
-    within pieces. With `memory` every piece after the first sees an earlier frame. What the prompt gives as beginning
-    isn't repeated. Raises InputError for an overlap that leaves no room.
+    Frames that the prompt gives as the beginning are not part of the result.
+
+    Args:
+        config: Configuration of the model.
+        sampler: The model.
+        prompt: Captions and given frames.
+        size: Frames, height and width of a piece.
+        frames: Frames of the video.
+        seed: Seed of the video.
+        overlap: Latent frames that a piece shares with the previous one.
+        loop: Whether the last piece leads back to the first frame and ends right before it. Pieces aren't cut then, so
+            there may be a few more frames, and shots change within pieces.
+        memory: Whether every piece after the first sees an earlier frame.
+
+    Raises:
+        InputError: The overlap leaves no room in a piece.
     """
     check_overlap(geometry(config).grid(*size)[0], overlap, memory=memory)
     if loop:
@@ -64,7 +76,7 @@ def in_pieces(
 
 
 def _frames_of(shots: Sequence[Shot], frames: int, fps: float) -> Iterator[tuple[Shot, int, int]]:
-    """The shots that some of the video's frames belong to: first frame, and the one after the last."""
+    """Iterate over the shots that the video shows: the shot, its first frame, and the frame after its last."""
     first = 0
     for number, end in enumerate(np.cumsum([shot.seconds for shot in shots])):
         last = frames if number == len(shots) - 1 else min(frames, round(end * fps))
@@ -77,7 +89,7 @@ def _continued(
     config: Config, sampler: Sampler, prompt: Prompt, size: Size, frames: int, seed: int,
     *, overlap: int, loop: bool, earlier: Memory | None = None,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """Pieces that go on from each other: see `in_pieces`."""
+    """Generate pieces that continue each other: see `in_pieces`."""
     grid = geometry(config)
     latents, stride = grid.grid(*size)[0], grid.temporal_stride
     past, made, piece, back = _Past(), 0, 0, None
@@ -116,7 +128,7 @@ def _continued(
 def check_overlap(latents: int, overlap: int, *, memory: bool) -> None:
     """Raise InputError if `overlap` exceeds half of a piece of `latents` latent frames, or a piece has fewer than 3.
 
-    With `memory` a piece also needs room for that.
+    With `memory` a piece also needs room for the earlier frame.
     """
     if memory and not has_room(latents, overlap):
         raise InputError(f"memory and overlap={overlap} leave nothing to make in a piece of {latents} latent frames")
@@ -130,10 +142,10 @@ def check_overlap(latents: int, overlap: int, *, memory: bool) -> None:
 class _Back:
     """Return of the last piece of a loop to the beginning."""
 
-    held: Held  # what its end is held to
-    skipped: int  # frames at the beginning that the last piece makes anew
-    repeated: int  # latent frames at the last piece's end that the beginning shows
-    last: int | None  # where what remains is cut: its last frame may be the first one again
+    held: Held  # overlap that the end of the last piece follows
+    skipped: int  # frames at the beginning that aren't shown, as the last piece generates them again
+    repeated: int  # latent frames at the last piece's end that repeat the shown beginning
+    last: int | None  # end of the slice of its frames: the last frame may repeat the first one of the video
 
 
 def _back(
@@ -183,7 +195,7 @@ class _Past:
         return replace(request, given=((0, encode(vae, seen_HWC[None])),), held=replace(own, skipped=BEFORE_OVERLAP))
 
     def decoded(self, vae: FrozenVae, new_CTHW: Tensor, stride: int) -> np.ndarray:
-        """The frames of the latents that follow."""
+        """Decode latents `(C, T, H, W)` that follow those shown; returns their frames `(T, H, W, 3)` uint8."""
         if self.shown_CTHW is None:
             return vae.decode(new_CTHW)
         return vae.decode(torch.cat((self.shown_CTHW, new_CTHW), dim=1))[-new_CTHW.shape[1] * stride :]
@@ -192,7 +204,16 @@ class _Past:
         self, vae: FrozenVae, new_CTHW: Tensor, video_THWC: np.ndarray, whole_CTHW: Tensor, noise_CTHW: Tensor,
         overlap: int,
     ) -> _Past:  # fmt: skip
-        """The same after a piece `whole_CTHW`, of which `new_CTHW` are shown and the last `overlap` - 1 are not yet."""
+        """Return the state after a piece.
+
+        Args:
+            vae: Encodes the last frame shown.
+            new_CTHW: Latents of the piece that are shown now; the last `overlap` - 1 of the piece are not yet.
+            video_THWC: Their frames.
+            whole_CTHW: All latents of the piece.
+            noise_CTHW: The noise that they were generated from.
+            overlap: Latent frames that the next piece shares with this one.
+        """
         latents = whole_CTHW.shape[1]
         shown = new_CTHW if self.shown_CTHW is None else torch.cat((self.shown_CTHW, new_CTHW), dim=1)
         first_CTHW = encode(vae, video_THWC[-1:])
@@ -204,13 +225,13 @@ class _Past:
 def _request(
     config: Config, vae: FrozenVae, prompt: Prompt, size: Size, seed: int, piece: int, *, made: int, held: Held | None
 ) -> Request:
-    """The request for a piece, whose first frame is the last one made."""
+    """Build the request for piece number `piece`; its first frame is the last of the `made` frames so far."""
     own_seed = int(hash64(seed, piece)) >> 1 if piece else seed
     return replace(prompt.request(config, vae, size, own_seed, max(0, made - 1)), held=held)
 
 
 def _known(request: Request) -> int:
-    """Latent frames at a piece's beginning whose frames are shown already."""
+    """Number of latent frames at a piece's beginning whose frames have been shown already."""
     if request.held is not None:
         return request.held.skipped + 1
     return sum(latents.shape[1] for first, latents in request.given if first == 0)

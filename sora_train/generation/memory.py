@@ -1,4 +1,4 @@
-"""Memory of a long video: earlier frames, on one of which each piece is conditioned beside its overlap.
+"""Memory of a long video: each piece is conditioned on one earlier frame in addition to its overlap.
 
 A piece with memory starts with one earlier frame at t = 0 and one latent frame that is generated but not shown; its
 overlap with the previous piece follows. The task `memory` trains it (`sora_train.flow.tasks`). Attention to retrieved
@@ -17,14 +17,17 @@ _MOST = 64  # frames that are kept
 
 
 class Memory:
-    """What the video was given as its beginning, and one frame of every piece so far, thinned out above a limit."""
+    """Candidates for the earlier frame: the given beginning of the video, and one frame of every piece so far.
+
+    Above a limit every other frame is dropped.
+    """
 
     def __init__(self, given_HWC: np.ndarray | None = None) -> None:
         self._frames = [] if given_HWC is None else [given_HWC]
         self._every, self._pieces = 1, 0  # every how many pieces are kept, and how many there were
 
     def add(self, frame_HWC: np.ndarray) -> None:
-        """Keep a frame of a piece, uint8."""
+        """Store a frame `(H, W, 3)` uint8 of a new piece."""
         if self._pieces % self._every == 0:
             self._frames.append(frame_HWC)
         self._pieces += 1
@@ -32,7 +35,10 @@ class Memory:
             self._frames, self._every = self._frames[::2], 2 * self._every
 
     def recall(self, last_HWC: np.ndarray) -> np.ndarray | None:
-        """The frame that differs most from the last one shown, by mean squared error; None before the second piece."""
+        """Return the stored frame that differs most from the last one shown, by mean squared error.
+
+        None before the second piece.
+        """
         if not self._pieces:
             return None
         last = last_HWC.astype(np.float32)
@@ -40,7 +46,7 @@ class Memory:
 
 
 def has_room(latents: int, overlap: int) -> bool:
-    """Tell whether a piece of so many latent frames has room for memory, an overlap and a frame to make."""
+    """Tell whether a piece of `latents` latent frames has room for memory, the overlap and at least one new frame."""
     return latents > BEFORE_OVERLAP + overlap
 
 

@@ -1,4 +1,4 @@
-"""The options of `sample`, and the samples they ask for: of a prompt, of a file of prompts, or of a JSON again."""
+"""The options of `sample`, and the jobs they describe: from a prompt, a file of prompts, or a sample's JSON file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Options:
     expand: bool = False  # have prompts rewritten to the wording of the training captions
     expand_url: str = "http://localhost:8000/v1"  # of a server with OpenAI's interface, which rewrites them
     expand_model: str | None = None  # its model; default: the first
-    expanded_from: str | None = None  # the prompt before; written into the JSON, never given
+    expanded_from: str | None = None  # the prompt before it was rewritten; written into the JSON, not for the user
     out: str | None = None
     format: str | None = choice(FORMATS, None)
     fps: float | None = number(None, above=0, most=1000)  # of the file; the frames stay the same
@@ -74,8 +74,8 @@ class Options:
     weights: str = choice(("ema", "raw"), "ema")
     dtype: str = choice(("fp32", "bf16"), "fp32")
     lora: list[str] = number([])  # adapters, each FILE or FILE:WEIGHT
-    vae: str | None = None  # where the VAE is, if it has been moved
-    base: str | None = None  # where the released weights are that the run was trained from, if they have been moved
+    vae: str | None = None  # new path of the VAE, if it has been moved
+    base: str | None = None  # new path of the released weights that the run was trained from, if they have been moved
     release: str | None = None  # the release folder, or off; default: that of this user, if `release init` made one
     sign: bool = named("release.sign", True)
     mark: bool = named("release.mark", True)
@@ -93,7 +93,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Hashes of weights and given files in the JSON of `from=`; empty for what the command line replaces."""
+    """Hashes of weights and given files in the JSON of `from=`, without those that the command line replaces."""
 
     path: str
     weights: str
@@ -101,11 +101,21 @@ class Recorded:
 
 
 def parse(usage: str | None) -> tuple[Options, Recorded | None]:
-    """The options of the command line, over those of the JSON that `from=` names. Raises InputError."""
+    """Parse the command line. Its options take precedence over those of the JSON file that `from=` names.
+
+    Args:
+        usage: Text to print for `--help`.
+
+    Returns:
+        The options, and the recorded hashes (None without `from=`).
+
+    Raises:
+        InputError: An option or the JSON file is wrong.
+    """
     found: list[Recorded] = []
 
     def beneath(typed: Mapping[str, str]) -> dict[str, Any]:
-        """The options that the recorded JSON gives, for those that were not typed."""
+        """Return the options of the recorded JSON by key, as defaults for those not typed; empty without `from=`."""
         if "from" not in typed:
             return {}
         about = _about(typed["from"])
@@ -126,7 +136,7 @@ def parse(usage: str | None) -> tuple[Options, Recorded | None]:
 
 
 def record(o: Options) -> dict[str, Any]:
-    """Options of one sample by key, for its JSON file: those that are set, with absolute paths."""
+    """Return the options of one sample by key, for its JSON file: those that are set, with absolute paths."""
     names = keys(Options)
     values = {names[name]: value for name, value in asdict(o).items() if value is not None}
     for key in _UNRECORDED:
@@ -138,7 +148,7 @@ def record(o: Options) -> dict[str, Any]:
 
 
 def jobs_of(o: Options) -> list[Job]:
-    """The samples of a prompt, of shots or of a file of prompts; empty where none is given."""
+    """List the jobs for a prompt, for shots or for a file of prompts; empty if none of these is given."""
     if o.prompts is not None:
         return _jobs_of_file(o, o.prompts)
     if o.prompt is None and o.shots is None:
@@ -152,7 +162,7 @@ def jobs_of(o: Options) -> list[Job]:
 
 
 def copies(o: Options, place: Path) -> list[Job]:
-    """A job for each of `count` seeds, or one."""
+    """Make a job for each of `count` consecutive seeds, with numbered names; a single job for one."""
     if o.count in (None, 1):
         return [Job(o, place)]
     stem, suffix = place.stem, place.suffix
@@ -191,7 +201,7 @@ def _jobs_of_file(o: Options, path: str) -> list[Job]:
 
 
 def _about(path: str) -> dict[str, Any]:
-    """The JSON beside a sample. Raises InputError for another file."""
+    """Read the JSON file beside a sample. Raises InputError for any other file."""
     try:
         about = json.loads(Path(path).read_bytes())
         wanted = {"options": dict, "file": str, "weights": str, "given": dict}

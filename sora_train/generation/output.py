@@ -54,14 +54,21 @@ class Target:
 
 
 def has_format(place: str | Path) -> bool:
-    """Tell whether the suffix of a name says which format it is."""
+    """Tell whether the suffix of a name is one of a format."""
     return Path(place).suffix.lower().removeprefix(".") in set(FORMATS) - {"frames"}
 
 
 def target_of(place: Path, wanted: str | None, frames: int, crf: int | None) -> Target:
-    """The target of `out=` and `format=` for a clip of so many frames. Raises InputError where they don't go together.
+    """Combine `out=` and `format=` to a target. An unknown suffix is part of the name.
 
-    A suffix that is no format's is part of the name.
+    Args:
+        place: Path of the sample, with or without suffix.
+        wanted: Format, one of `FORMATS`; None: that of the suffix, else mp4.
+        frames: Frames of the clip. A single one is written as PNG instead of mp4 or webm.
+        crf: Quality of mp4 or webm; None: the default.
+
+    Raises:
+        InputError: The options contradict each other.
     """
     suffix = place.suffix.lower().removeprefix(".")
     has_suffix = has_format(place)
@@ -152,7 +159,7 @@ def _write(path: Path, target: Target, video: Video, fps: float) -> None:
 
 
 def _write_frames(folder: Path, video: Video) -> None:
-    """A PNG for each frame; the folder appears when all are there, in place of an earlier one of frames."""
+    """Write a PNG for each frame. The folder appears when it is complete; it replaces an earlier folder of frames."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -175,7 +182,7 @@ def _frames(video: Video) -> Iterator[np.ndarray]:
 
 
 def _watched(pieces: Iterable[np.ndarray], firsts: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The pieces as they come, evenly spaced ones' first frames kept: fewer than 16."""
+    """Iterate over pieces, and collect in `firsts` the first frames of fewer than 16 evenly spaced ones."""
     every = 1
     for number, piece in enumerate(pieces):
         if number % every == 0:

@@ -16,10 +16,14 @@ _DELIMITER = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # a first line for Exce
 
 
 def read_rows(path: str, known: list[str]) -> list[dict[str, Any]]:
-    """The rows of a file of prompts: option keys, all of them known, and values. Raises InputError that names the row.
+    """Read a file of prompts; returns for each row its options by key, all of them in `known`.
 
-    `.txt`: a prompt a line, empty lines left out. `.csv`, `.tsv`: a column for each option, empty cells and rows left
-    out, and a first column without a name. `.jsonl`: an object, or a prompt in quotes, a line; `.json`: a list of them.
+    `.txt`: a prompt a line; empty lines are ignored. `.csv`, `.tsv`: a column for each option; empty cells, empty rows
+    and a first column without a name are ignored. `.jsonl`: an object or a prompt in quotes per line; `.json`: a
+    list of them.
+
+    Raises:
+        InputError: The file can't be read, has no prompts, or has a faulty row; the message names the row.
     """
     kind = Path(path).suffix.lower()
     if kind not in _READERS:
@@ -103,7 +107,7 @@ def _objects(path: str, text: str, known: list[str]) -> list[dict[str, Any]]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, none of whose keys comes twice."""
+    """Build a JSON object from its pairs. Raises ValueError for a repeated key."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

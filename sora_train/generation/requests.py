@@ -1,4 +1,4 @@
-"""Inputs of a clip: captions with times, frames at either end, a video to start from; and what size it gets."""
+"""Inputs of a clip: captions with times, given frames at either end, a video to start from; and the clip's size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Size = tuple[int, int, int]  # frames, height, width
 
 @dataclass(frozen=True)
 class Shot:
-    """A caption, and for how many seconds it holds."""
+    """A caption and the number of seconds that it describes."""
 
     seconds: float
     caption: str
@@ -89,8 +89,8 @@ class Prompt:
     start: np.ndarray | None = None
     strength: float = 1.0
     negative: str = ""  # what guidance leads away from
-    opening: np.ndarray | None = None  # the first frames of what is given before, which a loop leads back to
-    most: int | None = None  # latent frames given at either end at most; null: half a clip, at both ends a third each
+    opening: np.ndarray | None = None  # the first of the frames given at the beginning, to which a loop leads back
+    most: int | None = None  # most latent frames given at an end; None: half a clip, or a third if both ends are given
 
     def request(self, config: Config, vae: FrozenVae, size: Size, seed: int, first: int = 0) -> Request:
         """The request for a clip of `size` that begins at frame `first` of the video."""
@@ -116,27 +116,40 @@ class Prompt:
 
 
 def spans(shots: Sequence[Shot], frames: int, first: int, stride: int, fps: float) -> tuple[tuple[int, str], ...]:
-    """Latent frames that each caption conditions in a clip that begins at frame `first`; the last holds to the end."""
+    """Compute which shots a clip shows that begins at frame `first` of the video.
+
+    The last shot continues to the end of the video.
+
+    Args:
+        shots: Captions and seconds of the whole video.
+        frames: Latent frames of the clip.
+        first: Frame of the video at which the clip begins.
+        stride: Frames per latent frame.
+        fps: Frames per second.
+
+    Returns:
+        For each shown shot the number of latent frames that it conditions, and its caption.
+    """
     ends = np.cumsum([shot.seconds for shot in shots])[:-1]
-    at = [(first + max(0, 1 + (place - 1) * stride)) / fps for place in range(frames)]  # a latent's first frame
+    at = [(first + max(0, 1 + (place - 1) * stride)) / fps for place in range(frames)]  # s, of a latent's first frame
     which = np.searchsorted(ends, at, side="right")
     return tuple((int((which == n).sum()), shot.caption) for n, shot in enumerate(shots) if (which == n).any())
 
 
 def tail(frames_THWC: np.ndarray, latents: int, grid: Geometry) -> np.ndarray:
-    """The last frames, as many as fill at most so many latent frames."""
+    """The last frames of a video: as many as give at most `latents` latent frames, and at least one."""
     latents = max(1, min(latents, 1 + (len(frames_THWC) - 1) // grid.temporal_stride))
     return frames_THWC[len(frames_THWC) - 1 - (latents - 1) * grid.temporal_stride :]
 
 
 def encode(vae: FrozenVae, frames_THWC: np.ndarray) -> Tensor:
-    """Normalised latents `(C, T, H, W)` of 1 + k * stride frames."""
+    """Encode 1 + k * stride frames to normalised latents `(C, T, H, W)`."""
     video_TCHW = to_video(np.ascontiguousarray(frames_THWC))
     return vae.encode(video_TCHW.transpose(0, 1).unsqueeze(0))[0]
 
 
 def encode_end(vae: FrozenVae, frames_THWC: np.ndarray, latents: int, grid: Geometry) -> Tensor:
-    """Encode frames that end a clip: whole strides of frames, with one more frame before them.
+    """Encode the frames that end a clip: a multiple of the stride, with one more frame before them.
 
     The first latent frame of any encoding holds a single frame and can't be part of a clip's end; it is only there
     because the causal VAE starts with it. If there are fewer frames than one stride, the last one is repeated.
@@ -149,7 +162,7 @@ def encode_end(vae: FrozenVae, frames_THWC: np.ndarray, latents: int, grid: Geom
 
 
 def inside(config: Config, prompt: Prompt, request: Request) -> tuple[int, int]:
-    """Numbers of given frames before and after a clip that are part of it."""
+    """Count the given frames at the beginning and at the end of a clip that are part of the clip."""
     stride = config.vae.temporal_stride
     held = {first: latents.shape[1] for first, latents in request.given}
     before = 0 if prompt.before is None else 1 + (held[0] - 1) * stride
@@ -159,6 +172,6 @@ def inside(config: Config, prompt: Prompt, request: Request) -> tuple[int, int]:
 
 
 def fits(start_THWC: np.ndarray, size: Size) -> np.ndarray:
-    """The first frames of a video to start from, the last one repeated where it is shorter than the clip."""
+    """Cut a video to the length of a clip, or extend it by repeating its last frame."""
     missing = max(0, size[0] - len(start_THWC))
     return np.concatenate((start_THWC, np.repeat(start_THWC[-1:], missing, axis=0)))[: size[0]]

@@ -29,25 +29,28 @@ class Safeguards:
     """No checks, no mark, no signature."""
 
     def check_format(self, format: str) -> None:
-        """Raise InputError for a format that can't hold what is written into it."""
+        """Raise InputError for a file format that can't contain the safeguards' manifest."""
 
     def check_prompt(self, texts: Sequence[str], given: Sequence[np.ndarray]) -> None:
         """Check captions and given pictures, each `(T, H, W, 3)` uint8. Raises Refused."""
 
     def prompt_hash(self, text: str) -> str:
-        """A hash for records that must not hold prompts; empty where there is no key to make it with."""
+        """A hash of a prompt, for records that must not contain prompts; empty without a key."""
         return ""
 
     def about(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """An addition to the JSON of a sample that says what will be done to it."""
+        """Return entries for the JSON of a sample that describe the safeguards applied to it."""
         return {}
 
     def write(self, path: Path, video: Video, write: Write, about: Mapping[str, Any]) -> None:
-        """Have a video written to `path`; it isn't there before it is checked, marked and signed. Raises Refused."""
+        """Write a video to `path` by `write`. The file appears only when it is checked, marked and signed.
+
+        Raises Refused.
+        """
         write(path, video)
 
     def sign(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Sign a picture that stands beside a video, in its place."""
+        """Sign an image file that belongs to a video, replacing the file."""
 
 
 NO_SAFEGUARDS = Safeguards()

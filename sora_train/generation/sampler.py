@@ -41,7 +41,7 @@ class Sampler:
         return video
 
     def in_batches(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        """The same for any number of requests, equal sizes together, a few thousand tokens at a time."""
+        """Like `videos`, for any number of requests: sorted by size, about 4 x `data.max_tokens` tokens in a pack."""
         grid_tokens = [int(np.prod(r.grid)) for r in requests]
         order = sorted(range(len(requests)), key=lambda i: requests[i].grid)
         videos: dict[int, np.ndarray] = {}
@@ -56,5 +56,5 @@ class Sampler:
 
 
 def request_for(config: Config, caption: str, size: tuple[int, int, int], seed: int) -> Request:
-    """A request for a clip of (frames, height, width); all are rounded to the VAE's and the patch's grid."""
+    """Build a request for a clip. `size` is (frames, height, width), rounded to the grid of VAE and patches."""
     return Request(caption, geometry(config).grid(*size), seed)

@@ -1,4 +1,7 @@
-"""From jobs to files: each sample is prepared, made and written by itself, so that its JSON alone makes it again."""
+"""Generates the samples of jobs and writes their files.
+
+Each sample is generated separately, so that its JSON file is enough to generate it again.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ from sora_train.generation.video import Video, pieces_of
 
 @dataclass
 class Sample:
-    """One sample ready to be made: its configuration, size, captions, given images and videos, and where it goes."""
+    """One sample ready to be generated: its configuration, size, captions, given images and videos, and target."""
 
     config: Config
     options: Options
@@ -46,7 +49,7 @@ class Sample:
 
     @property
     def in_pieces(self) -> bool:
-        """Tell whether it is longer than a clip, or has to lead back to its beginning."""
+        """True if the sample is generated in pieces: it is longer than a clip (without `whole`), or a loop."""
         o = self.options
         return o.loop or (self.size[0] > self.config.data.max_frames and not o.whole)
 
@@ -57,7 +60,7 @@ class Sample:
 
     @property
     def memory(self) -> bool:
-        """Tell whether its pieces see an earlier frame: as asked for, else if the run trained it and there is room."""
+        """True if its pieces see an earlier frame: the option; by default, if the run trained it and there is room."""
         o = self.options
         if o.memory is not None:
             return o.memory
@@ -69,7 +72,7 @@ class Sample:
         return self.size[1], self.size[2]
 
     def about(self, weights: str) -> dict[str, Any]:
-        """The JSON beside it: everything that makes it again."""
+        """Contents of the JSON file beside the sample: everything needed to generate it again."""
         o, flow = self.options, self.config.flow
         whole = replace(
             o, seconds=self.size[0] / self.config.data.made_fps, height=self.size[1], width=self.size[2],
@@ -86,11 +89,11 @@ class Sample:
 
 
 class Model(Protocol):
-    """The model that samples come from (`operations/source.py`)."""
+    """The model that generates the samples (`operations/source.py`)."""
 
     config: Config
-    options: Options  # of the command, naming the very checkpoint and adapters
-    weights: str  # a hash of everything trained
+    options: Options  # of the command, with the exact checkpoint and adapters
+    weights: str  # hashes of all trained weights
     world: World
 
     def open(self) -> Sampler:
@@ -100,9 +103,9 @@ class Model(Protocol):
 def make_all(
     model: Model, jobs: Sequence[Job], recorded: Recorded | None, safeguards: Safeguards = NO_SAFEGUARDS
 ) -> None:
-    """Generate every sample of the jobs that doesn't exist yet, one after the other, and print its path.
+    """Generate the samples of the jobs, one after the other, and print the path of each.
 
-    All jobs are checked before the first one is generated.
+    All jobs are checked before the first one is generated. If there are several, existing samples are skipped.
 
     Raises:
         InputError: A job is wrong, or the safeguards refused samples (raised after all others were generated).
@@ -126,7 +129,7 @@ def make_all(
                 _say(model.world, f"{sample.target.path}  there already")
                 continue
             if model.world.size > 1:
-                sampler = sampler or model.open()  # connects the ranks, which a check does over
+                sampler = sampler or model.open()  # connects the ranks, which `check_prompt` needs
             try:
                 check_prompt(model.world, sample, safeguards)
                 sampler = sampler or model.open()
@@ -136,18 +139,21 @@ def make_all(
                 print(f"refused: {refused[-1]}", file=sys.stderr, flush=True)
     if refused:
         if sampler is not None and model.world.size > 1:
-            torch.distributed.barrier()  # a launcher ends all ranks with the first: the last file must be written
+            torch.distributed.barrier()  # a launcher kills all ranks when one fails: let the last file be written first
         raise InputError(f"{len(refused)} of {len(samples)} refused; {refused[0]}")
 
 
 def made_with(sampler: Sampler) -> dict[str, Any]:
-    """An entry of a sample's JSON: the versions and device that made it."""
+    """An entry of a sample's JSON: the versions and the type of device that generated it."""
     its = {"sora_train": version("sora_train"), "torch": torch.__version__, "device": sampler.device.type}
     return {"made_with": its}
 
 
 def check_prompt(world: World, sample: Sample, safeguards: Safeguards) -> None:
-    """Have captions and given files checked, by the main rank, which tells the others. Raises Refused."""
+    """Check captions and given files by the safeguards, on the main rank, which broadcasts the result.
+
+    Raises Refused, on all ranks.
+    """
     refusal: Refused | None = None
     if world.is_main:
         try:
@@ -200,7 +206,10 @@ def made(sampler: Sampler, sample: Sample) -> Video:
 
 
 def prepared(config: Config, o: Options, job: Job, pool: Pool) -> Sample:
-    """A sample whose options go together and whose files can be read. Raises InputError."""
+    """Check a job's options, open its given files and choose size and target.
+
+    Raises InputError if options can't be combined or a file can't be read.
+    """
     for one, other in (("image", "video"), ("end_image", "end_video")):
         if getattr(o, one) and getattr(o, other):
             raise InputError(f"give {one}=... or {other}=..., not both")
@@ -230,7 +239,7 @@ def prepared(config: Config, o: Options, job: Job, pool: Pool) -> Sample:
 
 
 def _with_flow(config: Config, o: Options) -> Config:
-    """The configuration of one sample: how it is guided and solved. Raises InputError for what doesn't go together."""
+    """Apply the options of guidance and solver to a configuration. Raises InputError for an invalid combination."""
     chosen: dict[str, Any] = {
         "guidance": o.guidance, "guidance_interval": o.guidance_interval and tuple(o.guidance_interval),
         "guidance_rescale": o.guidance_rescale, "sampling_steps": o.steps, "solver": o.solver, "shift": o.shift,
@@ -244,7 +253,7 @@ def _with_flow(config: Config, o: Options) -> Config:
 
 
 def _ends(sample: Sample) -> tuple[Given | None, Given | None, Given | None]:
-    """Files given before and after the clip, and the video that it is made anew from."""
+    """Select the files given before and after the clip, and the video that it varies (`strength` below 1)."""
     found = sample.given
     first, last = found.get("image") or found.get("video"), found.get("end_image") or found.get("end_video")
     return (first, last, None) if sample.options.strength == 1.0 else (None, last, first)
@@ -259,7 +268,7 @@ def _check_given(given: dict[str, str], recorded: Recorded | None) -> None:
 
 
 def _say_what_is_cut(config: Config, captions: list[str]) -> None:
-    """Say which captions are longer than the text encoder reads."""
+    """Warn of captions with more tokens than the run's own text encoder reads."""
     t = config.text_encoder
     if t.path is not None:
         return
@@ -270,7 +279,10 @@ def _say_what_is_cut(config: Config, captions: list[str]) -> None:
 
 
 def _keep(world: World, sample: Sample, video: Video, about: dict[str, Any], safeguards: Safeguards) -> None:
-    """Write a video and say where. Every rank has it; the others only go through its pieces, to make them together."""
+    """Write a video and print its path, on the main rank.
+
+    The other ranks only iterate over its pieces, because all ranks generate each piece together.
+    """
     pieces = video if isinstance(video, np.ndarray) else iter(video)
     try:
         if world.is_main:
@@ -279,7 +291,7 @@ def _keep(world: World, sample: Sample, video: Video, about: dict[str, Any], saf
             print(f"{path}  {sample.note}".rstrip(), flush=True)
     finally:
         if world.size > 1:
-            for _ in pieces_of(pieces):  # those that remain: the other ranks make them with this one
+            for _ in pieces_of(pieces):  # the remaining pieces, which the other ranks generate together with this one
                 pass
 
 

@@ -1,4 +1,4 @@
-"""Finds the training clips that samples repeat: the hashes of whole shards against those of a folder of samples."""
+"""Finds the training clips that samples repeat: compares hashes of all clips of shards with those of the samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
 def find_copies(o: Options) -> int:
-    """Print and write the nearest training clip of every video of a folder."""
+    """Find the nearest training clip of every video of a folder; print a table, write a page and a JSON file.
+
+    Returns the exit code.
+    """
     if not o.videos:
         raise InputError("memorised=[SHARD,...] looks for training clips in videos=DIR; name the samples")
     out, samples = o.path(".json"), videos_in(o.videos)
@@ -47,7 +50,7 @@ def find_copies(o: Options) -> int:
 
 
 def _clips(index: Index) -> Iterator[tuple[str, np.ndarray]]:
-    """The hashes of every video of the shards by key; pictures and what can't be decoded are left out."""
+    """Iterate over the keys and hashes of all videos of the shards, without images and files that can't be decoded."""
     for row in track(np.flatnonzero(index.usable).tolist(), description="hashing training clips"):
         shard, extension, (offset, size, crc32) = index.member(row)
         if extension in _PICTURES or extension == LATENT:
@@ -60,7 +63,7 @@ def _clips(index: Index) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _extract(keys: set[str], index: Index, folder: Path) -> dict[str, Path]:
-    """The clips of these keys as files, for the page."""
+    """Write the clips of these keys to files, for the page; returns the paths by key."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for row in np.flatnonzero(np.isin(index.key, sorted(keys))).tolist():

@@ -1,4 +1,4 @@
-"""The frames of a sample: whole, or in pieces where it is long."""
+"""The frames of a sample: one array, or an iterable of pieces for a long video."""
 
 from __future__ import annotations
 

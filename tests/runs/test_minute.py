@@ -10,9 +10,7 @@ import pytest
 
 @pytest.mark.campaign
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    ("kind", "tokens"), [("minute", 721 * 4), ("large minute", 721 * 16)]
-)
+@pytest.mark.parametrize(("kind", "tokens"), [("minute", 721 * 4), ("large minute", 721 * 16)])
 def test_a_minute_over_four_ranks_trains_as_on_one(runs: Callable[[str], Any], kind: str, tokens: int) -> None:
     """1,441 frames are 721 latent frames of the demo's VAE; the second update sees the first's weights."""
     found = runs(kind)
