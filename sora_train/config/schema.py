@@ -317,6 +317,7 @@ class OptimConfig:
     lr: float = 1e-3
     text_lr_scale: float = 1.0  # learning rate of the text encoder relative to the rest
     rates: dict[str, float] = field(default_factory=dict)  # relative rates by pattern of parameter names; 0: frozen
+    base_width: int = 0  # model.width that the learning rates were tuned at: transferred by muP; 0: used as they are
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.01

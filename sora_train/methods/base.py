@@ -37,6 +37,8 @@ class Network:
         matrices: The modules in which Muon may update the weights of linear layers and convolutions: blocks, never
             embeddings, modulation or the output projection of a transformer. None for adapters, which AdamW updates
             regardless of `optim.matrices`.
+        base_shapes: Shapes of the parameters if the network had the width `optim.base_width`, by name. Learning rates
+            of matrices are scaled by the ratio (muP). None: they are not scaled.
     """
 
     module: nn.Module
@@ -44,6 +46,7 @@ class Network:
     ema: bool = True
     passes: int = 1
     matrices: Sequence[nn.Module] | None = ()
+    base_shapes: Mapping[str, tuple[int, ...]] | None = None
 
     @property
     def trained(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,18 @@ def whole_weights(config: Config, weights: dict[str, Tensor]) -> dict[str, Tenso
         return weights
     with _seeded(config.seed):
         return merge(_with_released_weights(config).state_dict(), weights, config.model.lora)
+
+
+def base_shapes(config: Config) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the parameters of the network with `optim.base_width` in place of `model.width`; None if that is 0."""
+    base, model = config.optim.base_width, config.model
+    if not base:
+        return None
+    heads = max(1, model.heads * base // model.width)
+    narrow = replace(model, width=base, heads=heads, ffn=model.ffn * base // model.width)
+    with torch.device("meta"):
+        network = build_video_model(replace(config, model=narrow))
+    return {name: tuple(p.shape) for name, p in network.named_parameters()}
 
 
 def transformer_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

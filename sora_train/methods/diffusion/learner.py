@@ -20,7 +20,7 @@ from sora_train.encoding.vae import FrozenVae
 from sora_train.flow.objective import FlowObjective
 from sora_train.generation.sampler import Sampler, request_for
 from sora_train.methods.base import Engines, Network, OneNetwork, precision_of
-from sora_train.models.video_model import VideoModel, planned_model, starting_model
+from sora_train.models.video_model import VideoModel, base_shapes, planned_model, starting_model
 from sora_train.models.video_vae.model import build_vae
 
 
@@ -86,7 +86,12 @@ def _learner(
     if network.text is not None:
         rates.append((network.text, config.optim.text_lr_scale))
     networks = {
-        DiffusionLearner.name: Network(network, rates, matrices=None if config.model.lora.rank else network.matrices()),
+        DiffusionLearner.name: Network(
+            network,
+            rates,
+            matrices=None if config.model.lora.rank else network.matrices(),
+            base_shapes=base_shapes(config),
+        ),  # fmt: skip
         "vae": Network(vae.vae, None),
     }
     objective = FlowObjective(config.flow, geometry(config), config.vae.channels)

@@ -55,6 +55,15 @@ class Diffusion:
             "model.mlp_chunk and model.compile: a block would be compiled anew for each number of chunks; "
             "set one of them to 0 or false",
         )
+        base, head = config.optim.base_width, model.width // model.heads
+        require(
+            base % head == 0,
+            f"optim.base_width={base} must be a multiple of the size of a head, model.width / model.heads={head}",
+        )
+        require(
+            not (base and model.lora.rank),
+            f"optim.base_width={base} transfers the learning rates of whole matrices; set it to 0 to train adapters",
+        )
         FAMILIES.get(model.family).rules(config)
         _check_flow(config.flow, config.data)
         _check_adapters(config)

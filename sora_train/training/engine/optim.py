@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,33 @@ from sora_train.core.cli import InputError
 from sora_train.methods.base import Network
 from sora_train.training.engine.muon import MatrixOptimizer
 
-_NONE: Mapping[int, float] = {}
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Scale(NamedTuple):
+    """Factors on a parameter's learning rate: `rate` of `optim.rates`, `width` of `optim.base_width`.
+
+    Weight decay is divided by `width`, so that a step shrinks a weight alike at every width.
+    """
+
+    rate: float = 1.0
+    width: float = 1.0
+
+
+_NONE: Mapping[int, Scale] = {}
 
 
 def optimizer_of(network: Network, config: OptimConfig) -> torch.optim.AdamW:
     """Build the optimizer of a network: AdamW, or Muon if `optim.matrices` is muon and the network isn't adapters.
 
-    Raises InputError for Muon if the network's `matrices` are empty.
+    Raises InputError for Muon if the network's `matrices` are empty, and for `optim.base_width` if it has no
+    `base_shapes`.
     """
     assert network.rates is not None
-    scales = _scales(network.module, config.rates)
+    if config.base_width and network.base_shapes is None:
+        raise InputError(f"optim.base_width={config.base_width}: this method's network has no width to transfer "
+                         "learning rates between; set it to 0")  # fmt: skip
+    scales = _scales(network, config)
     if config.matrices == "adamw" or network.matrices is None:
         return adamw(network.rates, config, scales)
     if not network.matrices:
@@ -43,18 +59,37 @@ def check_patterns(networks: Iterable[Network], rates: Mapping[str, float]) -> N
                              f"as {names[len(names) // 2]!r}")  # fmt: skip
 
 
-def _scales(module: nn.Module, rates: Mapping[str, float]) -> dict[int, float]:
-    """Relative learning rates by `id` of the parameter. The last pattern that matches a name counts."""
+def _scales(network: Network, config: OptimConfig) -> dict[int, Scale]:
+    """Factors on the learning rates by `id` of the parameter. The last pattern that matches a name counts."""
+    layers = {id(layer.weight) for layer in network.module.modules() if isinstance(layer, _LAYERS)}
+    inside = {id(p) for block in network.matrices or () for p in block.parameters()}
     found = {}
-    for name, p in module.named_parameters():
-        for pattern, rate in rates.items():
-            if fnmatchcase(name, pattern):
-                found[id(p)] = rate
+    for name, p in network.module.named_parameters():
+        matching = [rate for pattern, rate in config.rates.items() if fnmatchcase(name, pattern)]
+        width = 1.0
+        if network.base_shapes is not None and id(p) in layers:
+            by_muon = config.matrices == "muon" and id(p) in inside
+            width = _width_factor(tuple(p.shape), network.base_shapes[name], by_muon)
+        if matching or width != 1.0:
+            found[id(p)] = Scale(matching[-1] if matching else 1.0, width)
     return found
 
 
+def _width_factor(shape: tuple[int, ...], base: tuple[int, ...], by_muon: bool) -> float:
+    """Learning rate of a matrix relative to that of the same matrix at the base width.
+
+    An update must change a layer's outputs by as much at every width. AdamW's elements are of one size and add up over
+    the inputs, so the factor is the inverse ratio of inputs (muP: Yang et al. 2022, arXiv 2203.03466, table 8; for
+    diffusion transformers Zheng et al. 2025, arXiv 2505.15270). Muon's updates have a spectral norm that grows with the
+    square root of the larger side (`muon._RMS`).
+    """
+    if by_muon:
+        return math.sqrt(max(base[0], math.prod(base[1:])) / max(shape[0], math.prod(shape[1:])))
+    return math.prod(base[1:]) / math.prod(shape[1:])
+
+
 def adamw(
-    parts: Iterable[tuple[nn.Module, float]], config: OptimConfig, scales: Mapping[int, float] = _NONE
+    parts: Iterable[tuple[nn.Module, float]], config: OptimConfig, scales: Mapping[int, Scale] = _NONE
 ) -> torch.optim.AdamW:
     """Build AdamW over modules.
 
@@ -64,7 +99,7 @@ def adamw(
     Args:
         parts: Modules to train, each with a factor on its learning rate.
         config: Learning rate and other settings.
-        scales: Further factors on the learning rates of single parameters, by `id`.
+        scales: Further factors on single parameters, by `id`.
     """
     groups = _groups(parts, config, set(), scales)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
@@ -74,7 +109,7 @@ def muon(
     parts: Iterable[tuple[nn.Module, float]],
     blocks: Iterable[nn.Module],
     config: OptimConfig,
-    scales: Mapping[int, float] = _NONE,
+    scales: Mapping[int, Scale] = _NONE,
 ) -> MatrixOptimizer:
     """Build Muon for the weights of linear layers and convolutions inside `blocks`, and AdamW for the rest of `parts`.
 
@@ -82,7 +117,7 @@ def muon(
         parts: Modules to train, each with a factor on the learning rate of its AdamW parameters.
         blocks: Modules whose matrices Muon updates.
         config: Learning rates and other settings of both optimizers.
-        scales: Further factors on the learning rates of single parameters, by `id`.
+        scales: Further factors on single parameters, by `id`.
     """
     layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, _LAYERS)]
     matrices = [layer.weight for layer in layers if layer.weight.requires_grad]
@@ -91,16 +126,16 @@ def muon(
         {**group, "muon": False, "momentum": 0.0} for group in _groups(parts, config, set(map(id, matrices)), scales)
     ]
     for scale, chosen in _by_scale(matrices, scales).items():
-        lr = m.lr * scale
+        lr = m.lr * scale.rate * scale.width
         groups.append(
-            {"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": m.weight_decay, "muon": True,
+            {"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": m.weight_decay / scale.width, "muon": True,
              "momentum": m.momentum}
         )  # fmt: skip
     return MatrixOptimizer(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 def _groups(
-    parts: Iterable[tuple[nn.Module, float]], config: OptimConfig, without: set[int], scales: Mapping[int, float]
+    parts: Iterable[tuple[nn.Module, float]], config: OptimConfig, without: set[int], scales: Mapping[int, Scale]
 ) -> list[dict[str, Any]]:
     """Parameter groups of AdamW: for each part, parameters with and without weight decay.
 
@@ -115,15 +150,15 @@ def _groups(
             (0.0, [p for p in trained if id(p) not in matrices]),
         ):
             for further, alike in _by_scale(chosen, scales).items():
-                lr = config.lr * scale * further
-                groups.append({"params": alike, "lr": lr, "base_lr": lr, "weight_decay": decay})
+                lr = config.lr * scale * further.rate * further.width
+                groups.append({"params": alike, "lr": lr, "base_lr": lr, "weight_decay": decay / further.width})
     return groups
 
 
-def _by_scale(parameters: Iterable[Tensor], scales: Mapping[int, float]) -> dict[float, list[Tensor]]:
-    found: dict[float, list[Tensor]] = {}
+def _by_scale(parameters: Iterable[Tensor], scales: Mapping[int, Scale]) -> dict[Scale, list[Tensor]]:
+    found: dict[Scale, list[Tensor]] = {}
     for p in parameters:
-        found.setdefault(scales.get(id(p), 1.0), []).append(p)
+        found.setdefault(scales.get(id(p), Scale()), []).append(p)
     return found
 
 
