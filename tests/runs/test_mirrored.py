@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(3600)  # half a minute, but not on a busy machine
 def test_a_run_goes_on_elsewhere_from_its_mirror(runs: Callable[[str], Any]) -> None:
     found = runs("mirrored")

@@ -334,8 +334,12 @@ def test_the_watch_lets_pass_what_waits_for_nothing() -> None:
     assert waits.found == []
 
 
-@pytest.mark.parametrize("wrong", [_item, _mask, _to_host], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("wrong", "backward"),
+    [(_item, False), (_to_host, True)]
+    + [pytest.param(*case, marks=pytest.mark.campaign) for case in
+       ((_item, True), (_mask, False), (_mask, True), (_to_host, False))],
+)  # fmt: skip
 def test_a_wait_planted_in_a_step_is_caught(
     wrong: Callable[[Tensor], object], backward: bool, compose_tree: Callable[..., DictConfig],
     make_clip: Callable[..., Clip], tmp_path: Path, process_group: torch.device,

@@ -43,6 +43,7 @@ def middle(frames_THWC: np.ndarray) -> np.ndarray:
     return np.stack([cv2.resize(frame, (width, height)) for frame in inner])
 
 
+@pytest.mark.campaign
 def test_a_cropped_copy_is_found_by_its_vector_alone(
     network: Path, tmp_path: Path, curated: Callable[..., int]
 ) -> None:
