@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sora_train.config.catalogue import help_text
 from sora_train.config.load import build, known_keys
+from sora_train.config.plugins import named_plugins
 from sora_train.config.registry import FAMILIES, load_plugins
 from sora_train.config.schema import Config, VaeConfig
 from sora_train.core.cli import BAD_INPUT, STOPPED, InputError, nearest
@@ -83,8 +85,6 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = _flags_first([a for a in sys.argv[1:] if not a.startswith(_LOCAL_RANK)])
-    load_plugins(_plugins())
-    store_schema()
     codes: list[int] = []
     mistakes: list[InputError] = []
 
@@ -110,11 +110,13 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
 
     main.codes = codes  # type: ignore[attr-defined]  # hydra_plugins' launcher, whose jobs are processes, appends here
     try:
+        load_plugins(named_plugins(sys.argv[1:], CONF))
+        store_schema()
         _prepare_arguments()
         hydra.main(version_base="1.3", config_path=str(CONF.resolve()), config_name="train")(main)()
         if mistakes:
             raise mistakes[0]
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         message = _one_line(error)
         _leave_note(message)
         raise InputError(message) from error
@@ -219,12 +221,6 @@ def _is_open(key: str) -> bool:
     return False
 
 
-def _plugins() -> list[str]:
-    """Modules of the `plugins` key on the command line; they register config choices, so they load before Hydra."""
-    given = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("plugins=")]
-    return [name.strip() for value in given for name in value.strip("[]").split(",") if name.strip()]
-
-
 def write_exit(run_dir: str | Path, code: int, reason: str) -> None:
     """Write run_dir/exit.json, from which the launch scripts read the exit code."""
     path = Path(run_dir) / "exit.json"
@@ -308,7 +304,11 @@ def job_name() -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """Reduce a Hydra error to one line; for an unknown key or choice, name the nearest."""
+    """Reduce an error of Hydra or YAML to one line; for an unknown key or choice, name the nearest."""
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+        return f"{mark.name}, line {mark.line + 1}: {error.problem or error.context}"
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(str(error).split())
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unknown = re.search(r"Could not override '([\w.@/]+)'|Key '([\w.]+)' is not in struct", str(error))
     if unknown:

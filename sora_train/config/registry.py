@@ -68,5 +68,5 @@ def load_plugins(modules: Sequence[str]) -> None:
     for name in modules:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, SyntaxError) as error:
             raise InputError(f"plugins: {name} can't be imported ({error}); is its folder on PYTHONPATH?") from error

@@ -236,6 +236,25 @@ def test_shards_that_are_not_there_are_named(answer: Answer, tmp_path: Path) -> 
         assert line.startswith(f"no shard at '{pattern}'") and "data.sources" in line
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1,\nb: {", "mine.yaml, line 2: expected the node content"),
+        (b"steps: 3\nsteps: 4\n", "mine.yaml, line 2: found duplicate key steps"),
+        (b'steps: "\x01"', "mine.yaml"),
+        (b"# caf\xe9\nsteps: 3\n", "mine.yaml is not UTF-8"),
+        (b"- 1\n- 2\n", "mine.yaml must hold keys with values"),
+        (b"", "mine.yaml must hold keys with values"),
+        (b"plugins: mine", "mine.yaml: plugins: mine must be a list, e.g. [mine]"),
+        (b"plugins: [no.such]", "plugins: no.such can't be imported"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(answer: Answer, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/mine.yaml").write_bytes(content)
+    assert message in answer("--config-dir", "mine", "experiment=mine")
+
+
 def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no run .*config\.yaml.*check run_dir"):
         load(tmp_path)

@@ -35,6 +35,17 @@ def test_a_plugin_moves_to_other_ranks_and_stages(runs: Callable[[str], Any]) ->
     assert runs("moved plugs") == {"kill": None, "move": None}
 
 
+def test_an_experiments_file_names_the_plugin_of_its_model(python: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mixed.yaml").write_text(
+        "# @package _global_\ndefaults: [demo, {override /model: mixer}]\nplugins: [tests.plugs.mixer]\n"
+        "model: {width: 32, depth: 1, heads: 2, ffn: 32, sharpness: 3}\n"
+    )
+    command = [python, "-m", "sora_train.train", "--config-dir", str(tmp_path), "--cfg", "job", "experiment=mixed"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "sharpness: 3" in done.stdout, done.stderr[-800:]
+
+
 @pytest.mark.parametrize("chosen", [("method=distil", "model.depth=1"), ("model=mixer", "model.sharpness=2", *(
     "model.width=32", "model.depth=2", "model.heads=2", "model.ffn=64"))])  # fmt: skip
 def test_plan_forecasts_a_plugin(python: str, chosen: tuple[str, ...]) -> None:
