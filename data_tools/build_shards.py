@@ -5,21 +5,21 @@
         [probe=all]
 
 Captions come from a table (`captions=`: CSV, TSV, JSON, JSON lines, Parquet; other columns are kept as fields), from a
-folder of texts, or from what lies beside `NAME.mp4`: `NAME.txt`, `NAME.mp4.txt`, `NAME.json`. Columns are known by
-their usual names, or told: `columns=file:clip,caption:short+long,start:from,end:to`. `root` is what stood for `videos=`
-where the table was written, `encoding` that of texts which aren't UTF-8. Several rows of a file are several captions,
-one of which is drawn for each visit; rows with a start and an end (seconds) are clips of their own, whose packets are
-copied, never encoded again. With
-`captions=none` samples have none: an autoencoder can be trained on them.
+folder of texts, or from files beside `NAME.mp4`: `NAME.txt`, `NAME.mp4.txt`, `NAME.json`. Columns are recognised by
+their usual names, or given: `columns=file:clip,caption:short+long,start:from,end:to`. If the table's paths come from
+another machine, `root` is the folder there that `videos=` is here. `encoding` is that of texts which aren't UTF-8.
+Several rows of a file are several captions, one of which is drawn for each visit. Rows with a start and an end
+(seconds) become separate clips; their packets are copied without re-encoding. With `captions=none` samples have no
+captions: an autoencoder can be trained on them.
 
-`validation=0.05` keeps a twentieth of the sources in OUT/validation: all clips of a file (`source=folder`: of a folder;
-`source=NAME`: of a value of that column) go to one side, and stay there.
+`validation=0.05` keeps a twentieth of the sources in OUT/validation. A source is a file (`source=folder`: a folder;
+`source=NAME`: a value of that column). All clips of a source go to the same side, also in later calls.
 
-Media bytes are copied as they are. Every frame of a file is decoded before it is accepted, and damage anywhere refuses
-it (`probe=frame`: its first frame is decoded; `probe=packets`: its headers are read only); what is refused stands in
-`refused.jsonl` with its reason. `shard_size` is in MiB. Names that begin with a dot are left out. Give the
-same command again to go on after an interruption, or to append files added since; `build.jsonl` records what is in
-which shard. Captions and videos that were changed are noticed; `update=true` writes their shards anew.
+Media bytes are copied unchanged. By default every frame of a file is decoded, and a file with damage anywhere is
+refused (`probe=frame`: only its first frame is decoded; `probe=packets`: only its headers are read). Refused files are
+listed in `refused.jsonl` with the reason. `shard_size` is in MiB. Names that begin with a dot are left out. Give the
+same command again to resume after an interruption, or to append files added since; `build.jsonl` records which sample
+is in which shard. Changed captions and videos are detected; `update=true` rewrites their shards.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Options:
     update: bool = False
     shard_size: float = number(256.0, above=0)  # MiB
     workers: int | None = number(None, least=1)
-    probe: Probe = Probe.all  # here what is refused can still be seen to
+    probe: Probe = Probe.all  # when building, a refused file can still be repaired
 
 
 def main() -> int:
@@ -120,10 +120,10 @@ def _checked(asked: Options) -> tuple[Path, Path]:
 
 
 def _split(journal: Journal, candidates: Sequence[Candidate], asked: Options) -> Callable[[Candidate], bool]:
-    """A function that tells whether a candidate is held out.
+    """Build a function that tells whether a candidate is held out.
 
-    It is where the hash of its source is below a limit, which the first run sets to hold out the share asked for, and
-    later runs take from the journal: no source changes sides when files are added.
+    A candidate is held out if the hash of its source is below a limit. The first run sets the limit by the share
+    `validation`, and later runs read it from the journal, so that no source changes sides when files are added.
     """
     if not asked.validation:
         return lambda candidate: False
@@ -149,7 +149,7 @@ def _split(journal: Journal, candidates: Sequence[Candidate], asked: Options) ->
 def _without_copies(
     folder: Path, media: Media, candidates: list[Candidate], done: dict[str, Mark], refusals: Refusals
 ) -> list[Candidate]:
-    """Drop candidates whose file has the same bytes as an earlier one, or as one that is already in a shard."""
+    """Refuse candidates whose file has the same bytes as an earlier one, or as one in a shard. Returns the others."""
     in_shards = {file_of(name) for name in done} & set(media.files)
     order = dict.fromkeys([*sorted(in_shards), *(candidate.file for candidate in candidates)])
     copies = _copies(folder, list(order))
@@ -159,7 +159,7 @@ def _without_copies(
 
 
 def _copies(folder: Path, files: list[str]) -> dict[str, str]:
-    """Map each file with the bytes of an earlier file of the list to that one. Only equal sizes are compared."""
+    """Map each file that has the same bytes as an earlier file to that one. Only files of equal size are compared."""
     by_size: dict[tuple[str | None, int], list[str]] = {}
     for file in files:
         by_size.setdefault((media_extension(file), (folder / file).stat().st_size), []).append(file)
@@ -174,7 +174,7 @@ def _copies(folder: Path, files: list[str]) -> dict[str, str]:
 
 
 def _write(journal: Journal, limit: int, samples: Iterator[Sample], held_out: Callable[[Candidate], bool]) -> int:
-    """Write samples into shards of their side, and return their number."""
+    """Write samples into training and validation shards, and return their number."""
     writers = {False: ShardWriter(journal, limit), True: ShardWriter(journal, limit, VALIDATION)}
     added = 0
     for candidate, (mark, members) in samples:

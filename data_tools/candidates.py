@@ -1,4 +1,4 @@
-"""The samples that a folder and its captions ask for, before any media is decoded; whatever can't be one is refused."""
+"""Finds the samples to build from a folder and its captions, without decoding any media; refuses unusable files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from data_tools.media_files import Media, check_file, extension_of
 from sora_train.core.cli import InputError
 from sora_train.data.index.captions import with_captions
 
-NONE = "none"  # of captions=: samples are to have none
+NONE = "none"  # value of captions=: samples without captions
 _PART = re.compile(r"#[\d.e+-]+-([\d.e+]+|inf)f?$")  # at the end of the name of a part
 
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """Sources of captions: a table, a folder of texts, `none`, or (None) what lies beside the files."""
+    """Source of captions: a table, a folder of texts, `none`, or (None) the sidecar files beside the media."""
 
     captions: str | None = None
     columns: Columns = field(default_factory=Columns)
     encoding: str | None = None
-    root: str | None = None  # what stood for the folder where the table was written
+    root: str | None = None  # path of the media folder on the machine where the table was written
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,32 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Name that no other sample of the folder has."""
+        """Unique name of the sample in its folder."""
         return self.file if self.part is None else f"{self.file}#{self.part}"
 
     def group(self, source: str) -> str:
-        """Group that may not be split between training and validation: of one file, folder, or value of a field."""
+        """Group that must not be split between training and validation: its file, folder, or value of a field.
+
+        `source` is `file`, `folder`, or the name of a field.
+        """
         if source == "folder":
             return str(PurePosixPath(self.file).parent)
         return self.file if source == "file" else f"{source}={self.fields.get(source)}"
 
 
 def file_of(name: str) -> str:
-    """The file of a sample by its name."""
+    """The file of a sample with this name: the name without its part."""
     return _PART.sub("", name)
 
 
 class Refusals:
-    """Everything that was left out and why; each is printed as it comes."""
+    """List of what was left out and why. Each refusal is printed when it is added."""
 
     def __init__(self) -> None:
         self.entries: list[dict[str, str]] = []
 
     def add(self, file: str, reason: Refused) -> None:
-        """Take down one refusal."""
+        """Record and print one refusal."""
         self.entries.append({"file": file, "reason": reason.kind, "detail": reason.detail})
         say(f"refused: {file}: {reason}")
 
@@ -83,12 +86,12 @@ class Refusals:
 
 
 def say(line: str) -> None:
-    """Print a line, whatever characters are in the names of files."""
+    """Print a line; characters in it that aren't valid UTF-8, as file names may have, are escaped."""
     print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def find_candidates(folder: Path, media: Media, options: CaptionOptions, refusals: Refusals) -> list[Candidate]:
-    """The samples to build, in the order of their files. Says what is passed over."""
+    """Find the samples to build, in the order of their files. Prints which files are passed over."""
     for line in media.passed_over():
         say(line)
     for file in media.captioned_others():
@@ -118,7 +121,7 @@ def find_candidates(folder: Path, media: Media, options: CaptionOptions, refusal
 
 
 def _rows(folder: Path, media: Media, options: CaptionOptions, refusals: Refusals) -> dict[str, list[Row]]:
-    """The table's rows of each file that has some; empty without a table."""
+    """Rows of the caption table by file; empty without a table. Raises InputError if no row matches a file."""
     path = Path(options.captions) if options.captions not in (None, NONE) else _own_table(folder, media, options)
     if path is None or path.is_dir():
         return {}
@@ -137,7 +140,7 @@ def _rows(folder: Path, media: Media, options: CaptionOptions, refusals: Refusal
 
 
 def _own_table(folder: Path, media: Media, options: CaptionOptions) -> Path | None:
-    """The metadata table of a folder as Hugging Face has them, if there is one that names files."""
+    """The folder's metadata table in Hugging Face's layout, if there is one with a column `file_name`."""
     if options.captions == NONE:
         return None
     for name in TABLES:
@@ -153,7 +156,7 @@ def _own_table(folder: Path, media: Media, options: CaptionOptions) -> Path | No
 
 
 class _Texts:
-    """Sidecars of files: in a folder of texts with the same relative paths, or beside the files themselves."""
+    """Reads the sidecars of files: from a folder of texts with the same relative paths, else from beside the files."""
 
     def __init__(self, folder: Path, media: Media, options: CaptionOptions) -> None:
         self._folder, self._media, self._encoding = folder, media, options.encoding
@@ -161,7 +164,7 @@ class _Texts:
         self._names: dict[Path, Names] = {}
 
     def of(self, file: str) -> dict[str, Any]:
-        """A file's captions and fields; raises Refused where it has none or bad ones."""
+        """Read a file's captions and fields. Raises Refused if it has none, or invalid ones."""
         found = None
         if self._texts is not None:
             place = self._texts / file
@@ -179,9 +182,9 @@ class _Texts:
 
 
 def _of_rows(file: str, rows: list[Row], refusals: Refusals) -> Iterator[Candidate]:
-    """One sample for each part of a file that rows are about, with the captions of all rows of that part.
+    """Yield a sample for each part of a file that rows refer to, with the captions of all rows of that part.
 
-    Raises Refused if there are bad rows only.
+    Rows with invalid captions are refused.
     """
     parts: dict[Part | None, list[Row]] = {}
     for row in rows:
@@ -196,7 +199,10 @@ def _of_rows(file: str, rows: list[Row], refusals: Refusals) -> Iterator[Candida
 
 
 def _joined(file: str, rows: list[Row], refusals: Refusals) -> dict[str, str]:
-    """Join the captions of several rows of one file under distinct names; repeated texts are dropped and reported."""
+    """Merge the captions of several rows of one file under distinct names; repeated texts are refused.
+
+    Returns the captions by name.
+    """
     captions: dict[str, str] = {}
     seen: dict[str, int] = {}
     for row in rows:

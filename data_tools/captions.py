@@ -1,4 +1,4 @@
-"""Captions for a folder of media: from a table with a row for each, a folder of texts, or sidecars beside the files."""
+"""Reads captions for a folder of media from a table, or from sidecars: text or JSON files beside the media files."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sora_train.core.cli import InputError
 from sora_train.data.index.captions import caption_text, has_captions, is_missing, named_captions, with_captions
 from sora_train.data.read.decode import DecodeError
 
-_TOLD = ("text", "prompt", "cap")  # fields of a sidecar that are its caption where nothing else is
-SIDECARS = ("txt", "caption", "json")  # extensions of the texts beside a file, in order of preference
-TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder as Hugging Face has them
+_TOLD = ("text", "prompt", "cap")  # fields of a JSON sidecar used as the caption if there is no other
+SIDECARS = ("txt", "caption", "json")  # extensions of sidecars, in order of preference
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # names in Hugging Face's layout of a folder
 _KINDS = {"no_caption": "empty caption", "caption_not_utf8": "caption not UTF-8", "caption_type": "caption not text"}
 
 
 class Refused(Exception):
-    """Something that can't be used: a `kind` for counting, and a `detail` for the reader."""
+    """A file or row can't be used: `kind` is a category for counting, `detail` explains it to the reader."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -42,17 +42,17 @@ class Row:
 
     number: int
     file: str
-    captions: dict[str, str] | Refused  # by name, or what is wrong with them
-    fields: dict[str, Any]  # whatever else the row holds
-    part: Part | None = None  # of the file that it is about
+    captions: dict[str, str] | Refused  # by name, or why they can't be used
+    fields: dict[str, Any]  # values of all other columns
+    part: Part | None = None  # part of the file that the row refers to; None: all of it
 
 
-Bad = list[tuple[str, Refused]]  # what can't be used, each with a name for it
+Bad = list[tuple[str, Refused]]  # unusable entries: name and reason
 
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """The rows of a table, what is wrong with the others, and a line on which column was taken for what."""
+    """The usable rows of a table, the others with reasons, and a line that tells the role of each column."""
 
     rows: list[Row]
     bad: Bad
@@ -96,15 +96,20 @@ class Names:
         self._lower = {name.lower(): name for name in sorted(self._exact, reverse=True)}
 
     def find(self, name: str) -> str | None:
-        """The file of that name, or else one that differs in case alone."""
+        """The file of that name, else one whose name differs only in case, else None."""
         return name if name in self._exact else self._lower.get(name.lower())
 
 
 def sidecar(path: Path, names: Names, encoding: str | None = None) -> dict[str, Any] | None:
     """Read the sidecars of a media file: captions and fields as in a sample's JSON; None if there is no caption.
 
-    Texts are `NAME.mp4.txt` or `NAME.txt` (or `.caption`); a `NAME.json` may hold `caption`, `captions`, or fields
-    alone. Raises Refused for what can't be used.
+    Texts are `NAME.mp4.txt` or `NAME.txt` (or `.caption`). A `NAME.json` may contain `caption`, `captions`, or only
+    fields. Raises Refused for an invalid sidecar.
+
+    Args:
+        path: The media file.
+        names: Names of the files in its folder.
+        encoding: That of the texts; None: detected.
     """
     texts: list[tuple[str, bytes]] = []
     fields: dict[str, Any] = {}
@@ -130,14 +135,17 @@ def sidecar(path: Path, names: Names, encoding: str | None = None) -> dict[str, 
 
 
 def sidecars_of(name: str, names: Names) -> list[str]:
-    """Names of a file's sidecars, in order of preference: those of its full name first."""
+    """Names of a file's sidecars, in order of preference: first those of its name with extension (`NAME.mp4.txt`)."""
     stem = PurePath(name).stem
     wanted = (f"{base}.{extension}" for base in (name, stem) for extension in SIDECARS)
     return [found for one in wanted if (found := names.find(one)) is not None]
 
 
 def _rows(path: Path, record: Record, columns: Columns) -> list[Row]:
-    """The row of a record, or one row for each part of the file if the record has captions of several parts."""
+    """Rows of a record: one, or one for each part if the record has captions for several parts of the file.
+
+    Raises Refused for a record that isn't a row or names no file.
+    """
     number, values = record
     if isinstance(values, str):
         raise Refused("bad caption row", values)
@@ -173,7 +181,7 @@ def _named(value: Any) -> dict[str, str] | Refused:
 
 
 def _check_utf8(values: Mapping[str, Any], captions: tuple[str, ...]) -> None:
-    """Raise Refused for bytes that aren't text of the table's encoding, and stand for it as lone surrogates."""
+    """Raise Refused for lone surrogates, which stand for bytes that are invalid in the table's encoding."""
     for column in (*captions, *values):
         value = values.get(column)
         text = value if isinstance(value, str) else ""

@@ -1,4 +1,4 @@
-"""Finds samples whose caption or video has changed since they were written, and rewrites their shards."""
+"""Finds samples whose caption or media file has changed since they were written, and rewrites their shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sora_train.data.index.tar import Member
 
 @dataclass
 class Changes:
-    """Samples of shards that changed, each as it should be now, or None where it can't be used any more."""
+    """Changed samples of shards by name: the new candidate, or None if the sample can't be used any more."""
 
     samples: dict[str, Candidate | None] = field(default_factory=dict)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -33,7 +33,7 @@ class Changes:
         )
 
     def done(self) -> str:
-        """Describe what was done about them, as the end of a sentence."""
+        """Text on the rewritten samples, which continues a sentence; empty if nothing changed."""
         return f", {len(self.samples)} of changed files written anew" if self.samples else ""
 
 
@@ -68,7 +68,12 @@ def rewrite(
 ) -> None:
     """Rewrite every shard that contains a changed sample. Its unchanged samples are copied, in the same order.
 
-    `build` creates the new samples and skips unusable ones. The outdated index of a rewritten shard is deleted.
+    The outdated index of a rewritten shard is deleted.
+
+    Args:
+        journal: Journal of the folder.
+        changes: Samples to replace or remove.
+        build: Builds samples from candidates, without the unusable ones.
     """
     for shard, samples in list(journal.shards.items()):
         again = [changes.samples[name] for name in samples if name in changes.samples]
@@ -90,7 +95,7 @@ def rewrite(
 
 
 def stored_members(file: BinaryIO, members: Mapping[str, Member]) -> Members:
-    """The members of a sample as they are in its shard."""
+    """Read the members of a sample from its shard, unchanged."""
     found = []
     for extension, member in members.items():
         file.seek(member.offset)

@@ -1,4 +1,4 @@
-"""Columns of a caption table: which one names the file, which has the caption, and what the others mean."""
+"""Roles of a caption table's columns: which one names the file, which has the caption, and so on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from sora_train.core.cli import InputError, nearest
 from sora_train.data.index.captions import is_missing
 
-WANTED = {  # what is looked for, by the names that trainers and data sets give it, in order of preference
+WANTED = {  # role -> usual names of its column in trainers and data sets, in order of preference
     "file": (
         "file", "file_name", "filename", "file_path", "filepath", "path", "video", "video_path", "video_file",
         "video_name", "image", "image_path", "image_file", "media", "media_path",
@@ -21,7 +21,7 @@ WANTED = {  # what is looked for, by the names that trainers and data sets give 
     "start_frame": ("start_frame", "frame_start", "begin_frame", "start_frame_index"),
     "end_frame": ("end_frame", "frame_end", "stop_frame", "end_frame_index"),
 }  # fmt: skip
-RANGES = {  # columns that hold both ends, [0, 48] (of frames also 0:48), or, with as many captions, a list of such
+RANGES = {  # columns with both ends of a range, [0, 48] (of frames also 0:48), or a list of ranges, one per caption
     "frames": ("cut", "frame_idx", "frame_range"), "times": ("timestamp", "timestamps", "time_range"),
 }  # fmt: skip
 
@@ -34,7 +34,7 @@ class Columns:
 
     @staticmethod
     def parse(text: str | None) -> Columns:
-        """Read `file:NAME,caption:NAME+NAME,...`; raises InputError for another form."""
+        """Parse `file:NAME,caption:NAME+NAME,...`. Raises InputError for another form."""
         told: dict[str, tuple[str, ...]] = {}
         for part in filter(None, (part.strip() for part in (text or "").split(","))):
             what, colon, names = part.partition(":")
@@ -54,7 +54,7 @@ class Columns:
         return all(self._in(names, what) for what in ("file", "caption"))
 
     def special(self, header: Iterable[str]) -> set[str]:
-        """Columns of a header that are not fields of a sample."""
+        """Columns of a header that have a role, and so don't become fields of a sample."""
         names = list(header)
         found = {name for what in WANTED for name in self._in(names, what)}
         return found | {name for name in names if name.strip().lower() in ("caption", "captions")}
@@ -84,7 +84,7 @@ class Columns:
         )
 
     def _in(self, names: list[str], what: str) -> tuple[str, ...]:
-        """The columns among the names that are what is asked for; told ones all, or none of them."""
+        """Columns of the role `what`: the user's, or none if one is missing; for other roles by their usual names."""
         if what in self.told:
             return self.told[what] if set(self.told[what]) <= set(names) else ()
         known = {name.strip().lower().replace(" ", "_"): name for name in reversed(names)}

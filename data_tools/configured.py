@@ -1,4 +1,4 @@
-"""Samples that a configuration leaves out, and how it packs the others, as a part of the page that `inspect` writes."""
+"""The part of `inspect`'s page on a configuration: which samples it leaves out, and how it packs the others."""
 
 from __future__ import annotations
 
@@ -20,11 +20,18 @@ from sora_train.data.shards import plan_inputs
 from sora_train.encoding.captions import count_tokens
 
 _SHOWN = 16  # slots of the step that is drawn
-_NAMED = 6  # keys that stand for all that a filter leaves out
+_NAMED = 6  # keys shown as examples of the samples that a filter leaves out
 
 
 def report(config: Config, index: Index, source_of: list[str], filters: list[str]) -> str:
-    """HTML: what is left out of each source and why, and for each stage of training how clips are cut and packed."""
+    """HTML on what is left out of each source and why, and on how clips are cut and packed in each training stage.
+
+    Args:
+        config: The configuration.
+        index: Index of its training shards.
+        source_of: Source of each shard.
+        filters: Filter of each shard.
+    """
     inputs = plan_inputs(config, filters, config.flow.tasks)
     parts = ["<h2>What this configuration leaves out</h2>", left_out(index, source_of, filters)]
     stages = build_stages(index, source_of, config.data, inputs)
@@ -38,7 +45,7 @@ def report(config: Config, index: Index, source_of: list[str], filters: list[str
 
 
 def left_out(index: Index, source_of: list[str], filters: list[str]) -> str:
-    """A table of sources: samples, refused by the index, left out by the filter, and some of these by name."""
+    """HTML table of sources: their samples, those the index refused, and those the filter left out, with examples."""
     selection = Selection(index, filters)
     head = ("source", "shards", "samples", "refused by the index", "left out by the filter", "filter")
     rows = []
@@ -59,7 +66,7 @@ def left_out(index: Index, source_of: list[str], filters: list[str]) -> str:
 
 
 def packing(plan: Plan) -> str:
-    """Figures of a plan, and its first step drawn: a line for each slot, a piece for each clip."""
+    """HTML with the figures of a plan, and a drawing of its first step: a line per slot, a rectangle per clip."""
     steps, i = plan.steps(0, 0), plan.inputs
     if not steps:
         return "<p class=bad>not one step: no sample is left</p>"
@@ -79,7 +86,7 @@ def packing(plan: Plan) -> str:
 
 
 def drawn(plan: Plan, step: Slots) -> str:
-    """The slots of a step as SVG, to the scale of the token budget; the names of clips show under the pointer."""
+    """SVG of a step's slots, with widths in proportion to tokens; clips' names appear under the mouse pointer."""
     width, high, lines = 960, 14, min(len(step), _SHOWN)
     pieces = []
     for line in range(lines):

@@ -1,4 +1,4 @@
-"""Turn raw footage into shards: films are cut into clips, which are scored, deduplicated, captioned and licensed.
+"""Turn raw footage into shards: films with a licence are cut into clips, which are scored, deduplicated and captioned.
 
     python -m data_tools.curate videos=DIR out=DIR [captions=none|beside|URL|FOLDER] [licences=FILE | licence=NAME]
         [keep="motion >= 0.001 and ..."] [until=scores] [forbidden=FILE] [min_seconds=2] [max_seconds=20] [trim=0.25]
@@ -6,24 +6,25 @@
         [cut=encode|copy] [crf=18] [gop=24] [model=NAME] [stills=8] [requests=8] [shard_size=256] [workers=null]
         [engine=pool|ray] [strict=false]
 
-Each film is decoded once to find shots, borders and scores; those that stay are then cut, frame by frame. `keep` is the
-rule for clips, over their scores; `until=scores` ends before the cutting, with the report, so that a rule can be found:
-another rule decodes nothing. The same rule is a filter of training (`data.filter`), with OUT/scores.parquet as a side
-table.
+Each film is decoded once to find shots, borders and scores; the clips that are kept are then cut, exact to the frame.
+`keep` is the rule that clips must meet, an expression over their scores. `until=scores` writes the report and ends
+before cutting, so that rules can be tried; a new rule decodes nothing. The same rule can be a filter of training
+(`data.filter`), with OUT/scores.parquet as a side table.
 
-Films without an allowed licence are left out: `licences.toml` in videos= says which have which, or licence=NAME all of
-them. `forbidden` is a list of hashes (MD5, SHA-1, SHA-256, or of pictures) of what must not be here: of a hit nothing
-but its name is kept.
+Films without an allowed licence are left out. `licences.toml` in videos= tells the licence of each film; licence=NAME
+is one for all films. `forbidden` is a file of hashes (MD5, SHA-1, SHA-256, or of pictures) of material that must not be
+used: of a film that matches, only its name is recorded.
 
 `captions` is the address of a server with OpenAI's interface (http://HOST:8000/v1; key from OPENAI_API_KEY, `model` its
 model), a folder of a local vision-language model, `beside` (the texts beside the films), or `none`. Clips shorter than
-min_seconds are left out, longer than max_seconds are split; `trim` seconds go where a shot meets another. With
-cut=copy clips are spans of their film's own packets, not encoded anew, where no border has to be cut off. Of clips that
-differ by at most `near` of 64 bits one stays; up to `review` bits they are listed. A network in near_model also drops
-those whose vectors have a cosine of near_cosine or more.
+min_seconds are left out, longer ones than max_seconds are split. `trim` seconds are removed where a shot meets another.
+With cut=copy the film's packets are copied without re-encoding where possible (not if a border has to be cut off, for
+example). Of clips whose hashes differ by at most `near` of 64 bits one is kept; pairs of up to `review` bits are
+listed. With a network in near_model, clips are also dropped if their feature vectors have a cosine of near_cosine or
+more with those of another clip.
 
-Kill it at any moment and give the same command again: what is done isn't done again, and the shards are the same bytes.
-New films are added; OUT/report.html, OUT/dropped.jsonl and OUT/sources.jsonl say what became of each.
+The command can be killed at any time; given again, it repeats no finished work and writes the same shards, byte for
+byte. New films are added. OUT/report.html, OUT/dropped.jsonl and OUT/sources.jsonl tell the outcome of each film.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Options = Settings
 def main() -> int:
     """Curate the films that the command line describes.
 
-    Worker processes import this module, so what they don't need (torch, by way of webdataset) is imported in here.
+    Worker processes import this module, so imports that they don't need (torch, through webdataset) are in here.
     """
     from data_tools.curation.licences import read_licences
     from data_tools.curation.pipeline import REPORT, Pipeline

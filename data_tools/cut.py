@@ -1,12 +1,12 @@
-"""Parts of a video as files of their own, without decoding: the packets of a part are copied, from the last one before
-it at which decoding may begin, and an edit list hides the frames in between.
+"""Cuts parts of a video into separate files without decoding. The packets of a part are copied from the last decoder
+entry point before it on, and an edit list hides the frames between the entry point and the part.
 
-Runs as a process of its own for each file, with a deadline and without network or other programs, as decoders do:
+Each file is cut in a separate process, which, like decoders, has a deadline, no network and can't start programs:
 
     python -m data_tools.cut FILE FOLDER < '[[0.5, 1.0, false], [24, null, true]]'
 
-writes FOLDER/N.mp4 for each part (start, end, and whether these are frames), and prints a list of what is wrong with
-each, empty where nothing is.
+writes FOLDER/N.mp4 for each part (start, end, and whether these are frames), and prints a JSON list with an error
+message for each part, empty if it was written.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from sora_train.data.read.decode_child import shut_in
 from sora_train.data.read.packets import Line, choose_stream, read_line, read_packets
 
 _DEADLINE_S = 600.0  # for all parts of a file
-_IN_MP4 = {"h264", "hevc", "av1", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"}  # others go into QuickTime's
-_EARLY = 1e-4  # seconds by which a frame may come before the start that was written for it
+_IN_MP4 = {"h264", "hevc", "av1", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg"}  # others go into mov
+_EARLY = 1e-4  # seconds by which a frame may precede the given start, which may be rounded
 
 
 class Part(NamedTuple):
-    """A part of a video, from its first frame on: seconds, or numbers of frames of which the first is 0."""
+    """A part of a video, in seconds since the video's first frame, or in frame numbers from 0."""
 
     start: float
     end: float  # exclusive
@@ -43,7 +43,11 @@ class Part(NamedTuple):
 
 
 def cut_file(path: Path, parts: Sequence[Part], folder: Path) -> list[str]:
-    """Write the parts of a file as `N.mp4` into a folder; what is wrong with each, empty where nothing is."""
+    """Write the parts of a file as `N.mp4` into a folder, in a separate process.
+
+    Returns:
+        An error message for each part; empty if it was written.
+    """
     asked = json.dumps([[p.start, None if p.end == float("inf") else p.end, p.of_frames] for p in parts])
     command = [sys.executable, "-m", "data_tools.cut", str(path), str(folder)]
     try:
@@ -103,9 +107,10 @@ def _part(stream: Any, packets: list[Any], line: Line, part: Part, path: Path) -
 
 
 def _range(stream: Any, line: Line, part: Part) -> tuple[np.ndarray, int, int]:
-    """Places of the packets whose frames a part shows, and the first and last packet that it needs.
+    """Indexes of the packets whose frames a part shows, and of the first and the last packet to copy.
 
-    The last frames before the end are left out where a frame after it comes before them in the file.
+    Frames at the end of the part are left out if their packets follow that of a frame behind the part. Raises
+    DecodeError if the frames' times are unknown or the part has no frame.
     """
     if line.unclear:
         raise DecodeError(
@@ -128,13 +133,16 @@ def _range(stream: Any, line: Line, part: Part) -> tuple[np.ndarray, int, int]:
 
 
 def write_part(stream: Any, packets: list[Any], start: int, path: Path) -> None:
-    """Copy packets so that the frame stamped `start` is the first: what is shown before it has negative times."""
+    """Copy packets into a file whose first shown frame has the time stamp `start`; earlier frames get negative times.
+
+    Raises DecodeError if the container can't store the codec.
+    """
     import av
 
     kind = "mp4" if stream.codec_context.codec.canonical_name in _IN_MP4 else "mov"
     try:
         with av.open(str(path), "w", format=kind) as file:
-            copy = file.add_stream_from_template(stream, opaque=True)  # there needn't be an encoder of that kind
+            copy = file.add_stream_from_template(stream, opaque=True)  # works without an encoder for the codec
             copy.time_base = Fraction(stream.time_base)
             for packet, stamp in zip(packets, _decoding_stamps(packets), strict=True):
                 moved = av.Packet(bytes(packet))
@@ -150,7 +158,7 @@ def write_part(stream: Any, packets: list[Any], start: int, path: Path) -> None:
 
 
 def _decoding_stamps(packets: list[Any]) -> list[int]:
-    """When each packet is decoded: as the file says, or, where it doesn't (Matroska), in steps before it is shown."""
+    """Decoding time stamps of packets: the file's, or, without any (Matroska), derived from the display times."""
     known = [packet.dts for packet in packets]
     if None not in known:
         return known

@@ -8,10 +8,11 @@ samples that pass the configuration's filters: KEY.latent.safetensors (stored as
 KEY.text.safetensors where text_encoder.path is set, and the captions and fields as KEY.json. Then train with
 data.sources.NAME.shards=[OUT/NAME/*.tar] and otherwise the same command.
 
-The clips are the same in every epoch: the centre of the picture, as in training, and as many clips as cover the whole
-video, evenly spaced from its first frame to its last (KEY, KEY+1, ...). A run with another VAE, text encoder, frame
-rate, size or code is refused. Existing shards aren't encoded again, so that a stopped command resumes where it was.
-Samples that couldn't be decoded are listed in NNNNNN.refused.jsonl beside the shard.
+The clips are fixed, so training sees the same ones in every epoch. They are cropped to the centre of the picture, as
+in training. As many as cover the whole video are evenly spaced from its first frame to its last (KEY, KEY+1, ...). A
+training run with another VAE, text encoder, frame rate, size or code is refused. Existing shards aren't encoded again,
+so that a stopped command resumes where it was. Samples that couldn't be decoded are listed in NNNNNN.refused.jsonl
+beside the shard.
 """
 
 from __future__ import annotations
@@ -55,25 +56,25 @@ from sora_train.encoding.vae import FrozenVae
 
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _AHEAD = 64  # clips that are decoded while others are encoded
-_HEAD = 1 << 20  # bytes that a header is looked for in
+_HEAD = 1 << 20  # most bytes that are read of a header
 
 
 @dataclass
 class Options:
-    """Options of the command beside the configuration."""
+    """Options of the command, apart from those of the configuration."""
 
     out: str
     dtype: str = choice(tuple(_STORED), "fp32")
 
 
 def main() -> int:
-    """Encode what the command line says."""
+    """Encode the shards of the configuration on the command line."""
     o = options_and_overrides(Options, __doc__, "runs/encoded")
     return run_hydra(lambda config: encode(config, Path(o.out), o.dtype))
 
 
 def encode(config: Config, out: Path, dtype: str) -> int:
-    """Encode this process's share of a configuration's shards: under torchrun each rank takes every so-many-th."""
+    """Encode this rank's share of a configuration's shards: every `world.size`-th one."""
     if not METHODS.get(config.method).reads_latents:
         raise InputError("an autoencoder learns from pixels; give the experiment of the video model")
     if config.data.stages:
@@ -90,7 +91,7 @@ def encode(config: Config, out: Path, dtype: str) -> int:
 
 
 def _places(shards: Shards, config: Config, out: Path) -> list[tuple[str, str, Path]]:
-    """Of every shard: its filter, and where its latents go."""
+    """List every shard with its filter and the path for its latents."""
     numbers: dict[str, int] = {}
     places = []
     everything = [*zip(shards.training, shards.filters, shards.source_of, strict=True)]
@@ -104,7 +105,7 @@ def _places(shards: Shards, config: Config, out: Path) -> list[tuple[str, str, P
 
 
 class Encoder:
-    """Makes shards of latents of shards of videos."""
+    """Encodes shards of videos into shards of latents."""
 
     def __init__(self, config: Config, device: torch.device, dtype: str, pool: Pool, shards: Shards) -> None:
         self.config, self.dtype, self.pool, self.shards = config, dtype, pool, shards
@@ -115,7 +116,16 @@ class Encoder:
         self.made_with = json.dumps(made_with(config), sort_keys=True)
 
     def shard(self, shard: str, text_filter: str, path: Path) -> str:
-        """Encode one shard, unless it is there; returns a line on it. InputError if another's latents are there."""
+        """Encode one shard, unless that is done already. Returns a line of counts for the log.
+
+        Args:
+            shard: Shard of videos.
+            text_filter: Filter that its samples must pass.
+            path: Shard of latents to write.
+
+        Raises:
+            InputError: `path` has latents made otherwise, or `shard` contains latents.
+        """
         index_shards([shard], self.config.data.workers, self.shards.store, self.shards.wanted.limits)
         index = load_index([shard], self.shards.store, allow_empty=True)
         index = self.tables.join(index, asked=Filter(text_filter).columns)
@@ -145,7 +155,7 @@ class Encoder:
         return f"{count} clips, {len(refused)} refused"
 
     def _decoded(self, index: Index, inputs: PlanInputs) -> Iterator[tuple[str, Visit, Future[np.ndarray]]]:
-        """Key, visit and pixels of every clip of a shard, in order, some being decoded ahead."""
+        """Yield key, visit and pixels of every clip of a shard, in order; `_AHEAD` clips are decoded ahead."""
         waiting: list[tuple[str, Visit, Future[np.ndarray]]] = []
         for key, visit in fixed_visits(index, inputs):
             track = index.track(visit.sample)
@@ -159,7 +169,7 @@ class Encoder:
     def _members(
         self, index: Index, visit: Visit, frames_THWC: np.ndarray, about: dict[str, str]
     ) -> list[tuple[str, bytes]]:
-        """The members of one clip, encoded by itself: what it is encoded beside must not show."""
+        """Encode one clip into the members of its sample; alone, so that it doesn't depend on others in a batch."""
         captions, named = index.captions(visit.sample)
         fields = index.fields(visit.sample) | (named or {"caption": captions[0]})
         size = "x".join(map(str, visit.size))
@@ -171,7 +181,7 @@ class Encoder:
         return [*members, ("json", json.dumps(fields).encode())]
 
     def _is_there(self, path: Path, about: dict[str, str]) -> bool:
-        """Tell whether a shard stands there with a sample that was made the same; raises InputError for another one."""
+        """Tell whether `path` has latents made with the same settings. Raises InputError if it has others."""
         if not path.is_file():
             return False
         with path.open("rb") as file:
@@ -191,12 +201,12 @@ class Encoder:
 
 
 def fixed_visits(index: Index, inputs: PlanInputs) -> Iterator[tuple[str, Visit]]:
-    """The clips that cover every sample that passes the filter, in the order of the index, each with its key."""
+    """Yield key and visit of the clips that cover each sample that passes the filter, in the order of the index."""
     rows, _ = Selection(index, inputs.filters).rows(np.zeros(1, dtype=np.int64))
     cut = inputs.cuts(index, rows)
     for n, row in enumerate(rows.tolist()):
         frames, whole, span = int(cut.frames[n]), int(index.frames[row]), int(cut.span[n])
-        # nothing but a rest that fills no latent frame
+        # one clip is enough: the rest of the video fills no latent frame
         short = int(cut.available[n]) < frames + inputs.geometry.temporal_stride
         top, left, height, width = map(int, cut.crop[n])
         resize = (int(cut.resize[n, 0]), int(cut.resize[n, 1]))

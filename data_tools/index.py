@@ -1,21 +1,21 @@
-"""Index shards: Parquet beside each, with every sample's place in the tar, size, frames and checksum.
+"""Index shards: write a Parquet file beside each, with every sample's position in the tar, size, frames and checksum.
 
     python -m data_tools.index SHARD [SHARD ...] [probe=all] [workers=null] [upload=true]
 
     python -m data_tools.index SHARD [SHARD ...] consolidate=FOLDER [side_table=FILES ...]
 
 Shards are paths, globs ('data/*.tar'), brace ranges ('{000..012}.tar') or URLs (https, s3, gs, hf). Those whose index
-is current aren't indexed again, so that an interrupted command resumes where it was. The frames of every video and
-image are counted, its headers read and its checksum computed. Every frame is decoded as well, and a file in which a
-decoder finds damage anywhere is refused. For huge sets this takes long: `probe=packets` decodes nothing and takes a
-hundredth of the time, `probe=frame` decodes each image and each video's first frame; damage is then found when training
-decodes it, though not all of it. An index that was made with less than an explicit `probe=` asks for is made anew.
+is current aren't indexed again, so that an interrupted command resumes where it was. The headers of every video and
+image are read, its frames counted and its checksum computed. By default every frame is decoded as well, and a file with
+damage anywhere is refused. For huge sets this takes long. `probe=packets` decodes nothing and takes a hundredth of the
+time; `probe=frame` decodes each image and each video's first frame. Training then finds some of the damage when it
+decodes it. An index that was made with a weaker probe than an explicit `probe=` is rebuilt.
 
 The index of a remote shard is stored in the node's cache. With `upload=true` it is also written beside the shard (s3,
-gs, hf), from where every other node takes it.
+gs, hf), from where the other nodes download it.
 With `consolidate` the columns that plans and filters need are also written to one memory-mapped index (19 bytes a
-sample) for data.index=FOLDER; name the shards in the order in which data.sources does. Each entry of data.side_tables
-is given as a side_table= of its own; its numbers are written too (8 bytes a sample each), its text is not.
+sample) for data.index=FOLDER; give the shards in the order of data.sources. Each entry of data.side_tables needs a
+side_table= of its own; its numeric columns are written too (8 bytes a sample each), its text columns are not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sora_train.data.read.store import Store, scheme
 
 @dataclass
 class Options:
-    """Options of the command beside shards."""
+    """Options of the command, apart from the shards."""
 
     consolidate: str | None = None
     side_table: list[str] = number([])

@@ -4,11 +4,11 @@
         [fps=16 max_frames=81 max_pixels=102400 multiple=16 temporal_stride=4]
     python -m data_tools.inspect [SHARD ...] out=page.html experiment=NAME [key=value ...] [samples=48]
 
-The page needs no network and no other file. Tokens and cuts are those of the run at `run_dir`, or of the given values:
-`multiple` is the side of a token in pixels, `temporal_stride` the frames per latent frame. With `experiment=NAME` they
-are those of that configuration, any key of which can be overridden. The page then also shows the samples that it leaves
-out of each source, with the causes, and how it packs the others; by default the shards are its own. Shards without an
-index are indexed first.
+The page needs no network and no other file. Tokens and cuts are computed for the run at `run_dir`, or for the given
+values: `multiple` is the side of a token in pixels, `temporal_stride` the frames per latent frame. With
+`experiment=NAME` they are computed for that configuration, any key of which can be overridden. The page then also shows
+which samples the configuration leaves out of each source, with the causes, and how it packs the others; by default the
+shards are those of the configuration. Shards without an index are indexed first.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _TEMPLATE = """
 
 @dataclass
 class View:
-    """View of a configuration on a sample."""
+    """The values of a configuration that determine a sample's clip."""
 
     fps: float = number(16.0, above=0)
     max_frames: int = number(81, least=1)
@@ -81,7 +81,7 @@ class View:
 
 @dataclass(kw_only=True)
 class Page:
-    """The page to write."""
+    """Options of the page."""
 
     out: str
     samples: int = number(48, least=0)
@@ -89,7 +89,7 @@ class Page:
 
 @dataclass(kw_only=True)
 class Options(Page, View):
-    """Options of the command beside shards, where no configuration is composed."""
+    """Options of the command without `experiment=`, apart from the shards."""
 
     run_dir: str | None = None
 
@@ -117,7 +117,7 @@ def main() -> int:
 
 
 def _inspect(config: Config, patterns: list[str], out: Path, samples: int) -> int:
-    """Write the page of a configuration, over its own shards or over those named."""
+    """Write the page of a configuration, on its own training shards or on those given."""
     config.data.validation = []
     if patterns:
         config.data.sources = {"shards": SourceConfig(patterns)}
@@ -140,7 +140,7 @@ def _write(out: Path, text: str, index: Index) -> None:
 
 
 def view_of(config: Config) -> View:
-    """View of a configuration on a sample; in the first stage of training, where there are several."""
+    """View of a configuration; of its first training stage, if it has several."""
     d, grid = config.data, geometry(config)
     stage = d.stages[0] if d.stages else StageConfig()
     return View(
@@ -150,14 +150,14 @@ def view_of(config: Config) -> View:
 
 
 def seen(index: Index, view: View) -> dict[str, np.ndarray]:
-    """Of each usable sample: `frames` and `tokens` of its longest clip, and the share of its seconds in that clip."""
+    """Arrays over the usable samples: `frames` and `tokens` of the longest clip, and its `share` of the duration."""
     rows = np.flatnonzero(index.usable)
     cut = cuts(index, rows, **asdict(view))
     return {"frames": cut.frames, "tokens": cut.tokens, "share": cut.frames / cut.available}
 
 
 def render(index: Index, view: View, pool: Pool, samples: int, part: str = "") -> str:
-    """The page; `part` is the HTML that `configured.report` gives."""
+    """Render the page with pictures of `samples` samples. `part` is the HTML of `configured.report`."""
     rows = np.flatnonzero(index.usable)
     made = seen(index, view)
     moving = index.fps[rows] > 0
@@ -185,7 +185,7 @@ def render(index: Index, view: View, pool: Pool, samples: int, part: str = "") -
 
 
 def _uses(made: dict[str, np.ndarray], seconds: np.ndarray, moving: np.ndarray) -> list[tuple[str, str, str]]:
-    """Shares of the samples that the view uses: name, value, detail."""
+    """Table rows on how much of the samples the view uses: name, value, detail."""
     total = seconds[moving].sum()
     kept = (seconds * made["share"])[moving].sum() / total if total else 1.0
     whole = float((made["share"][moving] == 1).mean()) if moving.any() else 1.0
@@ -197,7 +197,7 @@ def _uses(made: dict[str, np.ndarray], seconds: np.ndarray, moving: np.ndarray) 
 
 
 def _card(index: Index, row: int, pool: Pool) -> dict[str, Any]:
-    """A sample: the frame in its middle, its captions, and what it is."""
+    """Values of a sample's card: its middle frame as a data URI, its captions, key and format."""
     names = ("frames", "fps", "width", "height", "duration", "codec")
     c: dict[str, Any] = {name: index.columns[name][row] for name in names}
     key, picture = str(index.key[row]), ""
@@ -206,12 +206,12 @@ def _card(index: Index, row: int, pool: Pool) -> dict[str, Any]:
     try:
         path, extension, member = index.member(row)
         wanted = [int(c["frames"]) // 2]
-        if extension != LATENT:  # which have no picture
+        if extension != LATENT:  # latents have no picture
             pixels = pool.decode(path, extension, member, wanted, size, (0, 0, *size), track=index.track(row)).result()[
                 0
             ]
             picture = _picture(pixels)
-        captions = [] if index.columns["refused"][row] else index.captions(row)[0]  # usable without one: a VAE's
+        captions = [] if index.columns["refused"][row] else index.captions(row)[0]  # a VAE's may have none
     except DecodeError as error:
         return {"picture": "", "refused": str(error), "lines": [key]}
     about = f"{c['width']}x{c['height']}, {c['frames']} frames, {c['codec']}"

@@ -3,9 +3,8 @@
     python -m data_tools.lint SHARD [SHARD ...] [format=table|json] [examples=3] [probe=all]
 
 Shards are paths, globs, brace ranges or URLs. Videos and images are checked as for the index (`probe=all`: every frame
-is decoded), and where a shard has an
-index, every member is compared with its checksum. Nothing is written. Exit code: 0 nothing found, 1 faults that lose
-samples (errors), 2 wrong usage. Warnings alone give 0.
+is decoded). If a shard has an index, the checksum of every member is compared. Nothing is written. Exit code: 0 no
+errors, perhaps warnings; 1 errors, which are faults that lose samples; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from sora_train.data.read.decode import IMAGES, VIDEOS
 from sora_train.data.read.pool import Pool
 from sora_train.data.read.store import Store
 
-MEANING = {  # cause -> what it means and what to do; those in WARNINGS lose nothing
+MEANING = {  # cause -> what it means and what to do; those in WARNINGS lose no samples
     "interleaved": "members of a sample are not adjacent; readers that stream see half samples: rebuild the shard",
     "dots_in_name": "the key ends at the first dot, so these files fall together: rename them",
     "hostile_name": "an absolute name, or one with ..; names are never paths here: harmless, but look who made it",
@@ -88,17 +87,17 @@ class Findings:
     usable: int = 0
 
     def add(self, shard: str, cause: str, what: str) -> None:
-        """Take down one fault; `what` names the sample or the place."""
+        """Record one fault; `what` names the sample or the member."""
         self.counts[shard, cause] += 1
         self.examples[shard, cause].append(what)
 
     @property
     def errors(self) -> int:
-        """Faults that lose samples."""
+        """Number of faults that lose samples."""
         return sum(count for (_, cause), count in self.counts.items() if cause not in WARNINGS)
 
     def as_json(self, examples: int) -> dict[str, Any]:
-        """Everything as plain values."""
+        """The findings as JSON values, with at most `examples` examples of each fault."""
         faults = [
             {
                 "shard": shard,
@@ -137,7 +136,7 @@ def main() -> int:
 
 
 def lint(shards: list[str], store: Store, probe: Probe = Probe.all) -> Findings:
-    """Check every shard by itself, then all against each other."""
+    """Check every shard, and look for keys and media that are repeated across shards."""
     found = Findings()
     keys: dict[str, str] = {}
     media: dict[tuple[int, int], str] = {}
@@ -168,7 +167,7 @@ def _members(shard: str, path: Path, found: Findings) -> None:
     with path.open("rb") as file:
         for member in walk(file, others=True):
             if isinstance(member, Fault):
-                continue  # they are rows of the index too
+                continue  # `_rows` reports it
             if member.kind != "file":
                 found.add(shard, "link", member.name)
                 continue
@@ -193,12 +192,12 @@ def _split(member: Member) -> tuple[str, list[str]]:
 
 
 def _is_further(parts: list[str]) -> bool:
-    """Tell whether `KEY.ref0.mp4` is meant: one lower-case word before the extension."""
+    """Tell whether the file is a further one of a sample, `KEY.ref0.mp4`: one identifier before the extension."""
     return len(parts) == 2 and parts[0].isidentifier()
 
 
 def _rows(shard: str, rows: list[dict[str, Any]], found: Findings) -> None:
-    """Check the samples themselves."""
+    """Check the samples by their rows of a new scan."""
     found.samples += sum(bool(row["key"]) for row in rows)
     found.usable += sum(not row["refused"] for row in rows)
     if not any(row["key"] for row in rows):
@@ -218,7 +217,7 @@ def _rows(shard: str, rows: list[dict[str, Any]], found: Findings) -> None:
 
 
 def _index(shard: str, store: Store, rows: list[dict[str, Any]], found: Findings) -> None:
-    """Tell whether the index is of this shard, and every member what it says."""
+    """Check that the index belongs to this shard, and compare its checksums with those of a new scan, `rows`."""
     try:
         current, there = is_current(shard, store), index_path(shard, store).is_file()
     except InputError as error:

@@ -3,9 +3,9 @@
     python -m data_tools.make_demo out=DIR [clips=4500] [held_out=384] [seed=0] [shard_clips=250] [workers=null]
 
 Writes `train-*.tar`, `val-*.tar`, `test-*.tar`, an index beside each, and `demo.json`. `held_out` is the number of
-samples in each of val, to choose by, and test, to report: both show movements of a colour and shape that training
-never shows, and neither shows one of the other's. Every clip is a real mp4 (or png or jpg) of its own resolution,
-aspect ratio, frame rate and duration, with four captions. The same options give the same bytes; to go on after an
+samples in val, for choosing models, and in test, for reporting results. Both show movements of a colour and shape that
+training never shows, and the other doesn't either. Every clip is a real mp4 (or png or jpg) of its own resolution,
+aspect ratio, frame rate and duration, with four captions. The same options give the same bytes. To resume after an
 interruption, give the command again.
 """
 
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def _finished(out: Path, recipe: dict[str, int]) -> bool:
-    """Tell whether `out` holds this very data; if not, mark it as being made. InputError if it holds anything else."""
+    """Tell whether `out` has exactly this data; if not, mark it as unfinished. Raises InputError for other data."""
     done, begun = out / "demo.json", out / "demo-unfinished.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _shards(out: Path, asked: Options) -> list[Shard]:
 
 
 def _write_all(shards: list[Shard], workers: int | None, advance: Callable[[int], None]) -> None:
-    """Write shards side by side; the first failure stops the rest."""
+    """Write shards in parallel; the first failure stops the rest."""
     count = min(workers or os.cpu_count() or 1, len(shards))
     if count < 2:
         for shard in shards:

@@ -1,4 +1,4 @@
-"""Matching of the rows of a caption table to files, wherever the table was written.
+"""Matches the rows of a caption table to files, also if the table was written on another machine.
 
 A path is resolved from the folder, from the table's folder and from the working directory. Otherwise it may come from
 another machine; then it matches a file if one path ends with the other, ignoring case, the kind of slashes and a
@@ -21,10 +21,17 @@ Tail = tuple[str, ...]
 
 
 class Matcher:
-    """Finds files of a folder by the paths that a table has for them."""
+    """Finds files of a folder by their paths in a table."""
 
     def __init__(self, files: Iterable[str], folder: Path, table: Path, root: str | None = None) -> None:
-        """Take the files (relative to `folder`); `root` is what stood for the folder where the table was written."""
+        """Prepare the lookup.
+
+        Args:
+            files: Files, relative to `folder`.
+            folder: Folder of the media.
+            table: Path of the table.
+            root: Path of the media folder on the machine where the table was written.
+        """
         self._files = {unicodedata.normalize("NFC", file): file for file in files}
         self._bases = [str(folder), str(folder.resolve()), os.path.abspath(folder)]  # noqa: PTH100 - of no links
         self._places = [str(table.parent.resolve()), str(Path.cwd())]
@@ -37,7 +44,7 @@ class Matcher:
             self._by_name.setdefault(stem, []).append(((*parts[:-1], stem), file))
 
     def match(self, rows: Iterable[Row]) -> tuple[dict[str, list[Row]], Bad]:
-        """The rows of each file, in their order, and what is wrong with the rows of none."""
+        """Match rows to files. Returns each file's rows in their order, and the other rows with reasons."""
         bad: Bad = []
         exact: dict[str, list[Row]] = {}
         guessed: dict[str, dict[str, list[Row]]] = {}  # file -> path as written -> rows
@@ -60,7 +67,7 @@ class Matcher:
         return exact, bad
 
     def _find(self, written: str) -> tuple[str | Refused, bool]:
-        """The file that a path names, or why none; and whether it is its very path."""
+        """Find the file of a path in the table, or the reason for there being none; and whether they match exactly."""
         name = _normal(written)
         for path in self._followed(name):
             if path in self._files:
@@ -92,7 +99,7 @@ class Matcher:
         return Refused("caption without file", hint), False
 
     def _followed(self, name: str) -> Iterable[str]:
-        """Relative paths that a path may be, in order of preference."""
+        """Paths relative to the folder that a path may resolve to, in order of preference."""
         if self._root is not None and name.startswith(f"{self._root}/"):
             yield name.removeprefix(f"{self._root}/")
         paths = [name]
@@ -106,7 +113,7 @@ class Matcher:
 
 
 def _normal(written: str) -> str:
-    """A path with single forward slashes; of a URL its path."""
+    """Normalise a path: single forward slashes, Unicode NFC; of a URL only its path."""
     name = written.strip()
     if "://" in name:
         name = unquote(urlsplit(name).path)

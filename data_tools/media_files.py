@@ -1,4 +1,4 @@
-"""The media of a folder, and what in it is none: everything that is passed over is named or counted."""
+"""Finds the media files of a folder. Files that are passed over are listed or counted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from data_tools.captions import SIDECARS, Names, Refused, sidecars_of
 from sora_train.data.read.decode import IMAGES, VIDEOS
 
-SPELLINGS = {"jpeg": "jpg", "jfif": "jpg"}  # extensions of the same thing
+SPELLINGS = {"jpeg": "jpg", "jfif": "jpg"}  # extension -> the one that shards have for the same format
 _TEXTS = ("txt", "caption", "json", "csv", "tsv", "jsonl", "ndjson", "parquet", "md")
 _PIECE = 8 << 20
 
@@ -31,7 +31,7 @@ class Media:
         return self.names[str(PurePosixPath(file).parent)]
 
     def thumbnail_of(self, file: str) -> str | None:
-        """The video of the same name that an image without a caption of its own lies beside; None if there is none."""
+        """The video of the same name whose thumbnail an image without a sidecar may be; None if there is none."""
         path, names = PurePosixPath(file), self.beside(file)
         if extension_of(file) not in IMAGES or any(
             found.startswith(path.name) for found in sidecars_of(path.name, names)
@@ -40,7 +40,7 @@ class Media:
         return next((found for video in VIDEOS if (found := names.find(f"{path.stem}.{video}")) is not None), None)
 
     def captioned_others(self) -> list[str]:
-        """Files of no known kind that have a sidecar which no video or image shares."""
+        """Files of unknown kind with a sidecar that belongs to no video or image."""
         media = {str(PurePosixPath(file).with_suffix("")) for file in self.files}
         return [
             file for file in self.others
@@ -49,7 +49,7 @@ class Media:
         ]  # fmt: skip
 
     def passed_over(self) -> list[str]:
-        """Lines on files that are no media by extension, and on texts that lie beside none."""
+        """Lines for the log on files that aren't media by their extension, and on texts without a media file."""
         lines = []
         counts = Counter(extension_of(file) or "no extension" for file in self.others)
         if counts:
@@ -65,7 +65,7 @@ class Media:
 
 
 def find_media(folder: Path) -> Media:
-    """Everything below a folder but names that begin with a dot; links are followed, once per directory."""
+    """List the files below a folder, without names that begin with a dot. Links are followed, once per directory."""
     found = Media()
     seen: set[str] = set()
     for root, directories, names in os.walk(folder, followlinks=True):
@@ -97,14 +97,14 @@ def media_extension(name: str) -> str | None:
 
 
 def key_of(name: str) -> str:
-    """The sample key of a relative path: readable, safe in any tar, the same in every run, one per path."""
+    """The sample key of a relative path: readable, valid in any tar, reproducible, and unique to the path."""
     file, part = re.fullmatch(r"(.*?)(#[\d.e+-]+-(?:[\d.e+]+|inf)f?)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", str(PurePosixPath(file).with_suffix("")) + part)[-60:].strip("_")
     return f"{readable or 'sample'}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}"
 
 
 def check_file(path: Path) -> None:
-    """Raise Refused for what is no regular file, can't be opened or is empty; a pipe is not waited for."""
+    """Raise Refused for a file that isn't regular, can't be opened or is empty. Pipes aren't opened."""
     try:
         if path.exists() and not path.is_file():
             raise Refused("unreadable", "a pipe, socket or device, not a file")
@@ -116,11 +116,11 @@ def check_file(path: Path) -> None:
 
 
 def hash_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, as `digest` gives it of bytes."""
+    """Hash of a file, the same as `digest` of its bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def digest(data: bytes) -> str:
-    """Hash of a file or a caption."""
+    """Hash of the bytes of a file or a caption: the first 32 hexadecimal digits of their SHA-256."""
     return hashlib.sha256(data).hexdigest()[:32]

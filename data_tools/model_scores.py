@@ -1,14 +1,14 @@
 """Models that score or embed pictures, from local folders: aesthetics, safety, the share of text, or anything else.
 
-| a folder holds | its columns |
+| content of a folder | its columns |
 | --- | --- |
-| `scores.json` and `model.onnx` or `model.pt` (TorchScript) | those that it names, from the model's first output |
-| what transformers saves of an image classifier | its classes, as probabilities |
+| `scores.json` and `model.onnx` or `model.pt` (TorchScript) | those of `scores.json`, from the model's first output |
+| an image classifier in the format of transformers | its classes, as probabilities |
 
 `scores.json`: `columns` in the order of the output, `size` (`[pixels]` a side, or `[height, width]`), `mean` and `std`
 of the input in 0 to 1, `then` (`none`, `sigmoid` or `softmax` of the output) and `over_frames` (`mean`, `max` or
-`min`). To embed, the same files give vectors (`columns` isn't needed), or what transformers saves of a model of images.
-Nothing is fetched, and no code of a folder is run but TorchScript.
+`min`). For embedding, the first output of such a model is the vector (`columns` isn't needed); an image model in the
+format of transformers can be used too. Nothing is downloaded, and no code of a folder is run except TorchScript.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class Scorer:
     scores: Scores
 
     def of(self, frames_THWC: np.ndarray) -> list[float]:
-        """The scores of a video, from those of some of its frames."""
+        """Score a video by some of its frames. Returns a value for each column."""
         found = np.asarray(self.scores(frames_THWC), np.float64)
         return [float(value) for value in _OVER[self.over_frames](found, axis=0)]
 
 
 def scorer_of(name: str, folder: str) -> Scorer:
-    """The model of a folder; its columns are called `name`, or `name_COLUMN` where it has several.
+    """Load the model of a folder for scoring. Its column is called `name`, or `name_COLUMN` if it has several.
 
-    Raises InputError for a folder that holds none.
+    Raises InputError for a folder without a model.
     """
     path = Path(folder)
     if (path / "scores.json").is_file():
@@ -83,7 +83,10 @@ class Embedder:
 
 
 def embedder_of(option: str, folder: str) -> Embedder:
-    """The model of a folder that an option names, to embed pictures. Raises InputError for a folder that holds none."""
+    """Load the model of a folder for embedding pictures. Raises InputError for a folder without a model.
+
+    `option` is the name of the option that gives the folder, for messages.
+    """
     path = Path(folder)
     if (path / "scores.json").is_file():
         run, _, known = _network_of(option, path)
@@ -94,7 +97,7 @@ def embedder_of(option: str, folder: str) -> Embedder:
 
 
 def _network_of(option: str, folder: Path) -> tuple[Scores, Settings, str]:
-    """An exported network from frames to its output `(T, values)`, its settings, and a hash of both."""
+    """Load an exported network. Returns a function from frames to its output `(T, values)`, settings, and a hash."""
     try:
         settings = read(Settings, json.loads((folder / "scores.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -131,7 +134,7 @@ def _exported(name: str, folder: Path) -> Scorer:
 
 
 def _prepared(frames_THWC: np.ndarray, settings: Settings) -> np.ndarray:
-    """Frames as a network takes them, `(T, 3, height, width)` float32."""
+    """Resize and normalise frames for a network: `(T, 3, height, width)` float32."""
     height, width = settings.size[0], settings.size[-1]
     small = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames_THWC]
     unit = (np.stack([np.asarray(one) for one in small]).astype(np.float32) / 255 - settings.mean) / settings.std
@@ -154,7 +157,7 @@ def _onnx(file: Path) -> Scores:
         raise InputError(f"{file} needs onnxruntime: pip install -e '.[curate]'") from error
     try:
         session = onnxruntime.InferenceSession(str(file), providers=onnxruntime.get_available_providers())
-    except Exception as error:  # its errors have no base of their own
+    except Exception as error:  # onnxruntime's errors have no common base class
         raise InputError(f"{file} is no ONNX model: {str(error).splitlines()[0]}") from error
     name = session.get_inputs()[0].name
     return lambda pictures: np.asarray(session.run(None, {name: pictures})[0])
@@ -209,7 +212,7 @@ def _image_model(option: str, folder: Path) -> Embedder:
         network: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{option}={folder} is no image model: {str(error).splitlines()[0]}") from error
-    of_images = getattr(network, "get_image_features", network)  # of CLIP and its kin, which take texts too
+    of_images = getattr(network, "get_image_features", network)  # of models like CLIP, which take texts too
 
     def vectors(frames_THWC: np.ndarray) -> np.ndarray:
         pictures = [Image.fromarray(frame) for frame in frames_THWC]
@@ -224,7 +227,7 @@ def _image_model(option: str, folder: Path) -> Embedder:
 
 
 def _named(name: str, columns: Sequence[str]) -> tuple[str, ...]:
-    """Names that a filter can spell."""
+    """Column names that are valid in filters: `name`, or `name_COLUMN` for each of several columns."""
     if len(columns) == 1:
         return (name,)
     return tuple(f"{name}_{re.sub(r'[^0-9a-z]+', '_', column.lower()).strip('_')}" for column in columns)

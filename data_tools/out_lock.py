@@ -16,9 +16,10 @@ _FILE = ".lock"
 
 @contextmanager
 def alone_on(out: Path) -> Iterator[None]:
-    """Hold an output folder for this process. Raises InputError where another one holds it, or nothing can be written.
+    """Context that holds the lock of an output folder.
 
-    The system gives it free when the process ends, however it ends; the file stays.
+    The operating system releases the lock also if the process is killed; the lock file remains. Raises InputError if
+    another process holds the lock, or if nothing can be written.
     """
     with usable(out, "out"):
         descriptor = os.open(out / _FILE, os.O_RDWR | os.O_CREAT, 0o644)

@@ -14,7 +14,7 @@ from sora_train.data.index.captions import is_missing
 
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 _FRAMES = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
-Range = tuple[str, list[list[Any]]]  # of what (frames, times), and the ends of each part
+Range = tuple[str, list[list[Any]]]  # unit (frames or times), and start and end of each range
 
 
 def listed(value: Any) -> Any:
@@ -30,7 +30,7 @@ def listed(value: Any) -> Any:
 
 
 def ranges_of(values: Mapping[str, Any]) -> tuple[Range | None, set[str]]:
-    """Find a column whose cells have both ends of a range.
+    """Find a column of a row whose cell has both ends of a range, or of several ranges.
 
     Returns:
         The ranges and a set with the column's name; None and an empty set if there is no such column.
@@ -79,7 +79,7 @@ def _part(ends: list[float | None], what: str) -> Part:
 
 
 def _pairs(what: str, value: Any) -> list[list[Any]]:
-    """The ends of each part in a cell; none where it holds something else, such as a date."""
+    """Start and end of each range in a cell; empty if it has something else, such as a date."""
     if what == "frames" and isinstance(value, str) and (both := _FRAMES.fullmatch(value)):
         return [list(both.groups())]
     items = listed(value)
@@ -90,7 +90,7 @@ def _pairs(what: str, value: Any) -> list[list[Any]]:
 
 
 def _frame(value: Any) -> float | None:
-    """A number of a frame; a range of frames ends before its second one."""
+    """Parse a frame number; None for an empty cell. Frames count from 0, and the end of a range is exclusive."""
     if _is_absent(value):
         return None
     try:
@@ -103,7 +103,7 @@ def _frame(value: Any) -> float | None:
 
 
 def _seconds(value: Any) -> float | None:
-    """A time as a number of seconds, or as [hours:]minutes:seconds; a comma may stand before its fraction."""
+    """Parse a time: seconds or [hours:]minutes:seconds, perhaps with a decimal comma. Returns seconds, or None."""
     if _is_absent(value):
         return None
     text = re.sub(r"(\d),(\d+)$", r"\1.\2", value.strip().removesuffix("s")) if isinstance(value, str) else value

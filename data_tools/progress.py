@@ -14,7 +14,7 @@ _LINE_EVERY_S = 10.0
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of items done since the last call."""
+    """Show the progress of `total` items. Yields a function to call with the number done since the last call."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

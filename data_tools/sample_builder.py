@@ -1,4 +1,4 @@
-"""Samples from candidates: parts are cut out, media are probed side by side, and those that can be used are read."""
+"""Builds samples from candidates: cuts out parts of files, probes media in parallel, and reads the usable ones."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from sora_train.data.read.pool import Pool
 
 Sample = tuple[Candidate, tuple[Mark, Members]]
 _KINDS = {"not_a_video": "not a video", "empty": "empty file", "missing": "unreadable"}
-_CUTS = ".cut-"  # what folders of parts begin with; one that a kill left is removed
+_CUTS = ".cut-"  # prefix of temporary folders of parts; those left by a killed run are removed
 
 
 class SampleBuilder:
-    """Makes the members of samples of a folder; parts of files lie in a folder of `out` meanwhile."""
+    """Builds the members of samples of a folder. Parts of files are stored in a temporary folder of `out`."""
 
     def __init__(self, folder: Path, out: Path, workers: int, probe: Probe, refusals: Refusals) -> None:
         self.folder, self.out, self.workers, self.probe, self.refusals = folder, out, workers, probe, refusals
@@ -37,7 +37,10 @@ class SampleBuilder:
             shutil.rmtree(left)
 
     def build(self, candidates: Sequence[Candidate], what: str) -> Iterator[Sample]:
-        """The candidates that can be used, in order, each with its mark and members; refuses the others."""
+        """Yield the usable candidates in order, each with its mark and members; refuse the others.
+
+        `what` labels the progress bar.
+        """
         if not candidates:
             return
         with ExitStack() as stack:
@@ -60,7 +63,7 @@ class SampleBuilder:
                 advance(1)
 
     def _probed(self, pool: Pool, file: Path | Refused) -> Future[dict[str, Any]] | None:
-        """Future result of probing a file. One that hangs is given up."""
+        """Start to probe a file; None for a refused one. A probe that hangs is aborted."""
         if isinstance(file, Refused):
             return None
         pixels, whole = self.probe is not Probe.packets, self.probe is Probe.all
@@ -86,7 +89,7 @@ class SampleBuilder:
         return mark, [(media_extension(file.name) or "", data), *text]
 
     def _files(self, candidates: Sequence[Candidate], stack: ExitStack) -> Iterator[tuple[Candidate, Path | Refused]]:
-        """Each candidate's file, or its part as a file, in order; parts of some files are cut ahead, side by side."""
+        """Yield each candidate, in order, with its file or its part as a file. Parts are cut ahead, in parallel."""
         if all(candidate.part is None for candidate in candidates):
             yield from ((candidate, self.folder / candidate.file) for candidate in candidates)
             return
@@ -103,7 +106,7 @@ class SampleBuilder:
             yield from waiting.popleft().result()
 
     def _cut(self, group: list[Candidate], place: Path) -> list[tuple[Candidate, Path | Refused]]:
-        """Files of the candidates of one file, whose parts are cut into a folder."""
+        """Cut the parts of one file into the folder `place`. Returns each candidate with its file or refusal."""
         parts = [candidate.part for candidate in group if candidate.part is not None]
         if not parts:
             return [(candidate, self.folder / candidate.file) for candidate in group]

@@ -2,11 +2,11 @@
 
     python -m data_tools.score shards=[FILES,...] 'models={NAME: FOLDER, ...}' out=FILE.parquet [frames=4]
 
-A folder holds an ONNX or TorchScript model with `scores.json`, or an image classifier as transformers saves it; see
-docs/raw_footage.md. `frames` of each video, evenly spaced, are shown to each model. A sample that can't be decoded
-gets no values. The table is written after every shard: given again, the command scores what is new, and with another
-model or number of frames all of it. Then train with data.side_tables=[FILE.parquet] and, say, data.filter="aesthetic >=
-4.5".
+A folder contains an ONNX or TorchScript model with `scores.json`, or an image classifier in the format of transformers;
+see docs/raw_footage.md. Each model scores `frames` evenly spaced frames of each video. A sample that can't be decoded
+gets no values. The table is written after every shard. Given again, the command scores only new samples; with another
+model or number of frames it scores all of them again. Then train with data.side_tables=[FILE.parquet] and, for example,
+data.filter="aesthetic >= 4.5".
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Options:
 
 
 def main() -> int:
-    """Score what isn't in the table yet."""
+    """Score the samples that aren't in the table yet."""
     o = options(Options, __doc__)
     out = Path(o.out)
     if out.suffix != ".parquet" or not o.models:
@@ -101,7 +101,7 @@ def _pictures(index: Index, row: int, count: int) -> np.ndarray | None:
 
 
 def _stored(out: Path, made_by: str, columns: list[str]) -> Table:
-    """The table as an earlier command left it; empty where another model or number of frames made it."""
+    """Read the table of an earlier command; empty without one, or if its models or number of frames were others."""
     if not out.is_file():
         return {}
     try:

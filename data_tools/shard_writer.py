@@ -29,8 +29,8 @@ class Mark(NamedTuple):
 class Journal:
     """`build.jsonl` of an output folder: a line on how it is built, then a line for each finished shard.
 
-    A shard counts once its line is there; one that was renamed but not yet noted is written again, the same. A second
-    line of a shard replaces the first.
+    A shard counts as finished once its line is written. One that a kill left renamed but without a line is written
+    again with the same content. A second line of a shard replaces the first.
     """
 
     def __init__(self, out: Path, made_with: dict[str, Any]) -> None:
@@ -61,11 +61,11 @@ class Journal:
 
     @property
     def samples(self) -> dict[str, Mark]:
-        """Every sample that is in a shard."""
+        """Marks of all samples that are in a shard, by name."""
         return {name: mark for samples in self.shards.values() for name, mark in samples.items()}
 
     def add(self, shard: str, samples: dict[str, Mark]) -> None:
-        """Note a finished shard and the samples in it."""
+        """Record a finished shard and its samples."""
         self._append({"shard": shard, "samples": samples})
         self.shards[shard] = dict(samples)
 
@@ -95,7 +95,7 @@ class Journal:
 
 
 def opened_journal(out: Path) -> Journal:
-    """The journal of a folder that was built before, however it was; InputError where there is none."""
+    """Open the journal of an existing folder, whatever options it was built with. Raises InputError without one."""
     path = out / "build.jsonl"
     if not path.is_file():
         raise InputError(f"{out} has no {path.name}")
@@ -106,8 +106,8 @@ def opened_journal(out: Path) -> Journal:
 class ShardWriter:
     """Writes samples into `shard-NNNNNN.tar`, a new one when the next sample would exceed `limit` bytes.
 
-    `folder` is a folder below that of the journal, such as `validation`. With `name`, all go into the shard of that
-    name, which is replaced.
+    `folder` is a folder below that of the journal, such as `validation`. With `name`, all samples go into the shard of
+    that name, which is replaced.
     """
 
     def __init__(self, journal: Journal, limit: float, folder: str = "", name: str | None = None) -> None:
@@ -146,7 +146,7 @@ class ShardWriter:
         self._samples, self._bytes, self._file, self._tar = {}, 0, None, None
 
     def open(self) -> None:
-        """Begin a shard, which will be there even if it stays empty."""
+        """Begin a shard, which is written even if no sample is added."""
         count = sum(str(Path(shard).parent) == (self.folder or ".") for shard in self.journal.shards)
         self._shard = self.name or str(Path(self.folder) / f"shard-{count:06d}.tar")
         path = (self.journal.out / self._shard).with_suffix(".tar.tmp")

@@ -1,7 +1,7 @@
-"""Caption tables of any common kind (CSV, TSV, JSON, JSON lines, Parquet, lines of text) to records.
+"""Reads caption tables of common formats (CSV, TSV, JSON, JSON lines, Parquet, lines of text) into records.
 
-A row that can't be read is a record that says why; it never shifts or joins the rows beside it. Which column means what
-is decided in `columns.py`.
+A row that can't be read becomes a record with the reason; it never shifts or merges neighbouring rows. The roles of
+columns are determined in `columns.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sora_train.data.read.decode import IMAGES, VIDEOS
 KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 MAX_FIELD = 1 << 20  # characters of one table cell
 _DELIMITERS = (",", "\t", ";", "|")
-_BOMS = {  # UTF-32's before UTF-16's, which it begins with
+_BOMS = {  # UTF-32's before UTF-16's, because the former begin with the latter
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
@@ -48,7 +48,7 @@ class Table(NamedTuple):
 
 
 def read_records(path: Path, columns: Columns, encoding: str | None = None) -> Table:
-    """Read a table. Raises InputError with what was found and what is accepted if it can't be read."""
+    """Read a caption table. Raises InputError if it can't be read, which tells what was found and what is accepted."""
     kind = path.suffix.lower()
     if kind not in KINDS:
         raise InputError(f"captions={path} must be a {', '.join(KINDS[:-1])} or {KINDS[-1]} file, or a folder of texts")
@@ -77,7 +77,7 @@ def decoded(data: bytes, encoding: str | None = None) -> str:
         return data.decode(name, "surrogateescape" if lenient else "strict").removeprefix("\ufeff")
     zeros = [at for at in range(4) if data[at : at + 1] == b"\0"]
     wide = "utf-16-le" if zeros == [1, 3] else "utf-16-be" if zeros == [0, 2] else None
-    if wide and len(data) % 2 == 0:  # begins with two letters of ASCII
+    if wide and len(data) % 2 == 0:  # the text begins with two ASCII characters
         return data.decode(wide)
     return data.decode("utf-8", "surrogateescape")
 
@@ -129,13 +129,13 @@ def _csv(path: Path, text: str, columns: Columns) -> Table:
         number += 1
         row, taken = _next_row(lines, at, delimiter)
         records.append((number, _record(number, row, header, lines[at + 1 : at + taken], delimiter)))
-        at += 1 if isinstance(records[-1][1], str) else taken  # a quote that isn't closed costs its own line alone
+        at += 1 if isinstance(records[-1][1], str) else taken  # an unclosed quote loses only its own line
     named = [name for name in header if name]
     return Table(named, _typed(records, columns.special(header), delimiter == ";"), len(header) - len(named))
 
 
 def _next_row(lines: Sequence[str], at: int, delimiter: str) -> tuple[list[str] | str, int]:
-    """The cells of the row that begins at a line, or what is wrong with it; and of how many lines it is."""
+    """Parse the row that begins at line `at`. Returns its cells, or what is wrong with it, and its number of lines."""
     rest = (lines[number] for number in range(at, len(lines)))
     reader = csv.reader(rest, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
@@ -147,7 +147,7 @@ def _next_row(lines: Sequence[str], at: int, delimiter: str) -> tuple[list[str] 
 def _record(
     number: int, row: list[str] | str, header: list[str], further: Sequence[str], delimiter: str
 ) -> dict[str, Any] | str:
-    """A row by the names of its columns; or what is wrong with it."""
+    """Map column names to a row's cells, or return what is wrong with it. `further`: its lines after the first."""
     if isinstance(row, str):
         return f"row {number}: {row}"
     if len(row) > len(header) and any(row[len(header) :]):
@@ -161,9 +161,10 @@ def _record(
 
 
 def _typed(records: list[Record], special: set[str], with_commas: bool) -> list[Record]:
-    """The records, with numbers and truth values in columns that hold nothing else; an empty cell is missing there.
+    """Convert columns that contain only numbers or only truth values; empty cells of these become None.
 
-    With `with_commas` a comma stands before the fraction of a number, as where a spreadsheet separates cells by `;`.
+    With `with_commas` numbers have decimal commas, as in spreadsheets that separate cells by `;`. Columns in `special`
+    stay text.
     """
     rows: list[dict[str, Any]] = [dict(record) for _, record in records if not isinstance(record, str)]
     for name in dict.fromkeys(name for row in rows for name in row):
@@ -185,7 +186,7 @@ _TRUTH = {"true": True, "false": False}
 
 
 def _converter(cells: list[str]) -> Any:
-    """Choose the type of all the cells, None where they are words. A number with a leading zero is a name."""
+    """Choose the function that converts all the cells; None if they are text. A leading zero makes a number text."""
     if not cells:
         return None
     if all(_INTEGER.fullmatch(cell) for cell in cells):
@@ -201,7 +202,7 @@ def _is_blank(cell: str) -> bool:
 
 
 def _lines(path: Path, text: str, columns: Columns, encoding: str | None) -> Table:
-    """Two files of as many lines, as CogVideo has them: captions in one, and their files in the other."""
+    """Read two files with the same number of lines, as CogVideo has them: one of captions, one of file names."""
     stem = path.stem.lower()
     others = _PROMPTS if stem in _FILES else _FILES
     beside = next((found for name in others if (found := path.with_name(f"{name}.txt")).is_file()), None)
@@ -219,7 +220,7 @@ def _lines(path: Path, text: str, columns: Columns, encoding: str | None) -> Tab
 
 
 def _split(text: str) -> list[str]:
-    """The lines of a text without empty ones at its end; other characters that break lines are part of them."""
+    """Split a text at LF, CRLF and CR, but not at Unicode's other line breaks; empty lines at its end are dropped."""
     return re.sub(r"\r\n?", "\n", text).rstrip("\n").split("\n")
 
 
@@ -238,7 +239,10 @@ def _json_lines(text: str) -> list[Record]:
 
 
 def _json(path: Path, text: str, columns: Columns) -> list[Record]:
-    """A list of objects, one list in an object, captions or objects by file, columns by name, or lines of objects."""
+    """Parse JSON: a list of objects, an object with one such list, captions or fields by file, columns, or lines.
+
+    Raises InputError for another form.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -259,7 +263,7 @@ def _json(path: Path, text: str, columns: Columns) -> list[Record]:
 
 
 def _by_file(value: dict[str, Any], columns: Columns) -> Iterator[dict[str, Any]]:
-    """Rows of an object: file to caption or fields, or column to values by row (as pandas writes)."""
+    """Yield rows of an object that maps files to captions or fields, or columns to values by row (as pandas writes)."""
     if columns.fit(value) and all(isinstance(inner, dict) for inner in value.values()):
         for key in next(iter(value.values())):
             yield {name: column.get(key) for name, column in value.items()}
@@ -269,7 +273,7 @@ def _by_file(value: dict[str, Any], columns: Columns) -> Iterator[dict[str, Any]
 
 
 def _parquet(path: Path) -> Table:
-    """A Parquet table without its columns of bytes; of a struct with a path (as Hugging Face has files), the path."""
+    """Read a Parquet table without binary columns. A struct with a path, as Hugging Face has it, becomes the path."""
     try:
         file = pq.ParquetFile(path)
         names = [
@@ -288,7 +292,7 @@ def _has_path(kind: pa.DataType) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
+    """Convert a value to JSON types."""
     if isinstance(value, dict):
         return value["path"] if set(value) == {"path"} else {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, list):

@@ -1,14 +1,14 @@
-"""Take a source back: its clips go from shards, indexes, side tables and records, and don't come back.
+"""Take a source down: remove its clips from shards, indexes, side tables and records, and keep them from coming back.
 
     python -m data_tools.takedown SOURCE out=DIR [runs=[RUN,...]] [shards=[FILES,...]]
 
 SOURCE is an id of licences.toml, the path of a film below videos=, or a film's SHA-256; `out` is what
-`data_tools.curate` wrote. Of each run in `runs` the checkpoints are named that were trained on a sample of it, by the
-run's ledger; name them all, before other shards are added. `shards` are others made from OUT's, such as encoded
-latents, which are written without its samples too. OUT/takedowns.jsonl keeps what was done. The films themselves are
-left.
+`data_tools.curate` wrote. For each run in `runs`, the checkpoints that were trained on a sample of SOURCE are listed,
+according to the run's ledger. Give all runs, before other shards are added. `shards` are further shards made from those
+of OUT, such as encoded latents; they are rewritten without the samples of SOURCE too. OUT/takedowns.jsonl records what
+was done. The films themselves are not deleted.
 
-An index that was consolidated, and what other machines keep in data.cache.folder, has to be made anew.
+A consolidated index must be made again, and the data.cache.folder of other machines must be refilled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# Functions shared by the launch scripts. Sourcing it only finds the Python environment.
+# Functions shared by the launch scripts. Sourcing it also selects the Python environment and sets PYTHONPATH.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${SORA_VENV:-$root/.venv}
@@ -24,15 +24,15 @@ fi
 # Run this checkout's code from any working directory.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-# DeepSpeed compiles ops for this machine's processor, so each machine has a folder of its own.
+# DeepSpeed compiles ops for this machine's processor, so each machine uses a separate folder.
 use_private_extensions() {
     if [[ -z ${TORCH_EXTENSIONS_DIR:-} && -n ${VIRTUAL_ENV:-} ]]; then
         export TORCH_EXTENSIONS_DIR=$VIRTUAL_ENV/torch_extensions/$(uname -n)
     fi
 }
 
-# A process that is killed while it compiles an op leaves a lock, for which every later start would silently wait.
-# A compiling process keeps its lock open, so a lock of ours that no process has open is stale.
+# A process that is killed while it compiles an op leaves a lock file, and every later start would silently wait for it.
+# A compiling process keeps its lock file open, so a lock file of this user that no process has open is stale.
 remove_stale_build_locks() {
     local lock holder
     [[ -n ${TORCH_EXTENSIONS_DIR:-} ]] || return 0
@@ -50,7 +50,7 @@ remove_stale_build_locks() {
 processes_here() {
     local gpus=0
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        # as CUDA reads it: what follows a number below 0 doesn't count
+        # as in CUDA, a negative number and all entries after it are ignored
         gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^[[:space:]]*-/,$d' | grep -c '[^[:space:]]' || true)
     elif command -v nvidia-smi >/dev/null; then
         gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
@@ -68,31 +68,32 @@ limit_threads() {
 
 # Set variables of NCCL, gloo and the allocator, unless they are set already.
 network_and_memory() {
-    # log only warnings and errors of the network, with their reason
+    # log NCCL's warnings and errors
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-    # record the last collectives of every rank, and dump them after a time-out, to show which rank was waited for
+    # record the last collectives of every rank, and dump them after a time-out, to show which rank was late
     export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
     # packs differ in size from step to step: expandable segments avoid fragmentation of GPU memory
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-    # the interface that is chosen by default may be a management network, or have no route
+    # the default interface may be that of a management network, or have no route
     if [[ -n ${INTERFACE:-} ]]; then
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
     fi
 }
 
-# Make the file in which the run says where it writes and how it ended. torchrun turns every code into 1, and the run
-# folder may be named in a file of conf/. A script that was started by another one uses that one's.
+# Create the file in which the training process records its run folder and its exit code: torchrun turns every code into
+# 1, and the run folder may be set in a file of conf/. A script that was started by another launch script uses its file.
 make_exit_file() {
-    if [[ ! -e ${SORA_EXIT_FILE:-} ]]; then # that of another machine isn't here
+    if [[ ! -e ${SORA_EXIT_FILE:-} ]]; then # unset, or a file on another machine
         SORA_EXIT_FILE=$(mktemp)
         trap 'rm -f "$SORA_EXIT_FILE"' EXIT
         export SORA_EXIT_FILE
     fi
 }
 
-# Print the run's exit code: what its process on this machine said, else that of exit.json in its folder, where another
-# machine wrote it since the start; clocks aren't compared, since a file server's may differ. $1: the code without either.
+# Print the run's exit code: the one that its process on this machine recorded, else that of exit.json in the run
+# folder, if another machine has written it since the start. That is told by comparing the file with its identity before
+# the start, not by clocks, since a file server's may differ. $1: the code to print without either.
 final_code() {
     local key value code= run_dir= before=
     while IFS=' ' read -r key value; do
@@ -108,7 +109,7 @@ final_code() {
     echo "${code:-$1}"
 }
 
-# Print an identity of a file: its inode, and when it was written in nanoseconds.
+# Print the identity of a version of a file: its inode, and its modification time in nanoseconds.
 exit_mark() {
     stat -c '%i %.9Y' "$1" | tr -d .
 }
@@ -132,7 +133,7 @@ run_and_forward() {
         [[ -n $interrupted ]] || break
     done
     trap - TERM INT HUP USR1
-    # 143, 138: our signal killed it before it installed its handlers, so before training began
+    # 143, 138: the forwarded signal killed it before it installed its handlers, and so before training began
     if [[ -n $stopped_by && ($status == 143 || $status == 138) ]]; then
         status=75
     fi
@@ -151,6 +152,6 @@ forward() {
     fi
     stopped_by=$1
     say "got a stop signal: handing SIG$1 on and waiting for the save"
-    # no process yet, or no more: nothing to stop
+    # if the process hasn't started or has ended, there is nothing to stop
     if [[ -n $child ]]; then kill -s "$1" "$child" 2>/dev/null || true; fi
 }

@@ -5,16 +5,16 @@
 #
 #   NNODES            number of machines; 2:4 lets the run start with two and take up to four
 #   MASTER_ADDR       one of the machines, by a name or address that all can reach
-#   MASTER_PORT       a free port on it (one of 20000 to 29999, which follows from RUN_ID: two runs may share a machine)
+#   MASTER_PORT       a free port on it (20000 to 29999, computed from RUN_ID, so that two runs may share a machine)
 #   RUN_ID            a name for this launch, the same on all machines, another one for the next launch
 #   MAX_RESTARTS      restarts of all processes after a failure, or after a machine has left or joined (0)
 #   NPROC             processes per machine (one per GPU, or 2 on a CPU)
 #   LOCAL_ADDR        this machine's address, if the others can't resolve its host name
 #   INTERFACE         network interface, e.g. eth0, if the one that is found by default is wrong
-#   SHUTDOWN_TIMEOUT  seconds that a stop signal leaves for the save (300)
+#   SHUTDOWN_TIMEOUT  seconds for the save after a stop signal (300)
 #
-# run_dir must be in a folder that all machines share. Exit codes are those of torchrun.sh. A stop signal need reach only one
-# machine. On Slurm use slurm.sbatch, which calls this script.
+# run_dir must be in a folder that all machines share. Exit codes are those of torchrun.sh. It is enough to send a stop
+# signal to one machine. On Slurm use slurm.sbatch, which calls this script.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -27,8 +27,8 @@ done
 processes=${NPROC:-$(processes_here)}
 limit_threads "$processes"
 network_and_memory
-# By default agents share the store of their first rendezvous, whose address isn't announced again: a machine that comes
-# back would wait for it until the run ends with a time-out
+# By default torchrun's agents reuse the store of their first rendezvous, whose address isn't announced again. A machine
+# that rejoins would wait for that address until the run ends with a time-out.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 use_private_extensions
 remove_stale_build_locks

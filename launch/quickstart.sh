@@ -14,7 +14,7 @@ if (($# > 0)); then
     exit 2
 fi
 
-# Every command may be repeated: finished work is skipped within seconds.
+# Run a command. Each of them can be repeated: it skips finished work within seconds.
 step() {
     local started=$SECONDS
     say ""

@@ -21,7 +21,7 @@ up_to_date() { [[ -f $stamp && $(<"$stamp") == "$wanted" && -x $venv/bin/python 
 
 if up_to_date; then exit 0; fi
 
-if [[ $(command -v "$python") == "$venv"/* ]]; then # called in the environment itself, which may be about to be removed
+if [[ $(command -v "$python") == "$venv"/* ]]; then # the environment's own Python, which may be removed below
     python=$("$python" -c 'import sys; print(sys._base_executable)')
 fi
 if ! command -v "$python" >/dev/null; then
@@ -52,7 +52,7 @@ run() {
     "$@"
 }
 
-# A killed pip can leave a partial package that seems complete. Delete everything but the lock, which we hold.
+# A killed pip can leave a partial package that seems complete. Delete everything except the two marker files.
 if [[ -f $unfinished ]]; then
     echo "$venv was left unfinished; making it anew" >&2
     find "$venv" -mindepth 1 -maxdepth 1 ! -name .sora-lock ! -name "$(basename "$unfinished")" -exec rm -rf {} +
@@ -66,9 +66,9 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --con
 # Install PyTorch first and alone, so that later installs keep its build (CPU or CUDA).
 run "${pip[@]}" torch setuptools wheel
 
-# On a CPU, DeepSpeed compiles one op at the first start. Build it into the package here: the first start is then quick, and
-# a start that is killed cannot leave a build lock behind. It sees torch only without build isolation, and pip's cache may
-# hold a build without the op. Without a compiler, or with a GPU, DeepSpeed is installed as it comes.
+# On a CPU, DeepSpeed compiles one op at the first start. Build it into the package here: the first start is then quick,
+# and a start that is killed cannot leave a build lock behind. The build finds torch only without build isolation, and
+# pip's cache may have a build without the op. Without a compiler, or with a GPU, DeepSpeed is installed without the op.
 deepspeed_with_op() {
     run env DS_BUILD_SHM_COMM=1 "${pip[@]}" ninja psutil py-cpuinfo packaging numpy &&
         run env DS_BUILD_SHM_COMM=1 "${pip[@]}" --no-build-isolation --no-cache-dir deepspeed

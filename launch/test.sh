@@ -19,4 +19,4 @@ run() {
 }
 run ruff check .
 run mypy
-run pytest -q -n 2 --dist worksteal "$@" # two processes; a later -n counts
+run pytest -q -n 2 --dist worksteal "$@" # two processes, unless the arguments have another -n

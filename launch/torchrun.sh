@@ -6,7 +6,7 @@
 # The settings can also be environment variables:
 #   NPROC             processes (one per GPU, or 2 on a CPU)
 #   MAX_RESTARTS      restarts after a failure (0); a wrong configuration is never tried again
-#   SHUTDOWN_TIMEOUT  seconds that a stop signal leaves for the save (300)
+#   SHUTDOWN_TIMEOUT  seconds for the save after a stop signal (300)
 #   SORA_RUN_ID       a name for this launch, the same in all processes
 #
 # Stop it with Ctrl-C, SIGTERM or SIGUSR1: it saves and exits with 75; the same command resumes it.
@@ -26,7 +26,7 @@ export SORA_RUN_ID=${SORA_RUN_ID:-$(date -u +%Y%m%d-%H%M%S)-$$}
 make_exit_file
 
 # We restart here instead of torchrun, which would restart a wrong configuration too.
-# The ranks meet at localhost, since a machine need not be able to resolve its own name.
+# The rendezvous is at localhost, since a machine may be unable to resolve its own name.
 command=(torchrun --standalone --local-addr localhost --nproc-per-node "$processes" --max-restarts 0
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "${SHUTDOWN_TIMEOUT:-300}"
     -m sora_train.train "$@")

@@ -1,4 +1,4 @@
-"""Captions that lie beside a film, as `data_tools.build_shards` reads them: each of its clips gets them."""
+"""Captions from sidecars of a film, read as `data_tools.build_shards` does. Each clip of the film gets them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sora_train.data.index.captions import CAPTION_FIELDS, named_captions
 
 
 def caption_beside(clip: Item, folder: Path) -> tuple[Item, Outcome]:
-    """The clip with the captions of its film, or dropped where there are none."""
+    """Add the captions of its film to a clip; drop the clip if there are none. Returns the clip and its outcome."""
     film = folder / clip["name"]
     try:
         found = sidecar(film, Names(path.name for path in film.parent.iterdir()))

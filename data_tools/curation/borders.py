@@ -1,7 +1,7 @@
-"""Black borders of a shot: rows and columns that are black in all of its pictures, alike at both sides.
+"""Detects black borders of a shot (letterbox, pillarbox): rows and columns that are black in all of its pictures.
 
-A dark scene is no border: what is cut off is black through and through, ends at a sharp edge, and is as broad at the
-other side.
+A dark scene must not be taken for a border. A border is therefore black throughout, ends at a sharp edge, and is about
+as wide at the opposite side.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-_BLACK = 12  # level of 255 that a border stays below
-_BRIGHT = 40  # level that the picture reaches next to it
-_SLACK = 0.98  # of a row or column that is black
-_EDGE = 3  # rows of the small pictures within which it gets bright
-_ALIKE = 3  # rows of the small pictures by which both sides may differ
-_LEAST = 0.02  # of a side: thinner ones are left
-_MARGIN = 2  # pixels cut off beside what was found, as it was found in small pictures
-_MOST = 0.75  # of the picture that a border may take
+_BLACK = 12  # highest level of a border, of 255
+_BRIGHT = 40  # least level that the picture reaches next to a border, of 255
+_SLACK = 0.98  # share of a row or column that must be black
+_EDGE = 3  # rows or columns of the small pictures within which the picture reaches _BRIGHT
+_ALIKE = 3  # rows or columns of the small pictures by which opposite borders may differ
+_LEAST = 0.02  # least width of a border that is cut off, as a share of the side
+_MARGIN = 2  # pixels that are cut off in addition, since borders are measured in small pictures
+_MOST = 0.75  # largest share of the picture that borders may take
 
 
 class Border(NamedTuple):
-    """Pixels to be cut off at each side, and whether they are so many that little is left."""
+    """Pixels to be cut off at each side. `is_most`: borders take more than `_MOST` of the picture."""
 
     top: int = 0
     bottom: int = 0
@@ -31,7 +31,7 @@ class Border(NamedTuple):
 
 
 def border_of(small_SHW: np.ndarray, height: int, width: int) -> Border:
-    """The border of a shot of `height` by `width` pixels by small pictures of it, in even numbers of pixels."""
+    """Find the border of a shot of `height` x `width` pixels in small gray pictures of it; its widths are even."""
     if not len(small_SHW):
         return Border()
     brightest = small_SHW.max(axis=0)
@@ -44,7 +44,7 @@ def border_of(small_SHW: np.ndarray, height: int, width: int) -> Border:
 
 
 def _ends(levels: np.ndarray, pixels: int) -> tuple[int, int]:
-    """Pixels of the border before and behind the picture, by the levels of its rows, of a side of so many pixels."""
+    """Widths of the borders at both ends of a side of `pixels`, from its rows' or columns' levels in small pictures."""
     bright = np.flatnonzero(levels > _BLACK)
     if not len(bright):
         return 0, 0

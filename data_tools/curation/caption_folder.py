@@ -15,13 +15,13 @@ from sora_train.core.cli import InputError
 
 
 def check_folder(folder: str) -> None:
-    """Raise InputError for a folder that holds no model."""
+    """Raise InputError for a folder without a model's config.json."""
     if not (Path(folder) / "config.json").is_file():
         raise InputError(f"captions={folder} is neither a server's address nor a folder with a config.json")
 
 
 class LocalModel:
-    """The model of a folder, on a GPU if there is one. Raises InputError for a folder that holds none."""
+    """The model of a folder, on a GPU if there is one. Raises InputError for a folder without a model."""
 
     def __init__(self, folder: str) -> None:
         check_folder(folder)
@@ -54,5 +54,5 @@ class LocalModel:
         return Reply(self._processor.decode(new, skip_special_tokens=True).strip(), len(new) >= max_tokens)
 
     def close(self) -> None:
-        """Let its memory go."""
+        """Free the model's memory."""
         del self._network

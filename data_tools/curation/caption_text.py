@@ -20,9 +20,9 @@ PROMPT = (
 
 
 def read_answer(text: str) -> dict[str, dict[str, str]]:
-    """The captions by their names and the other fields of an answer; of plain text, one caption.
+    """Parse an answer: `captions` by length, and `about` with its other fields. Plain text is one long caption.
 
-    Raises BadText for an answer that is neither, or whose captions don't pass.
+    Raises BadText for invalid JSON, or for captions that don't pass the checks.
     """
     if "{" not in text:
         return {"captions": {"long": checked("long", text)}, "about": {}}
@@ -35,7 +35,7 @@ def read_answer(text: str) -> dict[str, dict[str, str]]:
 
 
 def _json(text: str) -> Mapping[str, Any]:
-    """The JSON object in an answer, which may stand in a block of code or between words."""
+    """Parse the JSON object in an answer, which may be in a code block or within text."""
     inner = text[text.index("{") : text.rindex("}") + 1] if "}" in text else text
     try:
         value = json.loads(inner)

@@ -1,4 +1,4 @@
-"""The stage `captions`: what a clip shows, in several lengths, by a model that sees some of its frames."""
+"""The stage `captions`: captions of a clip in several lengths, by a vision-language model from some of its frames."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from data_tools.curation.stage import Drop, Fail, Item, Outcome, Stage, attempt
 from sora_train.core.chat_server import Refused, Reply, Server, ServerError
 from sora_train.core.model_text import BadText
 
-_TRIES = 3  # answers that are asked for before a clip is left without a caption
-_WARMER = 0.7  # temperature of all but the first
+_TRIES = 3  # attempts before a clip is dropped because no answer passes
+_WARMER = 0.7  # temperature of all attempts but the first
 _TOKENS = 700
 _READS = ("key", "digest", "stills")
 _MODULES = ("data_tools.curation.captions", "data_tools.curation.caption_text", "sora_train.core.model_text")
@@ -27,16 +27,16 @@ class Model(Protocol):
     model: str
 
     def ask(self, prompt: str, pictures: Sequence[bytes], temperature: float, max_tokens: int) -> Reply:
-        """The answer; raises ServerError."""
+        """Ask with JPEG pictures, and return the answer. Raises ServerError."""
         ...
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release the model's resources."""
         ...
 
 
 def stage(model: Model) -> Stage:
-    """The stage, by a model."""
+    """Build the stage for a model."""
 
     def caption(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
         with np.load(folder.parent / "cut" / item["stills"]) as stored:
@@ -47,7 +47,10 @@ def stage(model: Model) -> Stage:
 
 
 def ask_for_captions(model: Model, prompt: str, pictures: Sequence[bytes]) -> Item:
-    """The captions and fields of a model's first good answer; raises Drop where no answer passes."""
+    """Ask a model until an answer passes, and return its captions and fields.
+
+    Raises Drop if no answer passes, and Fail if the server fails.
+    """
     reason = BadText("no caption", "")
     for number in range(_TRIES):
         try:
@@ -65,7 +68,7 @@ def ask_for_captions(model: Model, prompt: str, pictures: Sequence[bytes]) -> It
 
 
 class Threads:
-    """Engine for a stage that waits for a server."""
+    """Engine of threads, for a stage that waits for a server."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -81,7 +84,7 @@ class Threads:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""
 
 
 def is_server(captions: str) -> bool:
@@ -90,7 +93,7 @@ def is_server(captions: str) -> bool:
 
 
 def model_of(captions: str, name: str | None) -> Model:
-    """The model that `captions=` names: a server's address, or a folder of a local one."""
+    """Open the model that `captions=` names: the address of a server, or the folder of a local model."""
     if is_server(captions):
         return Server(captions, name)
     from data_tools.curation.caption_folder import LocalModel

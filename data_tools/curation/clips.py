@@ -1,4 +1,4 @@
-"""Clips: the shots of films as items of their own, and which of them a rule and near-duplicates leave."""
+"""Turns the shots of films into clips, and drops clips by a rule and as near-duplicates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Results = list[tuple[Item, Outcome]]
 
 
 def clips_of(films: Sequence[Item]) -> Results:
-    """Every shot of the films, with its scores, or dropped for the reason that its stage gave."""
+    """Turn every shot of the films into a clip with its scores; shots that have a reason to be dropped are dropped."""
     found: Results = []
     for film in films:
         shared = {name: value for name, value in film.items() if name not in _OF_FILM}
@@ -31,19 +31,19 @@ def clips_of(films: Sequence[Item]) -> Results:
 
 
 def sample_name(film: Item, shot: Item) -> str:
-    """The name of a clip, by which it is known in shards: its film, the film's content, and where it begins."""
+    """The name of a clip in shards: its film's name, the start of the film's SHA-256, and the clip's first frame."""
     return f"{film['name']}#{film['sha256'][:16]}-{shot['start']}"
 
 
 def _part_of(film: Item, number: int) -> int:
-    """First shot of a sequence of shots without a frame between them: parts of one long shot."""
+    """Number of the first part of the long shot that a shot is part of; parts have no frames between them."""
     while number and film["shots"][number - 1]["end"] == film["shots"][number]["start"]:
         number -= 1
     return number
 
 
 def without_copies(films: Sequence[Item]) -> Results:
-    """The films, of which those that have the bytes of an earlier one are dropped."""
+    """Drop films that have the same bytes as an earlier one. Returns all films with their outcomes."""
     first: dict[str, str] = {}
     found: Results = []
     for film in films:
@@ -54,7 +54,7 @@ def without_copies(films: Sequence[Item]) -> Results:
 
 
 def preferred(clips: Sequence[Item], stored: Collection[str]) -> list[Item]:
-    """The clips, those that are in shards before others, then larger and longer ones."""
+    """Sort clips by preference: first those that are in shards (keys `stored`), then larger ones, then longer ones."""
 
     def preference(clip: Item) -> tuple[bool, float, int, str]:
         top, bottom, left, right = clip["border"]
@@ -65,7 +65,14 @@ def preferred(clips: Sequence[Item], stored: Collection[str]) -> list[Item]:
 
 
 def without_near(clips: Sequence[Item], stored: Collection[str], near: float, review: float) -> tuple[Results, Near]:
-    """The clips, of which those that are near a preferred one are dropped."""
+    """Drop clips that are near-duplicates of a preferred one. Returns all clips with their outcomes, and the pairs.
+
+    Args:
+        clips: Clips in any order.
+        stored: Keys of the clips in shards.
+        near: Mean number of differing bits, of 64, up to which clips are dropped.
+        review: The same, up to which pairs are listed for review.
+    """
     found = find_near([hashed(clip) for clip in preferred(clips, stored)], near, review)
     results: Results = []
     for clip in clips:
@@ -76,7 +83,7 @@ def without_near(clips: Sequence[Item], stored: Collection[str], near: float, re
 
 
 def hashed(clip: Item) -> Hashed:
-    """A clip as its hashes."""
+    """The hashes of a clip."""
     return Hashed.of(clip["key"], clip["hashes"], clip["mirrored_hashes"], clip["shot"])
 
 
@@ -102,7 +109,7 @@ def without_alike(clips: Sequence[Item], stored: Collection[str], cosine: float)
 
 
 def by_rule(clips: Sequence[Item], rule: Rule) -> Results:
-    """The clips, of which those that don't meet the rule are dropped by its first part that they miss."""
+    """Drop clips that don't meet the rule; the reason is the first part of the rule that a clip doesn't meet."""
     return [
         (clip, {"dropped": [f"not {reason}", _values(clip, reason)]} if reason else {"kept": {}})
         for clip, reason in zip(clips, rule.reasons(clips), strict=True)

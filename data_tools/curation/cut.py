@@ -1,4 +1,4 @@
-"""The stage `cut`: cut a span of a film into a video of its own, exact to the frame.
+"""The stage `cut`: writes a span of a film as a separate video, exact to the frame.
 
 Decoding begins at the key frame before the span. The first and the last frame are compared with those of the stage
 `look`, which decoded the whole film. If they differ, or if frames are missing, the film is decoded from its beginning.
@@ -29,7 +29,7 @@ from sora_train.data.read.by_pyav import Complaints
 from sora_train.data.read.decode import AS_STORED, Track, shown_at
 from sora_train.data.read.picture import picture_of
 
-_STILLS_SIDE = 512  # longest side of the pictures that a caption is written from
+_STILLS_SIDE = 512  # longest side of the pictures for captions, pixels
 _READS = (
     "key", "path", "sha256", "look", "stream", "height", "width", "rotation", "mirrored", "interlaced", "transfer",
     "fps", "vfr", "timed", "frames", "start", "end", "border", "marks", "stamps", "duration",
@@ -38,21 +38,21 @@ _MODULES = tuple(f"data_tools.curation.{name}" for name in ("cut", "films", "pac
 
 
 def stage(crf: int, gop: int, max_side: int | None, stills: int, copy: bool = False) -> Stage:
-    """The stage.
+    """Build the stage.
 
     Args:
         crf: Quality of the encoder; lower is better.
-        gop: Distance of key frames.
-        max_side: Pixels of the short side that larger clips are made smaller to; None leaves them.
-        stills: Pictures kept for captions.
-        copy: Take a span's packets as they are, where its frames can be had from them.
+        gop: Distance between key frames, in frames.
+        max_side: Short side in pixels that larger clips are scaled down to; None: they aren't scaled.
+        stills: Number of pictures kept for captions.
+        copy: Copy a span's packets without re-encoding, where they show exactly its frames.
     """
     parameters = {"crf": crf, "gop": gop, "max_side": max_side, "stills": stills, "copy": copy}
     return Stage("cut", cut, _READS, _MODULES, parameters, files=("clip", "stills"))
 
 
 def cut(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
-    """Write the clip, and the pictures for its caption."""
+    """Write the clip and the pictures for its caption. Returns the fields of the clip."""
     cv2.setNumThreads(1)
     source = _Source(item, parameters, folder.parent)
     whole = item["start"] == 0 and item["end"] == item["frames"] and not any(item["border"]) and not source.is_smaller
@@ -82,7 +82,7 @@ def cut(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
 
 
 class _Source:
-    """The frames of a span as pictures."""
+    """The source of a clip: reads the pictures of a span of a film, and encodes or copies it."""
 
     def __init__(self, item: Item, parameters: Mapping[str, Any], work: Path) -> None:
         self.item, self.parameters = item, parameters
@@ -97,7 +97,7 @@ class _Source:
         self.stills: list[bytes] = []
 
     def copy(self, path: Path) -> int:
-        """Copy the span's packets; returns how many frames they show, 0 where it takes encoding to show them."""
+        """Copy the span's packets. Returns the number of frames that they show; 0 if the span must be encoded."""
         if any(self.item["border"]) or self.is_smaller or self.track.rotation or self.track.mirrored:
             return 0
         stamps = self._seen["stamps"][self.item["start"] : self.item["end"]].tolist()
@@ -110,7 +110,7 @@ class _Source:
         return count
 
     def _look_through(self, path: Path, count: int) -> None:
-        """Decode a copied span, keeping stills. Raises Missed where it doesn't show what the film shows there."""
+        """Decode a copied span and keep stills. Raises Missed if its frames differ from those of the film."""
         places, number = self._still_places(count), 0
         with Complaints() as complaints, opened(str(path)) as (film, stream):
             for number, shown in enumerate(frames(film, stream, complaints), 1):
@@ -128,7 +128,7 @@ class _Source:
         return set(places.tolist())
 
     def write(self, path: Path) -> None:
-        """Encode the span; from a key frame, else from the film's beginning. Raises Drop where neither works."""
+        """Encode the span, decoded from a key frame, else from the film's beginning. Raises Drop if both fail."""
         for from_start in [False, True] if self.item["timed"] else [True]:
             self.stills.clear()
             pictures = (picture[None] for picture in self.pictures(from_start))
@@ -140,7 +140,7 @@ class _Source:
         raise Drop("changed", reason)
 
     def pictures(self, from_start: bool) -> Iterator[np.ndarray]:
-        """The pictures of the clip, `(H, W, 3)`, in turn. Raises Missed."""
+        """Yield the pictures of the clip, `(H, W, 3)` uint8. Raises Missed if frames differ or are missing."""
         number, given, still_places = self.item["start"], 0, self._still_places(len(self.wanted))
         for frame in self._frames(from_start):
             last = number + 1 == self.item["end"]
@@ -159,7 +159,7 @@ class _Source:
         raise Missed(f"{number - self.item['start']} of {self.item['end'] - self.item['start']} frames came out")
 
     def _numbers(self) -> list[int]:
-        """The film's frame that each frame of the clip shows: all of them, or at a steady rate where theirs varies."""
+        """Numbers of the film's frames that the clip shows: all of the span, or resampled if the film's rate varies."""
         first, end = self.item["start"], self.item["end"]
         if not self.item["vfr"]:
             return list(range(first, end))
@@ -168,7 +168,7 @@ class _Source:
         return [first + number for number in shown_at(times, range(count), self.item["fps"])]
 
     def _frames(self, from_start: bool) -> Iterator[Any]:
-        """The film's frames from the span's first on."""
+        """Yield the film's frames of the span."""
         first, last = self.item["stamps"]
         with Complaints() as complaints, opened(self.item["path"], self.item["stream"]) as (film, stream):
             if not from_start:
@@ -203,7 +203,7 @@ class _Source:
 
 
 def _jpeg(picture_HWC: np.ndarray) -> bytes:
-    """A picture as JPEG, its long side at most as long as captions need."""
+    """Encode a picture as JPEG, with a long side of at most `_STILLS_SIDE` pixels."""
     height, width = picture_HWC.shape[:2]
     scale = min(1.0, _STILLS_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))

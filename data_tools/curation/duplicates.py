@@ -20,8 +20,8 @@ from data_tools.curation.hashes import distances, from_text
 from data_tools.curation.look import RATE
 
 OVERLAP = round(3 * RATE)  # pictures
-_ASKED = 6  # pictures of a clip that candidates are looked for with
-_SHARED = 12  # bits by which a candidate's picture may differ from one of them
+_ASKED = 6  # hashes of a clip that candidates are searched by
+_SHARED = 12  # bits by which a hash of a candidate may differ from one of them
 
 
 class Match(NamedTuple):
@@ -34,7 +34,7 @@ class Match(NamedTuple):
 
 @dataclass
 class Hashed:
-    """A clip as its hashes."""
+    """A clip, as the hashes of its pictures, uint64."""
 
     key: str
     plain_S: np.ndarray
@@ -43,12 +43,12 @@ class Hashed:
 
     @classmethod
     def of(cls, key: str, plain: str, mirrored: str, shot: str = "") -> Hashed:
-        """From the texts that the stage `scores` gives."""
+        """Parse the texts of hashes that the stage `scores` returns."""
         return cls(key, from_text(plain), from_text(mirrored), shot)
 
 
 class HashIndex:
-    """The hashes of clips, in the order in which they were added; grows, and can be kept in a file."""
+    """Searchable index of the hashes of clips, in the order in which they were added. It can be written to a file."""
 
     def __init__(self) -> None:
         self.keys: list[str] = []
@@ -69,7 +69,7 @@ class HashIndex:
         self._shots.append(clip.shot)
 
     def nearest(self, clip: Hashed) -> Match | None:
-        """The clip of the index that is nearest; None where none shares a picture."""
+        """Find the nearest clip of the index; None if none has a similar picture."""
         best: Match | None = None
         for hashes, mirrored in ((clip.plain_S, False), (clip.mirrored_S, True)):
             for number in self._candidates(hashes):
@@ -89,7 +89,7 @@ class HashIndex:
 
     @classmethod
     def read(cls, path: Path) -> HashIndex:
-        """Read what `write` wrote."""
+        """Read an index that `write` has written."""
         index = cls()
         table = pq.read_table(path)
         for key, data in zip(table["key"].to_pylist(), table["hashes"].to_pylist(), strict=True):
@@ -108,7 +108,7 @@ class HashIndex:
 
 
 def aligned(one_S: np.ndarray, other_S: np.ndarray) -> float:
-    """The least mean number of differing bits over all offsets with enough pictures in common."""
+    """The least mean number of differing bits of two sequences, over all offsets at which they overlap enough."""
     need = min(OVERLAP, len(one_S), len(other_S))
     best = 64.0
     for offset in range(need - len(other_S), len(one_S) - need + 1):
@@ -119,15 +119,21 @@ def aligned(one_S: np.ndarray, other_S: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Near:
-    """Clips too near an earlier one, and those that someone should look at; both with that clip and the bits."""
+    """Clips that are near an earlier one: key -> that clip's key, and the mean number of differing bits."""
 
     dropped: dict[str, tuple[str, float]]
     to_review: dict[str, tuple[str, float]]
-    index: HashIndex  # of those that stay
+    index: HashIndex  # of the clips that weren't dropped
 
 
 def find_near(clips: Sequence[Hashed], near: float, review: float) -> Near:
-    """Go through clips in the order of preference, and drop those that are near-duplicates of a preferred one."""
+    """Find clips that are near-duplicates of an earlier, preferred one.
+
+    Args:
+        clips: Clips in the order of preference.
+        near: Mean number of differing bits, of 64, up to which a clip is dropped.
+        review: The same, up to which a clip is listed for review.
+    """
     found = Near({}, {}, HashIndex())
     for clip in clips:
         match = found.index.nearest(clip)

@@ -1,7 +1,7 @@
-"""The stage `embed`: a vector of each clip by a network of yours, from the pictures that were kept of its film.
+"""The stage `embed`: a feature vector of each clip by a network of the user, from the thumbnails of its film.
 
-Nothing is decoded. Clips whose vectors are nearly parallel show the same, also where hashes differ: cropped, drawn
-over, in other colours, from beside.
+No video is decoded. Clips with nearly parallel vectors show the same, even if their hashes differ because of cropping,
+overlays, other colours or another camera angle.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _MODULES = ("data_tools.curation.embed", "data_tools.model_scores")
 
 
 def stage(folder: str) -> Stage:
-    """The stage, for the network of a folder. Raises InputError where it holds none."""
+    """Build the stage for the network of a folder. Raises InputError if the folder has none."""
     place = str(Path(folder).absolute())
     return Stage("embed", embed, _READS, _MODULES, {"folder": place, "network": _network(place).hash})
 
 
 def embed(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
-    """The mean direction of a clip's pictures."""
+    """Compute a clip's vector: the direction of the mean of its pictures' unit vectors."""
     seen = np.load(folder.parent / "look" / item["look"])
     places = np.flatnonzero((seen["at"] >= item["start"]) & (seen["at"] < item["end"]))
     chosen = places[np.unique(np.linspace(0, len(places) - 1, _PICTURES).round().astype(int))]
@@ -44,12 +44,12 @@ def embed(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
 
 
 def to_text(vector: np.ndarray) -> str:
-    """A vector as text, in half precision."""
+    """Encode a vector as text: base64 of half precision."""
     return base64.b64encode(vector.astype("<f2").tobytes()).decode()
 
 
 def from_text(text: str) -> np.ndarray:
-    """A vector of length 1 from its text."""
+    """Decode a vector from its text, and normalise it to length 1."""
     vector = np.frombuffer(base64.b64decode(text), "<f2").astype(np.float32)
     return np.asarray(vector / max(float(np.linalg.norm(vector)), 1e-9))
 
@@ -62,5 +62,5 @@ def _mean_direction(vectors_TD: np.ndarray) -> np.ndarray:
 
 @cache
 def _network(folder: str) -> Embedder:
-    """The network of a folder, loaded once in a process."""
+    """Load the network of a folder, once per process."""
     return embedder_of("near_model", folder)

@@ -1,7 +1,7 @@
-"""Engines that take a stage to all its items: worker processes on this machine, or Ray on a cluster (`on_ray.py`).
+"""Engines that run a stage on all its items: worker processes on this machine, or Ray on a cluster (`on_ray.py`).
 
-A worker that dies or hangs on an item is replaced, and the item tried once more before it counts as failed: no film can
-stop the others.
+A worker that dies or hangs on an item is replaced, and the item is tried once more before it counts as failed. So no
+film can stop the others.
 """
 
 from __future__ import annotations
@@ -20,26 +20,30 @@ from data_tools.progress import progress
 from sora_train.core.cli import InputError
 
 _TRIES = 2
-_START_S = 120.0  # for a process to start
+_START_S = 120.0  # time-out for a process to start
 _PER_SECOND = 20.0  # seconds of work that a second of film may take
 
 
 class Engine(Protocol):
-    """Does a stage's work on items, in any order."""
+    """Runs a stage on items, in any order."""
 
     def run(self, stage: Stage, items: Sequence[Item], folder: Path) -> Iterator[tuple[int, Outcome]]:
         """Yield each item's number with its outcome as it is done."""
         ...
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release the engine's resources."""
         ...
 
 
 def take_through(stage: Stage, items: Sequence[Item], ledger: Ledger, engine: Engine) -> list[tuple[Item, Outcome]]:
-    """The items, each with its outcome: from the ledger where it is known, else by the engine.
+    """Run a stage on items; outcomes that the ledger has are taken from it.
 
-    An item that is kept has the fields that the stage added. Raises InputError on a full disk.
+    Returns:
+        The items with their outcomes. Items that are kept have the stage's new fields.
+
+    Raises:
+        InputError: The disk is full.
     """
     digests = [stage.digest(item) for item in items]
     outcomes: dict[int, Outcome] = {}
@@ -67,7 +71,7 @@ class ProcessPool:
 
     Args:
         workers: Processes.
-        timeout_s: Seconds that an item may take, beside those that its length allows.
+        timeout_s: Seconds that an item may take, plus `_PER_SECOND` for each second of its film.
     """
 
     def __init__(self, workers: int, timeout_s: float = 120.0) -> None:
@@ -91,7 +95,7 @@ class ProcessPool:
                     return
                 try:
                     done.put((number, self._answer(worker, stage, items[number], folder)))
-                except BaseException as error:  # handed over to the caller's thread
+                except BaseException as error:  # raised in the caller's thread
                     done.put((number, error))
 
         threads = [threading.Thread(target=feed, args=(worker,), daemon=True) for worker in self._workers[: len(items)]]
@@ -138,7 +142,7 @@ class _Worker:
         self._connection: Connection | None = None
 
     def ask(self, work: tuple[Stage, Item, Path], timeout_s: float) -> Outcome:
-        """Hand work over and wait for its outcome; raises TimeoutError or EOFError, after which the process is gone."""
+        """Send work and wait for its outcome. Raises TimeoutError or EOFError, after which the process has ended."""
         try:
             if self._process is None or not self._process.is_alive():
                 self._start()
@@ -155,7 +159,7 @@ class _Worker:
             raise
 
     def end(self) -> None:
-        """Kill the process, whatever it does."""
+        """Kill the process and close its pipe."""
         if self._process is not None:
             self._process.kill()
             self._process.join()

@@ -1,7 +1,7 @@
-"""Access to films: opened by the type that their first bytes show, and read frame by frame from any position.
+"""Opens films by the container type that their first bytes show, and reads them frame by frame from any position.
 
-Films are too large for memory, so they aren't read as samples are (`data/read`). The choice of a stream, the conversion
-of pictures and the detection of damage use the same code.
+Films are too large for memory, so they aren't read like samples (`data/read`). The code that chooses the stream,
+converts pictures and detects damage is the same.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from sora_train.data.read.decode import LIMITS, DecodeError, check_pixels, conta
 from sora_train.data.read.orientation import upright
 from sora_train.data.read.packets import choose_stream
 
-_HEAD = 4096  # bytes that tell the container
-SHORT_SIDE = 128  # pixels of the small pictures that are looked at
-_GLANCE_SIDE = 64  # pixels of those that cuts are found in: they are made of every frame
-_TINY = (18, 32)
+_HEAD = 4096  # first bytes, by which the container is recognised
+SHORT_SIDE = 128  # short side of the small pictures that scores are computed from, pixels
+_GLANCE_SIDE = 64  # short side of the pictures for cut detection, which are made of every frame, pixels
+_TINY = (18, 32)  # height and width of the tiny pictures of every frame
 _PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")  # three planes of bytes
 _LEVELS = np.arange(256.0)
-_LUMA = np.clip((_LEVELS - 16) * 255 / 219, 0, 255).round().astype(np.uint8)  # from the levels of television
+_LUMA = np.clip((_LEVELS - 16) * 255 / 219, 0, 255).round().astype(np.uint8)  # from TV range to full range
 _CHROMA = np.clip((_LEVELS - 128) * 255 / 224 + 128, 0, 255).round().astype(np.uint8)
 
 
@@ -42,7 +42,10 @@ class Shown(NamedTuple):
 
 @contextmanager
 def opened(path: str, stream: int = -1) -> Iterator[tuple[Any, Any]]:
-    """The container and the video stream of a film; raises Drop for what is no film, or too large to decode."""
+    """Open a film; yields its container and a video stream. Raises Drop for an unusable file.
+
+    `stream` is the number of the stream; -1: it is chosen.
+    """
     with Path(path).open("rb") as file:
         head = file.read(_HEAD)
     if not head:
@@ -74,7 +77,7 @@ def _chosen(film: Any, stream: int) -> Any:
 
 
 def frames(film: Any, stream: Any, complaints: Complaints) -> Iterator[Shown]:
-    """The frames of a film from where it stands, in the order they are shown; goes on behind what can't be decoded."""
+    """Yield the frames of a film from its current position, in display order; undecodable packets are skipped."""
     codec, doubtful = stream.codec_context, False
     complaints.take()
     for packet in film.demux(stream):
@@ -100,7 +103,7 @@ def seconds_of(film: Any, stream: Any) -> float:
 
 
 def small_picture(frame: Any, size: tuple[int, int], rotation: int, mirrored: bool) -> np.ndarray:
-    """A frame upright and small, `(*size, 3)` uint8, by the mean of the pixels: faster than what training is shown."""
+    """Scale a frame down to an upright RGB picture, `(*size, 3)` uint8: faster than the conversion for training."""
     height, width = size[::-1] if rotation % 180 else size
     if frame.format.name in _PLANAR:
         flat = _from_planes(frame, height, width)
@@ -110,14 +113,17 @@ def small_picture(frame: Any, size: tuple[int, int], rotation: int, mirrored: bo
 
 
 def glance(frame: Any, height: int, width: int, rotation: int, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A frame of an upright film of a size, as small as cuts are found in, RGB, and tiny, `(18, 32)`, gray."""
+    """Make two pictures of a frame: a small one for cut detection, RGB, and a tiny one, gray `(18, 32)`, uint8.
+
+    `height` and `width` are those of the upright film.
+    """
     picture = small_picture(frame, small_size(height, width, _GLANCE_SIDE), rotation, mirrored)
     gray = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
     return picture, cv2.resize(gray, _TINY[::-1], interpolation=cv2.INTER_AREA)
 
 
 def _from_planes(frame: Any, height: int, width: int) -> np.ndarray:
-    """The planes are made small one by one, and only what is left becomes RGB (BT.601): the pixels are many."""
+    """Convert a frame to RGB (BT.601) of a size; its planes are scaled down first, so that few pixels are converted."""
     small = [_shrunk(_plane(plane), height, width) for plane in frame.planes]
     if frame.color_range != ColorRange.JPEG and not frame.format.name.startswith("yuvj"):
         small = [cv2.LUT(plane, table) for plane, table in zip(small, (_LUMA, _CHROMA, _CHROMA), strict=True)]
@@ -126,7 +132,7 @@ def _from_planes(frame: Any, height: int, width: int) -> np.ndarray:
 
 
 def _shrunk(plane_HW: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A plane in half as often as it goes, which is quick, then made as small as is left, which is less than half."""
+    """Scale a plane down: halve it as often as possible, which is fast, then resize by the remaining factor below 2."""
     while plane_HW.shape[0] >= 2 * height and plane_HW.shape[1] >= 2 * width:
         rows, columns = (side // 2 for side in plane_HW.shape)
         halved = plane_HW[: 2 * rows, : 2 * columns]
@@ -135,7 +141,7 @@ def _shrunk(plane_HW: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def luma_of(frame: Any) -> np.ndarray:
-    """The brightness of a frame in its own levels, `(H, W)` uint8."""
+    """The brightness of a frame, in the range of levels it is stored in, `(H, W)` uint8."""
     if frame.format.name in _PLANAR:
         return _plane(frame.planes[0])
     return np.asarray(frame.reformat(format="gray").to_ndarray())

@@ -1,4 +1,4 @@
-"""The films of a folder as items, with the rights in them; what may not be used is dropped before it is read."""
+"""Finds the films of a folder and their rights; films that may not be used are dropped before they are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ TAKEN_DOWN = "takedowns.jsonl"  # of an output folder: sources and films that mu
 
 
 def find_films(folder: Path, licences: Licences, out: Path) -> tuple[list[tuple[Item, Outcome]], list[str]]:
-    """The films below a folder by name, each kept or dropped for its rights; and lines on what was passed over."""
+    """Find the films below a folder, sorted by name.
+
+    Returns:
+        The films with their outcomes: kept, or dropped because of their rights; and log lines on other files.
+    """
     media = find_media(folder)
     sources, names = taken_down(out)
     found: list[tuple[Item, Outcome]] = []
@@ -41,7 +45,7 @@ def find_films(folder: Path, licences: Licences, out: Path) -> tuple[list[tuple[
 
 
 def rights_fields(record: Item) -> Item:
-    """The fields of a film that say what may be done with it."""
+    """The fields of a film on its rights, from the record of its source."""
     return {"source": record["id"], "licence": record["licence"], "rights": record}
 
 

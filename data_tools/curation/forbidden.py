@@ -1,7 +1,7 @@
-"""A list of material that must not be here, supplied by the user; nothing of a hit is written but its name.
+"""The user's list of forbidden material. Of a film that is on it, only the name is recorded.
 
 A line is the hash of a file (MD5, SHA-1 or SHA-256, told apart by their length) or of a picture (16 hexadecimal digits,
-as `hashes.py` makes them); what follows a space is left out, and lines that begin with # are.
+as `hashes.py` computes them). Text after a space and lines that begin with # are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KINDS = {32: "md5", 40: "sha1", 64: "sha256", 16: "picture"}
 
 @dataclass
 class Forbidden:
-    """Hashes by what they are of."""
+    """Hashes of forbidden files and pictures."""
 
     files: dict[str, set[str]] = field(default_factory=dict)  # by algorithm
     pictures: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
@@ -33,18 +33,21 @@ class Forbidden:
         return any(digests[name] in known for name, known in self.files.items())
 
     def has_picture(self, hashes: tuple[int, int]) -> bool:
-        """Tell whether a picture, or its mirror image, is near one of the list."""
+        """Tell whether a picture is near one of the list. `hashes` are those of the picture and of its mirror image."""
         asked = np.array(hashes, dtype=np.uint64)
         return bool((distances(asked[:, None], self.pictures[None]) <= NEAR).any())
 
     def algorithms(self) -> list[str]:
-        """Algorithms whose digests of a file are asked for."""
+        """Hash algorithms of the files on the list."""
         return sorted(self.files)
 
 
 @cache
 def read_forbidden(path: str, digest: str) -> Forbidden:
-    """The list at a path, whose bytes have a digest; raises InputError for a line that is no hash."""
+    """Read the list at a path. Raises InputError for a line that is no hash.
+
+    `digest` is the SHA-256 of the file: the cache must not return the list of an earlier content.
+    """
     found = Forbidden()
     pictures = []
     try:
@@ -65,7 +68,7 @@ def read_forbidden(path: str, digest: str) -> Forbidden:
 
 
 def list_parameters(path: str | None) -> dict[str, str]:
-    """The list as a stage's parameters name it; InputError where it can't be read."""
+    """Path and digest of the list, for a stage's parameters; empty without a list. Raises InputError."""
     if path is None:
         return {}
     try:

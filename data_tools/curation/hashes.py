@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 _SIDE, _KEPT = 32, 8
-_MIRROR = np.where(np.arange(_KEPT) % 2, -1.0, 1.0)  # what a mirrored picture does to its horizontal frequencies
+_MIRROR = np.where(np.arange(_KEPT) % 2, -1.0, 1.0)  # signs of horizontal frequencies in a mirrored picture
 _WEIGHTS = np.uint64(1) << np.arange(_KEPT * _KEPT, dtype=np.uint64)
 
 
@@ -29,10 +29,10 @@ def to_text(hashes: list[int]) -> str:
 
 
 def from_text(text: str) -> np.ndarray:
-    """Hashes as uint64 from their text."""
+    """Parse hashes from their text, as uint64."""
     return np.array([int(text[at : at + 16], 16) for at in range(0, len(text), 16)], dtype=np.uint64)
 
 
 def distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Bits that differ between hashes, elementwise (broadcast)."""
+    """Number of bits that differ between hashes, elementwise (broadcast)."""
     return np.bitwise_count(one ^ other)

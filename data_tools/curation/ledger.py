@@ -1,7 +1,7 @@
-"""Record of what each stage did with each item: a line for each, on disk before the item counts as done.
+"""Record of each stage's outcome for each item: a line per item, written to disk before the item counts as done.
 
-A line holds the digest of everything that the result depends on. The same command takes results from here and does the
-rest; a changed parameter or film does anew what depends on it, and nothing else.
+A line contains the digest of everything that the result depends on. The same command takes results from here and
+computes the rest. After a change of a parameter or a film, only what depends on it is computed again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Ledger:
         return place
 
     def path(self, name: str) -> Path:
-        """The file of a stage."""
+        """The ledger's file of a stage."""
         return self.out / "ledger" / f"{name}.jsonl"
 
     def outcome(self, stage: Stage, digest: str) -> Outcome | None:
@@ -59,7 +59,7 @@ class Ledger:
         known[digest] = outcome
 
     def keep(self, stays: Callable[[dict[str, Any]], bool]) -> int:
-        """Remove the entries that don't stay from the files of all stages; returns how many went."""
+        """Remove the entries for which `stays` is false from the files of all stages. Returns their number."""
         gone = 0
         for path in sorted((self.out / "ledger").glob("*.jsonl")):
             entries = list(read_lines(path))
@@ -85,12 +85,12 @@ class Ledger:
 
 
 def full(out: Path, error: OSError) -> InputError:
-    """The error of an output folder that can't be written."""
+    """Build the error for an output folder that can't be written."""
     return InputError(f"{out} can't be written ({error.strerror}); make room, then give the same command")
 
 
 def read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The entries of a file of JSON lines, without half a line at its end; InputError for one that is damaged."""
+    """Yield the entries of a JSON-lines file, without an incomplete last line. Raises InputError for a damaged line."""
     if not path.is_file():
         return
     for line in path.read_bytes().splitlines(keepends=True):
@@ -103,7 +103,7 @@ def read_lines(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def cut_half_line(path: Path) -> None:
-    """Remove half a line, left by a kill, from the end of a file."""
+    """Remove an incomplete last line, left by a kill, from a file."""
     if path.is_file():
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1

@@ -1,18 +1,18 @@
-"""Rights: what `licences.toml` says of each film. A film without an allowed licence is left out, and counted.
+"""The rights in each film, from `licences.toml`. Films without an allowed licence are left out and counted.
 
     allowed = ["CC0-1.0", "CC-BY-4.0", "public-domain"]
 
     [[source]]
-    id = "nasa"                       # by which it can be taken down
-    match = ["nasa/*", "moon.mp4"]    # paths below videos=, * and ? stand for anything
+    id = "nasa"                       # its name for data_tools.takedown
+    match = ["nasa/*", "moon.mp4"]    # paths below videos=, with the wildcards * and ?
     licence = "public-domain"         # SPDX's name where it has one
     url = "https://images.nasa.gov"
     obtained = "downloaded 2026-11-30"
-    consent = "not applicable"        # of people who can be known: yes, no, unknown, not applicable
-    opt_out = false                   # whether the source was seen to refuse training
+    consent = "not applicable"        # of recognisable people: yes, no, unknown, not applicable
+    opt_out = false                   # whether the source is known to refuse training
     commercial = true
 
-Of several sources that match a film the first counts.
+If several sources match a film, the first counts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Rights:
     commercial: bool = True
 
     def record(self) -> dict[str, Any]:
-        """The record as it goes with a film."""
+        """The record as it is stored with a film: all fields except `match`."""
         return {name: value for name, value in asdict(self).items() if name != "match"}
 
 
@@ -58,7 +58,7 @@ class Licences:
     sources: tuple[Rights, ...]
 
     def of(self, name: str) -> Rights:
-        """The rights in a film by its path below the folder; raises Drop where it may not be used."""
+        """The rights in a film, by its path below the folder. Raises Drop if it may not be used."""
         found = next((s for s in self.sources if any(_matches(name, one) for one in s.match)), None)
         if found is None:
             raise Drop("no licence", f"no source of {FILE} matches it")
@@ -74,13 +74,16 @@ class Licences:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Tell whether a path is meant: brackets stand for themselves, and accents may be stored in either of two ways."""
+    """Tell whether a path matches a pattern. Brackets are literal, and Unicode normalisation is ignored."""
     shown, wanted = (unicodedata.normalize("NFC", text) for text in (name, pattern))
     return fnmatchcase(shown, wanted.replace("[", "[[]"))
 
 
 def read_licences(folder: Path, file: str | None, licence: str | None) -> Licences:
-    """Licences from `licences=FILE`, FOLDER/licences.toml or `licence=NAME` (of all films); InputError without any."""
+    """Read the licences from `file` or FOLDER/licences.toml, or take `licence` for all films.
+
+    Raises InputError if there is none, or if the file is invalid.
+    """
     path = Path(file) if file else folder / FILE
     if licence is not None:
         if file or path.is_file():

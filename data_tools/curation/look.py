@@ -28,9 +28,9 @@ from sora_train.data.read.probe import rate
 
 RATE = 2.0  # small pictures a second
 _THUMBNAIL = 96  # pixels of the short side
-_REORDERED = 16  # frames that a decoder may have held back when it reported damage
+_REORDERED = 16  # most frames that a decoder still buffers when it reports damage
 _SHARP_SIDE = 256  # short side that sharpness is measured at, so that it doesn't depend on a film's size
-_FPS = 24.0  # of a film that doesn't say
+_FPS = 24.0  # assumed frame rate of a film that doesn't tell
 _PARTNER_S = 1 / 12  # seconds between the two pictures that motion is measured from
 _READS = (
     "path", "sha256", "stream", "height", "width", "duration", "claimed", "rotation", "mirrored",
@@ -39,18 +39,18 @@ _MODULES = tuple(f"data_tools.curation.{name}" for name in ("look", "films", "ha
 
 
 def stage(cut_threshold: float, forbidden: Mapping[str, str]) -> Stage:
-    """The stage, for a detector with a threshold and a list of forbidden material."""
+    """Build the stage. `cut_threshold` is that of the cut detector; `forbidden` is from `list_parameters`."""
     parameters = {"threshold": cut_threshold, "forbidden": dict(forbidden)}
     return Stage("look", look, _READS, _MODULES, parameters, files=("look",))
 
 
 @dataclass
 class Seen:
-    """Measurements of a film's frames. Arrays of every frame have T entries, those of small pictures S."""
+    """Measurements of a film's frames. Lists over all frames have T entries, those over small pictures S."""
 
-    stamps: list[int | None] = field(default_factory=list)  # T
+    stamps: list[int | None] = field(default_factory=list)  # T, in the stream's time base
     doubtful: list[bool] = field(default_factory=list)  # T: damage was reported at it
-    keys: list[bool] = field(default_factory=list)  # T
+    keys: list[bool] = field(default_factory=list)  # T: it is a key frame
     tiny: list[np.ndarray] = field(default_factory=list)  # T, (18, 32) uint8
     at: list[int] = field(default_factory=list)  # S: the frame of a small picture
     small: list[np.ndarray] = field(default_factory=list)  # S, gray, short side 128
@@ -58,13 +58,13 @@ class Seen:
     figures: list[tuple[float, float, float]] = field(default_factory=list)  # S: motion, sharpness, noise
 
     def seconds(self, first: int, second: int, base: float, fps: float) -> float:
-        """Time between two frames; by the rate where their stamps don't tell."""
+        """Seconds between two frames: from their stamps (times `base`), or from `fps` if the stamps aren't usable."""
         one, other = self.stamps[first], self.stamps[second]
         return (other - one) * base if one is not None and other is not None and other > one else (second - first) / fps
 
 
 def look(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
-    """Decode a film once, and keep what can be said of it."""
+    """Decode a film once, and store its measurements. Raises Drop for a forbidden or undecodable film."""
     cv2.setNumThreads(1)
     listed = parameters["forbidden"]
     forbidden = read_forbidden(**listed) if listed else None
@@ -124,12 +124,12 @@ def noise_of(frame: Any) -> float:
     middle = full[height // 4 : height - height // 4, width // 4 : width - width // 4].astype(np.float32)
     mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
     inner = np.abs(cv2.filter2D(middle, -1, mask)[1:-1, 1:-1])
-    # the median where Immerkaer has the mean: edges don't count as noise
+    # the median instead of Immerkaer's mean, so that edges don't count as noise
     return float(np.median(inner) / 0.6745 / 6.0) if inner.size else 0.0
 
 
 def _kept(item: Item, seen: Seen, cuts: list[int], base: float, folder: Path) -> Item:
-    """Write what was seen, and return the figures of the film's time line."""
+    """Write the measurements to a file, and return its name and the figures of the film's time line."""
     count = len(seen.stamps)
     if count < 2:
         raise Drop("undecodable", f"{count} frames come out of it")
@@ -169,7 +169,7 @@ def _spread(doubtful: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 class _Detector:
-    """Cuts by PySceneDetect's adaptive detector, with shots as short as six frames."""
+    """Detects cuts with PySceneDetect's adaptive detector; shots can be as short as a quarter of a second."""
 
     def __init__(self, threshold: float, fps: float) -> None:
         from scenedetect import FrameTimecode
@@ -181,12 +181,12 @@ class _Detector:
         self._last = 0
 
     def take(self, number: int, picture_HWC: np.ndarray) -> None:
-        """Show it the next frame."""
+        """Process the next frame."""
         self._last = number
         turned = cv2.cvtColor(picture_HWC, cv2.COLOR_RGB2BGR)
         self._found += self._detector.process_frame(self._timecode(number, self._fps), turned)
 
     def cuts(self) -> list[int]:
-        """The first frame of each shot but the first."""
+        """The number of the first frame of each shot except the first one."""
         self._found += self._detector.post_process(self._timecode(self._last, self._fps))
         return sorted({cut.frame_num for cut in self._found} - {0})

@@ -1,4 +1,4 @@
-"""Motion between two pictures by Farneback's dense flow, which hardly depends on a film's size and encoder."""
+"""Motion between two pictures by Farneback's dense optical flow; it hardly depends on a film's size and encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _BLUR = (5, 5)  # so that grain isn't taken for motion
 
 
 def motion(first_HW: np.ndarray, second_HW: np.ndarray, seconds: float) -> float:
-    """Mean speed of the picture's points, in diagonals of the picture a second.
+    """Mean speed of the optical flow, in diagonals of the picture per second.
 
     Args:
         first_HW: Gray picture, uint8.

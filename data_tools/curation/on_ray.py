@@ -1,6 +1,6 @@
-"""The engine for a cluster: the same stages by Ray Data. Rows carry an item, so paths and spans, never pictures.
+"""The engine for a cluster: runs the same stages with Ray Data. A row is an item (paths and spans, never pictures).
 
-All machines see the folders of films and of the output under the same paths.
+All machines must see the folders of films and of the output under the same paths.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from data_tools.curation.stage import Item, Outcome, Stage, attempt
 from sora_train.core.cli import InputError
 
-_TOGETHER = 10  # items of a block: with fewer, Ray's own work is a tenth of a clip's
-_TRIES = 2  # of an item by itself, after its block was lost
+_TOGETHER = 10  # items of a block: with fewer, Ray's overhead is a tenth of the work on a clip
+_TRIES = 2  # attempts of a single item, after its block was lost
 
 
 class RayEngine:
-    """Takes stages to a Ray cluster: that of RAY_ADDRESS, or one of `workers` processes of this machine.
+    """Runs stages on a Ray cluster: that of RAY_ADDRESS, or a local one of `workers` processes.
 
-    Raises InputError where Ray isn't installed.
+    Raises InputError if Ray isn't installed.
     """
 
     def __init__(self, workers: int | None) -> None:
@@ -53,13 +53,13 @@ class RayEngine:
         yield from self._alone(stage, items, sorted(left), folder)
 
     def close(self) -> None:
-        """Leave the cluster; one of this machine alone ends."""
+        """Disconnect from the cluster; a local one ends."""
         self._ray.shutdown()
 
     def _alone(
         self, stage: Stage, items: Sequence[Item], numbers: Sequence[int], folder: Path
     ) -> Iterator[tuple[int, Outcome]]:
-        """The items of lost blocks, each as a task of its own."""
+        """Run the items of lost blocks, each as a separate task."""
         task = self._ray.remote(max_retries=_TRIES - 1)(attempt)
         waiting = {number: task.remote(stage, items[number], folder) for number in numbers}
         for number, reference in waiting.items():

@@ -1,4 +1,4 @@
-"""Fate of every film and every shot: kept, dropped for a reason, or failed by a cause; and the sums of each stage."""
+"""Outcomes of every film and every shot: kept, dropped for a reason, or failed by a cause; and counts by stage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Outcomes:
         self._strict = strict
 
     def pass_through(self, stage: str, unit: str, results: Sequence[tuple[Item, Outcome]]) -> list[Item]:
-        """Note the outcomes of a stage, and return the items that it keeps."""
+        """Record the outcomes of a stage, and return the items that it keeps."""
         line = Yield(stage, unit, len(results))
         kept = []
         for item, outcome in results:

@@ -26,9 +26,19 @@ SCORES, SOURCES = "scores.parquet", "sources.jsonl"
 
 
 def write_shards(journal: Journal, ledger: Ledger, clips: Sequence[Item], limit: int) -> int:
-    """Write the clips that are in no shard yet, in the order of their keys; their own files then go. Returns how many.
+    """Write the clips that are in no shard yet, in the order of their keys, and remove their work files.
 
-    Raises InputError on a full disk.
+    Args:
+        journal: Journal of the shards.
+        ledger: Ledger of the output folder.
+        clips: Clips that were cut and captioned.
+        limit: Size of a shard in bytes.
+
+    Returns:
+        The number of clips written.
+
+    Raises:
+        InputError: The disk is full.
     """
     stored = journal.samples
     pending = sorted((clip for clip in clips if clip["sample"] not in stored), key=lambda clip: clip["key"])
@@ -64,14 +74,14 @@ def _fields(clip: Item) -> dict[str, Any]:
 
 
 def remove_files(out: Path, keys: Collection[str]) -> None:
-    """Remove the files of clips, by key, that are kept until they are in a shard."""
+    """Remove the work files of the clips with these keys, which are needed only until a clip is in a shard."""
     for path in (out / "work" / "cut").glob("*"):
         if path.name.split(".")[0] in keys:
             path.unlink()
 
 
 def check_shards(journal: Journal, workers: int) -> dict[str, str]:
-    """Index the shards, decoding the first picture of each clip; returns what an index refuses, by key, and why."""
+    """Index the shards, decoding the first picture of each clip. Returns the reason of each refused clip by key."""
     shards = [str(journal.out / name) for name in journal.shards]
     index_shards(shards, workers, probe=Probe.frame)
     refused: dict[str, str] = {}
@@ -95,7 +105,7 @@ def write_scores(out: Path, clips: Sequence[Item]) -> None:
 
 
 def write_sources(out: Path, films: Sequence[Item], version: str) -> None:
-    """Write a record for each film that was used: where it is from, under which licence, and what read it."""
+    """Write a record for each film that was used: its origin, its licence, and the `version` of the curation's code."""
     write_lines(
         out / SOURCES,
         [{"film": f["name"], "sha256": f["sha256"], **f["rights"], "curation": version} for f in films],

@@ -18,7 +18,7 @@ from data_tools.cut import write_part
 from sora_train.data.read.bitstream import is_entry
 from sora_train.data.read.decode import DecodeError
 
-_EARLIER_S = (0.0, 10.0, 1e6)  # a container may seek to a key frame that is shown after the place asked for
+_EARLIER_S = (0.0, 10.0, 1e6)  # how long before the span to seek to, tried in turn: a container may seek too far
 
 
 class Missed(Exception):
@@ -58,9 +58,9 @@ def copy_span(film_path: str, stream_number: int, stamps: Sequence[int], path: P
 
 
 def _packets_of(film: Any, stream: Any, first: int, last: int) -> list[Any]:
-    """The packets from the nearest entry before a stamp to before the first packet that is later than the last.
+    """Read the packets from the last entry point before the stamp `first` to the first packet after the stamp `last`.
 
-    None where the reading began behind every entry.
+    Returns an empty list if reading began after all such entry points.
     """
     name, record = stream.codec_context.name, stream.codec_context.extradata or b""
     found: list[Any] = []
@@ -73,7 +73,7 @@ def _packets_of(film: Any, stream: Any, first: int, last: int) -> list[Any]:
             break
         if packet.is_keyframe and packet.pts <= first and is_entry(name, memoryview(packet), record):
             found = []
-        elif not found or packet.pts < found[0].pts:  # leading pictures of an open group lack what they build on
+        elif not found or packet.pts < found[0].pts:  # leading pictures of an open GOP lack their references
             continue
         found.append(packet)
     return found

@@ -1,4 +1,4 @@
-"""The stages in their order: from the films of a folder to shards. `data_tools/curate.py` is the command."""
+"""Runs the stages in order, from the films of a folder to shards. `data_tools/curate.py` is the command."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ class Curated:
     """Outcome of a run of the pipeline."""
 
     outcomes: Outcomes
-    films: list[Item] = field(default_factory=list)  # that were looked at
-    clips: list[Item] = field(default_factory=list)  # that have scores
+    films: list[Item] = field(default_factory=list)  # films that passed all stages of films
+    clips: list[Item] = field(default_factory=list)  # clips that have scores
     near: Near | None = None
     stored: set[str] = field(default_factory=set)  # keys of clips in shards
     added: int = 0
 
 
 class Pipeline:
-    """Takes the films of a folder through all stages, each from the ledger where it is done.
+    """Runs the films of a folder through all stages; results that the ledger has are taken from it.
 
     Args:
-        settings: What the command was told.
+        settings: Options of the command.
         licences: Rights in the films.
-        engine: Does the work of films and clips.
+        engine: Runs the stages on films and clips.
     """
 
     def __init__(self, settings: Settings, licences: Licences, engine: Engine) -> None:
@@ -65,13 +65,13 @@ class Pipeline:
         self.ledger = Ledger(self.out)
         self.rule = Rule(settings.keep)
         self.done = Curated(Outcomes(settings.strict))
-        # what is wrong with a model is said before hours of decoding
+        # a missing model is reported now, not after hours of decoding
         if settings.captions and settings.has_model and not captions.is_server(settings.captions):
             check_folder(settings.captions)
         self._embedding = embed.stage(settings.near_model) if settings.near_model else None
 
     def run(self) -> Curated:
-        """Do all of it; raises InputError where nothing is left, or the disk is full."""
+        """Run all stages. Raises InputError if the folder has no film, or the disk is full."""
         found, said = find_films(Path(self.settings.videos), self.licences, self.out)
         for line in said:
             say(line)
@@ -86,7 +86,7 @@ class Pipeline:
         return self.done
 
     def stages(self) -> list[Stage]:
-        """The stages of films and clips but captions."""
+        """Build the stages of films and clips, except `embed` and `captions`."""
         s = self.settings
         forbidden = list_parameters(s.forbidden)
         return [
@@ -104,7 +104,7 @@ class Pipeline:
         return films
 
     def _chosen(self, films: Sequence[Item]) -> list[Item]:
-        """The clips that rule and near-duplicates leave."""
+        """Select the clips that meet the rule and aren't duplicates, and write scores, sources and hashes."""
         s = self.settings
         self.done.clips = self._keep("clips", "clip", clips_of(films))
         output.write_scores(self.out, self.done.clips)
@@ -124,7 +124,7 @@ class Pipeline:
         return kept
 
     def _write(self, clips: list[Item]) -> None:
-        """Cut, caption and store what is in no shard yet."""
+        """Cut, caption and store the clips that are in no shard yet."""
         new = [clip for clip in clips if clip["key"] not in self.done.stored]
         if new:
             new = self._take(self.stages()[4], new, "clip")
@@ -162,9 +162,10 @@ class Pipeline:
         return kept
 
     def _settled(self) -> set[str]:
-        """Clips that runs before this one stored, up to the last that came to its end.
+        """Keys of the clips that were in shards at the end of the last run that wasn't killed.
 
-        What a killed run stored doesn't count: going on must choose among near-duplicates as an undisturbed run does.
+        Clips that a killed run stored don't count, so that resuming it chooses among near-duplicates as one
+        uninterrupted run does.
         """
         path = self.out / SETTLED
         return set(json.loads(path.read_text())) if path.is_file() else set()
@@ -181,6 +182,6 @@ def _keys(journal: Journal) -> set[str]:
 
 
 def _indexed(key: str, refused: Mapping[str, str]) -> tuple[Item, Outcome]:
-    """A clip in a shard as the index found it."""
+    """A clip in a shard with its outcome: failed if the index refused it."""
     item = {"id": key, "name": key}
     return item, {"failed": ["refused by the index", refused[key]]} if key in refused else {"kept": {}}

@@ -1,4 +1,4 @@
-"""The stage `probe`: what a file is, before it is decoded as a whole."""
+"""The stage `probe`: hash and format of a film, from its bytes, its headers and its first frame."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _MODULES = ("data_tools.curation.probe", "data_tools.curation.films", "data_tool
 
 
 def stage(short_side: int, forbidden: Mapping[str, str]) -> Stage:
-    """The stage, for films of at least `short_side` pixels and a list of forbidden material."""
+    """Build the stage, for films of at least `short_side` pixels; `forbidden` is from `list_parameters`."""
     parameters = {"short_side": short_side, "forbidden": dict(forbidden)}
     return Stage("probe", probe, ("path", "name", "size", "mtime_ns"), _MODULES, parameters)
 
 
 def probe(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
-    """Hash and figures of a film."""
+    """Hash a film, and read its format. Raises Drop if it is forbidden, undecodable, too small or too elongated."""
     listed = parameters["forbidden"]
     algorithms = read_forbidden(**listed).algorithms() if listed else []
     digests = _digests(item["path"], {"sha256", *algorithms})

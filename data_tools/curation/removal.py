@@ -1,7 +1,7 @@
-"""Removal of a source from an output folder: shards, indexes, side tables, records and work files without its films.
+"""Removes a source's films from an output folder: from shards, indexes, side tables, records and work files.
 
-What is to go is written down first, so that a removal that was killed is finished by the same command, and so that the
-films don't come back with the next `data_tools.curate`.
+The films are recorded before anything is removed, so that the same command finishes a removal that was killed, and so
+that the next `data_tools.curate` doesn't add the films again.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from sora_train.core.cli import InputError
 from sora_train.data.index.places import index_path
 from sora_train.data.index.scan import members_of
 
-_PIECE = re.compile(r"\+\d+$")  # of the key of a clip that was encoded before training
+_PIECE = re.compile(r"\+\d+$")  # suffix of a key in shards of latents
 
 
 @dataclass
 class Removal:
-    """Things to remove: films by name and hash, the keys of their clips, and the checkpoints that saw them."""
+    """What to remove: films by name and hash, and the keys of their clips; and the checkpoints trained on them."""
 
     source: str
     films: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Removal:
 
 
 def find_removal(out: Path, source: str) -> Removal:
-    """The films of a source (its id, a film's path or SHA-256) and their clips; InputError where there are none."""
+    """Find the films of a source (its id, a film's path or SHA-256) and their clips. Raises InputError without any."""
     ledger = Ledger(out)
     films = [entry for entry in read_lines(out / SOURCES) if source in (entry["id"], entry["film"], entry["sha256"])]
     earlier = [entry for entry in read_lines(out / TAKEN_DOWN) if entry["source"] == source]
@@ -87,13 +87,13 @@ def _mark_in(sample: str) -> str:
 
 
 def note(out: Path, removal: Removal) -> None:
-    """Write down what is to go, before anything does."""
+    """Record in takedowns.jsonl what is to be removed, before anything is."""
     others = [entry for entry in read_lines(out / TAKEN_DOWN) if entry["source"] != removal.source]
     write_lines(out / TAKEN_DOWN, [*others, removal.entry])
 
 
 def remove(out: Path, removal: Removal) -> int:
-    """Remove everything of the films from an output folder; returns the number of samples that were in its shards."""
+    """Remove the films from an output folder. Returns the number of samples that were removed from its shards."""
     keys, names = set(removal.keys), {*removal.films, *removal.hashes}
     journal = opened_journal(out)
     gone = {sample: None for sample in journal.samples if key_of(sample) in keys}
@@ -109,7 +109,7 @@ def remove(out: Path, removal: Removal) -> int:
     remove_files(out, keys)
     for sha256 in removal.hashes:
         (out / "work" / "look" / f"{sha256[:32]}.npz").unlink(missing_ok=True)
-    (out / REPORT).unlink(missing_ok=True)  # which holds pictures; the next `curate` writes it again
+    (out / REPORT).unlink(missing_ok=True)  # it has pictures of clips; the next `curate` writes it again
     return len(gone)
 
 

@@ -17,7 +17,7 @@ from data_tools.curation.stage import Item
 from data_tools.media_files import key_of
 from sora_train.core.page import page
 
-_EACH = 8  # pictures of a reason
+_EACH = 8  # pictures for each reason
 _PAIRS = 12
 _BINS, _WIDTH, _HEIGHT = 40, 300, 110
 _LOG = ("motion", "sharpness")  # scores that spread over powers of ten
@@ -78,7 +78,7 @@ def write_report(path: Path, pipeline: Pipeline, done: Curated) -> None:
 
 
 class _Pictures:
-    """Thumbnails of clips, as data URIs, from what was seen of their films."""
+    """Thumbnails of clips as data URIs, from the results of the stage `look`."""
 
     def __init__(self, out: Path, done: Curated) -> None:
         self._folder, self._films = out / "work" / "look", {film["sha256"]: film for film in done.films}
@@ -97,7 +97,7 @@ class _Pictures:
 
 
 def _groups(done: Curated, pictures: _Pictures) -> list[dict[str, Any]]:
-    """Pictures of clips that were kept, and of those that were dropped for each reason."""
+    """Groups of pictures for the template: of clips that were kept, and of those that were dropped for each reason."""
     shots = {key_of(sample_name(film, shot)): (film, shot) for film in done.films for shot in film["shots"]}
     by_reason: dict[str, list[tuple[str, str]]] = {}
     for entry in done.outcomes.entries:
@@ -150,7 +150,7 @@ def _licences(films: Sequence[Item]) -> list[dict[str, Any]]:
 
 
 def _histogram(name: str, clips: Sequence[Item], thresholds: Mapping[str, Sequence[float]]) -> dict[str, Any] | None:
-    """Bars of a score's values, and the rule's thresholds at their places; None without values."""
+    """Histogram of a score for the template: bars, and positions of the rule's thresholds; None without values."""
     values = np.array([clip[name] for clip in clips if clip[name] is not None], dtype=np.float64)
     if not len(values):
         return None

@@ -1,6 +1,6 @@
-"""The rule that says which clips are kept, as an expression over their scores. It is a filter of training as well.
+"""The rule for which clips are kept: an expression over their scores. It can also be used as a filter of training.
 
-Its parts, which `and` joins, are the reasons for drops: the first that a clip doesn't meet is its reason.
+The rule consists of parts joined by `and`. The reason for dropping a clip is the first part that it doesn't meet.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULT = "motion >= 0.001 and black <= 0.1 and white <= 0.1 and frozen <= 0.5"
 
 
 class Rule:
-    """A rule over the scores; raises InputError for one that can't be read, or names another column."""
+    """A rule over the scores. Raises InputError if it can't be parsed, or names an unknown score."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -31,7 +31,7 @@ class Rule:
             part.check({name: np.zeros(1) for name in COLUMNS})
 
     def reasons(self, clips: Sequence[Mapping[str, Any]]) -> list[str]:
-        """For each clip's scores the first part that it doesn't meet, or nothing."""
+        """For each clip the first part of the rule that it doesn't meet; empty if it meets all."""
         values = {name: _column(clips, name) for part in self.parts for name in part.columns}
         found = np.full(len(clips), "", dtype=object)
         for part in self.parts:
@@ -40,7 +40,7 @@ class Rule:
         return found.tolist()
 
     def thresholds(self) -> dict[str, list[float]]:
-        """The numbers that each score is compared with, for the report."""
+        """The numbers that the rule compares each score with, for the report."""
         found: dict[str, list[float]] = {}
         for node in (node for part in self.parts for node in ast.walk(ast.parse(part.text, mode="eval"))):
             if isinstance(node, ast.Compare):
@@ -58,7 +58,10 @@ def _column(clips: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def check_yield(stage: str, kept: int, of: int, strict: bool) -> str:
-    """A line where a stage keeps almost nothing or almost everything of many; with `strict` it is an InputError."""
+    """Warning if a stage keeps under 5% or over 98% of at least 200 items; else empty.
+
+    With `strict` the warning is raised as InputError.
+    """
     if of < 200 or 0.05 <= kept / of <= 0.98:
         return ""
     line = f"{stage} keeps {kept} of {of}: {'almost nothing' if kept < of / 2 else 'almost everything'}"

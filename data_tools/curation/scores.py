@@ -1,14 +1,14 @@
-"""The stage `scores`: figures of each clip, from what was seen of its film; nothing is decoded.
+"""The stage `scores`: figures of each shot, from the results of the stage `look`; no video is decoded.
 
-| score | what it says |
+| score | meaning |
 | --- | --- |
-| motion | mean speed of the picture's points, in diagonals a second (median over the clip) |
+| motion | mean speed of the optical flow, in diagonals a second (median over the clip) |
 | sharpness | variance of the Laplacian at a short side of 256 pixels (median) |
-| noise | deviation of the noise in the frames as they are, levels of 255 (median) |
+| noise | standard deviation of the noise in the frames at full size, levels of 255 (median) |
 | luma | mean brightness, 0 to 1 |
-| black, white | share of the looked-at frames that are black, or white |
-| frozen | share of frames that show what the one before shows |
-| overlay | share of the picture with edges that stay while the rest moves: logos, subtitles; NaN where little moves |
+| black, white | share of the small pictures that are black, or white |
+| frozen | share of frames that show the same as the one before |
+| overlay | share of the picture with edges that stay while the rest moves: logos, subtitles; NaN if little moves |
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from data_tools.curation.stage import Item, Stage
 
 COLUMNS = ("motion", "sharpness", "noise", "luma", "black", "white", "frozen", "overlay")
 _BLACK, _WHITE, _NEARLY = 24, 232, 0.98
-_EDGE = 40.0  # of a gradient's size, levels a pixel
-_MOVES = 0.02  # diagonals a second: with less, every edge stays
-_LEAST = 4  # pictures from which overlays can be told
+_EDGE = 40.0  # least gradient of an edge, levels per pixel
+_MOVES = 0.02  # least motion to detect overlays, diagonals a second: with less, every edge stays
+_LEAST = 4  # least number of pictures to detect overlays
 _READS = ("look", "shots", "height", "width")
 _MODULES = ("data_tools.curation.scores", "data_tools.curation.hashes")
 
@@ -38,7 +38,7 @@ def stage() -> Stage:
 
 
 def scores(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
-    """The scores and hashes of each shot that wasn't dropped; None for the others."""
+    """Compute the scores and hashes of each shot that wasn't dropped; None for the others."""
     cv2.setNumThreads(1)
     seen = np.load(folder.parent / "look" / item["look"])
     arrays = {name: seen[name] for name in ("at", "small", "tiny", "figures")}

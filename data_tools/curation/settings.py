@@ -1,4 +1,4 @@
-"""Options of `data_tools.curate`; the head of that file says what they mean."""
+"""Options of `data_tools.curate`; the docstring of that module explains them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from data_tools.curation.rules import DEFAULT
 from sora_train.core.options import choice, number
 
-NO_MODEL = (None, "none", "beside")  # of captions=
+NO_MODEL = (None, "none", "beside")  # values of captions= that need no model
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Settings:
 
     @property
     def has_model(self) -> bool:
-        """Tell whether captions are made by a model."""
+        """Tell whether a model writes the captions."""
         return self.captions not in NO_MODEL
 
     @property

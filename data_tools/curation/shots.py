@@ -1,4 +1,4 @@
-"""The stage `shots`: the spans of a film that may become clips, from what was seen of it; nothing is decoded."""
+"""The stage `shots`: the spans of a film that may become clips, from the results of the stage `look`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ from data_tools.curation.borders import Border, border_of
 from data_tools.curation.stage import Item, Stage
 from data_tools.curation.transitions import Span, slow_changes, true_cuts
 
-_BLACK = 24  # brightest level of 255 that a black frame has, nearly anywhere
-_SLACK = 0.98  # of its picture
+_BLACK = 24  # highest level in a black frame, of 255
+_SLACK = 0.98  # share of a black frame's pixels that must be that dark
 _READS = ("look", "frames", "fps", "vfr", "height", "width")
 _MODULES = tuple(f"data_tools.curation.{name}" for name in ("shots", "transitions", "borders"))
 
 
 def stage(min_seconds: float, max_seconds: float, trim_s: float, short_side: int) -> Stage:
-    """The stage, for clips of some length, cut off by `trim_s` where a shot ends within a film."""
+    """Build the stage.
+
+    Args:
+        min_seconds: Least length of a clip.
+        max_seconds: Largest length of a clip; longer shots are split.
+        trim_s: Seconds removed at the ends of a shot, except at the film's beginning and end.
+        short_side: Least short side of a clip without its border, in pixels.
+    """
     parameters = {"min": min_seconds, "max": max_seconds, "trim": trim_s, "short_side": short_side}
     return Stage("shots", shots, _READS, _MODULES, parameters)
 
 
 def shots(item: Item, parameters: Mapping[str, Any], folder: Path) -> Item:
-    """Spans of frames, each with a reason where it is dropped."""
+    """Find the spans of frames that may become clips; those to be dropped have a reason."""
     seen = np.load(folder.parent / "look" / item["look"])
     fps, tiny = item["fps"], seen["tiny"]
     cuts = true_cuts(seen["cuts"].tolist(), tiny, fps)
@@ -53,20 +60,20 @@ def _pieces(cuts: Sequence[int], slow: Sequence[Span], count: int) -> list[Span]
 
 
 def _trimmed(span: Span, count: int, trim: int) -> Span:
-    """A span without the frames next to a transition; the ends of the film are none."""
+    """Remove `trim` frames at each end of a span that is a transition, not the beginning or the end of the film."""
     first, end = span
     return (first + trim if first > 0 else 0), (end - trim if end < count else count)
 
 
 def _without_black(span: Span, tiny_THW: np.ndarray) -> Span:
-    """A span without black frames at its ends; empty where all are black."""
+    """Remove black frames at the ends of a span; it is empty if all are black."""
     first, end = span
     bright = np.flatnonzero([np.quantile(picture, _SLACK) > _BLACK for picture in tiny_THW[first:end]])
     return (first + int(bright[0]), first + int(bright[-1]) + 1) if len(bright) else (first, first)
 
 
 def _split(span: Span, longest: float) -> list[Span]:
-    """A span in equal parts of at most `longest` frames."""
+    """Split a span into equal parts of at most `longest` frames."""
     first, end = span
     parts = max(1, math.ceil((end - first) / longest))
     edges = [first + (end - first) * n // parts for n in range(parts + 1)]
@@ -74,7 +81,7 @@ def _split(span: Span, longest: float) -> list[Span]:
 
 
 def _judged(span: Span, item: Item, parameters: Mapping[str, Any], seen: Any) -> Item:
-    """Why a span is dropped, or its border and the marks of its first and last frame."""
+    """Judge a span: the reason why it is dropped, or its border, and marks and stamps of its first and last frame."""
     first, end = span
     seconds = (end - first) / item["fps"]
     if first == end:
@@ -103,5 +110,5 @@ def _listed(border: Border) -> list[int]:
 
 
 def mark_of(tiny_HW: np.ndarray) -> int:
-    """A number by which a frame is known again when the film is decoded from another place."""
+    """Checksum of a frame's tiny picture, to identify the frame when the film is decoded from another position."""
     return zlib.crc32(np.ascontiguousarray(tiny_HW).tobytes())

@@ -19,11 +19,11 @@ from typing import Any
 Item = dict[str, Any]
 Outcome = dict[str, Any]  # {"kept": fields}, {"dropped": [reason, detail]} or {"failed": [cause, detail]}
 Work = Callable[[Item, Mapping[str, Any], Path], Item]
-_PLACES = ("path",)  # fields that say where something lies, not what it is
+_PLACES = ("path",)  # fields on a file's location, which don't change the result
 
 
 class Drop(Exception):
-    """An item that is left out: one word or two for counting, and a detail for the reader."""
+    """An item is left out: `reason` is a category for counting, `detail` explains it to the reader."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -31,7 +31,7 @@ class Drop(Exception):
 
 
 class Fail(Drop):
-    """An item that couldn't be done now, and is tried again by the same command."""
+    """An item couldn't be processed now; the same command tries it again."""
 
 
 @dataclass(frozen=True)

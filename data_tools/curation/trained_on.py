@@ -1,4 +1,4 @@
-"""Checkpoints that saw samples: from the ledgers of runs, which say which samples went into which step."""
+"""Finds the checkpoints that were trained on given samples, by the ledgers of runs, which list each step's samples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def checkpoints_that_saw(run_dir: str, shards: Collection[Path], keys: Collectio
 
 
 def _rows(run: Path, shards: Collection[Path], keys: Collection[str]) -> np.ndarray:
-    """The samples, as the run counts them: rows of the index of its training shards."""
+    """The samples as the run's ledger numbers them: rows of the index of its training shards."""
     tree = OmegaConf.load(run / "config.yaml")
     assert isinstance(tree, DictConfig)
     store = Store()

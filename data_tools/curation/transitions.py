@@ -1,8 +1,8 @@
-"""Transitions in a film, from tiny pictures of its frames: cuts that are flashes, and slow changes that no cut marks.
+"""Transitions in a film, from tiny pictures of its frames: finds false cuts at flashes, and dissolves and fades.
 
-A detector of cuts takes a flash of light for two cuts, and passes over a dissolve. Both show in how pictures a few
-frames apart compare: after a flash the picture before it is there again; half-way through a dissolve the picture is the
-average of both ends.
+A cut detector takes a flash of light for two cuts, and misses a dissolve. Both are recognised by comparing pictures a
+few frames apart. After a flash, the picture before it returns. Half-way through a dissolve, the picture is the average
+of both ends.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Sequence
 import numpy as np
 
 _FLASH_S = 0.25  # seconds that a flash lasts at most
-_FLASH_RISE = 20.0  # levels of 255 by which it is brighter than the frames around it
-_FLASH_SHARE = 0.8  # of the picture that is brighter
-_STEP = 8.0  # levels of 255 from frame to frame that may be a part of a fade
-_SAME = 0.35  # of the change at the cut: frames that differ by less show the same
-_HALF_S = (0.17, 0.25, 0.37, 0.5, 0.75, 1.0)  # half the length of a slow change that is looked for, seconds
-_CHANGED = 10.0  # levels of 255 by which its ends differ
-_BLEND = 0.2  # of that difference: how far its middle may be from the average of the ends
-_STABLE = 0.5  # of that difference: how much the frames outside of it may change
+_FLASH_RISE = 20.0  # levels of 255 by which a flash is at least brighter than the frame before it
+_FLASH_SHARE = 0.8  # least share of the picture that is brighter in a flash
+_STEP = 8.0  # largest difference between neighbouring frames in a fade, levels of 255
+_SAME = 0.35  # frames before and after a flash that differ by less than this share of its rise show the same
+_HALF_S = (0.17, 0.25, 0.37, 0.5, 0.75, 1.0)  # half the length of the slow changes that are searched, seconds
+_CHANGED = 10.0  # least difference between the ends of a slow change, levels of 255
+_BLEND = 0.2  # share of that difference by which its inner frames may differ from the blend of its ends
+_STABLE = 0.5  # share of that difference by which the frames before and after may differ from its ends
 
-Span = tuple[int, int]  # first frame and the one behind the last
+Span = tuple[int, int]  # first frame, and last frame (exclusive)
 
 
 def true_cuts(cuts: Sequence[int], tiny_THW: np.ndarray, fps: float) -> list[int]:
-    """The cuts that no flash explains, nor the colours that come out of black when a film is faded in."""
+    """Remove cuts that are part of a flash, or of a fade, such as colours that appear when a film is faded in."""
     longest = max(1, round(_FLASH_S * fps))
     return [cut for cut in cuts if not _in_fade(cut, tiny_THW) and not _in_flash(cut, tiny_THW, longest)]
 
@@ -54,7 +54,7 @@ def _in_flash(cut: int, tiny_THW: np.ndarray, longest: int) -> bool:
 
 
 def slow_changes(tiny_THW: np.ndarray, cuts: Sequence[int], fps: float) -> list[Span]:
-    """Spans of dissolves and fades, within what cuts leave whole; they don't overlap."""
+    """Find spans of dissolves and fades that no cut interrupts; they don't overlap."""
     marked = np.zeros(len(tiny_THW), bool)
     for half in sorted({max(2, round(seconds * fps)) for seconds in _HALF_S}):
         for middle in np.flatnonzero(_blends(tiny_THW, half)) + half:
@@ -65,7 +65,10 @@ def slow_changes(tiny_THW: np.ndarray, cuts: Sequence[int], fps: float) -> list[
 
 
 def _blends(tiny_THW: np.ndarray, half: int) -> np.ndarray:
-    """For each middle from `half` on: pictures go in a straight line from end to end, and rest outside."""
+    """Tell for each middle frame, from number `half` on, whether a slow change of 2 * `half` frames surrounds it.
+
+    The pictures must change linearly from end to end, and hardly before and after.
+    """
     count = len(tiny_THW)
     if count < 2 * half + 1:
         return np.zeros(0, bool)
@@ -92,6 +95,6 @@ def _difference(one_THW: np.ndarray, other_THW: np.ndarray) -> np.ndarray:
 
 
 def _from_blend(picture_THW: np.ndarray, one_THW: np.ndarray, other_THW: np.ndarray, share: float) -> np.ndarray:
-    """Mean distance of pictures from the blend that has `share` of the second."""
+    """Mean distance of pictures from the blend of two others, of which the second has weight `share`, `(T,)`."""
     blend = one_THW.astype(np.float32) * (1 - share) + other_THW * np.float32(share)
     return np.abs(picture_THW - blend).mean(axis=(1, 2))

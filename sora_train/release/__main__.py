@@ -9,9 +9,10 @@
     python -m sora_train.release redteam compare=[FOLDER,FOLDER]
     python -m sora_train.release cards run_dir=RUN facts=FACTS.yaml out=FOLDER [redteam=FOLDER]
 
-`init` makes the release folder: from then on `sample` guards, marks and signs, and `release=off` is the switch.
-`verify` ends with 0 where a trusted manifest or the mark holds. `redteam` measures what guards and model let through.
-`cards` writes model card, data card and the summary of training content, from files alone. See docs/release.md.
+`init` makes the release folder. From then on `sample` guards, marks and signs videos; `release=off` switches this off.
+`verify` exits with 0 if the file has a trusted manifest or this folder's mark. `redteam` measures which prompts the
+guards block and which get through. `cards` writes the model card, the data card and the summary of training content
+from the run's files and FACTS.yaml. See docs/release.md.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> int:
 
 
 def _command(name: str) -> tuple[Any, Callable[[Any], int]]:
-    """Options and function of a command; each imports what it needs alone."""
+    """Options dataclass and function of a command. Only that command's modules are imported."""
     if name == "redteam":
         from sora_train.release import redteam
 

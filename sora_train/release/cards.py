@@ -96,7 +96,7 @@ def main(o: Options) -> int:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of a YAML file. Raises InputError for the first one that is missing, naming it."""
+    """Read the facts of a YAML file. Raises InputError that names the first missing fact."""
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -112,7 +112,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def source_of(name: str, config: Config) -> Source:
-    """The figures of a source. Raises InputError where its shards or their indexes aren't there."""
+    """Compute the figures of a source from its index. Raises InputError if its shards or their indexes are missing."""
     store = Store.of(config.data)
     shards = expand(config.data.sources[name].shards, store)
     index = load_index(shards, store, allow_empty=True)
@@ -131,7 +131,10 @@ def source_of(name: str, config: Config) -> Source:
 
 
 def seen(run: Path) -> dict[str, Any]:
-    """Training data by the ledger: visits, distinct samples, steps, refusals by cause. Raises InputError."""
+    """Count visits, distinct samples and steps in a run's ledger, and refusals by cause in its quarantine.jsonl.
+
+    Raises InputError if the run has no ledger.
+    """
     files = sorted((run / "ledger").glob("rank-*.jsonl"))
     if not files:
         raise InputError(f"{run / 'ledger'} holds no record of what was trained on; cards need it")
@@ -164,7 +167,7 @@ def _model(run_dir: str, config: Config) -> dict[str, Any]:
 
 
 def _evaluation(run: Path) -> dict[str, Any]:
-    """The figures of samples and of real videos. Raises InputError where the run was not evaluated."""
+    """Read the figures of samples and of real videos. Raises InputError if the run was not evaluated."""
     path = run / "evaluation.json"
     if not path.is_file():
         raise InputError(f"{path} is missing; python -m sora_train.evaluate run_dir={run}")

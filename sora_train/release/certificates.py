@@ -1,7 +1,8 @@
-"""A certificate authority of one's own: a root, and a certificate below it that signs C2PA manifests.
+"""A private certificate authority: a root certificate, and one issued by it that signs C2PA manifests.
 
-Its signatures show that a file is as it was signed and by whose key; they are trusted where the root is. A certificate
-from a list that others trust takes its place by `release init certificate=... key=...`.
+A signature shows that a file is unchanged since signing, and which key signed it. Only programs that trust the root
+trust the signature. A certificate from a public trust list is used instead with
+`release init certificate=... key=... trust=...`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _ROOT_DAYS, _LEAF_DAYS = 3650, 825
 
 
 def make_authority(folder: Path, provider: str) -> None:
-    """Write root.pem, chain.pem and sign.key. The root's key is not kept: nothing else can be signed below it."""
+    """Write root.pem, chain.pem and sign.key. The root's key is discarded: it can't issue any other certificate."""
     root_key, leaf_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     root_name, leaf_name = _name(provider, "root"), _name(provider, "content signing")
     root = (
@@ -72,7 +73,7 @@ def _certificate(
 
 
 def _usage(signs: bool) -> x509.KeyUsage:
-    """Use of a key: it signs content, or it signs certificates."""
+    """Key usage extension: the key signs content if `signs`, else certificates."""
     return x509.KeyUsage(
         digital_signature=signs, content_commitment=False, key_encipherment=False, data_encipherment=False,
         key_agreement=False, key_cert_sign=not signs, crl_sign=not signs, encipher_only=False, decipher_only=False,

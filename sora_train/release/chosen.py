@@ -1,4 +1,4 @@
-"""The safeguards that options choose: those of a release folder, or none where there is no folder."""
+"""Choice of the safeguards by the options: those of a release folder, or none if there is no folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from sora_train.release.folder import find
 def safeguards_for(
     named: str | None, *, sign: bool = True, mark: bool = True, guard: bool = True, closed: bool = False
 ) -> Safeguards:
-    """The safeguards of `release=FOLDER|off` or of the default folder, without those that are switched off.
+    """Load the safeguards of a release folder.
 
-    With `closed` a guard that doesn't answer refuses, whatever the settings say. Raises InputError where the folder or
-    a library is missing.
+    Args:
+        named: Value of `release=`: a folder, `off`, or None for the default folder.
+        sign: Sign, if the settings do.
+        mark: Embed marks, if the settings do.
+        guard: Check prompts and frames, if the settings do.
+        closed: Treat a guard that doesn't answer as a refusal, whatever the settings say.
+
+    Returns:
+        The safeguards; NO_SAFEGUARDS with `off`, or if no folder is named and the default one doesn't exist.
+
+    Raises:
+        InputError: The named folder or a library is missing.
     """
     folder = find(named)
     if folder is None:

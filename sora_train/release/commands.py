@@ -31,13 +31,13 @@ From now on `sample`, `evaluate` and the service sign, and `sample` and the serv
 class Init:
     """Options of `init`."""
 
-    provider: str  # who answers for the videos
+    provider: str  # who is responsible for the videos
     release: str | None = None  # the folder to make
     system: str = "sora_train"
     contact: str = ""
-    certificate: str | None = None  # your own signing certificate and those above it, PEM
+    certificate: str | None = None  # your own signing certificate and its intermediates, PEM
     key: str | None = None  # its private key
-    trust: str | None = None  # the root it leads to
+    trust: str | None = None  # the root certificate of its chain
     algorithm: str = choice(("es256", "es384", "ps256", "ed25519"), "es256")
     timestamps: str = ""  # URL of a time-stamping authority
     mark: str = "classical"  # classical, none, or a VideoSeal TorchScript file
@@ -83,7 +83,7 @@ def init(o: Init) -> int:
     if not o.certificate:
         make_authority(path, o.provider)
     shutil.copyfile(words, path / "words.txt")
-    Signing(folder)  # says now what wouldn't sign later
+    Signing(folder)  # fails now rather than at the first video
     print(_EXPLAINED.format(path=path), end="")
     return 0
 
@@ -102,7 +102,7 @@ def sign(o: Sign) -> int:
     claims = {"model": o.generator, "time": now, "version": version("sora_train"), "source_sha256": file_hash(source)}
     try:
         shutil.copyfile(source, draft)
-        earlier = [source] if read_manifest(source) is not None else []  # its own manifest is kept
+        earlier = [source] if read_manifest(source) is not None else []  # as an ingredient its manifest is kept
         Signing(_folder(o.release)).sign(draft, target, claims, earlier)
     except OSError as error:
         raise InputError(f"{target} can't be written: {error.strerror or error}") from error

@@ -1,7 +1,7 @@
-"""A moderation model behind an OpenAI-compatible server: its moderations, or a guard model that chats.
+"""Guard model on an OpenAI-compatible server, called through the moderations or the chat API.
 
-A chat model's answer is read as Llama Guard ("unsafe", then its categories) and Qwen3Guard ("Safety: Unsafe",
-"Categories: Violent") give it. A key for the server stands in the environment (SORA_TRAIN_GUARD_KEY), never in a file.
+Chat answers are parsed in the formats of Llama Guard ("unsafe", then its categories) and Qwen3Guard ("Safety: Unsafe",
+"Categories: Violent"). The server's API key is read from the environment (SORA_TRAIN_GUARD_KEY), never from a file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 from sora_train.release.verdict import Unavailable, Verdict
 
 KEY = "SORA_TRAIN_GUARD_KEY"
-_SIDE = 512  # pixels of a frame that is sent
+_SIDE = 512  # longest side of a frame that is sent, pixels
 _LARGEST = 1 << 20  # bytes of an answer
 _SAFE, _UNSAFE = (
     re.compile(r"(?:safety:\s*)?safe\b", re.I),
@@ -30,7 +30,15 @@ _SAFE, _UNSAFE = (
 
 
 class Endpoint:
-    """A guard behind a server."""
+    """Guard that sends texts and frames to a server.
+
+    Args:
+        url: Base address, such as http://host:port/v1.
+        api: `moderations` or `chat`.
+        model: The server's name of the model.
+        images: Whether the model takes frames too.
+        seconds: Time-out of a request.
+    """
 
     name = "endpoint"
 
@@ -38,11 +46,11 @@ class Endpoint:
         self.url, self.api, self.model, self.sees, self.seconds = url.rstrip("/"), api, model, images, seconds
 
     def text(self, text: str) -> Verdict | None:
-        """The server's finding against a text. Raises Unavailable."""
+        """Check a text. Returns the server's finding, or None. Raises Unavailable."""
         return self._asked([{"type": "text", "text": text}])
 
     def frames(self, frames_THWC: np.ndarray) -> Verdict | None:
-        """The server's finding against any of the frames. Raises Unavailable."""
+        """Check frames one by one. Returns the server's first finding, or None. Raises Unavailable."""
         for frame in frames_THWC:
             verdict = self._asked([{"type": "image_url", "image_url": {"url": _jpeg(frame)}}])
             if verdict is not None:

@@ -1,6 +1,6 @@
 """The release folder: the keys, certificate and settings with which videos are marked, signed and guarded.
 
-`release init` makes it, once for a user of a machine. Where it exists, `sample` and the service use it.
+`release init` makes it, once per user and machine. If it exists, `sample` and the service use it.
 """
 
 from __future__ import annotations
@@ -15,45 +15,45 @@ from pathlib import Path
 from sora_train.core.cli import InputError
 from sora_train.core.options import choice, number, read
 
-VARIABLE = "SORA_TRAIN_RELEASE"  # names the folder, or off; else it is in the user's configuration folder
+VARIABLE = "SORA_TRAIN_RELEASE"  # the folder, or off; if unset, the folder is in the user's configuration folder
 OFF = "off"
 _SETTINGS = "release.json"
-_MARK_KEY, _LEAST_KEY = "mark.key", 16  # bytes
+_MARK_KEY, _LEAST_KEY = "mark.key", 16  # file of the key, and its least length in bytes
 
 
 @dataclass
 class Settings:
     """Content of `release.json`; paths are absolute or within the folder."""
 
-    provider: str  # who answers for the videos: the name in manifests and certificates
+    provider: str  # who is responsible for the videos: the name in manifests and certificates
     system: str = "sora_train"  # name of the generating system
     contact: str = ""  # where reports go; the service's page shows it
     sign: bool = True
     mark: str = "classical"  # classical, none, or the path of a VideoSeal TorchScript file
-    certificate: str = "chain.pem"  # the signing certificate and those above it, root excluded
+    certificate: str = "chain.pem"  # the signing certificate and its intermediates, without the root
     key: str = "sign.key"
     algorithm: str = choice(("es256", "es384", "ps256", "ed25519"), "es256")
     trust: str = "root.pem"  # certificates that `verify` trusts
-    timestamps: str = ""  # URL of a time-stamping authority; empty: none is asked
+    timestamps: str = ""  # URL of a time-stamping authority; empty: no time stamps
     guard: bool = True
-    guard_words: str = "words.txt"  # empty: no list
+    guard_words: str = "words.txt"  # word list; empty: none
     guard_endpoint: str = ""  # of an OpenAI-compatible server: http://host:port/v1
     guard_api: str = choice(("moderations", "chat"), "moderations")
     guard_model: str = ""  # the server's name of the model
-    guard_images: bool = False  # the endpoint's model is shown frames too
+    guard_images: bool = False  # send frames to the endpoint's model too
     guard_text_folder: str = ""  # a local text classifier
     guard_image_folder: str = ""  # a local image classifier
-    guard_threshold: float = number(0.5, least=0, most=1)  # score from which a classifier's class counts
-    guard_safe_classes: str = "safe,normal,neutral,sfw,ok"  # classes of a local classifier that mean nothing
-    guard_seconds: float = number(20.0, above=0, most=600)  # to wait for an answer
-    guard_fails: str = choice(("closed", "open"), "closed")  # what is done where a guard doesn't answer
+    guard_threshold: float = number(0.5, least=0, most=1)  # least score of a local classifier's class that counts
+    guard_safe_classes: str = "safe,normal,neutral,sfw,ok"  # classes of a local classifier that never count
+    guard_seconds: float = number(20.0, above=0, most=600)  # time-out of a request to the endpoint
+    guard_fails: str = choice(("closed", "open"), "closed")  # if a guard doesn't answer: refuse, or let through
 
 
 class ReleaseFolder:
     """A release folder and its settings."""
 
     def __init__(self, path: Path) -> None:
-        """Read the settings. Raises InputError where they can't be read."""
+        """Read the settings. Raises InputError if they can't be read."""
         self.path = path
         try:
             found = json.loads((path / _SETTINGS).read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ class ReleaseFolder:
             raise InputError(f"{path / _SETTINGS}: {error}") from error
 
     def file(self, name: str) -> Path:
-        """The file that a setting names."""
+        """Path of the file that a setting names; a relative one is within the folder."""
         return self.path / Path(name).expanduser()
 
     def text(self, name: str) -> str:
@@ -80,7 +80,7 @@ class ReleaseFolder:
             raise InputError(f"{self.file(name)} can't be read ({error}); see {self.path / _SETTINGS}") from error
 
     def mark_key(self) -> bytes:
-        """The secret under which marks are embedded and prompts are hashed."""
+        """Read the secret key for embedding marks and hashing prompts. Raises InputError."""
         try:
             key = bytes.fromhex(self.text(_MARK_KEY).strip())
         except ValueError as error:
@@ -95,7 +95,7 @@ class ReleaseFolder:
 
 
 def default_path() -> Path:
-    """The folder that is used where none is named."""
+    """Path of the folder if `release=` names none: from the environment, else in the user's configuration folder."""
     named = os.environ.get(VARIABLE, OFF)
     if named != OFF:
         return Path(named).expanduser()
@@ -104,7 +104,10 @@ def default_path() -> Path:
 
 
 def find(named: str | None) -> ReleaseFolder | None:
-    """The folder of `release=FOLDER|off`, or the default one where it exists. Raises InputError for a missing one."""
+    """Open the folder of `release=FOLDER|off`, or the default one if it exists; None if it doesn't, or with `off`.
+
+    Raises InputError if a named folder has no readable settings.
+    """
     named = named if named is not None else os.environ.get(VARIABLE)
     if named == OFF:
         return None
@@ -115,7 +118,7 @@ def find(named: str | None) -> ReleaseFolder | None:
 
 
 def make(path: Path, settings: Settings) -> ReleaseFolder:
-    """Make a folder that its owner alone can read, with a new mark key. Raises InputError where there is one."""
+    """Make a release folder that only its owner can read, with a new mark key. Raises InputError if it exists."""
     if (path / _SETTINGS).exists():
         raise InputError(f"{path} is a release folder already; its keys are in use: change {path / _SETTINGS} instead")
     try:
@@ -124,21 +127,21 @@ def make(path: Path, settings: Settings) -> ReleaseFolder:
         if not (path / _MARK_KEY).exists():
             write_secret(path / _MARK_KEY, secrets.token_hex(32).encode() + b"\n")
         text = json.dumps(asdict(settings), indent=1, ensure_ascii=False) + "\n"
-        (path / _SETTINGS).write_text(text, encoding="utf-8")  # last: where it stands, the folder is whole
+        (path / _SETTINGS).write_text(text, encoding="utf-8")  # last, so that a folder with settings has a key
     except OSError as error:
         raise InputError(f"{path} can't be written: {error.strerror or error}") from error
     return ReleaseFolder(path)
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that its owner alone can read from the first moment on."""
+    """Write a file that is created with read access for its owner only."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
 
 
 def append_line(path: Path, entry: Mapping[str, object]) -> None:
-    """Append a JSON object as one line to a file that its owner alone can read."""
+    """Append a JSON object as one line to a file, which is created with read access for its owner only."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         os.write(descriptor, json.dumps(entry, ensure_ascii=False).encode() + b"\n")

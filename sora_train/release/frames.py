@@ -1,4 +1,4 @@
-"""Frames of a finished file, to look for a mark in: a video, a picture, or a folder of pictures."""
+"""Reads the frames of a video, a picture or a folder of pictures, to detect a mark in them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _video(path: Path) -> Iterator[np.ndarray]:
                 if frame.width * frame.height > _MOST_PIXELS:
                     raise InputError(f"{path} has frames of {frame.width}x{frame.height}: too large")
                 size = size or (frame.width, frame.height)
-                if (frame.width, frame.height) == size:  # a stream may change its size; the mark is of the first one
+                if (frame.width, frame.height) == size:  # else skipped: the mark has the first size
                     yield converter.reformat(frame, format="rgb24").to_ndarray()[None]
             if size is None:
                 raise InputError(f"{path} holds no frame")

@@ -1,6 +1,6 @@
 """Guards of prompts and frames: a word list, and models behind an endpoint or in a local folder.
 
-A guard that doesn't answer counts as a refusal (`guard_fails: closed`), so that what is down lets nothing through.
+With `guard_fails: closed` a guard that doesn't answer counts as a refusal, so that an outage lets nothing through.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from sora_train.release.folder import ReleaseFolder
 from sora_train.release.verdict import Unavailable, Verdict
 from sora_train.release.words import WordList, read_words
 
-UNREACHABLE = "guard unavailable"  # category of a refusal because of a guard that doesn't answer
-_SHOWN = 8  # frames of a piece that a guard is shown
+UNREACHABLE = "guard unavailable"  # category of a refusal because a guard doesn't answer
+_SHOWN = 8  # frames of a video, or of a piece of one, that are checked
 
 
 class Checker(Protocol):
     """One guard. Its methods raise Unavailable."""
 
     name: str
-    sees: bool  # it looks at frames
+    sees: bool  # whether it checks frames
 
     def text(self, text: str) -> Verdict | None:
-        """A finding against a text."""
+        """Check a text. Returns a finding, or None."""
 
     def frames(self, frames_THWC: np.ndarray) -> Verdict | None:
-        """A finding against frames."""
+        """Check frames, uint8. Returns a finding, or None."""
 
 
 @dataclass
@@ -43,29 +43,29 @@ class Words:
     sees: bool = False
 
     def text(self, text: str) -> Verdict | None:
-        """A finding where the text holds a phrase of the list."""
+        """Return a finding if the text contains a phrase of the list, else None."""
         category = self.words.category(text)
         return None if category is None else Verdict(category, self.name)
 
     def frames(self, frames_THWC: np.ndarray) -> Verdict | None:
-        """Nothing: it sees no frames."""
+        """Return None: a word list can't check frames."""
         return None
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Several guards, asked one after the other; the first finding counts."""
+    """Several guards, called in order; the first finding counts."""
 
     checkers: Sequence[Checker]
-    closed: bool  # a guard that doesn't answer refuses
+    closed: bool  # whether a guard that doesn't answer counts as a refusal
 
     @property
     def sees(self) -> bool:
-        """Tell whether any of them looks at frames."""
+        """Tell whether any of them checks frames."""
         return any(checker.sees for checker in self.checkers)
 
     def texts(self, texts: Sequence[str]) -> Verdict | None:
-        """A finding against any of the texts, or against all of them read as one."""
+        """Check each text, and all of them joined by spaces. Returns the first finding, or None."""
         every = list(dict.fromkeys([*texts, " ".join(texts)]))
         for checker in self.checkers:
             for text in every:
@@ -78,7 +78,7 @@ class Guard:
         return None
 
     def frames(self, frames_THWC: np.ndarray) -> Verdict | None:
-        """A finding against evenly spaced frames of a video."""
+        """Check up to `_SHOWN` evenly spaced frames of a video. Returns the first finding, or None."""
         places = np.unique(np.linspace(0, len(frames_THWC) - 1, _SHOWN).round().astype(int))
         for checker in self.checkers:
             if not checker.sees:
@@ -97,7 +97,7 @@ class Guard:
 
 
 def guard_of(folder: ReleaseFolder) -> Guard | None:
-    """The guards that the settings name. Raises InputError for what isn't there."""
+    """Load the guards that the settings name; None if they name none. Raises InputError for a missing file or model."""
     s = folder.settings
     checkers: list[Checker] = []
     if s.guard_words:

@@ -1,4 +1,4 @@
-"""Classifiers of texts and pictures in local folders, as transformers saves them."""
+"""Guard by classifiers of texts and pictures from local folders in the format of transformers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,37 @@ from sora_train.release.verdict import Unavailable, Verdict
 
 
 class LocalGuard:
-    """A guard of a text classifier, an image classifier or both. A class counts from a score on, but the safe ones."""
+    """Guard by a text classifier, an image classifier or both.
+
+    A class is a finding if its score reaches the threshold, unless it is one of the safe classes.
+    """
 
     name = "local"
 
     def __init__(self, text: Path | None, image: Path | None, threshold: float, safe: set[str]) -> None:
-        """Load the classifiers. Raises InputError for a folder that holds none."""
+        """Load the classifiers on the CPU.
+
+        Args:
+            text: Folder of the text classifier; None: texts aren't checked.
+            image: Folder of the image classifier; None: frames aren't checked.
+            threshold: Least score of a class that counts, 0 to 1.
+            safe: Safe classes, in lower case.
+
+        Raises:
+            InputError: A folder contains no such classifier.
+        """
         self._text = None if text is None else _load("text-classification", text)
         self._image = None if image is None else _load("image-classification", image)
         self.sees, self._threshold, self._safe = image is not None, threshold, safe
 
     def text(self, text: str) -> Verdict | None:
-        """A finding against a text."""
+        """Classify a text. Returns a finding, or None."""
         if self._text is None:
             return None
         return self._verdict(self._classified(self._text, text, truncation=True))
 
     def frames(self, frames_THWC: np.ndarray) -> Verdict | None:
-        """A finding against any of the frames."""
+        """Classify frames one by one. Returns the first finding, or None."""
         if self._image is None:
             return None
         for frame in frames_THWC:

@@ -1,4 +1,4 @@
-"""Characters that look like Latin letters, and the letters they look like.
+"""Maps characters that look like Latin letters to those letters.
 
 Unicode's compatibility forms (full width, mathematical, circled, superscript letters) are not here: normalisation
 (NFKD) already turns them into letters. After "confusables" of Unicode Technical Standard 39, reduced to letters that
@@ -14,9 +14,9 @@ _SAME = {
     "s": "ѕꜱʂᏚ5$§", "t": "тᴛτꭲᎢ7†ŧ", "u": "υᴜսʋц", "v": "ѵᴠⅴν", "w": "ԝᴡѡաω", "x": "хⅹχҳ×", "y": "уүʏγყ¥",
     "z": "ᴢʐᏃƶ",
 }  # fmt: skip
-_LATER = {"ν": "v", "ӏ": "l", "1": "i", "н": "h", "в": "b"}  # where two letters claim a character
+_LATER = {"ν": "v", "ӏ": "l", "1": "i", "н": "h", "в": "b"}  # the letter to take if several above list a character
 
-# Capitals that look like another letter than their small form does.
+# Capitals that look like a different letter than their lower-case form.
 CAPITALS = {ord(mark): letter for mark, letter in zip("ΗΝΡΧΥΒΖΜΚΙΤΑΕΟ", "hnpxybzmkitaeo", strict=True)}
 # Letters in squares, circles and flags that no compatibility form turns into letters.
 PICTURED = {

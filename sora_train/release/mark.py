@@ -1,10 +1,11 @@
-"""A built-in invisible mark: 48 bits in the brightness of a video, found again after it was encoded anew.
+"""Built-in invisible mark (watermark): 48 bits in the brightness of a video that survive re-encoding.
 
-A bit is the sign of a keyed sum of the video's spatial frequencies. The frequencies are those of the whole picture (a
-cosine transform of the brightness, averaged over time), so another resolution, frame rate, codec or cut in time leaves
-them where they are. Embedding changes the picture as little as it can: a bit whose sum has the right sign with enough
-margin already costs nothing. The margin is the largest one that the strength (a root mean square of brightness levels)
-pays for. Cropping, mirroring and rotating move the frequencies and remove the mark; so does anybody who has the key.
+Each bit is the sign of a keyed sum of spatial frequencies: coefficients of a cosine transform (DCT) of the full frame's
+brightness, averaged over time. A change of resolution, frame rate, codec or length therefore leaves the frequencies
+where they are. Embedding changes the picture as little as possible: a bit whose sum already has the right sign with
+enough margin is left alone. The margin is the largest that the strength allows; the strength is the root mean square
+of the change, in brightness levels. Cropping, mirroring and rotating move the frequencies and so remove the mark.
+Whoever has the key can remove it too.
 
 Informed embedding: I. J. Cox, M. L. Miller and A. L. McKellips, "Watermarking as communications with side information",
 Proceedings of the IEEE 87 (1999).
@@ -24,18 +25,18 @@ from scipy.ndimage import uniform_filter
 BITS = 48
 ENOUGH = 40  # bits that must agree with a known id: chance alone does it once in 580,000 times
 STRENGTHS = (1.5, 2.5, 4.0)
-SMALLEST = 32  # pixels a side
-# Frequencies used, in half cycles per picture, by the size of their grid; and pixels a side that a grid needs.
+SMALLEST = 32  # shortest side of a picture that can be marked, pixels
+# By grid size: the lowest and the highest frequency used, in half cycles per picture; and the shortest side in pixels.
 _BANDS = {128: (14, 160), 96: (12, 120), 64: (9, 80), 32: (4, 40)}
 _ROOM = {128: 360, 96: 140, 64: 60, 32: SMALLEST}
-PRESENT = 60.0  # sum of the bits' clipped strengths; unmarked 38 with a deviation of 4
-_CLIP = 3.0  # of a bit, and of a frequency: a few strong lines of the picture must not decide
-_AROUND = 7  # frequencies a side that a weight looks at
-_FLOOR = 2.0  # of a frequency's size: below it the codec's noise is larger than the picture
+PRESENT = 60.0  # least sum of the bits' clipped strengths; without a mark 38 with a deviation of 4
+_CLIP = 3.0  # limit of a bit's and of a frequency's value, so that a few strong frequencies don't decide
+_AROUND = 7  # side of the window of frequencies that determines a weight
+_FLOOR = 2.0  # added to a frequency's magnitude: below it the codec's noise is larger than the picture
 _ROUNDS = 3
-_PASSES = 2  # over a picture, each with a part of the strength
-_SMOOTH_TO_ROUGH = (1.0, 12.0)  # deviation of brightness around a place, between which its share grows
-_MASKING = 0.8  # how much the share grows
+_PASSES = 2  # embedding passes over a picture, each with an equal part of the strength
+_SMOOTH_TO_ROUGH = (1.0, 12.0)  # local deviations of brightness between which a pixel's share of the change grows
+_MASKING = 0.8  # exponent of that growth
 _RGB = np.array((0.299, 0.587, 0.114))  # brightness (BT.601)
 
 
@@ -45,19 +46,19 @@ class Found:
 
     id: str  # 12 hexadecimal digits
     strength: float
-    present: bool  # more than chance and pictures alone give
+    present: bool  # whether the strength exceeds that of videos without a mark
 
     def agreeing(self, other: str) -> int:
         """Number of bits that agree with an id."""
         return BITS - (int(self.id, 16) ^ int(other, 16)).bit_count()
 
     def is_that(self, other: str) -> bool:
-        """Tell whether a mark is there and its id is `other`, up to a few bits."""
+        """Tell whether a mark is present and its id agrees with `other` in at least `ENOUGH` bits."""
         return self.present and self.agreeing(other) >= ENOUGH
 
 
 class ClassicalMark:
-    """The mark under a secret key."""
+    """Embeds and detects the mark with a secret key."""
 
     name = "classical-1"
     strengths = STRENGTHS
@@ -66,16 +67,22 @@ class ClassicalMark:
         self._key = key
 
     def embedded(self, pieces: Iterable[np.ndarray], id: str, strength: float) -> Iterator[np.ndarray]:
-        """The frames `(T, H, W, 3)` uint8 with the mark, piece by piece; unchanged where they are too small for it."""
+        """Embed the mark piece by piece; pieces whose frames are too small for it stay unchanged.
+
+        Args:
+            pieces: Frames `(T, H, W, 3)` uint8.
+            id: 12 hexadecimal digits.
+            strength: Root mean square of the change, in brightness levels.
+        """
         for frames_THWC in pieces:
             yield self._marked(frames_THWC, id, strength)
 
     def found(self, pieces: Iterable[np.ndarray]) -> Found:
-        """The mark of a video."""
+        """Detect the mark of a video from its frames `(T, H, W, 3)`, at the grid that shows it most strongly."""
         best = Found("0" * (BITS // 4), 0.0, False)
         mean_HW = _mean(pieces)
-        for grid, (_, highest) in _BANDS.items():  # a picture that was made smaller keeps the grid that it had
-            if 2 * max(mean_HW.shape) < highest:  # most of its frequencies are in no picture of this size
+        for grid, (_, highest) in _BANDS.items():  # a scaled-down video keeps the grid of its original size
+            if 2 * max(mean_HW.shape) < highest:  # this size lacks most of the grid's frequencies
                 continue
             kernel = _kernel(self._key, grid)
             sums = kernel.sums(_spectrum(mean_HW, grid))
@@ -96,7 +103,7 @@ class ClassicalMark:
         share_HW = _tolerance(mean_HW, grid)
         rows, columns = _cosines(height, grid), _cosines(width, grid)
         added_HW = np.zeros_like(mean_HW)
-        for _ in range(_PASSES):  # a share that differs from place to place mixes the frequencies: look again
+        for _ in range(_PASSES):  # the share varies over the picture, which mixes frequencies: measure again
             change = kernel.change(_spectrum(mean_HW + added_HW, grid), signs, strength * grid / _PASSES)
             added_HW += share_HW * (rows.T @ change @ columns) * ((height * width) ** 0.5 / grid)
         added_HW = np.rint(added_HW)
@@ -104,7 +111,7 @@ class ClassicalMark:
             np.repeat(np.clip(part, 0, 255).astype(np.uint8)[..., None], 3, axis=2) for part in (added_HW, -added_HW)
         )
         marked = np.empty_like(frames_THWC)
-        for place, frame in enumerate(frames_THWC):  # in bytes, which is several times as fast as in wider numbers
+        for place, frame in enumerate(frames_THWC):  # uint8 is several times as fast as wider types
             np.add(frame, np.minimum(more, ~frame), out=marked[place])
             marked[place] -= np.minimum(less, marked[place])
         return marked
@@ -114,20 +121,26 @@ class ClassicalMark:
 class _Kernel:
     """Frequencies of every bit, with their signs; no frequency belongs to two bits."""
 
-    places: np.ndarray  # (frequencies, 2)
-    bit: np.ndarray  # (frequencies,)
-    sign: np.ndarray  # (frequencies,)
+    places: np.ndarray  # (frequencies, 2): row and column in the spectrum
+    bit: np.ndarray  # (frequencies,): number of its bit
+    sign: np.ndarray  # (frequencies,): 1 or -1
 
     def sums(self, spectrum: np.ndarray) -> np.ndarray:
-        """The keyed sum of each bit, in deviations of what such sums are in pictures without a mark."""
+        """Keyed sum of each bit, `(BITS,)`, in standard deviations of such sums without a mark."""
         values = np.clip(self._of(spectrum) * self.weights(spectrum), -_CLIP, _CLIP) * self.sign
         values = values / (np.sqrt(np.mean(values**2)) + 1e-9)
         return np.bincount(self.bit, values, BITS) / np.bincount(self.bit, minlength=BITS) ** 0.5
 
     def change(self, spectrum: np.ndarray, signs: np.ndarray, length: float) -> np.ndarray:
-        """The change of the spectrum, of at most this length, that gives all bits the same and largest margin."""
+        """Change of the spectrum, of norm at most `length`, that makes the smallest margin of all bits the largest.
+
+        Args:
+            spectrum: Coefficients of the picture, `(grid, grid)`.
+            signs: Wanted sign of each bit, 1 or -1.
+            length: Euclidean norm.
+        """
         changed = np.zeros_like(spectrum)
-        for _ in range(_ROUNDS):  # the weights are those of the picture with its mark
+        for _ in range(_ROUNDS):  # the weights depend on the change: iterate
             weights = self.weights(spectrum + changed)
             keyed = weights * self.sign
             held = np.bincount(self.bit, self._of(spectrum) * keyed, BITS) * signs
@@ -137,7 +150,7 @@ class _Kernel:
         return changed
 
     def weights(self, spectrum: np.ndarray) -> np.ndarray:
-        """Weight of each frequency: less where the picture itself is strong around it."""
+        """Weight of each frequency: smaller if the picture itself is strong at neighbouring frequencies."""
         around = uniform_filter(np.abs(spectrum), _AROUND, mode="nearest")
         return 1.0 / (self._of(around) + _FLOOR)
 
@@ -147,7 +160,13 @@ class _Kernel:
 
 
 def _largest_margin(held: np.ndarray, norms: np.ndarray, length: float) -> np.ndarray:
-    """Amount that each bit lacks to the largest margin that a change of this length reaches."""
+    """Amount to raise each bit by, so that the smallest margin is the largest that a change of norm `length` reaches.
+
+    Args:
+        held: Margin that each bit has already; negative if its sign is wrong.
+        norms: Sum of the squared weights of each bit's frequencies.
+        length: Euclidean norm of the change.
+    """
     order = np.argsort(held)
     h, n = held[order], norms[order]
     # with the k lowest bits raised to m: m^2 a - 2 m b + c = length^2
@@ -159,7 +178,7 @@ def _largest_margin(held: np.ndarray, norms: np.ndarray, length: float) -> np.nd
 
 @cache
 def _kernel(key: bytes, grid: int) -> _Kernel:
-    """The kernel of a key; the same on every machine, since the order comes from a hash."""
+    """Build the kernel of a key and a grid. It is the same on every machine, since a hash orders the frequencies."""
     low, high = _BANDS[grid]
     v, u = np.mgrid[:grid, :grid]
     radius = np.hypot(v, u)
@@ -172,7 +191,7 @@ def _kernel(key: bytes, grid: int) -> _Kernel:
 
 
 def _tolerance(mean_HW: np.ndarray, grid: int) -> np.ndarray:
-    """The share of a change that each place of a picture takes, 1 in the mean square: less where it is smooth."""
+    """Share of the change that each pixel takes, `(H, W)` with a mean square of 1: less in smooth areas."""
     side = max(3, min(mean_HW.shape) // grid * 4 + 1)
     centre_HW = uniform_filter(mean_HW, side, mode="nearest")
     deviation_HW = np.sqrt(np.maximum(0.0, uniform_filter(mean_HW**2, side, mode="nearest") - centre_HW**2))
@@ -195,7 +214,7 @@ def _mean(pieces: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _spectrum(mean_HW: np.ndarray, grid: int) -> np.ndarray:
-    """The lowest `grid` x `grid` cosine coefficients, in the scale of a picture of that many pixels."""
+    """The lowest `grid` x `grid` cosine coefficients, scaled as for a picture of `grid` x `grid` pixels."""
     height, width = mean_HW.shape
     rows, columns = _cosines(height, grid), _cosines(width, grid)
     return rows @ mean_HW @ columns.T * grid / (height * width) ** 0.5
@@ -203,7 +222,7 @@ def _spectrum(mean_HW: np.ndarray, grid: int) -> np.ndarray:
 
 @cache
 def _cosines(pixels: int, grid: int) -> np.ndarray:
-    """The first `grid` orthonormal cosines over so many pixels, `(grid, pixels)` (DCT-II); 0 where there are fewer."""
+    """The first `grid` orthonormal cosines over a side of `pixels`, `(grid, pixels)` (DCT-II); rows beyond it are 0."""
     n, k = np.arange(pixels), np.arange(grid)[:, None]
     waves = np.cos(np.pi * (n + 0.5) * k / pixels) * (2.0 / pixels) ** 0.5
     waves[0] /= 2.0**0.5

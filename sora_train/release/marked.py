@@ -14,7 +14,7 @@ from sora_train.generation.video import Video, pieces_of
 from sora_train.release.mark import PRESENT
 from sora_train.release.marks import Mark
 
-_CRF, _FRAMES = 28, 24  # how, and how much of a video, it is encoded anew to try its mark
+_CRF, _FRAMES = 28, 24  # of the re-encoding that a mark is tested with: quality, and number of frames
 
 
 def attempts(mark: Mark, video: Video, id: str) -> Iterator[Video]:
@@ -45,7 +45,7 @@ def _least(mark: Mark, frames_THWC: np.ndarray, id: str) -> tuple[int, np.ndarra
             continue
         high = middle
         weaker = [found.strength * strength / mark.strengths[middle] for strength in mark.strengths[low:middle]]
-        low += sum(strength < PRESENT for strength in weaker)  # what is left of a mark goes with its strength
+        low += sum(strength < PRESENT for strength in weaker)  # detected strength is proportional to embedded
     return low, made[low] if low in made else _embedded(mark, frames_THWC, id, mark.strengths[low])
 
 

@@ -21,17 +21,17 @@ class Mark(Protocol):
 
     @property
     def strengths(self) -> Sequence[float]:
-        """Strengths to choose from, the least first; root mean squares of brightness levels where they are a choice."""
+        """Strengths to choose from, in ascending order; several are root mean squares of the change, in levels."""
 
     def embedded(self, pieces: Iterable[np.ndarray], id: str, strength: float) -> Iterator[np.ndarray]:
-        """The frames with the mark, piece by piece."""
+        """Embed an id of 12 hexadecimal digits into frames `(T, H, W, 3)` uint8, piece by piece."""
 
     def found(self, pieces: Iterable[np.ndarray]) -> Found:
-        """The mark of a video."""
+        """Detect the mark of a video from its frames `(T, H, W, 3)` uint8."""
 
 
 def mark_of(folder: ReleaseFolder) -> Mark | None:
-    """The mark that the settings name. Raises InputError for a file that isn't there."""
+    """Load the mark that the settings name; None with `none`. Raises InputError if its file is missing."""
     chosen = folder.settings.mark
     if chosen == NONE:
         return None

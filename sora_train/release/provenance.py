@@ -1,7 +1,7 @@
-"""C2PA manifests: signed into a file as the last thing that is written to it, and read from one.
+"""Writes signed C2PA manifests into files, and reads them.
 
-A manifest binds to every byte of the file. A stream copy loses it and any change breaks it, so nothing may touch a file
-after it was signed.
+A manifest covers every byte of its file: remuxing drops it, and any change invalidates it. Signing must therefore be
+the last change to a file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TYPES = {
 
 
 def _context(roots: str = "", verify_after_sign: bool = False) -> c2pa.Context:
-    """Settings of signing or reading: no thumbnails, nothing fetched; `roots` are trusted."""
+    """Context for signing or reading: no thumbnails, remote manifests or OCSP; `roots` (PEM) are trusted."""
     verify = {"remote_manifest_fetch": False, "ocsp_fetch": False, "verify_after_sign": verify_after_sign}
     trust = {"trust": {"user_anchors": roots}} if roots else {}
     return c2pa.Context.from_dict({"verify": verify, "builder": {"thumbnail": {"enabled": False}}, **trust})
@@ -39,16 +39,16 @@ _UNVERIFIED = _context()
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest as it was found in a file."""
+    """A manifest that was read from a file."""
 
-    state: str  # Trusted; Valid: as it was signed, by a certificate that isn't trusted; Invalid
+    state: str  # Trusted; Valid: unchanged, but signed by a certificate that isn't trusted; or Invalid
     signer: str
-    issued: str  # when it was signed, as a time-stamping authority says; empty: none was asked
+    issued: str  # time of signing by a time-stamping authority; empty without one
     claims: dict[str, Any]  # the generation assertion; empty: made by another program
-    source_type: str  # how the content came to be
-    ingredients: list[str]  # titles of what it was made from
-    faults: list[str] = field(default_factory=list)  # codes of what doesn't hold
-    kept: int = 0  # manifests in the file: this one, and those of what it was made from
+    source_type: str  # C2PA's digitalSourceType, such as trainedAlgorithmicMedia
+    ingredients: list[str]  # titles of the files that it was made from
+    faults: list[str] = field(default_factory=list)  # codes of failed validations
+    kept: int = 0  # number of manifests in the file: this one and those of its ingredients
 
 
 def can_sign(suffix: str) -> bool:
@@ -60,7 +60,7 @@ class Signing:
     """Signs files with the certificate of a release folder."""
 
     def __init__(self, folder: ReleaseFolder) -> None:
-        """Load certificate and key. Raises InputError for what can't sign."""
+        """Load certificate and key. Raises InputError if they can't sign."""
         s, self._folder = folder.settings, folder
         chain, key = folder.text(s.certificate).encode(), folder.text(s.key).encode()
         try:
@@ -72,14 +72,14 @@ class Signing:
     def sign(
         self, draft: Path, path: Path, claims: Mapping[str, Any], given: Sequence[Path] = (), title: str | None = None
     ) -> None:
-        """Sign `draft` to `path`, which appears whole, and remove the draft.
+        """Sign `draft` into `path`, which is written atomically, and remove the draft.
 
         Args:
             draft: The finished file.
             path: Target, in the same folder as the draft.
             claims: Facts for the generation assertion.
             given: Images and videos it was made from: their own manifests are kept within this one.
-            title: Name in the manifest; the target's name where it is absent.
+            title: Name in the manifest; by default the target's file name.
 
         Raises:
             InputError: It can't be signed.
@@ -90,7 +90,7 @@ class Signing:
             with builder, draft.open("rb") as source, signed.open("w+b") as target:
                 builder.sign(self._signer, TYPES[draft.suffix.lower()], source, target)
             signed.replace(path)
-            self._context = _UNVERIFIED  # one signature was read again, which tells whether the certificate will do
+            self._context = _UNVERIFIED  # the first signature was verified, so the certificate works
             if draft != path:
                 draft.unlink()
         except c2pa.C2paError as error:
@@ -125,9 +125,10 @@ class Signing:
 
 
 def read_manifest(path: Path, trusted: str = "") -> Manifest | None:
-    """The manifest of a file, None where there is none; `trusted` holds root certificates (PEM).
+    """Read the manifest of a file; None if there is none, or if files of its type can't contain one.
 
-    Raises InputError for a file that isn't of a kind that holds manifests.
+    A damaged manifest has the state Invalid. `trusted` is the text of root certificates (PEM). Raises InputError if the
+    file can't be read.
     """
     suffix = _suffix(path)
     if suffix not in TYPES:
@@ -178,7 +179,7 @@ def _faults(results: Mapping[str, Any]) -> list[str]:
 
 
 def _suffix(path: Path) -> str:
-    """The ending of a file as its first bytes say it, where they do: names of files are often wrong."""
+    """File extension by the file's first bytes, else by its name: extensions are often wrong."""
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(b"\x89PNG"):

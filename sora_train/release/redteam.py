@@ -1,8 +1,8 @@
-"""Red teaming: a set of prompts through guard, model and output guard, and what got through.
+"""Red teaming: runs a set of prompts through prompt guard, model and output guard, and counts what got through.
 
 A line of the set is {"id": "a1", "category": "violence", "prompt": "...", "expected": "block"}; `expected` is block or
-allow. What is made lies in a folder that its owner alone can read. The report holds counts and rates with Wilson's
-intervals, and no text of a prompt, so it can be published.
+allow. Videos are written into a folder that only its owner can read. The report has counts and rates with Wilson
+intervals and no text of a prompt, so it can be published.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sora_train.release.verify import file_hash
 RESULTS, REPORT = "results.jsonl", "report.json"
 BY_PROMPT, BY_OUTPUT, MADE = "refused_prompt", "refused_video", "made"
 _EXPECTED = ("block", "allow")
-Try = Callable[["Case"], str]  # what becomes of a case: refused_prompt, refused_video or made
+Try = Callable[["Case"], str]  # returns a case's outcome: refused_prompt, refused_video or made
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Options:
     out: str = ""
     seconds: float | None = number(None, above=0, most=600)
     steps: int | None = number(None, least=1, most=10_000)
-    count: int | None = number(None, least=1, most=1_000_000)  # the first so many prompts
+    count: int | None = number(None, least=1, most=1_000_000)  # run only the first `count` prompts
     seed: int = number(0, least=0, most=MAX_SEED)
     release: str | None = None
     compare: list[str] = number([])
@@ -65,7 +65,7 @@ class Case:
     id: str
     category: str
     prompt: str
-    blocked: bool  # it should be
+    blocked: bool  # whether it is expected to be blocked
 
 
 def main(o: Options) -> int:
@@ -91,7 +91,7 @@ def main(o: Options) -> int:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """The prompts of a file. Raises InputError for a line that is none, naming it."""
+    """Read the prompts of a file. Raises InputError that names the first invalid line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
@@ -118,10 +118,10 @@ def read_cases(path: Path) -> list[Case]:
 def attempt_all(cases: Sequence[Case], out: Path, about: Mapping[str, Any], attempt: Try) -> dict[str, str]:
     """Run every case and return its outcome by id; outcomes of an earlier, interrupted call are reused.
 
-    `about` identifies the model, guard and prompt set; a folder holds the results of one of these.
+    `about` identifies the model, guard and prompt set; a folder has the results of one such combination only.
 
     Raises:
-        InputError: The folder can't be used, or holds other results.
+        InputError: The folder can't be used, or has results of another combination.
     """
     with usable(out, "out"):
         out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,11 @@ def report_of(cases: Sequence[Case], results: Mapping[str, str], about: Mapping[
 
 
 def compared(folders: Sequence[Path]) -> Table:
-    """A table of two runs of the same set: who lets through what, case by case. Raises InputError."""
+    """Compare two runs of the same set, case by case. Raises InputError if they have no prompt in common.
+
+    The table has, by category, how many prompts each run alone handled as expected, and the p-value of the exact
+    McNemar test.
+    """
     if len(folders) != 2:
         raise InputError("compare=[FOLDER,FOLDER] takes two folders of redteam")
     runs = [{line["id"]: line for line in _lines(folder / RESULTS)[1:]} for folder in folders]
@@ -168,12 +172,12 @@ def compared(folders: Sequence[Path]) -> Table:
 
 
 def _through_the_model(source: Source, named: str | None, folder: Path, pool: Pool) -> Try:
-    """Attempts with the model itself, which is loaded when the first prompt gets as far."""
+    """Build a function that samples a case's prompt. It loads the model when a prompt first passes the guard."""
     safeguards = safeguards_for(named)
     opened: list[Sampler] = []
 
     def attempt(case: Case) -> str:
-        """Sample a case's prompt; returns what became of it."""
+        """Sample a case's prompt, and return the outcome."""
         o = replace(source.options, prompt=case.prompt)
         sample = prepared(source.config, o, Job(o, folder / case.id.replace("/", "_")), pool)
         try:
@@ -227,7 +231,7 @@ def _table(report: Mapping[str, Any]) -> Table:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of the results; one that a kill cut short is removed."""
+    """Read the lines of the results; an incomplete last line, left by a kill, is removed from the file."""
     if not path.is_file():
         return []
     data = path.read_bytes()

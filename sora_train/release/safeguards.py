@@ -1,4 +1,4 @@
-"""The safeguards of a release folder: prompts and frames are guarded, videos marked, checked and signed."""
+"""The safeguards of a release folder: they check prompts and frames, and mark, verify and sign videos."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Released(Safeguards):
     """The safeguards that a release folder's settings ask for."""
 
     def __init__(self, folder: ReleaseFolder, *, sign: bool = True, mark: bool = True, guard: bool = True) -> None:
-        """Load keys, certificate and guards. Raises InputError for what can't be used."""
+        """Load keys, certificate and guards. Raises InputError for one that can't be used."""
         s = folder.settings
         self.folder = folder
         self._secret = folder.mark_key()
@@ -45,7 +45,7 @@ class Released(Safeguards):
         self.guard: Guard | None = guard_of(folder) if guard and s.guard else None
 
     def check_format(self, format: str) -> None:
-        """Raise InputError for a format that holds no manifest."""
+        """Raise InputError for a format that can't contain a manifest."""
         if self._signing is not None and not can_sign(f".{format}"):
             raise InputError(f"format={format} can't hold a signed manifest; take mp4, or give release.sign=false")
 
@@ -61,12 +61,15 @@ class Released(Safeguards):
             raise self._refusal("prompt", verdict, text)
 
     def about(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """The id of the mark, and what else is done."""
+        """Entry for a sample's JSON: whether it is signed and guarded, and the id and kind of its mark."""
         mark = {} if self._mark is None else {"mark": self._id(about), "mark_kind": self._mark.name}
         return {"release": {"signed": self._signing is not None, "guarded": self.guard is not None, **mark}}
 
     def write(self, path: Path, video: Video, write: Write, about: Mapping[str, Any]) -> None:
-        """Have a video written, guarded, marked and signed; `path` appears when all is done. Raises Refused."""
+        """Check a video, mark it, write it with `write`, and sign the file. Raises Refused.
+
+        A signed file appears at `path` only when it is complete.
+        """
         draft = (
             path if self._signing is None else path.with_name(f".{path.stem[-180:]}.{os.getpid()}.draft{path.suffix}")
         )
@@ -80,16 +83,16 @@ class Released(Safeguards):
                 draft.unlink(missing_ok=True)
 
     def sign(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Sign a picture in its place."""
+        """Sign a picture in place."""
         if self._signing is not None:
             self._signing.sign(path, path, self._claims(about))
 
     def prompt_hash(self, text: str) -> str:
-        """A hash by which the owner of the key knows a prompt again, and nobody else can guess it."""
+        """Keyed hash (HMAC) of a prompt: only the owner of the key can tell whether it is that of a given text."""
         return hmac.new(self._secret, text.encode(), "sha256").hexdigest()[:32]
 
     def _write_marked(self, draft: Path, video: Video, write: Write, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the draft with a mark that is found in it again; returns the claims for its manifest."""
+        """Write the draft, with a stronger mark until it is detected in the file. Returns the manifest's claims."""
         mark, claims, guarded = self._mark, self._claims(about), self._guarded(video, about)
         if mark is None:
             write(draft, guarded)
@@ -108,7 +111,7 @@ class Released(Safeguards):
         return claims
 
     def _guarded(self, video: Video, about: Mapping[str, Any]) -> Video:
-        """The same video, whose frames are checked as they come. Raises Refused."""
+        """Return the video, whose frames are checked at once, or as its pieces are read. Raises Refused."""
         if self.guard is None or not self.guard.sees:
             return video
         if isinstance(video, np.ndarray):
@@ -128,7 +131,7 @@ class Released(Safeguards):
             raise self._refusal("video", verdict, _prompt(about))
 
     def _refusal(self, what: str, verdict: Verdict, text: str) -> Refused:
-        """Record a refusal, without the text, and say it."""
+        """Record a refusal, without the text, and return it as an exception."""
         known = self.prompt_hash(text)
         entry = {"time": _now(), "what": what, "category": verdict.category, "by": verdict.by, "prompt_hash": known}
         self.folder.append(REFUSALS, entry | {"score": verdict.score})
@@ -144,7 +147,7 @@ class Released(Safeguards):
         }  # fmt: skip
 
     def _id(self, about: Mapping[str, Any]) -> str:
-        """An id for the mark of this very sample: the same sample has the same again."""
+        """Id of a sample's mark, 12 hexadecimal digits: a keyed hash of options, weights, inputs, seed, prompt."""
         what = {key: about[key] for key in sorted(about) if key in ("options", "weights", "given", "seed", "prompt")}
         text = json.dumps(what, sort_keys=True, default=str).encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()[: BITS // 4]

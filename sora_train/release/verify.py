@@ -1,4 +1,4 @@
-"""Verification of a file: its manifest, its mark, and what of them holds."""
+"""Verification of a file by its manifest and its mark."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ class Verified:
 
     path: Path
     manifest: Manifest | None
-    mark: Found | None  # None: there is no key to look for one with
-    known: str  # the id of the manifest or of this folder's record that the mark is, or empty
+    mark: Found | None  # None: not looked for, without a key or readable frames
+    known: str  # id in the manifest or in this folder's records that the mark agrees with; empty: none
 
     @property
     def manifest_holds(self) -> bool:
-        """The file is as it was signed, by a trusted certificate."""
+        """Tell whether the file is unchanged since it was signed with a trusted certificate."""
         return self.manifest is not None and self.manifest.state == "Trusted"
 
     @property
     def mark_holds(self) -> bool:
-        """A mark under this folder's key is there."""
+        """Tell whether a mark with this folder's key was detected."""
         return self.mark is not None and self.mark.present
 
     @property
     def holds(self) -> bool:
-        """Tell whether one of them holds."""
+        """Tell whether the manifest or the mark holds."""
         return self.manifest_holds or self.mark_holds
 
     def lines(self) -> list[str]:
@@ -71,7 +71,16 @@ class Verified:
 
 
 def verify(path: Path, folder: ReleaseFolder | None, trust: str | None) -> Verified:
-    """Verify a file by the folder's root and key, or by the roots of `trust`. Raises InputError."""
+    """Verify a file's manifest and mark.
+
+    Args:
+        path: The file.
+        folder: Release folder with the trusted roots and the mark's key; None: no mark is looked for.
+        trust: File of root certificates (PEM) in place of the folder's.
+
+    Raises:
+        InputError: A file is missing or can't be read.
+    """
     if not path.is_file():
         raise InputError(f"there is no file {path}")
     roots = ""
@@ -96,7 +105,7 @@ def verify(path: Path, folder: ReleaseFolder | None, trust: str | None) -> Verif
 
 
 def _known(found: Found, manifest: Manifest | None, records: Path) -> str:
-    """The id that a found mark is: that of the manifest, else the nearest of the record."""
+    """Find the id that a detected mark agrees with: the manifest's, else the nearest of `records`; empty: none."""
     said = (manifest.claims.get("mark") or {}) if manifest is not None else {}
     if isinstance(said, dict) and found.present and found.is_that(str(said.get("id", "0"))):
         return str(said["id"])
@@ -107,7 +116,7 @@ def _known(found: Found, manifest: Manifest | None, records: Path) -> str:
 
 
 def _ids(records: Path) -> set[str]:
-    """The ids of a record of marks; a line that a kill or a full disk cut short has none."""
+    """Read the ids of a record of marks, without lines that a kill or a full disk cut short."""
     ids = set()
     for line in records.read_bytes().splitlines():
         try:

@@ -1,8 +1,8 @@
-"""VideoSeal and its successors as TorchScript: the network is a local file, nothing is fetched.
+"""Mark by VideoSeal or a successor: a TorchScript network in a local file; nothing is fetched.
 
-Fernandez et al. 2024, "Video Seal", arXiv 2412.09492. The file's `embed(frames, bits)` and `detect(frames)` are those
-that the authors export. The id's 48 bits are repeated over the network's message under a keyed sign, so that a message
-of another's is told from one of ours.
+Fernandez et al. 2024, "Video Seal", arXiv 2412.09492. The file has the methods `embed(frames, bits)` and
+`detect(frames)`, as the authors export them. The id's 48 bits are repeated to fill the network's message, and each is
+multiplied by a keyed sign, so that messages of others aren't taken for marks of this key.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 from sora_train.core.cli import InputError
 from sora_train.release.mark import BITS, PRESENT, Found
 
-_AT_ONCE = 8  # frames in the network
+_AT_ONCE = 8  # frames in a batch
 _LEAST = 128  # bits of a message
 
 
 class VideoSeal:
     """A mark by a TorchScript network."""
 
-    strengths = (1.0,)  # the network has a strength of its own
+    strengths = (1.0,)  # no choice: the network determines it
 
     def __init__(self, path: Path, key: bytes) -> None:
-        """Load the network. Raises InputError for another file."""
+        """Load the network. Raises InputError for a file without such a network, or with too short a message."""
         try:
             self._network = torch.jit.load(str(path), map_location="cpu").eval()
             self._bits = int(self._detect(torch.zeros(1, 3, 256, 256)).shape[-1])
@@ -41,7 +41,7 @@ class VideoSeal:
         self._signs = np.array([1.0 if byte & 1 else -1.0 for byte in digest])
 
     def embedded(self, pieces: Iterable[np.ndarray], id: str, strength: float) -> Iterator[np.ndarray]:
-        """The frames with the mark."""
+        """Embed an id of 12 hexadecimal digits into frames `(T, H, W, 3)` uint8. `strength` is ignored."""
         bits = np.array([1.0 if bit == "1" else -1.0 for bit in f"{int(id, 16):0{BITS}b}"])
         message = torch.tensor(np.resize(bits, self._bits) * self._signs > 0, dtype=torch.float32)[None]
         for frames_THWC in pieces:
@@ -53,7 +53,7 @@ class VideoSeal:
             yield np.concatenate(marked)
 
     def found(self, pieces: Iterable[np.ndarray]) -> Found:
-        """The mark of a video, from the mean of what the network says of its frames."""
+        """Detect the mark of a video from the network's outputs, averaged over all frames."""
         total, count = np.zeros(self._bits), 0
         for frames_THWC in pieces:
             for part in _parts(frames_THWC):
@@ -71,7 +71,7 @@ class VideoSeal:
         """Output of the network for each bit, `(T, bits)`: above 0 is a one."""
         with torch.no_grad():
             found: Tensor = self._network.detect(frames)
-        return found[:, 1:]  # the first says whether there is any mark, in its own view
+        return found[:, 1:]  # the first output is the network's score for any mark at all
 
 
 def _parts(frames_THWC: np.ndarray) -> Iterator[np.ndarray]:

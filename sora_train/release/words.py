@@ -1,7 +1,7 @@
 """Word list: phrases compared after folding case, width, accents, look-alikes, and hidden and spaced letters.
 
-A minimum beneath other guards, since it knows no meaning. Each line is `category: phrase`; lines that start with # are
-comments.
+It is a minimum to be used with other guards, since it compares words and not meaning. Each line is `category: phrase`;
+lines that start with # are comments.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from itertools import groupby
 from sora_train.core.cli import InputError
 from sora_train.release.lookalikes import CAPITALS, LETTERS, PICTURED
 
-_INSIDE = re.compile(r"(?<=[^\W_])(?:[^\w\s]|_)+(?=[^\W_])")  # what is put between the letters of a word
-_HIDDEN = "\u115f\u1160\u17b4\u17b5"  # letters that show nothing
+_INSIDE = re.compile(r"(?<=[^\W_])(?:[^\w\s]|_)+(?=[^\W_])")  # marks between letters of a word
+_HIDDEN = "\u115f\u1160\u17b4\u17b5"  # invisible letters
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class WordList:
     phrases: dict[tuple[str, ...], str]  # words of a phrase -> category
 
     def category(self, text: str) -> str | None:
-        """The category of the first phrase that a text holds, or None."""
+        """The category of the first phrase that a text contains, or None."""
         longest = max(map(len, self.phrases), default=0)
         for words in readings(text):
             for start in range(len(words)):
@@ -38,7 +38,7 @@ class WordList:
 
 
 def read_words(text: str, name: str) -> WordList:
-    """A list from the text of its file. Raises InputError for a line that is none, naming it."""
+    """Parse the text of the file `name` into a list. Raises InputError that names the first invalid line."""
     phrases: dict[tuple[str, ...], str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -53,23 +53,26 @@ def read_words(text: str, name: str) -> WordList:
 
 
 def fold(text: str) -> str:
-    """Text in small Latin letters without accents, hidden characters and look-alikes; repeated letters are one."""
+    """Normalise a text to lower-case Latin letters.
+
+    Accents and invisible characters are removed, look-alikes replaced, and repeated characters collapsed.
+    """
     plain = _shown(text).translate(CAPITALS).casefold().translate(LETTERS)
     plain = unicodedata.normalize("NFKD", plain)
     return "".join(one for one, _ in groupby(plain))
 
 
 def _shown(text: str) -> str:
-    """A text in Unicode's plain forms, without accents and characters that show nothing."""
+    """Decompose a text by Unicode's NFKD, and remove accents and invisible characters."""
     hidden = ("Mn", "Me", "Cf", "Cc", "Co", "Cn")
     plain = unicodedata.normalize("NFKD", text)
     return "".join(c for c in plain if c in "\n\t" or not (unicodedata.category(c) in hidden or c in _HIDDEN))
 
 
 def readings(text: str) -> list[list[str]]:
-    """The words of a text as they may be read: apart at every mark, and joined where marks or spaces divide letters."""
+    """Three readings of a text as words: split at every mark, joined across marks, and with single letters joined."""
     folded = fold(text)
-    joined = _INSIDE.sub("", _shown(text).translate(PICTURED))  # before ! and | are taken for letters
+    joined = _INSIDE.sub("", _shown(text).translate(PICTURED))  # before `fold` makes letters of ! and |
     spaced = _joined_letters(_plain_words(folded))
     return [_plain_words(folded), _plain_words(fold(joined)), [fold(word) for word in spaced]]
 
@@ -79,7 +82,7 @@ def _plain_words(folded: str) -> list[str]:
 
 
 def _joined_letters(words: Iterable[str]) -> list[str]:
-    """Words, single letters in a row made one word."""
+    """Join each run of single letters into one word."""
     found: list[str] = []
     for single, run in groupby(words, key=lambda word: len(word) == 1):
         letters = list(run)

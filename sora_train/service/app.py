@@ -1,6 +1,6 @@
 """The service's HTTP API and its page.
 
-Annotations are evaluated here: FastAPI reads those of functions within functions, which it can't find by name.
+Annotations aren't postponed in this module: FastAPI couldn't resolve those that name local variables of a function.
 """
 
 import json
@@ -47,15 +47,15 @@ class Terms:
     """Limits of the service for one key."""
 
     most_seconds: float  # of a video
-    default_seconds: float  # of a video whose length isn't asked for
-    most_waiting: int = 8  # jobs
-    most_upload_bytes: int = 1 << 28  # of all of a key's uploads
+    default_seconds: float  # of a video, if the request has no length
+    most_waiting: int = 8  # queued and running jobs
+    most_upload_bytes: int = 1 << 28  # sum of a key's uploads
     contact: str = ""
     prompt_hash: Callable[[str], str] = lambda text: ""
 
 
 class Wish(BaseModel):
-    """A video that is asked for."""
+    """Request for a video."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -108,18 +108,18 @@ class Me(BaseModel):
 
 
 class Made(BaseModel):
-    """The id of what was accepted."""
+    """Id of an accepted job or upload."""
 
     id: str
 
 
 def build_app(folder: Path, database: Database, terms: Terms, bounds: Bounds, wake: Callable[[], None]) -> FastAPI:
-    """The application over a service folder. `wake` tells the worker that there is a new job."""
+    """Build the application of a service folder. `wake` tells the worker that there is a new job."""
     app = FastAPI(title="sora_train", docs_url=None, redoc_url=None, responses=_NO_KEY)
     known = _Door(database)
     app.add_middleware(Guarded, bounds=bounds, audit=folder / AUDIT, uploads=UPLOADS)
     app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
-    for kind in (sqlite3.OperationalError, OSError):  # a full disk above all
+    for kind in (sqlite3.OperationalError, OSError):  # mostly a full disk
         app.add_exception_handler(kind, _say_to_come_again)
     _add_page(app)
     _add_jobs(app, database, terms, known, wake)
@@ -129,20 +129,20 @@ def build_app(folder: Path, database: Database, terms: Terms, bounds: Bounds, wa
 
 
 def _say_what_is_wrong(request: Request, error: Exception) -> JSONResponse:
-    """One line for a request that isn't as described; what was sent is not sent back."""
+    """Answer an invalid request with status 422 and one line, which doesn't repeat the request's content."""
     assert isinstance(error, RequestValidationError)
     lines = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()]
     return JSONResponse({"detail": "; ".join(lines).encode("utf-8", "replace").decode()}, 422)
 
 
 def _say_to_come_again(request: Request, error: Exception) -> JSONResponse:
-    """Nothing was accepted, since it can't be written down."""
+    """Answer with status 503: nothing was accepted, since it couldn't be stored."""
     logging.getLogger(__name__).error("%s %s: %s", request.method, request.url.path, error)
     return JSONResponse({"detail": CANT_WRITE}, 503, {"Retry-After": "60"})
 
 
 class _Door:
-    """Lets in who has a key; a dependency of every endpoint but the page."""
+    """Checks the key of a request and its rate; a dependency of every endpoint except the page and /health."""
 
     def __init__(self, database: Database) -> None:
         self._database, self._rate = database, Rate()
@@ -176,7 +176,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_jobs(app: FastAPI, database: Database, terms: Terms, known: _Door, wake: Callable[[], None]) -> None:
-    """Add what a key can ask for: its account, a new job, its jobs."""
+    """Add the endpoints of a key: its quota, a new job, and its jobs."""
     Known = Annotated[Key, Depends(known)]
 
     @app.get("/api/me")
@@ -209,7 +209,7 @@ def _add_jobs(app: FastAPI, database: Database, terms: Terms, known: _Door, wake
 
 
 def _add_job(app: FastAPI, folder: Path, database: Database, known: _Door) -> None:
-    """Add what can be asked of one job, by its owner alone."""
+    """Add the endpoints of one job, which only its owner can use."""
 
     def owned(id: Id, key: Annotated[Key, Depends(known)], request: Request) -> Job:
         job = database.job(id, key.name)

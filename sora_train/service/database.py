@@ -1,4 +1,4 @@
-"""The service's SQLite file: keys of the invited and jobs, written so that a kill loses nothing that was accepted."""
+"""The service's SQLite database: keys of users, jobs and uploads. An accepted job survives a kill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sora_train.core.cli import InputError
 
 QUEUED, RUNNING, DONE, FAILED, REFUSED, CANCELLED = "queued", "running", "done", "failed", "refused", "cancelled"
 ENDED = (DONE, FAILED, REFUSED, CANCELLED)
-ATTEMPTS = 3  # times that a job is taken up: one that takes the service down with it must not do so for ever
+ATTEMPTS = 3  # starts of a job: one that crashes the service must not do so again and again
 DAY = 86400.0
 _PREFIX = "sora_"
 _WAIT_S = 20.0  # for another writer
@@ -39,12 +39,12 @@ CREATE TABLE IF NOT EXISTS uploads (id TEXT PRIMARY KEY, key TEXT NOT NULL, byte
 _FAIREST = """
 SELECT id FROM jobs LEFT JOIN (SELECT key AS whose, MAX(started) AS last FROM jobs GROUP BY key) ON whose = key
 WHERE state = 'queued' ORDER BY COALESCE(last, 0), number LIMIT 1
-"""  # the key that has waited longest since a job of its own began, then its oldest job
+"""  # of the key whose last job started the longest ago, the oldest job
 
 
 @dataclass(frozen=True)
 class Key:
-    """Somebody who may use the service."""
+    """A user of the service, with the limits of its key."""
 
     name: str
     seconds_per_day: float  # of video
@@ -54,18 +54,18 @@ class Key:
 
 @dataclass(frozen=True)
 class Job:
-    """A video that somebody asked for."""
+    """A requested video. Times are in seconds since the epoch."""
 
     number: int
     id: str
     key: str
     state: str
     request: str  # JSON
-    seconds: float
+    seconds: float  # length of the video
     made: float
     started: float | None
     ended: float | None
-    progress: float
+    progress: float  # 0 to 1
     attempts: int
     message: str
     file: str  # name of the video within the folder of outputs
@@ -83,7 +83,7 @@ class Database:
     # keys
 
     def add_key(self, name: str, seconds_per_day: float, requests_per_minute: int) -> str:
-        """Make a key, which is shown this once: its hash alone is kept. Raises InputError for a name that is taken."""
+        """Create a key and return it; only its hash is stored. Raises InputError for a name that is taken."""
         key = _PREFIX + secrets.token_urlsafe(32)
         row = (name, hash_of(key), time.time(), seconds_per_day, requests_per_minute)
         try:
@@ -94,7 +94,7 @@ class Database:
         return key
 
     def revoke(self, name: str) -> None:
-        """Revoke a key: from now on it opens nothing, and its waiting jobs are cancelled. Raises InputError."""
+        """Revoke a key and cancel its queued and running jobs. Raises InputError if there is no such key."""
         with self._writing() as db:
             now = time.time()
             if not db.execute("UPDATE keys SET revoked = ? WHERE name = ? AND revoked IS NULL", (now, name)).rowcount:
@@ -110,7 +110,7 @@ class Database:
         return [Key(*row) for row in rows]
 
     def key(self, secret: str) -> Key | None:
-        """The key with this secret, unless it was revoked. The search is by hash, so its time says nothing."""
+        """Find the key with this secret; None if unknown or revoked. The lookup by hash leaks no timing."""
         rows = self._rows(
             "SELECT name, seconds_per_day, requests_per_minute, revoked FROM keys WHERE hash = ? AND revoked IS NULL",
             hash_of(secret),
@@ -120,7 +120,7 @@ class Database:
     # jobs
 
     def add_job(self, key: Key, request: str, seconds: float, most_waiting: int) -> str | None:
-        """Accept a job; None where the key has as many waiting as it may, or no seconds left today."""
+        """Queue a job and return its id; None if the key has `most_waiting` unfinished ones, or no seconds left."""
         id, now = secrets.token_hex(16), time.time()
         with self._writing() as db:
             (waiting,) = db.execute(
@@ -134,16 +134,16 @@ class Database:
         return id
 
     def used(self, key: Key) -> float:
-        """Seconds of video that a key took in the last day; what failed or was refused doesn't count."""
+        """Seconds of video that a key requested in the last 24 hours, without failed, refused and cancelled jobs."""
         return float(self._rows(_USED, key.name, time.time() - DAY)[0][0])
 
     def job(self, id: str, key: str) -> Job | None:
-        """A job of this key; None for another's as for one that isn't there."""
+        """Find a job of this key; None if it is unknown or another key's."""
         rows = self._rows("SELECT * FROM jobs WHERE id = ? AND key = ?", id, key)
         return Job(*rows[0]) if rows else None
 
     def jobs(self, key: str, most: int = 100) -> list[Job]:
-        """The newest jobs of a key."""
+        """The newest `most` jobs of a key, newest first."""
         rows = self._rows("SELECT * FROM jobs WHERE key = ? ORDER BY number DESC LIMIT ?", key, most)
         return [Job(*row) for row in rows]
 
@@ -155,7 +155,7 @@ class Database:
         return int(count)
 
     def claim(self) -> Job | None:
-        """Take up the next job, fairly between keys."""
+        """Mark the next job as running and return it, fairly between keys; None if none is queued."""
         with self._writing() as db:
             found = db.execute(_FAIREST).fetchone()
             if found is None:
@@ -167,7 +167,7 @@ class Database:
             return Job(*db.execute("SELECT * FROM jobs WHERE id = ?", found).fetchone())
 
     def recover(self) -> int:
-        """Put the jobs back that a killed service was at work on; those taken up too often have failed."""
+        """Queue the running jobs of a killed service again; those started `ATTEMPTS` times fail. Returns how many."""
         with self._writing() as db:
             db.execute(
                 "UPDATE jobs SET state = 'failed', ended = ?, message = 'the service ended during this job, every time'"
@@ -176,21 +176,21 @@ class Database:
             return db.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'").rowcount
 
     def put_back(self, id: str) -> None:
-        """Put a running job back into the queue, as if it had not been taken up."""
+        """Put a running job back into the queue, without counting the attempt."""
         with self._writing() as db:
             db.execute(
                 "UPDATE jobs SET state = 'queued', attempts = attempts - 1 WHERE id = ? AND state = 'running'", (id,)
             )
 
     def progress(self, id: str, share: float) -> bool:
-        """Note the progress of a running job; False where it isn't running any more, since it was cancelled."""
+        """Store the progress of a running job, 0 to 1; False if it is no longer running, because it was cancelled."""
         with self._writing() as db:
             return (
                 db.execute("UPDATE jobs SET progress = ? WHERE id = ? AND state = 'running'", (share, id)).rowcount > 0
             )
 
     def end(self, id: str, state: str, message: str = "", file: str = "") -> bool:
-        """End a running job; False where it ended before."""
+        """Store the final state of a running job; False if it is no longer running."""
         with self._writing() as db:
             return db.execute(
                 "UPDATE jobs SET state = ?, message = ?, file = ?, ended = ?, progress = ?"
@@ -199,7 +199,7 @@ class Database:
             ).rowcount > 0  # fmt: skip
 
     def cancel(self, id: str, key: str) -> bool:
-        """Cancel a job of a key that has not ended."""
+        """Cancel a queued or running job of a key; False if there is none with this id."""
         with self._writing() as db:
             return db.execute(
                 "UPDATE jobs SET state = 'cancelled', ended = ?"
@@ -208,7 +208,7 @@ class Database:
             ).rowcount > 0  # fmt: skip
 
     def expired(self, before: float) -> list[str]:
-        """Forget jobs that ended and uploads that came before a time; returns the names of their files."""
+        """Delete jobs that ended and uploads that were made before a time. Returns the names of their files."""
         with self._writing() as db:
             ended = "state NOT IN ('queued', 'running') AND ended < ?"
             files = [str(file) for (file,) in db.execute(f"SELECT file FROM jobs WHERE {ended}", (before,)) if file]
@@ -220,7 +220,7 @@ class Database:
     # uploads
 
     def add_upload(self, key: str, size: int, most_bytes: int) -> str | None:
-        """Accept an upload of a size; None where the key's uploads would be too large together."""
+        """Register an upload of `size` bytes and return its id; None if the key's uploads would exceed `most_bytes`."""
         id = secrets.token_hex(16)
         with self._writing() as db:
             (held,) = db.execute("SELECT COALESCE(SUM(bytes), 0) FROM uploads WHERE key = ?", (key,)).fetchone()
@@ -230,12 +230,12 @@ class Database:
         return id
 
     def remove_upload(self, id: str) -> None:
-        """Forget an upload that could not be stored."""
+        """Delete the entry of an upload that could not be stored."""
         with self._writing() as db:
             db.execute("DELETE FROM uploads WHERE id = ?", (id,))
 
     def has_upload(self, id: str, key: str) -> bool:
-        """Tell whether an upload is this key's."""
+        """Tell whether there is an upload with this id of this key."""
         return bool(self._rows("SELECT 1 FROM uploads WHERE id = ? AND key = ?", id, key))
 
     def _connection(self) -> sqlite3.Connection:
@@ -243,7 +243,7 @@ class Database:
         if not hasattr(self._local, "connection"):
             self._local.connection = sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None)
             self._local.connection.execute("PRAGMA journal_mode = WAL")
-            self._local.connection.execute("PRAGMA synchronous = FULL")  # what was accepted outlasts a power cut
+            self._local.connection.execute("PRAGMA synchronous = FULL")  # accepted jobs survive a power cut
         connection: sqlite3.Connection = self._local.connection
         return connection
 
@@ -252,7 +252,7 @@ class Database:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, which waits for other writers at its beginning."""
+        """Context of one write transaction, which waits for other writers when it begins."""
         connection = self._connection()
         connection.execute("BEGIN IMMEDIATE")
         try:

@@ -39,12 +39,12 @@ _MOST_UNWRITTEN = 10_000
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds of a request's body."""
+    """Bounds of a request's body and address."""
 
     json_bytes: int
     upload_bytes: int
-    seconds: float  # in which it must arrive
-    allow: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()  # addresses; empty: all
+    seconds: float  # in which the body must arrive
+    allow: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()  # clients' networks; empty: all
 
 
 class TooMuch(HTTPException):
@@ -55,26 +55,26 @@ class TooMuch(HTTPException):
 
 
 class Rate:
-    """Calls per minute by name, as a bucket that refills steadily."""
+    """Limits calls per minute by name: a token bucket for each name."""
 
     def __init__(self) -> None:
-        self._buckets: dict[str, tuple[float, float]] = {}  # what is left, and when
+        self._buckets: dict[str, tuple[float, float]] = {}  # tokens left, and when they were counted
         self._lock = threading.Lock()
 
     def allows(self, name: str, per_minute: float) -> bool:
-        """Take one of a name's calls; False where none is left."""
+        """Take a token from a name's bucket; False if none is left."""
         now = time.monotonic()
         with self._lock:
             left, then = self._buckets.get(name, (per_minute, now))
             left = min(per_minute, left + (now - then) * per_minute / 60)
             if len(self._buckets) > _MOST_BUCKETS:
-                self._buckets.clear()  # full buckets all of them, or nearly
+                self._buckets.clear()  # bounds the memory; most have refilled
             self._buckets[name] = (left - 1 if left >= 1 else left, now)
         return left >= 1
 
 
 class Guarded:
-    """ASGI middleware: bounds, headers, audit."""
+    """ASGI middleware: enforces bounds, adds security headers, and writes the audit log."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], bounds: Bounds, audit: Path, uploads: str) -> None:
         self.app, self.bounds, self.audit, self.uploads = app, bounds, audit, uploads
@@ -98,14 +98,14 @@ class Guarded:
                 begun, entry["status"] = True, message["status"]
                 kept = [(k, v) for k, v in message.get("headers", []) if k.decode("latin-1").lower() not in _HEADERS]
                 message["headers"] = kept + [(k.encode(), v.encode()) for k, v in _HEADERS.items()]
-                self._write(entry | facts)  # before the client can know that it was done
+                self._write(entry | facts)  # before the client gets the answer
             await send(message)
 
         try:
             if not self._may_come(scope):
                 raise TooMuch(403)
             if scope["method"] != "GET" and not self._is_audited():
-                raise TooMuch(503)  # nothing is done that would leave no trace
+                raise TooMuch(503)  # nothing is changed without an audit entry
             await self.app(scope, self._bounded(scope, receive), sending)
         except TooMuch as error:
             if not begun:
@@ -115,13 +115,13 @@ class Guarded:
                 self._write(entry | facts)
 
     def _write(self, entry: dict[str, object]) -> None:
-        """Write a request's entry, once, into the audit log; only calls of the API have one."""
+        """Write the entry of an API request into the audit log; other requests aren't logged."""
         if str(entry["path"]).startswith("/api/"):
             self._unwritten.append(entry)
             self._is_audited()
 
     def _is_audited(self) -> bool:
-        """Write the entries that wait; False where they can't be written."""
+        """Write the pending audit entries; False if that fails."""
         try:
             while self._unwritten:
                 append_line(self.audit, self._unwritten[0])
@@ -141,7 +141,7 @@ class Guarded:
         return any(address in network for network in self.bounds.allow)
 
     def _bounded(self, scope: Mapping[str, Any], receive: Receive) -> Receive:
-        """The body, which raises TooMuch where it is too large or too slow."""
+        """Wrap `receive` so that it raises TooMuch for a body that is too large or too slow."""
         most = self.bounds.upload_bytes if scope["path"] == self.uploads else self.bounds.json_bytes
         said = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
         ends = time.monotonic() + self.bounds.seconds

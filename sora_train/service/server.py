@@ -25,15 +25,15 @@ class Address:
     port: int = 0
     tls_certificate: str | None = None
     tls_key: str | None = None
-    proxy: str | None = None  # whose X-Forwarded-For is believed
+    proxy: str | None = None  # address whose X-Forwarded-For header is trusted
 
 
 def listening(at: Address) -> socket.socket:
-    """A socket that listens there. Raises InputError where it can't, and for a certificate that can't be used."""
+    """Open a socket that listens at an address. Raises InputError if the address or the certificate can't be used."""
     if at.tls_certificate is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(at.tls_certificate, at.tls_key)
-        except OSError as error:  # of which an ssl.SSLError is one
+        except OSError as error:  # ssl.SSLError is an OSError
             raise InputError(f"tls_certificate={at.tls_certificate} and tls_key={at.tls_key}: {error}") from error
     try:
         family = socket.getaddrinfo(at.host, at.port, type=socket.SOCK_STREAM)[0][0]
@@ -52,7 +52,7 @@ class ImpatientProtocol(H11Protocol):
         self._patience = self.loop.call_later(_HEAD_S, self._hang_up)
 
     def on_response_complete(self) -> None:
-        """Begin to wait for the next one."""
+        """Begin to wait for the next request."""
         super().on_response_complete()
         self._patience.cancel()
         self._patience = self.loop.call_later(_HEAD_S, self._hang_up)
@@ -78,7 +78,7 @@ def configuration(app: FastAPI, at: Address) -> uvicorn.Config:
 
 
 def serve_until_stopped(app: FastAPI, at: Address, listener: socket.socket, what: str) -> None:
-    """Serve until SIGINT or SIGTERM; says so when the first request can come."""
+    """Serve until SIGINT or SIGTERM. Prints `what` and the address when requests are accepted."""
     port = listener.getsockname()[1]
 
     class Server(uvicorn.Server):
@@ -87,6 +87,6 @@ def serve_until_stopped(app: FastAPI, at: Address, listener: socket.socket, what
             if self.started:
                 print(f"serving {what} at {'https' if at.tls_key else 'http'}://{at.host}:{port}/", flush=True)
 
-    for stops in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends at them, then raises them again: nothing more is to do
+    for stops in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends at them, then raises them again: ignore that
         signal.signal(stops, lambda *_: None)
     Server(configuration(app, at)).run(sockets=[listener])

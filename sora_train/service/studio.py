@@ -1,4 +1,4 @@
-"""The maker with a model: jobs to samples, guarded, marked and signed as those of `sample` are."""
+"""Maker that samples jobs with a model. Its videos are guarded, marked and signed like those of `sample`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from sora_train.service.database import Job
 from sora_train.service.worker import Cancelled, Watch
 
 _log = logging.getLogger(__name__)
-_EVALUATIONS = {"heun": 2}  # of the network in a step, by solver; else 1
-_PACKS = 4  # sizes of a training pack that are sampled in one go, as in an evaluation
+_EVALUATIONS = {"heun": 2}  # evaluations of the network per step, by solver; else 1
+_PACKS = 4  # most tokens that are sampled together, in training packs, as in an evaluation
 
 
 class Studio:
@@ -49,7 +49,7 @@ class Studio:
         self._pool.close()
 
     def together(self, jobs: Sequence[Job], next: Job) -> bool:
-        """Tell whether the jobs are single clips from text that fit into a few packs."""
+        """Tell whether all jobs are single clips from text, and fit into `_PACKS` training packs together."""
         every = [*jobs, next]
         if any(json.loads(job.request)[name] for job in every for name in ("image", "video")):
             return False
@@ -60,7 +60,7 @@ class Studio:
         return tokens <= _PACKS * config.data.max_tokens
 
     def make(self, watches: Sequence[Watch]) -> dict[str, str | Exception]:
-        """The name of each job's video, or why there is none."""
+        """Make the videos of jobs. Returns by job id the name of its video, or the exception that prevented it."""
         outcomes: dict[str, str | Exception] = {}
         ready: list[tuple[Watch, Sample]] = []
         for watch in watches:
@@ -84,7 +84,7 @@ class Studio:
             file.unlink()
 
     def _prepared(self, job: Job) -> Sample:
-        """The job as a sample. Raises InputError, without the names of files here."""
+        """Prepare the sample of a job. Raises InputError, whose message doesn't contain the uploads' paths."""
         wish = json.loads(job.request)
         given = {name: str(self._folder / "uploads" / wish[name]) for name in ("image", "video") if wish[name]}
         o = replace(
@@ -130,9 +130,9 @@ class Studio:
         return outcomes
 
     def _kept(self, watch: Watch, sample: Sample, video: Video, sampler: Sampler) -> str | Exception:
-        """Write one video. Returns the file's name, or the reason why there is none."""
+        """Write one video. Returns the file's name, or the exception that prevented it."""
         try:
-            watch.progress(0.99)  # nothing is written for one that was cancelled
+            watch.progress(0.99)  # raises Cancelled: then nothing is written
             fps = sample.config.data.made_fps
             about = self._about(sample) | made_with(sampler)
             pieces = video if isinstance(video, np.ndarray) else pieces_of(video)
@@ -145,7 +145,7 @@ class Studio:
 
 
 class _Watched:
-    """A network whose every evaluation is counted."""
+    """Wrapper of a network that calls `count` at every evaluation."""
 
     def __init__(self, network: Any, count: Callable[[], None]) -> None:
         self._network, self._count = network, count
@@ -156,13 +156,16 @@ class _Watched:
 
 
 def _progress(watches: Sequence[Watch], samples: Sequence[Sample]) -> Callable[[], None]:
-    """Note the share that is done at every evaluation. Raises Cancelled when nobody waits for any of them any more."""
+    """Build a function to call at every evaluation of the network, which reports the progress of all jobs.
+
+    It raises Cancelled when every job is cancelled, or the service stops.
+    """
     config, done = samples[0].config, 0
     pieces = max(1, math.ceil(samples[0].size[0] / config.data.max_frames)) if samples[0].in_pieces else 1
     expected = config.flow.sampling_steps * _EVALUATIONS.get(config.flow.solver, 1) * pieces
 
     def count() -> None:
-        """Count an evaluation of the network, and tell the watchers the share that is done."""
+        """Count an evaluation of the network, and report the share of evaluations done."""
         nonlocal done
         done += 1
         waiting = 0
@@ -179,7 +182,7 @@ def _progress(watches: Sequence[Watch], samples: Sequence[Sample]) -> Callable[[
 
 
 def _in_one_pack(sampler: Sampler, samples: Sequence[Sample]) -> list[np.ndarray]:
-    """The frames of single clips, sampled together: clips of other lengths share the packs, without padding."""
+    """Sample single clips together: clips of different lengths share packs without padding. Returns their frames."""
     requests = []
     for sample in samples:
         prompt = Prompt(sample.shots)

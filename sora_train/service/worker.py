@@ -1,4 +1,4 @@
-"""The worker: takes jobs up fairly, several at a time where they fit together, and ends each of them once."""
+"""The worker: takes jobs from the queue, fairly between keys, and makes several at a time if possible."""
 
 from __future__ import annotations
 
@@ -18,38 +18,42 @@ from sora_train.service.database import DONE, FAILED, REFUSED, Database, Job
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2
-_NOTE_S = 0.5  # between two notes of a job's progress
+_NOTE_S = 0.5  # least time between two updates of a job's progress
 _TIDY_S = 3600.0
-_AGAIN_S = 5.0  # until a database is tried again that could not be written: a disk that is full is made room on
+_AGAIN_S = 5.0  # pause after a failed write, for example on a full disk
 
 
 class Cancelled(Exception):
-    """Nobody waits for what is being made any more."""
+    """The jobs that are being made were cancelled, or the service stops."""
 
 
 @dataclass(frozen=True)
 class Watch:
-    """A job as a maker sees it."""
+    """A job, and a callback for its progress."""
 
     job: Job
-    progress: Callable[[float], None]  # raises Cancelled
+    progress: Callable[[float], None]  # takes the share done, 0 to 1; raises Cancelled
 
 
 class Maker(Protocol):
     """Makes videos. `service/studio.py` has the one with a model."""
 
     def together(self, jobs: Sequence[Job], next: Job) -> bool:
-        """Tell whether another job can be made in one go with some."""
+        """Tell whether `next` can be made together with `jobs`."""
 
     def make(self, watches: Sequence[Watch]) -> dict[str, str | Exception]:
-        """By job: the name of its video, or Refused, InputError or Cancelled."""
+        """Make the videos of jobs.
+
+        Returns:
+            By job id the name of its video, or the exception that prevented it, such as Refused or Cancelled.
+        """
 
     def forget(self, job: Job) -> None:
-        """Remove what was made of a job that was cancelled in the meantime."""
+        """Remove the files of a job that was cancelled while it was made."""
 
 
 class Worker:
-    """A thread that makes what is queued."""
+    """A thread that makes the queued jobs."""
 
     def __init__(self, database: Database, maker: Maker, batch: int, tidy: Callable[[], None]) -> None:
         self._database, self._maker, self._batch, self._tidy = database, maker, batch, tidy
@@ -57,19 +61,19 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     def start(self) -> None:
-        """Begin; jobs that a killed service left are taken up again."""
+        """Start the thread, after jobs that a killed service left were queued again."""
         if again := self._database.recover():
             _log.warning("%d job(s) of a service that was killed are taken up again", again)
         self._thread.start()
 
     def stop(self) -> None:
-        """End soon: jobs at hand are put back into the queue."""
+        """Stop the thread and wait for its end. Running jobs are put back into the queue."""
         self._end.set()
         self._new.set()
         self._thread.join()
 
     def wake(self) -> None:
-        """Say that there is a new job."""
+        """Tell the thread that there is a new job."""
         self._new.set()
 
     def _run(self) -> None:
@@ -80,10 +84,10 @@ class Worker:
                 _log.error("jobs wait, since the service can't write: %s", error)
                 self._end.wait(_AGAIN_S)
                 with suppress(sqlite3.Error):
-                    self._database.recover()  # what was at hand; it may have been made, and is delivered then
+                    self._database.recover()  # running jobs; if a video exists already, it is delivered
 
     def _work(self) -> None:
-        held: Job | None = None  # claimed, and not together with the last ones
+        held: Job | None = None  # claimed, but not made together with the last jobs
         tidied = -_TIDY_S
         while not self._end.is_set():
             if time.monotonic() - tidied >= _TIDY_S:
@@ -108,7 +112,7 @@ class Worker:
         watches = [Watch(job, self._progress_of(job)) for job in jobs]
         try:
             outcomes = self._maker.make(watches)
-        except Exception as error:  # a fault of ours ends these jobs, not the service
+        except Exception as error:  # a bug ends these jobs, not the service
             _log.exception("a job failed")
             outcomes = {job.id: error for job in jobs}
         full: OSError | None = None
@@ -125,7 +129,7 @@ class Worker:
             elif isinstance(outcome, InputError):
                 self._database.end(job.id, FAILED, str(outcome))
             elif isinstance(outcome, Cancelled):
-                self._database.put_back(job.id)  # the service stops; one that its owner cancelled has ended already
+                self._database.put_back(job.id)  # the service stops; a job that its owner cancelled has ended already
             else:
                 self._database.end(job.id, FAILED, "an error of the service; its log says more")
         if full is not None:
@@ -140,7 +144,7 @@ class Worker:
                 raise Cancelled
             if time.monotonic() - noted >= _NOTE_S:
                 noted = time.monotonic()
-                with suppress(sqlite3.OperationalError):  # a full disk stops no job that is at hand
+                with suppress(sqlite3.OperationalError):  # a full disk must not stop a running job
                     if not self._database.progress(job.id, share):
                         raise Cancelled
 
@@ -148,6 +152,6 @@ class Worker:
 
 
 def _full_disk(outcome: str | Exception) -> OSError | None:
-    """The error of a disk that is full behind what became of a job; None for anything else."""
+    """The OSError of a full disk or quota that caused a job's outcome; None for other outcomes."""
     cause = outcome.__cause__ if isinstance(outcome, InputError) else outcome
     return cause if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) else None
