@@ -79,11 +79,18 @@ def init(o: Init) -> int:
     words = Path(__file__).with_name("words.txt") if o.words is None else Path(o.words)
     if not words.is_file():
         raise InputError(f"there is no words={words}")
-    folder = make(path, settings)
-    if not o.certificate:
-        make_authority(path, o.provider)
-    shutil.copyfile(words, path / "words.txt")
-    Signing(folder)  # fails now rather than at the first video
+
+    def fill(folder: Path) -> None:
+        if not o.certificate:
+            make_authority(folder, o.provider)
+        shutil.copyfile(words, folder / "words.txt")
+
+    folder = make(path, settings, fill)
+    try:
+        Signing(folder)  # fails now rather than at the first video
+    except InputError:
+        folder.discard()
+        raise
     print(_EXPLAINED.format(path=path), end="")
     return 0
 

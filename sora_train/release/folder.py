@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,6 +68,10 @@ class ReleaseFolder:
         except InputError as error:
             raise InputError(f"{path / _SETTINGS}: {error}") from error
 
+    def discard(self) -> None:
+        """Remove the settings: the folder is then unfinished, and can be made again with the same keys."""
+        (self.path / _SETTINGS).unlink()
+
     def file(self, name: str) -> Path:
         """Path of the file that a setting names; a relative one is within the folder."""
         return self.path / Path(name).expanduser()
@@ -117,8 +121,17 @@ def find(named: str | None) -> ReleaseFolder | None:
     return ReleaseFolder(path) if (path / _SETTINGS).exists() else None
 
 
-def make(path: Path, settings: Settings) -> ReleaseFolder:
-    """Make a release folder that only its owner can read, with a new mark key. Raises InputError if it exists."""
+def make(path: Path, settings: Settings, fill: Callable[[Path], None]) -> ReleaseFolder:
+    """Make a release folder that only its owner can read, with a new mark key.
+
+    Args:
+        path: Where to make it.
+        settings: Its settings. They are written last: a folder without them is unfinished, and can be made again.
+        fill: Writes the folder's other files.
+
+    Raises:
+        InputError: The folder exists, or can't be written.
+    """
     if (path / _SETTINGS).exists():
         raise InputError(f"{path} is a release folder already; its keys are in use: change {path / _SETTINGS} instead")
     try:
@@ -126,8 +139,11 @@ def make(path: Path, settings: Settings) -> ReleaseFolder:
         path.chmod(0o700)
         if not (path / _MARK_KEY).exists():
             write_secret(path / _MARK_KEY, secrets.token_hex(32).encode() + b"\n")
+        fill(path)
         text = json.dumps(asdict(settings), indent=1, ensure_ascii=False) + "\n"
-        (path / _SETTINGS).write_text(text, encoding="utf-8")  # last, so that a folder with settings has a key
+        unfinished = path / f".{_SETTINGS}.{os.getpid()}"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path / _SETTINGS)
     except OSError as error:
         raise InputError(f"{path} can't be written: {error.strerror or error}") from error
     return ReleaseFolder(path)

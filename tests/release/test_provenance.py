@@ -177,6 +177,23 @@ def test_init_makes_what_its_owner_alone_can_read(release_folder: ReleaseFolder,
     assert release("init", f"release={tmp_path}/more", "provider=A", "key=x.key") == 2
 
 
+def test_an_init_that_was_stopped_or_given_a_wrong_certificate_can_be_given_again(
+    release: Give, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    given = ("init", f"release={tmp_path}/new", "provider=A")
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr("sora_train.release.commands.shutil.copyfile", killed)
+        release(*given)
+    for name in ("chain", "key", "root"):
+        (tmp_path / name).write_text("no certificate")
+    own = (f"certificate={tmp_path}/chain", f"key={tmp_path}/key", f"trust={tmp_path}/root")
+    assert release(*given, *own) == 2
+    assert release(*given) == 0 and (tmp_path / "new/words.txt").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
