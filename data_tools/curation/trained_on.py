@@ -8,8 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
+from sora_train.config.files import read_yaml
 from sora_train.core.cli import InputError
 from sora_train.core.lines import entries
 from sora_train.data.index.index import load_index
@@ -38,8 +38,7 @@ def checkpoints_that_saw(run_dir: str, shards: Collection[Path], keys: Collectio
 
 def _rows(run: Path, shards: Collection[Path], keys: Collection[str]) -> np.ndarray:
     """The samples as the run's ledger numbers them: rows of the index of its training shards."""
-    tree = OmegaConf.load(run / "config.yaml")
-    assert isinstance(tree, DictConfig)
+    tree = read_yaml(run / "config.yaml")
     store = Store()
     named = [shard for source in tree.data.sources.values() for shard in expand(list(source.shards), store)]
     ours = {os.path.realpath(shard) for shard in shards}

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sora_train.config.catalogue import help_text
+from sora_train.config.files import reason
 from sora_train.config.load import build, known_keys
 from sora_train.config.plugins import named_plugins
 from sora_train.config.registry import FAMILIES, load_plugins
@@ -305,10 +306,8 @@ def job_name() -> str:
 
 def _one_line(error: Exception) -> str:
     """Reduce an error of Hydra or YAML to one line; for an unknown key or choice, name the nearest."""
-    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
-        return f"{mark.name}, line {mark.line + 1}: {error.problem or error.context}"
-    if isinstance(error, yaml.YAMLError):
-        return " ".join(str(error).split())
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name} can't be read: {reason(error)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     unknown = re.search(r"Could not override '([\w.@/]+)'|Key '([\w.]+)' is not in struct", str(error))
     if unknown:

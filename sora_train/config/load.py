@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import is_dataclass
 from enum import Enum
@@ -13,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from sora_train.config.files import read_json, read_yaml
 from sora_train.config.registry import FAMILIES, load_plugins
 from sora_train.config.released import original_config, text_width, vae_shape
 from sora_train.config.rules import check, require
@@ -54,9 +54,7 @@ def build(tree: DictConfig, need_vae: bool = True) -> Config:
     if config.vae.path is not None and config.vae.class_name is None:
         shape = Path(config.vae.path) / "config.json"
         if shape.is_file():
-            config.vae = VaeConfig(
-                **json.loads(shape.read_text()) | {name: getattr(config.vae, name) for name in VAE_USE}
-            )
+            config.vae = VaeConfig(**read_json(shape) | {name: getattr(config.vae, name) for name in VAE_USE})
         elif need_vae:
             raise InputError(
                 f"no VAE at vae.path={config.vae.path}; train one (experiment=demo_vae) and export it there"
@@ -140,8 +138,7 @@ def load(run_dir: str | Path, vae: str | None = None, base: str | None = None) -
                 "(model.init_from), or sample from the same release in the layout of diffusers (-Diffusers)"
             )
         raise InputError(f"{run_dir} holds no run (there is no {path}); check run_dir")
-    tree = OmegaConf.load(path)
-    assert isinstance(tree, DictConfig)
+    tree = read_yaml(path)
     if base is not None:
         moved = OmegaConf.select(tree, "model.init_from")
         if moved is None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
+from sora_train.config.files import read_yaml
 from sora_train.core.cli import InputError
 
 _CONFIG_DIR = ("--config-dir", "-cd")  # Hydra's flags of a further folder of configuration files
@@ -23,7 +24,7 @@ def named_plugins(arguments: Sequence[str], conf: Path) -> list[str]:
         conf: The project's folder of configuration files.
 
     Raises:
-        InputError: An experiment's file is empty, no map of keys, or not UTF-8.
+        InputError: An experiment's file can't be read, or its `plugins` are no list.
     """
     given = [argument.partition("=")[::2] for argument in arguments]
     if listed := [value for key, value in given if key == "plugins"]:
@@ -39,13 +40,7 @@ def _items(value: str) -> list[str]:
 
 
 def _plugins_of(file: Path) -> list[str]:
-    try:
-        tree = OmegaConf.load(file)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8: {error}") from error
-    if not isinstance(tree, DictConfig) or not tree:
-        raise InputError(f"{file} must hold keys with values, such as steps: 100")
-    plugins = OmegaConf.to_container(tree).get("plugins") or []  # type: ignore[union-attr]
+    plugins = OmegaConf.to_container(read_yaml(file)).get("plugins") or []  # type: ignore[union-attr]
     if not isinstance(plugins, list):
         raise InputError(f"{file}: plugins: {plugins} must be a list, e.g. [{plugins}]")
     return [str(name) for name in plugins]

@@ -6,10 +6,10 @@ Imports no torch, so that a folder that doesn't match is reported at once. The w
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from sora_train.config.files import read_json
 from sora_train.core.cli import InputError
 
 VAES = ("AutoencoderKLWan",)
@@ -27,14 +27,14 @@ def expands_timesteps(path: str | Path) -> bool:
     """Tell whether a transformer was trained with given frames and a timestep per token (Wan 2.2 TI2V)."""
     index = Path(path) / "model_index.json"
     if index.is_file():
-        return bool(json.loads(index.read_text()).get("expand_timesteps"))
+        return bool(read_json(index).get("expand_timesteps"))
     return (original_config(path) or {}).get("model_type") == "ti2v"
 
 
 def second_transformer(path: str | Path) -> bool:
     """Tell whether a pipeline has two transformers, for high and low noise levels (Wan 2.2's A14B)."""
     index = Path(path) / "model_index.json"
-    found = json.loads(index.read_text()).get("transformer_2") if index.is_file() else None
+    found = read_json(index).get("transformer_2") if index.is_file() else None
     return bool(found and found[0]) or (Path(path) / "high_noise_model").is_dir()
 
 
@@ -50,7 +50,7 @@ def original_config(path: str | Path) -> dict[str, Any] | None:
 def flow_shift(path: str | Path) -> float | None:
     """Timestep shift in the scheduler configuration of a pipeline; None if there is none."""
     file = Path(path) / "scheduler" / "scheduler_config.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
     shift = found.get("flow_shift") or found.get("shift")
     return None if shift is None else float(shift)
 
@@ -90,10 +90,7 @@ def read_config(folder: Path, what: str, key: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"no {what} at {key}={folder} (there is no {file}); give the folder of its config.json")
-    try:
-        return dict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise InputError(f"{file} is not readable as JSON: {error}") from error
+    return read_json(file)
 
 
 def vae_shape(path: str | Path) -> dict[str, Any] | None:

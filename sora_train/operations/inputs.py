@@ -10,12 +10,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sora_train.config.files import read_json
 from sora_train.config.released import folder_of
 from sora_train.config.schema import Config
 from sora_train.core.cli import InputError
 from sora_train.data.read.encoded import weights_hash
 
 INPUTS = "inputs.json"
+_UNCOMPARED = "; delete it to go on without comparing weights and validation shards with those of the last start"
 _VALIDATION = "data.validation"
 
 
@@ -31,7 +33,7 @@ def check_inputs(config: Config, run_dir: str | Path, instead: str, told: Sequen
     path = Path(run_dir) / INPUTS
     if not path.is_file() or not any((Path(run_dir) / "checkpoints").glob("step-*")):
         return
-    known = json.loads(path.read_text())
+    known = read_json(path, _UNCOMPARED)
     for key, (where, found) in _weights(config).items():
         if key not in told and known.get(key, found) != found:
             raise InputError(
@@ -46,7 +48,7 @@ def note_inputs(config: Config, validation: str) -> list[str]:
     `validation` is the fingerprint of their index. Called by the main rank.
     """
     path = Path(config.run_dir) / INPUTS
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_json(path, _UNCOMPARED) if path.is_file() else {}
     now = {key: found for key, (_, found) in _weights(config).items()} | {_VALIDATION: validation}
     path.write_text(json.dumps(now, indent=1) + "\n")
     if before.get(_VALIDATION, validation) == validation:

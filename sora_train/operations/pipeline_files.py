@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sora_train.config.files import read_json
 from sora_train.config.released import expands_timesteps, folder_of, is_released
 from sora_train.config.schema import Config
-from sora_train.core.cli import InputError
 
 _EULER = "FlowMapEulerDiscreteScheduler"  # whose steps are evenly spaced before the shift and end at 0, as ours are
 _ENCODERS = {"umt5": "UMT5EncoderModel", "t5": "T5EncoderModel"}  # transformers' classes by model_type
@@ -76,7 +76,4 @@ def _tokenizer_class(folder: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read ({error}); a pipeline needs it") from error
+    return read_json(path, "; a pipeline needs it")

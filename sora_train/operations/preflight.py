@@ -15,6 +15,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from sora_train.config.files import read_yaml
 from sora_train.config.load import to_dict
 from sora_train.config.registry import METHODS
 from sora_train.config.schema import Config
@@ -22,6 +23,7 @@ from sora_train.core.cli import InputError
 from sora_train.core.world import World
 from sora_train.operations.records import flat
 
+_UNCOMPARED = "; delete it to resume without comparing the configuration with that of the last start"
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "decord", "av", "webdataset", "hydra-core", "omegaconf")
 _VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "WORLD_SIZE")
 _OWN = ("run_dir", "guard.accept_changes")  # keys that aren't compared
@@ -36,7 +38,7 @@ def changes(config: Config) -> list[str]:
     run_dir = Path(config.run_dir)
     if not (run_dir / "config.yaml").is_file() or not any((run_dir / "checkpoints").glob("step-*")):
         return []
-    old = flat(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
+    old = flat(OmegaConf.to_container(read_yaml(run_dir / "config.yaml", _UNCOMPARED)))
     new = flat(to_dict(config))
     own = (*_OWN, "steps") if config.epochs is not None else _OWN  # then steps aren't known yet
     keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and key not in own]

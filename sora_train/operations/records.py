@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
+from sora_train.config.files import read_json, read_yaml
 from sora_train.core.cli import InputError
 from sora_train.core.lines import entries
 
@@ -43,15 +44,14 @@ def read(folder: str | Path) -> Record:
     path = Path(folder)
     if not (path / "config.yaml").is_file():
         raise InputError(f"{folder} holds no run (there is no {path / 'config.yaml'}); give run folders")
-    tree = OmegaConf.load(path / "config.yaml")
-    assert isinstance(tree, DictConfig)
+    tree = read_yaml(path / "config.yaml")
     end = path / "exit.json"
     causes: dict[str, int] = {}
     for line in entries(path / "quarantine.jsonl"):
         causes[str(line.get("cause"))] = causes.get(str(line.get("cause")), 0) + 1
     return Record(
         path.name, path, flat(OmegaConf.to_container(tree)), _curves(path / "metrics.jsonl"),
-        json.loads(end.read_text()) if end.is_file() else {}, causes,
+        read_json(end) if end.is_file() else {}, causes,
     )  # fmt: skip
 
 

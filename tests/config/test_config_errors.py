@@ -239,10 +239,10 @@ def test_shards_that_are_not_there_are_named(answer: Answer, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: [1,\nb: {", "mine.yaml, line 2: expected the node content"),
-        (b"steps: 3\nsteps: 4\n", "mine.yaml, line 2: found duplicate key steps"),
+        (b"a: [1,\nb: {", "mine.yaml can't be read: line 2: expected the node content"),
+        (b"steps: 3\nsteps: 4\n", "mine.yaml can't be read: line 2: found duplicate key steps"),
         (b'steps: "\x01"', "mine.yaml"),
-        (b"# caf\xe9\nsteps: 3\n", "mine.yaml is not UTF-8"),
+        (b"# caf\xe9\nsteps: 3\n", "mine.yaml can't be read: 'utf-8' codec"),
         (b"- 1\n- 2\n", "mine.yaml must hold keys with values"),
         (b"", "mine.yaml must hold keys with values"),
         (b"plugins: mine", "mine.yaml: plugins: mine must be a list, e.g. [mine]"),
