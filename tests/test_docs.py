@@ -57,6 +57,18 @@ def test_a_command_of_the_docs_exists(command: str, compose_tree: Callable[..., 
             assert not others
 
 
+def test_tests_that_the_pages_name_exist() -> None:
+    tests: dict[str, str] = {}
+    for path in (ROOT / "tests").rglob("*.py"):
+        tests[path.name] = tests.get(path.name, "") + path.read_text()
+    text = "\n".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    files = set(re.findall(r"\btest_\w+\.py\b", text))
+    assert len(files) > 40 and files <= set(tests)
+    named = re.findall(r"\b(test_\w+\.py)::(test_\w+)", text)
+    assert len(named) > 40
+    assert [pair for pair in named if f"def {pair[1]}" not in tests[pair[0]]] == []
+
+
 def test_there_are_commands_to_check() -> None:
     found = " ".join(commands())
     assert len(commands()) >= 60

@@ -31,7 +31,7 @@ from sora_train.config.plugins import named_plugins
 from sora_train.config.registry import FAMILIES, load_plugins
 from sora_train.config.schema import Config, VaeConfig
 from sora_train.core.cli import BAD_INPUT, STOPPED, InputError, nearest
-from sora_train.core.options import list_items
+from sora_train.core.options import check_home, list_items
 from sora_train.core.world import from_environment
 
 _OWN_LAUNCHER = re.compile("BasicLauncher|TorchrunLauncher")  # launchers that pass on the exit codes of jobs
@@ -129,6 +129,7 @@ def run_hydra(job: Callable[[Config], int], need_vae: bool = True, usage: str = 
 
 def _prepare_arguments() -> None:
     """Check all overrides, and rewrite them in `sys.argv` for Hydra's parser (`as_typed`), except in a sweep."""
+    check_home(sys.argv[1:])
     for argument in sys.argv[1:]:
         _check_choice(argument)
     if {"-m", "--multirun"} & set(sys.argv[1:]):

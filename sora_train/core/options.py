@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -27,6 +27,7 @@ Options = TypeVar("Options")
 _MISSING = "???"  # marks a field without default, in configurations and in options
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _KEY = re.compile(r"[A-Za-z_]\w*")
+_TEXTS = ("prompt", "negative")  # options that are no paths
 
 
 def number(
@@ -122,6 +123,14 @@ def read(schema: type[Options], given: Mapping[str, Any]) -> Options:
     return schema(**{fields[key].name: _value(key, fields[key], hints[fields[key].name], given[key]) for key in given})
 
 
+def check_home(arguments: Sequence[str]) -> None:
+    """Raise InputError for a path that begins with `~/`: many shells don't expand it behind `key=`."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in _TEXTS and re.match(r"\[?\s*['\"]?~/", value):
+            raise InputError(f"{argument}: the shell leaves ~ there as it is; write $HOME or the whole path")
+
+
 def keys(schema: type) -> dict[str, str]:
     """Map from the name of every field to the key of its option."""
     return {field.name: key for key, field in _by_key(schema).items()}
@@ -151,6 +160,7 @@ def _sorted_out(schema: type, usage: str | None) -> tuple[dict[str, Any], list[s
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage)
         sys.exit(0)
+    check_home(sys.argv[1:])
     given: dict[str, Any] = {}
     rest, known, hints = [], _by_key(schema), get_type_hints(schema)
     for argument in sys.argv[1:]:

@@ -299,6 +299,10 @@ def test_text_reaches_the_configuration_as_it_was_typed(value: str, monkeypatch:
     assert seen == [value]
 
 
+def test_a_home_that_the_shell_left_is_refused(answer: Answer) -> None:
+    assert "write $HOME or the whole path" in answer("experiment=demo_vae", "data.sources.demo.shards=[~/a/*.tar]")
+
+
 def test_what_is_quoted_and_what_is_no_text_stays_hydras() -> None:
     for same in (
         "run_dir='a b'",

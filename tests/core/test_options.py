@@ -67,6 +67,13 @@ def test_a_folder_is_named_as_it_was_typed(monkeypatch: pytest.MonkeyPatch, fold
     assert options(Options, "usage").run_dir == folder
 
 
+@pytest.mark.parametrize("argument", ["run_dir=~/runs/x", "shards=[~/a/*.tar,b.tar]", "shards=['~/a.tar']"])
+def test_a_home_that_the_shell_left_is_refused(monkeypatch: pytest.MonkeyPatch, argument: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", "prompt=~/a prompt", argument])
+    with pytest.raises(InputError, match=r"the shell leaves ~ there as it is; write \$HOME or the whole path"):
+        options(Options, "usage")
+
+
 @given(st.text(st.characters(exclude_characters="\0", codec="utf-8")))
 def test_any_text_is_what_was_typed(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
