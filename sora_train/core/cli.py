@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +17,10 @@ class InputError(Exception):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit with its code; an InputError becomes one line on stderr and exit code 2."""
+    """Run a command's `main` and exit with its code.
+
+    An InputError, or a value that is too long for the name of a file, becomes one line on stderr and exit code 2.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows what it can
@@ -29,6 +33,12 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of the output (e.g. `| head`) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         code = 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = f"{str(error.filename)[:40]!r}..."
+        print(f"error: {name} is too long for the name of a file; is it a text, for another option?", file=sys.stderr)
+        code = BAD_INPUT
     sys.exit(code or 0)
 
 
