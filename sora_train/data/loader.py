@@ -181,9 +181,9 @@ class Loader:
 
 
 class DecodedClips:
-    """Decoded clips that stay in memory up to a number of bytes, for data sets of a few clips.
+    """Decoded clips that are kept in memory up to a number of bytes, for data sets of a few clips.
 
-    The first ones stay: every epoch asks for all of them, so that to drop the oldest would find none again.
+    The first clips are kept and none is evicted: every epoch visits all clips, so evicting the oldest would never hit.
     """
 
     def __init__(self, room: int) -> None:
@@ -200,7 +200,7 @@ class DecodedClips:
         return done
 
     def keep(self, visit: Visit, pixels_THWC: np.ndarray) -> None:
-        """Keep the pixels of a visit if there is room."""
+        """Store the pixels of a visit if they fit."""
         part = self._part(visit)
         if part not in self._kept and pixels_THWC.nbytes <= self._room:
             self._room -= pixels_THWC.nbytes

@@ -23,7 +23,7 @@ from sora_train.data.read.store import Store
 
 @dataclass(frozen=True)
 class Wanted:
-    """Shards that a run reads, and what their indexes must be."""
+    """The shards that a run reads, and the requirements on their indexes."""
 
     shards: Sequence[str]
     store: Store
@@ -64,7 +64,7 @@ class Shards:
         self.wanted = Wanted(self.training + self.validation, self.store, allowed, config.data.probe)
 
     def index(self) -> None:
-        """Index what has no index yet, in this process."""
+        """Index the shards that have no index yet, in this process."""
         self.wanted.make(self.wanted.shards)
 
     def plan(self, config: Config) -> Stages:

@@ -28,7 +28,7 @@ _LARGEST_INTEGER = 1 << 1023  # that fits a float64
 
 
 def caption_text(value: object) -> str:
-    """One caption, trimmed; raises DecodeError for what isn't text, is empty or a mark of a missing value."""
+    """Return one caption, stripped. Raises DecodeError if it is no text, empty, or marks a missing value."""
     if is_missing(value):
         raise DecodeError("no_caption", "the caption is empty")
     if not isinstance(value, str):
@@ -50,9 +50,9 @@ def caption_text(value: object) -> str:
 
 
 def named_captions(value: object) -> dict[str, str]:
-    """The captions in a value, by name: of a map or list each that is there (numbered in a list), of text itself.
+    """Return the captions of a value by name: the entries of a map, the items of a list (numbered), or the text itself.
 
-    Text alone has the name "". Raises DecodeError as `caption_text` does, and where there is none.
+    Text alone has the name "". Raises DecodeError as `caption_text` does, and if there is no caption.
     """
     if isinstance(value, Mapping):
         named = {str(name): one for name, one in value.items()}
@@ -72,7 +72,7 @@ def is_missing(value: object) -> bool:
 
 
 def has_captions(fields: Mapping[str, Any]) -> bool:
-    """Tell whether a sample's json says anything that may be a caption, good or bad."""
+    """Tell whether a sample's json has a field for captions, valid or not."""
     return any(_is_there(fields.get(name)) for name in CAPTION_FIELDS)
 
 
@@ -85,9 +85,9 @@ def _is_there(value: object) -> bool:
 
 
 def parse_captions(data: bytes, extension: str) -> tuple[list[str], dict[str, Any]]:
-    """Captions of a txt or json member, and the json's fields, of which `caption` or `captions` are what can be used.
+    """Parse a txt or json member: its captions, and the fields of the json.
 
-    Raises DecodeError if there is none to be had.
+    Raises DecodeError if there is no usable caption.
     """
     if extension == "txt":
         return [caption_text(_decoded(data))], {}
@@ -117,10 +117,10 @@ def parse_fields(data: bytes) -> dict[str, Any]:
 
 
 def columns_of(fields: Sequence[Mapping[str, Any]]) -> tuple[dict[str, pa.Array], dict[str, str]]:
-    """Columns of the fields of a shard's JSONs, by name; and the reason for each field that gets no column.
+    """Turn the json fields of a shard's samples into columns by name; also the reason for each field without a column.
 
-    A column holds numbers (missing is NaN) where all of its values are numbers, else words (missing is empty). A name
-    that no filter could spell has its other characters replaced by `_`.
+    A column is numeric (missing: NaN) if all of its values are numbers, else text (missing: empty). Characters of a
+    name that can't be written in a filter are replaced by `_`.
     """
     found: dict[str, None] = dict.fromkeys(name for one in fields for name in one if name not in CAPTION_FIELDS)
     columns: dict[str, pa.Array] = {}
@@ -158,7 +158,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _plain_text(text: str) -> str:
-    """Text that every file can hold: half a surrogate pair becomes U+FFFD."""
+    """Replace unpaired surrogates by U+FFFD, so that the text can be encoded as UTF-8."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -132,8 +132,7 @@ def consolidate(
 ) -> int:
     """Write the consolidated index of shards that have their own; returns the number of samples.
 
-    The numbers of the side tables become columns of it. `meta.json` is written last: a folder without it is not an
-    index.
+    The numeric columns of the side tables are added. `meta.json` is written last: a folder without it is not an index.
     """
     folder, store = Path(folder), store or Store()
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,9 +187,9 @@ def load_consolidated(
     side_tables: Sequence[str] = (),
     captioned: bool = True,
 ) -> Consolidated:
-    """Map an index; `captioned` as of `load_index`.
+    """Map a consolidated index; `captioned` as for `load_index`.
 
-    Raises InputError where there is none, it is torn, or it is of other shards or side tables.
+    Raises InputError if there is none, if it is incomplete, or if it is of other shards or side tables.
     """
     folder, store = Path(folder), store or Store()
     again = f"make it: python -m data_tools.index SHARDS... consolidate={folder}"

@@ -98,7 +98,7 @@ class Index:
         return {extension: tuple(place) for extension, place in json.loads(text).items()} if text else {}
 
     def encoded(self) -> set[str]:
-        """Settings that the samples were encoded with before, as `encoded.py` says; those that hold pixels have ''."""
+        """Settings with which each sample was encoded (see `encoded.py`); empty for samples of pixels."""
         return set(self.columns["encoded"][self.usable].tolist()) if "encoded" in self.columns else {""}
 
     def read(self, shard: str, place: tuple[int, int], crc32: int, what: str) -> bytes:

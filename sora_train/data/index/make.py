@@ -33,10 +33,10 @@ def index_shards(
     limits: Limits = LIMITS,
     probe: Probe | None = None,
 ) -> None:
-    """Index every shard that has no index, or one that was made from another file, with other limits or a lesser probe.
+    """Index every shard without an index, and those whose index is of another file, other limits or a lesser probe.
 
-    An index for which more was decoded serves those who ask for less too. Without `probe` any serves, and where there
-    is none every frame is decoded.
+    An index made with a deeper probe than requested is used. Without `probe` any index is used, and a missing one is
+    made by decoding every frame.
     """
     store = store or Store()
     stale = missing_index(shards, store, limits, probe)
@@ -102,7 +102,7 @@ def _index(shard: str, pool: Pool, store: Store, probe: Probe, advance: Callable
 
 
 class _Bar:
-    """A progress bar over bytes, on a terminal; a line at the end where there is none."""
+    """A progress bar over bytes on a terminal; elsewhere one line at the end."""
 
     def __init__(self, total: int) -> None:
         console = Console(stderr=True)

@@ -17,10 +17,9 @@ from sora_train.data.read.store import Store, scheme
 
 
 def index_path(shard: str, store: Store | None = None, to_write: bool = False) -> Path:
-    """Path of a shard's index: beside a local shard, in the cache for a remote one or in a folder that can't be
-    written.
+    """Path of a shard's index: beside a local shard; in the cache for remote shards and folders without write access.
 
-    An index that came with such a folder is used where the cache has none. Raises InputError without a cache.
+    If the cache has no index for such a folder, one beside the shard is used. Raises InputError without a cache.
     """
     cache = store.cache if store else None
     if scheme(shard) is not None:

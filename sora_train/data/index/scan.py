@@ -74,7 +74,7 @@ class Scan(NamedTuple):
 def scan_shard(
     path: str, pool: Pool, depth: Probe = Probe.all, advance: Callable[[int], None] = lambda count: None
 ) -> Scan:
-    """Read one shard, of whose media as much is decoded as `depth` says. Faults of the tar are rows without a key."""
+    """Read one shard, and decode its media to the extent of `depth`. Faults of the tar become rows without a key."""
     samples, faults, headers = members_of(path)
     probed = dict(_start_probes(path, {key: members for key, (members, _) in samples.items()}, pool, depth))
     rows, fields = [], []
@@ -185,9 +185,9 @@ def _row(
 
 
 def _caption_extension(key: str, members: Members, fields: dict[str, Any]) -> str:
-    """Extension of the member that holds a sample's captions: a json without any leaves them to the txt.
+    """Extension of the member with a sample's captions; a json without captions is skipped in favour of the txt.
 
-    Raises DecodeError where neither has one.
+    Raises DecodeError if neither has a caption.
     """
     if has_captions(fields):
         return "json"

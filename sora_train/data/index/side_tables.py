@@ -168,7 +168,7 @@ class SideTables:
 
 
 def side_table_hashes(patterns: Sequence[str], store: Store) -> list[str]:
-    """The hash of every file of side tables, sorted, without reading what is in it."""
+    """The hashes of all files of side tables, sorted. The contents are not parsed."""
     hashes = []
     for file in (file for pattern in patterns for file in _files(pattern, store)):
         with _local(file, store) as path:
@@ -195,7 +195,7 @@ def _hash(path: Path) -> str:
 
 
 def _read(file: str, path: Path) -> pa.Table:
-    """The columns of one file that hold numbers or text; raises InputError for a file that is no side table."""
+    """Read the numeric and text columns of one file. Raises InputError if it is no side table."""
     try:
         schema = pq.read_schema(path)
         if "key" not in schema.names:

@@ -80,9 +80,10 @@ class Stages:
 
 
 def build_stages(index: Index, source_of: Sequence[str], data: DataConfig, inputs: PlanInputs) -> Stages:
-    """The plan of a configuration; `source_of` names the source of each shard, `inputs` holds what no stage changes.
+    """Build the plan of a configuration.
 
-    Raises InputError where a source with a weight has no sample.
+    `source_of` is the source of each shard, `inputs` the part that all stages share. Raises InputError if a source with
+    a weight has no sample.
     """
     stages = data.stages or [StageConfig()]
     weights = {name: source.weight for name, source in data.sources.items() if source.weight is not None}

@@ -29,7 +29,7 @@ NUMBER, TEXT, TRUTH = "a number", "text", "true or false"
 
 
 def both(one: str, other: str) -> str:
-    """The filter that passes what both pass; an empty one passes everything."""
+    """A filter that is true where both filters are; an empty filter is true everywhere."""
     return f"({one}) and ({other})" if one and other else one or other
 
 
@@ -84,7 +84,7 @@ class _Expression:
         return InputError(f"{self.key}={self.text!r}: {ast.unparse(node)!r} {what}")
 
     def _kind(self, node: ast.expr, kinds: Mapping[str, str | None]) -> str | None:
-        """NUMBER, TEXT or TRUTH; None for a column that isn't known yet. Raises InputError for what is not allowed."""
+        """NUMBER, TEXT or TRUTH; None for a column of unknown type. Raises InputError for other syntax."""
         match node:
             case ast.Constant(value=bool()):
                 return TRUTH

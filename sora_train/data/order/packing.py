@@ -1,9 +1,9 @@
-"""Packing: items of known tokens and cost to steps of equal slots, by integers and hashes alone.
+"""Packing: divides items of known tokens and cost among steps of equal slots, by integers and hashes alone.
 
-Items are dealt to steps so that every step has the whole mix. Where the dearest items would each outweigh a slot, the
-dear end of the mix is dealt in runs instead, so that few steps hold the very dearest and those steps are dear
-throughout; how far that takes a step's make-up from the mix is measured and bounded. `step_packs.py` deals the items of
-a step to its packs.
+Items are distributed so that every step has the composition of the whole mix. If each of the most expensive items would
+exceed the load of a slot, the expensive end of the mix is distributed in runs instead: few steps then have the most
+expensive items, and these steps are expensive in all slots. The resulting departure from the mix is measured and
+bounded. `step_packs.py` assigns the items of a step to its packs.
 
 With `most` above 1, a pack may take 2, 4, ... `most` neighbouring slots, whose ranks share its tokens: the load of each
 is the pack's cost divided by their number.
@@ -28,17 +28,17 @@ def pack(
     tokens: np.ndarray, costs: np.ndarray, slots: int, max_tokens: int, fill: float, seed: int, *, most: int = 1,
     undivided: np.ndarray | int = 0,
 ) -> list[list[list[int]]]:  # fmt: skip
-    """Deal all items to the fewest steps of `slots` slots under `max_tokens` that `fill` allows.
+    """Divide all items among the fewest steps of `slots` slots under `max_tokens` that `fill` allows.
 
     Args:
-        tokens: Of each item; at most `most * max_tokens`.
-        costs: Of each item; must not fall as tokens rise.
-        slots: Of a step, at least `most`.
-        max_tokens: Of a slot.
+        tokens: Tokens of each item; at most `most * max_tokens`.
+        costs: Cost of each item; must not fall as tokens rise.
+        slots: Slots of a step, at least `most`.
+        max_tokens: Token budget of a slot.
         fill: Target share of the token budget.
-        seed: Of the order of steps and slots.
-        most: Slots that a pack may take, a power of two.
-        undivided: Part of each item's cost that every rank of a shared pack has anew.
+        seed: Seed of the order of steps and slots.
+        most: Most slots that a pack may take, a power of two.
+        undivided: Part of each item's cost that every rank of a shared pack bears in full.
 
     Returns:
         The items of each slot of each step. Slots that a pack takes beside its first are empty; see `spans`.
@@ -68,9 +68,9 @@ def pack(
 
 
 def spans(packs: Sequence[Sequence[int]], most: int) -> list[tuple[int, int]]:
-    """The pack that each slot of a step belongs to: the pack's first slot, and how many slots it takes.
+    """The pack to which each slot of a step belongs: the pack's first slot, and the number of slots it takes.
 
-    A pack takes its own slot and empty ones behind it: as many as make a power of two up to `most` that divides the
+    A pack takes its first slot and the empty ones behind it: the largest power of two up to `most` that divides the
     number of its first slot.
     """
     found: list[tuple[int, int]] = []
@@ -108,7 +108,7 @@ def _deal_to_steps(
     tokens: np.ndarray, costs: np.ndarray, by_cost: np.ndarray, count: int, slots: int, *,
     limits: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:  # fmt: skip
-    """The step of each item: with the shortest runs of dear items that let the slots of a step be equal.
+    """The step of each item, with the shortest runs of expensive items that allow the slots of a step to be equal.
 
     `limits` are the loads of the items in one slot, and in as many as a pack may take.
     """

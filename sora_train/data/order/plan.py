@@ -38,7 +38,7 @@ _REMEMBERED = 3  # windows
 class Slots(Sequence[list[Visit]]):
     """The slots of one step; a slot's visits are built on access.
 
-    `spans` holds for each slot the first slot of its pack, and the number of slots that the pack takes, up to `most`.
+    `spans` has, for each slot, the first slot of its pack, and the number of slots that the pack takes, up to `most`.
     """
 
     def __init__(self, visits: Visits | None, packs: list[list[int]], most: int = 1) -> None:

@@ -1,8 +1,8 @@
-"""Assignment of a step's items to packs, so that every slot has the same load.
+"""Assignment of a step's items to packs, so that all slots have the same load.
 
-Each item, in the order of falling cost, goes to the pack with room that has the smallest load (Graham 1969, longest
-processing time first); then swaps between packs of large and small load even out the rest. Items that exceed a slot
-first get packs of 2, 4, ... slots, the fewest for which their load per slot is small enough.
+In the order of falling cost, each item is assigned to the pack with the smallest load that has enough free tokens
+(Graham 1969, longest processing time first); then swaps between packs of large and small load reduce the rest. Items
+that exceed a slot first get packs of 2, 4, ... slots, the fewest for which their load per slot is small enough.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Items:
 
 
 class Packs:
-    """The packs of a step, by number: slots that each takes, its items, and its room and load so far."""
+    """The packs of a step, by number: the slots that each takes, its items, its free tokens and its load so far."""
 
     def __init__(self, max_tokens: int, widths: list[int]) -> None:
         self.widths, self.items = widths, [list[int]() for _ in widths]
@@ -78,9 +78,9 @@ def deal(dealt: list[int], items: Items, slots: int) -> tuple[Packs, list[int]]:
 
 
 class _Open:
-    """Packs of one width, ordered by load: an item goes to the one with the smallest load that has room for it.
+    """Packs of one width, ordered by load: an item goes to the first of them that has enough free tokens.
 
-    Items come in the order of falling cost, so a pack without room for one item may have room for a later one.
+    Items arrive in the order of falling cost, so a pack that is too full for one item may still fit a later one.
     """
 
     def __init__(self, packs: Packs, loads: list[int], numbers: list[int]) -> None:
@@ -89,7 +89,7 @@ class _Open:
         self._parked: list[tuple[int, int]] = []  # packs that had no room for an earlier, larger item: (-room, pack)
 
     def fits(self, size: int) -> bool:
-        """Tell whether a pack has room; the lightest that has it comes to the front."""
+        """Tell whether a pack has enough free tokens; the one with the smallest load is moved to the front."""
         packs = self.packs
         while self._parked and -self._parked[0][0] >= size:
             number = heappop(self._parked)[1]
@@ -114,7 +114,7 @@ class _Open:
 
 
 def _even_out(packs: Packs, items: Items) -> None:
-    """Move or swap items between the dearest and the cheapest packs while that lowers the dearer load of the two."""
+    """Move or swap items between the packs of largest and smallest load while that lowers the larger load."""
     load, room, width = packs.load, packs.room, packs.widths
     close = sum(a * w for a, w in zip(load, width, strict=True)) * _CLOSE // (1000 * sum(width))
     for _ in range(_ROUNDS):
@@ -147,7 +147,7 @@ def _even_out(packs: Packs, items: Items) -> None:
 
 
 def _best_swap(dear: int, cheap: int, packs: Packs, items: Items) -> tuple[int, int, int, int]:
-    """The dearer load after the best swap, the other pack, what to give, and what to take for it (-1: nothing)."""
+    """The larger load after the best swap, the other pack, the item to give, and the item to take for it (-1: none)."""
     load, tokens = packs.load, items.tokens
     best = (load[dear], cheap, -1, -1)
     high, low, free, back = load[dear], load[cheap], packs.room[cheap], packs.room[dear]

@@ -1,9 +1,9 @@
 """Choice of the frames of a clip: the source frames shown at n / fps seconds, rather than every k-th frame.
 
-A clip begins in the middle of the time that its first frame is shown. Frame n of the clip is the one on the screen
-n / fps seconds later, so that what is seen is never more than half a source frame away from wall time; a source slower
-than the clip shows frames more than once. Rates count as thousandths of a frame a second, and everything after that is
-integer arithmetic: every machine takes the same frames.
+A clip begins in the middle of the time that its first frame is shown. Frame n of the clip is the source frame shown n /
+fps seconds later, so it is never more than half a source frame from wall time; if the source is slower than the clip,
+frames repeat. Rates are rounded to thousandths of a frame a second, and everything after that is integer arithmetic:
+every machine takes the same frames.
 """
 
 from __future__ import annotations

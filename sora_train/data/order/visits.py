@@ -1,4 +1,4 @@
-"""The visits of a window as columns: what each cuts out of its sample, in time and in space."""
+"""The visits of a window as columns: which frames and which area each visit takes from its sample."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def cut_pieces(frames: np.ndarray, span: np.ndarray, turn: np.ndarray, seeds: np
     """First source frame of each of many visits, `(n,)`.
 
     A sample that is longer than a clip is visited in rounds of P + 1 clips: P clips that together cover all its frames,
-    with boundaries drawn anew in each round, and one that begins at a random frame. Where in a round the first visit
-    lies is drawn for each sample.
+    with boundaries drawn anew in each round, and one that begins at a random frame. The position of the first visit in
+    its round is drawn for each sample.
 
     Args:
         frames: Source frames of the sample.
@@ -117,7 +117,7 @@ def fit_sizes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sizes on the patch grid with at most `max_pixels`, never larger than the source (but at least one patch).
 
-    Returns what to resize to, `(n, 2)`, and what to cut from that, `(n, 4)` as top, left, height, width.
+    Returns the size to which the source is resized, `(n, 2)`, and the crop of that, `(n, 4)`: top, left, height, width.
     """
     height, width = height.astype(np.int64), width.astype(np.int64)
     scale = np.minimum(1.0, np.sqrt(max_pixels / (height * width)))

@@ -1,6 +1,6 @@
-"""Animated WebP and PNG files as videos: frames at their own times, by Pillow, as FFmpeg can't read WebP. In a child.
+"""Animated WebP and PNG files as videos, with frames at their own times. Read by Pillow, as FFmpeg can't read WebP.
 
-Pillow composes what each frame changes; what stays transparent shows white, as on a page.
+Runs in a decode child. Pillow composes the changes of each frame; transparent pixels become white, as on a web page.
 """
 
 from __future__ import annotations

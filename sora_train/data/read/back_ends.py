@@ -49,9 +49,9 @@ def decode(
     track: Track = STEADY,
     options: Options = OPTIONS,
 ) -> np.ndarray:
-    """The wanted frames, `(T, height, width, 3)` uint8, upright, resized to (height, width).
+    """Decode the requested frames, `(T, height, width, 3)` uint8, upright, resized to (height, width).
 
-    Raises DecodeError; where no back end could do it, the message has what each of them said.
+    Raises DecodeError; if no back end could decode them, the message has the reason of each.
     """
     admit(data, extension, options.limits)
     if extension in IMAGES:

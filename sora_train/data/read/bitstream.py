@@ -40,10 +40,10 @@ def units(codec: str, packet: Bytes, record: bytes) -> Iterator[tuple[int, int]]
 
 
 def is_intact(codec: str, data: bytes, start: int, end: int, record: bytes) -> bool:
-    """Tell whether the units of an H.264 or HEVC packet, data[start:end], fill it exactly and hold no three zero bytes.
+    """Tell whether the units of an H.264 or HEVC packet, data[start:end], fill it exactly, without three zero bytes.
 
-    Encoders escape three zeros inside a unit. FFmpeg takes them for the unit's end without an error, but in units with
-    a length prefix they are damage. True for other codecs.
+    Encoders escape three zeros inside a unit. FFmpeg interprets them as the unit's end without an error, but in units
+    with a length prefix they are damage. True for other codecs.
     """
     place = LENGTHS.get(codec)
     if place is None or len(record) <= place or record[0] != 1:
@@ -61,7 +61,7 @@ def is_intact(codec: str, data: bytes, start: int, end: int, record: bytes) -> b
 
 
 def is_slice(codec: str, first: int) -> bool:
-    """Tell whether a unit with this first byte holds (a part of) a picture."""
+    """Tell whether a unit with this first byte contains a picture or a part of one."""
     return first >> 1 & 63 < 32 if codec == "hevc" else 1 <= first & 31 <= 5
 
 
@@ -80,7 +80,7 @@ def is_shown(codec: str, packet: Bytes) -> bool:
 
 
 def needs_first_packet(codec: str, pixel_format: str, first: Bytes) -> bool:
-    """Tell whether a decoder must have seen the first packet: an old x264 says there which faults to allow for."""
+    """Tell whether decoding needs the first packet, in which an old x264 names its version and so its faults."""
     found = _X264.search(first[:_SEARCHED]) if codec == "h264" else None
     version = int(found[1]) if found else 1 << 30
     return version <= 33 or (version < 151 and "444" in pixel_format)
@@ -98,7 +98,7 @@ def _h264(packet: Bytes, record: bytes) -> bool:
 
 
 def _recovers_at_once(messages: bytes) -> bool:
-    """Tell whether SEI messages hold a recovery point with no frame to wait for."""
+    """Tell whether SEI messages contain a recovery point that needs no further frame."""
     data, at = messages.replace(b"\0\0\3", b"\0\0"), 0
     while at + 2 < len(data):
         numbers = []

@@ -1,7 +1,8 @@
-"""The PyAV back end: frames by their presentation time, or counted from the start; refused where they are damaged.
+"""The PyAV back end: frames by their presentation time, or counted from the start; damaged frames are refused.
 
-A frame asked for alone is the frame of a decode from the start. Where a decoder complains between the packet that
-decoding began at and a wanted frame, all is decoded from the start; where it complains again, the frame is refused.
+A single requested frame is the frame of a decode from the start. If a decoder reports damage between the packet at
+which decoding began and a requested frame, the file is decoded from the start; if it reports damage again, the frame is
+refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _HELD = 16  # frames that H.264 may refer to
 
 
 class Complaints:
-    """Reports of FFmpeg's demuxers and decoders while this is open: errors, and that they made up what was missing."""
+    """Collects reports of FFmpeg's demuxers and decoders while it is open: errors, and concealment of missing data."""
 
     def __enter__(self) -> Complaints:
         self._before, self._seen = av.logging.get_level(), 0

@@ -53,7 +53,7 @@ class Cache:
             return None
 
     def link(self, name: str, place: Path) -> bool:
-        """Give what is under a name a second name, which eviction leaves alone; False if it isn't here."""
+        """Give a cached file a second name that eviction ignores. False if it is not cached."""
         try:
             os.link(self._path(name), place)
         except FileNotFoundError:
@@ -72,9 +72,9 @@ class Cache:
             self._keep(name, len(data), write)
 
     def fill(self, name: str, pieces: Callable[[], Iterator[bytes]]) -> None:
-        """Keep what arrives in pieces. Of several processes that want it one fetches, and the others wait for it.
+        """Store data that arrives in pieces. If several processes want it, one fetches it and the others wait.
 
-        Until it is complete it is not counted. Raises InputError for what is larger than most of the cache.
+        Incomplete data doesn't count towards the limit. Raises InputError for data larger than most of the cache.
         """
         arriving = self.prepare() / _ARRIVING
         arriving.mkdir(exist_ok=True, mode=0o700)
@@ -106,7 +106,7 @@ class Cache:
         return self.folder / digest[:2] / digest
 
     def _keep(self, name: str, size: int, place: Callable[[Path], object]) -> None:
-        """Make room for a file of this size, count it, and have it put in its place."""
+        """Free space for a file of this size, count it, and move it into place."""
         path = self._path(name)
         with self._locked() as total:
             if path.exists():
@@ -130,7 +130,7 @@ class Cache:
             yield total
 
     def _evict(self, room: int) -> int:
-        """Remove the files longest unused until at most `room` bytes are left; returns how many are. Under the lock."""
+        """Remove the least recently used files until at most `room` bytes are left; returns these. Needs the lock."""
         self._sweep()
         files = []
         for path in self.folder.glob("??/*"):
@@ -151,7 +151,7 @@ class Cache:
         return used
 
     def _sweep(self) -> None:
-        """Remove what was arriving in processes that are no more: nobody holds its lock."""
+        """Remove incomplete files of processes that have ended, recognised by their locks being free."""
         for path in (self.folder / _ARRIVING).glob("*"):
             if path.suffix == ".lock":
                 continue

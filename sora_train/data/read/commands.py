@@ -1,6 +1,6 @@
-"""Shards that a command prints (`pipe:rclone cat store:films/000.tar`), where the configuration names the command.
+"""Shards that are the output of a command (`pipe:rclone cat store:films/000.tar`), if the configuration allows it.
 
-The words are given to the program as they stand: no shell reads them, so nothing in a name can start a second program.
+The words are passed to the program unchanged, without a shell, so nothing in a name can start a second program.
 """
 
 from __future__ import annotations

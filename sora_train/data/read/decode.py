@@ -101,7 +101,7 @@ def checked(data: bytes, offset: int, size: int, crc32: int | None) -> bytes:
 
 
 def admit(data: bytes, extension: str, limits: Limits) -> None:
-    """Raise DecodeError for what must not reach a decoder: nothing, too much, or not one of the known containers."""
+    """Raise DecodeError for data that must not reach a decoder: empty, too large, or of no known container."""
     if not data:
         raise DecodeError("empty", "no bytes")
     if len(data) > limits.bytes:
@@ -134,7 +134,7 @@ def check_pixels(height: int, width: int, limits: Limits) -> None:
 
 
 def open_image(data: bytes, limits: Limits, resize: tuple[int, int] | None = None) -> np.ndarray:
-    """An image, `(H, W, 3)` uint8, upright, as a browser shows it. Of a known format, whatever its name says."""
+    """Decode an image, `(H, W, 3)` uint8, upright, as a browser shows it; its format is recognised by its content."""
     try:
         with opened_image(data) as image:
             check_pixels(image.height, image.width, limits)

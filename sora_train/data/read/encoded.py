@@ -108,9 +108,9 @@ def probe(head: bytes, size: int) -> dict[str, Any]:
 
 
 def require(made: Iterable[str], config: Config, what: str) -> None:
-    """Raise InputError unless all of these (the index's `encoded`, empty for pixels) are what the run would make.
+    """Raise InputError unless all settings (the index's `encoded`, empty for pixels) are those that the run would use.
 
-    Each stage of a run asks for its own sizes; what latents are stored as doesn't matter.
+    Each stage of a run has its own sizes; the number format in which latents are stored doesn't matter.
     """
     found = [json.loads(text) for text in sorted(set(made)) if text]
     if not found:

@@ -92,7 +92,7 @@ def _one(boxes: dict[bytes, list[memoryview]], name: bytes) -> memoryview:
 
 
 def _numbers(box: memoryview, columns: int, kind: str = ">u4", before: int = 4) -> np.ndarray:
-    """The table of a box, `(entries, columns)`; the number of its entries stands `before` bytes into it."""
+    """Read the table of a box, `(entries, columns)`; the number of entries is `before` bytes into it."""
     count = struct.unpack_from(">I", box, before)[0]
     first, width = before + 4, np.dtype(kind).itemsize * columns
     if len(box) != first + count * width:
@@ -125,7 +125,7 @@ def _runs(box: memoryview, count: int, signed: bool) -> np.ndarray:
 
 
 def _places(table: dict[bytes, list[memoryview]], sizes: np.ndarray, end: int) -> np.ndarray:
-    """Offset of each sample; all lie inside the file."""
+    """Offset of each sample; all samples are inside the file."""
     wide = b"co64" in table
     chunks = _numbers(_one(table, b"co64" if wide else b"stco"), 1, ">u8" if wide else ">u4")[:, 0]
     runs = _numbers(_one(table, b"stsc"), 3)

@@ -1,4 +1,4 @@
-"""Display matrices: how stored pictures are turned and mirrored to stand as players show them."""
+"""Display matrices: how stored pictures are rotated and mirrored to appear as players show them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The packets of a video's stream, in the order of the file: the frames that they show, and where decoding may begin.
+"""The packets of a video's stream in file order: the frames that they show, and where decoding may begin.
 
-Nothing is decoded, and no container is asked to seek: it only says which packets there are. A frame is found by its
-presentation time, from the last packet before it that needs nothing from before (`bitstream.py`).
+Nothing is decoded, and the container's seek is not used: it only lists the packets. A frame is found by its
+presentation time, from the last packet before it that depends on no earlier one (`bitstream.py`).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Line(NamedTuple):
 def choose_stream(file: Any, wanted: int = -1) -> Any:
     """Choose the video stream to read, and set it to decode in this thread with all checks.
 
-    The stream numbered `wanted`, which the index chose; otherwise the one that the ffmpeg program would choose: the
-    largest, with default streams first, and no cover picture. Raises DecodeError if there is none.
+    This is the stream numbered `wanted`, chosen by the index; otherwise the one that the ffmpeg program would choose:
+    the largest, with default streams first, and no cover picture. Raises DecodeError if there is none.
     """
     streams = file.streams.video
     flags: Any = type(streams[0].disposition) if streams else None
@@ -54,7 +54,7 @@ def choose_stream(file: Any, wanted: int = -1) -> Any:
 
 
 def read_packets(file: Any, stream: Any) -> list[Any]:
-    """All packets of a stream that hold anything; raises DecodeError if there is none."""
+    """Read all packets of a stream that have data. Raises DecodeError if there is none."""
     packets = [packet for packet in file.demux(stream) if packet.size]
     if not packets:
         raise DecodeError("no_video", "there is no frame in it")
@@ -84,7 +84,7 @@ def read_line(file: Any, stream: Any, packets: list[Any]) -> Line:
 
 
 def judge(stamps: np.ndarray, keys: np.ndarray, entries: np.ndarray, hidden: np.ndarray) -> Line:
-    """A time line from what is known of each packet: `keys` as the container has them, `entries` those that are."""
+    """Build the time line. `keys` are the key packets of the container, `entries` where decoding may begin."""
     places = np.arange(len(stamps))
     at = np.maximum.accumulate(np.where(entries, places, -1))
     leading = (at >= 0) & (stamps < stamps[at])

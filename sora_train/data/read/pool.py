@@ -70,7 +70,7 @@ class Pool:
 
     @classmethod
     def of(cls, data: DataConfig, store: Store | None = None) -> Pool:
-        """The pool that a run's configuration asks for."""
+        """Build the pool of a run's configuration."""
         limits = Limits(data.limits.pixels, data.limits.frames, data.limits.bytes)
         memory = int(data.decode_memory_gib * 2**30)
         conversion, store = Conversion(data.deinterlace, data.tone_map), store or Store.of(data)
@@ -122,7 +122,7 @@ class Pool:
         return self._threads.submit(self._ask, {"op": "decoders", "path": ""}).result()["errors"]
 
     def close(self) -> None:
-        """Kill the children and drop what waits."""
+        """Kill the children and drop waiting requests."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for child in self._children:
             child.close()
@@ -182,7 +182,7 @@ class Pool:
         return self.store.read(request["path"], request["offset"], request["size"])
 
     def _answer(self, child: _Child, request: dict[str, Any], handed: bytes | None) -> dict[str, Any]:
-        """Ask a child, and fresh ones after it; what no child survives is at fault itself."""
+        """Send the request to a child, and to new ones if it dies; a request that no child survives is refused."""
         spares = [False, False, True] if request["op"] == "decode" and len(self.decoders) > 1 else [False, False]
         for spare in spares:
             try:

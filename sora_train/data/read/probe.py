@@ -1,8 +1,8 @@
 """Figures of a video for the index: frames counted from packets, the time line, rotation, size, codec.
 
-Runs in a decode child. Nothing the container claims is taken over where the packets can say it: size and pixel format
-are the decoder's, from the header of the first picture. Decoding that picture as well is a choice; with H.264 it costs
-several times all the rest.
+Runs in a decode child. A container's claims are not used where the packets tell: size and pixel format are the
+decoder's, from the header of the first picture. Decoding that picture too is optional; with H.264 it takes several
+times as long as everything else.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # of EXIF
 
 
 def probe(data: bytes, extension: str, limits: Limits, pixels: bool = True, whole: bool = False) -> dict[str, Any]:
-    """The index's figures of one video or image; raises DecodeError if it can't be used.
+    """Compute the index's figures of one video or image. Raises DecodeError if it can't be used.
 
-    `fps` is 0 for an image. `width` and `height` are those of the picture as it is shown: upright, pixels square. `vfr`
-    says that frames don't come at a constant rate; `Track` says what the others mean. Without `pixels` no picture is
-    decoded, beyond its header, unless nothing else tells which frames come out. With `whole` every one is, and a file
-    in which a decoder finds damage anywhere is refused.
+    `fps` is 0 for an image. `width` and `height` are those of the displayed picture: upright, with square pixels. `vfr`
+    is true if the frame rate isn't constant; the others are described in `Track`. Without `pixels` no picture is
+    decoded beyond its header, unless only that shows which frames come out. With `whole` every picture is decoded, and
+    a file with damage anywhere is refused.
     """
     admit(data, extension, limits)
     if extension in IMAGES:
@@ -215,7 +215,7 @@ def _is_for_decord(file: Any, stream: Any, first: Any) -> bool:
 
 
 def _opened(data: bytes) -> Any:
-    """The container, in mp4 and Matroska without what FFmpeg decodes to find out about streams."""
+    """Open the container; in mp4 and Matroska FFmpeg then decodes nothing to find out about the streams."""
     import av
 
     kind = container(data)

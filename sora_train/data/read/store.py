@@ -1,9 +1,9 @@
 """Sources of shards: local files, and `https:// s3:// gs:// hf://` through fsspec, with a cache on the node.
 
-Remote members are fetched by byte range, with retries, into a folder that all ranks of a node share (`cache.py`). Where
-there are no ranges to be had (a web server that ignores or refuses them, a `pipe:` command that the configuration
-allows by name), the whole shard is streamed into that folder once. What is cached is checked against the index's
-checksums when it is used.
+Remote members are fetched by byte range, with retries, into a folder that all ranks of a node share (`cache.py`). If
+byte ranges are unavailable (a web server that ignores or refuses them, a `pipe:` command that the configuration allows
+by name), the whole shard is streamed into that folder once. Cached data is checked against the index's checksums when
+it is used.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Store:
 
     @classmethod
     def of(cls, data: DataConfig) -> Store:
-        """The store that a run's configuration asks for."""
+        """Build the store of a run's configuration."""
         folder = data.cache.folder or Path(tempfile.gettempdir()) / f"sora_train-{os.getuid()}"
         return cls(Path(folder), int(data.cache.gib * 2**30), data.storage, commands=data.commands)
 
@@ -127,7 +127,7 @@ class Store:
             raise InputError(f"shard {shard}: {error}") from error
 
     def identity(self, shard: str) -> str:
-        """Identity of a remote shard, which changes with it as far as its server says; empty for files and commands."""
+        """Identity of a remote shard, which changes with its content if the server tells; empty for others."""
         if scheme(shard) in (None, PIPE):
             return ""
         try:
@@ -150,7 +150,7 @@ class Store:
             raise InputError(f"{file} can't be written: {error.detail}") from error
 
     def list(self, pattern: str) -> list[str]:
-        """Remote shards that match a glob pattern, sorted; a pattern without wildcards stands for itself."""
+        """Remote shards that match a glob pattern, sorted; a pattern without wildcards is returned as it is."""
         kind = scheme(pattern)
         if kind == PIPE:
             words(pattern, self.commands)
@@ -185,7 +185,7 @@ class Store:
         return scheme(shard) == PIPE or shard in self._whole
 
     def _renew(self, shard: str) -> None:
-        """Before a command's shard is indexed: forget what it printed for others, who may have been here long ago."""
+        """Before a shard of a command is indexed: remove its cached output, which may be out of date."""
         if self.cache and scheme(shard) == PIPE and shard not in self._renewed:
             self._renewed.add(shard)
             self.cache.drop(shard)
@@ -238,7 +238,7 @@ class Store:
         return data
 
     def _system(self, shard: str, patient: bool = False) -> Any:
-        """The file system of a shard's scheme; raises InputError where its package isn't installed.
+        """The file system of a shard's scheme. Raises InputError if its package isn't installed.
 
         With `patient`, the HTTP time-out applies to each read from the socket, not to the whole transfer.
         """
