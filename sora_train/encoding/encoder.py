@@ -1,6 +1,6 @@
-"""Latents and text rows of packs: encoded now, taken from a cache, or precomputed in the shard.
+"""Latents and text embeddings of packs: computed now, read from a cache, or precomputed in the shard.
 
-The objective gets latents in every case, and doesn't know where they came from.
+The objective receives latents in each case, and doesn't depend on their source.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lines at the start of a run on settings with which it may go on for days and not be what its owner thinks."""
+"""Warnings at the start of a run about settings that are valid but probably not intended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sora_train.config.schema import Config, Previews
 
 
 def advice(config: Config) -> list[str]:
-    """Previews that won't come, and what released weights that a run starts from were not trained for."""
+    """Warnings: previews that will not be made, and tasks that the released weights have not learned."""
     lines = []
     c = config.logging
     wanted = c.sample_every > 0 and c.sample_clips > 0

@@ -175,7 +175,7 @@ def build_locks() -> Iterator[Finding]:
 
 
 def _is_open(path: Path) -> bool:
-    """Tell whether any process that we may look at holds the file open."""
+    """Tell whether a process that we have permission to inspect has the file open."""
     wanted = os.path.realpath(path)
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:

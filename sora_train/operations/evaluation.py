@@ -1,4 +1,4 @@
-"""Evaluation of a run while it trains: metrics of samples for a few held-out clips, always the same ones."""
+"""Evaluation of a run while it trains: metrics of samples for a small, fixed set of held-out clips."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sora_train.training.parts import Marks
 
 @dataclass(frozen=True)
 class RunEvaluation:
-    """Judges samples of a run's model.
+    """Computes metrics of samples of a run's model.
 
     Args:
         clips: The clips to sample, by their captions, sizes and seeds.
-        plan: The plan of the held-out shards, which knows the fields of their jsons.
+        plan: The plan of the held-out shards, which has the fields of their jsons.
         judges: The metrics.
         best: Figure by which checkpoints are compared; None: no figure.
     """
@@ -35,9 +35,9 @@ class RunEvaluation:
     best: str | None
 
     def marks(self, previewer: Previewer) -> Marks:
-        """Sample and judge every clip. Collective; the same on every rank, and empty if it was broken off.
+        """Sample every clip and compute the metrics. Collective; the same on every rank, and empty if interrupted.
 
-        Raises InputError if the held-out shards hold no video, or no metric gives the figure `best`.
+        Raises InputError if the held-out shards contain no video, or no metric computes the figure `best`.
         """
         clips, mine = self.clips.get(), list[tuple[int, Judged]]()
         if not clips:

@@ -1,9 +1,9 @@
 """Indexing on a cluster: each node indexes a share of the shards and sends the indexes to the other nodes.
 
-Indexes of remote shards are stored in a cache on each node. The first rank of each node adopts indexes that lie beside
-the shards. Shards that are then without an index on all nodes are divided among the nodes, indexed once, and every
-index is sent to the nodes that lack it. Indexing may take hours, so ranks wait in a process group with a time-out of
-days; a rank that dies is noticed by its closed connection.
+Indexes of remote shards are stored in a cache on each node. The first rank of each node fetches indexes that exist
+beside the shards. Shards that are then without an index on all nodes are divided among the nodes, indexed once, and
+every index is sent to the nodes that lack it. Indexing may take hours, so ranks wait in a process group with a time-out
+of days; a rank that dies is detected by its closed connection.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fingerprints of the weights and validation shards that a run reads by path, to notice that others lie there now.
+"""Fingerprints of the weights and validation shards that a run reads by path, to detect that they were replaced.
 
 They are kept in run_dir/inputs.json. The order of the training data has its own hash, in every checkpoint.
 """
@@ -59,7 +59,10 @@ def note_inputs(config: Config, validation: str) -> list[str]:
 
 
 def _weights(config: Config) -> dict[str, tuple[str, str]]:
-    """Path and hash of frozen weights by key; a base of adapters is one, the start of a whole training is not."""
+    """Path and hash of frozen weights by key.
+
+    They include the base of adapters, but not the weights that a training of all weights starts from.
+    """
     paths = {"vae.path": (config.vae.path, "vae"), "text_encoder.path": (config.text_encoder.path, "text_encoder")}
     if config.model.lora.rank:
         paths["model.init_from"] = (config.model.init_from, "transformer")

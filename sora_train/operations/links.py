@@ -41,7 +41,7 @@ def between(world: World, device: torch.device) -> list[Finding]:
 
 
 def _alike(world: World) -> list[Finding]:
-    """Find what training would refuse: a rank with other versions, other code or other variables than most."""
+    """Find what training would refuse: a rank whose versions, code or variables differ from those of most ranks."""
     everyone: list[dict[str, str]] = [{}] * world.size
     dist.all_gather_object(everyone, surroundings())
     odd = [Finding("agreement", FAILURE, line) for line in differences(everyone)]

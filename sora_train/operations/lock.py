@@ -22,7 +22,7 @@ _BEAT_S = 5.0  # seconds between heartbeats
 
 
 class RunLock:
-    """The lock, taken on creation by the main rank. Raises InputError if another run holds it."""
+    """The lock of a run folder, acquired on creation by the main rank. Raises InputError if another run has it."""
 
     def __init__(self, run_dir: Path, beat_s: float = _BEAT_S) -> None:
         self.path, self.beat_s = run_dir / "lock.json", beat_s
@@ -59,7 +59,7 @@ class RunLock:
             self._refuse(holder)
 
     def _moves(self, holder: dict[str, Any]) -> bool:
-        """Tell whether the heartbeat of a holder on another host goes on."""
+        """Tell whether the heartbeat of a lock holder on another host is still being renewed."""
         end = time.monotonic() + 3 * self.beat_s
         while time.monotonic() < end:
             time.sleep(min(0.2, self.beat_s))

@@ -27,7 +27,7 @@ class Whereabouts:
 
 @contextmanager
 def out_of_memory(config: Config, world: World) -> Iterator[Whereabouts]:
-    """Context that turns out-of-memory errors into an InputError with the place and a setting that should fit.
+    """Context that turns out-of-memory errors into an InputError, which names the phase and a setting that should fit.
 
     For GPU memory a snapshot is written to run_dir/logs.
     """

@@ -56,7 +56,7 @@ def copy_part(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> No
 
 
 def _copy_tokenizer(source: str, target: Path) -> None:
-    """Copy the tokenizer's files; in the folder of a text encoder its weights lie beside them."""
+    """Copy the tokenizer's files. In the folder of a text encoder alone they are among its weights."""
     if is_released(source):
         copy_part(folder_of(source, "tokenizer"), target)
         return

@@ -40,7 +40,7 @@ class Record:
 
 
 def read(folder: str | Path) -> Record:
-    """Read a run folder. Incomplete lines are skipped. Raises InputError if it holds no run."""
+    """Read a run folder. Incomplete lines are skipped. Raises InputError if it contains no run."""
     path = Path(folder)
     if not (path / "config.yaml").is_file():
         raise InputError(f"{folder} holds no run (there is no {path / 'config.yaml'}); give run folders")

@@ -83,7 +83,7 @@ def _chart(name: str, records: Sequence[Record]) -> str:
 
 
 def _samples(record: Record, room: int) -> tuple[list[Any], int]:
-    """Samples by step, newest first, with their bytes while there is room; returns the room that is left too."""
+    """Samples by step, newest first, with their bytes while the budget lasts; and what is left of the budget."""
     steps = []
     for step, clips in sorted(samples(record.folder).items(), reverse=True):
         videos = []

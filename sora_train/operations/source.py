@@ -1,6 +1,7 @@
-"""The model that samples come from: a run, an export of ours, or released weights.
+"""The model that generates samples: of a run, of an export, or released weights.
 
-Those are the folder of a diffusers pipeline, or a transformer in the layout of Wan's own repository beside one.
+Released weights are the folder of a diffusers pipeline, or a transformer in the layout of Wan's own repository together
+with such a folder.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ _WAN_TI2V = {"fps": 24.0, "max_frames": 121, "max_pixels": 704 * 1280}
 
 
 class Source:
-    """The model at `run_dir`, opened when the first sample is made, and what names it in the JSON of samples."""
+    """The model at `run_dir`, loaded when the first sample is made, and its identification for the JSON of samples."""
 
     def __init__(self, o: Options) -> None:
-        """Read its configuration and find its weights. Raises InputError for what isn't there or doesn't fit."""
+        """Read the configuration and find the weights. Raises InputError if they are missing or don't fit."""
         self.config = model_config(o)
         self.options = fixed(o)
         self.weights = fingerprint(self.config, self.options)
@@ -60,7 +61,7 @@ class Source:
 
 
 def model_config(o: Options) -> Config:
-    """The configuration of the model at `run_dir`, with what the options change for all samples. Raises InputError."""
+    """Configuration of the model at `run_dir`, with the options that apply to all samples. Raises InputError."""
     of_a_run = {"checkpoint": o.checkpoint is not None, "weights=raw": o.weights == "raw"}
     config = _released(o) if _is_wans(o.run_dir) else load(o.run_dir, o.vae, o.base)
     told = ("vae.path",) if o.vae is not None else ()
@@ -137,9 +138,9 @@ def _is_wans(path: str) -> bool:
 
 
 def _released(o: Options) -> Config:
-    """The configuration of a text-to-video or TI2V model of Wan. Raises InputError for another one.
+    """Configuration of a text-to-video or TI2V model of Wan. Raises InputError for another one.
 
-    A transformer in the layout of Wan's own repository comes with the VAE and the text encoder of the pipeline `base`.
+    A transformer in the layout of Wan's own repository is combined with VAE and text encoder of the pipeline `base`.
     """
     folder = o.run_dir
     others = folder if is_released(folder) else o.base

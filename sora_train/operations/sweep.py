@@ -33,7 +33,7 @@ class Job:
     flags: list[str] = field(default_factory=list)  # of Hydra, such as --config-dir
 
     def command(self, ranks: int) -> list[str]:
-        """Command that starts it; given again, it goes on where it was."""
+        """Command that starts the job; given again, it resumes the job."""
         return [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost",
             "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
@@ -78,7 +78,7 @@ class _Stop:
 
 
 def config_flags(arguments: Sequence[str]) -> list[str]:
-    """Hydra's flags among the arguments of a command that say where configurations are, each with its value."""
+    """Hydra's flags for folders of configuration files among the arguments of a command, each with its value."""
     names = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
     found: list[str] = []
     for place, argument in enumerate(arguments):
@@ -145,7 +145,7 @@ def _gpus() -> list[str]:
 
 
 def _result(job: Job, code: int | None, metric: str) -> Result:
-    """Read a job's result. Its exit code is taken from exit.json, because torchrun turns every code into 1."""
+    """Read a job's result. The exit code is taken from exit.json, because torchrun turns every code into 1."""
     if code is None:
         return Result(STOPPED, "not started: the sweep was stopped", math.inf)
     note = job.run_dir / "exit.json"

@@ -40,12 +40,12 @@ AVERAGED = Weights()
 
 
 def trained_weights(run_dir: str | Path, network: str | None = None, weights: Weights = AVERAGED) -> dict[str, Tensor]:
-    """The weights of a network (the main one) in a run's checkpoint, averaged unless asked for raw, by parameter."""
+    """Weights by parameter of a network (the main one) in a run's checkpoint: averages, or live ones with `raw`."""
     return load_full(checkpoint_of(run_dir, weights.checkpoint), "master" if weights.raw else "ema", network)
 
 
 def checkpoint_of(run_dir: str | Path, step: int | None) -> Path:
-    """A run's newest intact checkpoint, or that of a step. Raises InputError where it isn't there or isn't whole."""
+    """The newest intact checkpoint of a run, or that of a step. Raises InputError if it is missing or incomplete."""
     folder = Path(run_dir) / "checkpoints"
     if step is None:
         return latest_intact(folder)
@@ -96,7 +96,7 @@ def _load_exported(network: nn.Module, path: Path) -> None:
 def load_starting_weights(networks: Mapping[str, Network], source: str) -> None:
     """Copy the averaged weights of a run folder, or the weights of an export, into trained networks.
 
-    Networks of a run are matched by name; an export holds the main network. Parameter names and shapes must agree;
+    Networks of a run are matched by name; an export contains the main network. Parameter names and shapes must agree;
     data and resolution may differ.
 
     Raises:
