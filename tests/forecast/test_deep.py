@@ -25,7 +25,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.campaign if "our own" in n else ()) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if "shared" in n else pytest.mark.campaign) for n in CASES])
 def test_it_is_that_of_the_whole_model(compose_tree: Compose, name: str) -> None:
     keys, sizes = CASES[name]
     config = build(compose_tree(*keys, "model.depth=4"), need_vae=False)

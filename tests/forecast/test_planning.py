@@ -208,6 +208,7 @@ def test_every_operation_of_a_pass_can_be_replayed(config: Config, monkeypatch: 
     assert {function: count[function] for function in expected} == expected
 
 
+@pytest.mark.campaign
 def test_a_core_is_measured() -> None:
     core = measure_cpu()
     assert core.gloo is not None and 0 <= core.overhead_s < 1e-3

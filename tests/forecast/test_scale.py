@@ -52,6 +52,7 @@ def test_more_ranks_cost_efficiency_and_goodput(config: Config) -> None:
     assert rows[0].step > rows[0].collectives > rows[0].waiting > 0
 
 
+@pytest.mark.campaign
 def test_collectives_are_measured_and_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives, "SIZES", (1 << 10, 1 << 16))
     for kind in collectives.KINDS:

@@ -164,7 +164,7 @@ def once(work: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments: (kept or kept.append(work(*arguments)) or kept)[0]
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.campaign)])
 def test_prompts_of_a_fuzzer_reach_the_json_byte_for_byte(
     sample: Give, drawn: list[str], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:

@@ -93,7 +93,7 @@ def refusals(bed: Bed) -> object:
     if code := run(config, 1):
         raise RuntimeError(f"the run ended with {code}; see {config.run_dir}")
     release, prompts, out = (bed.folder / name for name in ("release", "prompts.txt", "made"))
-    make(release, Settings("Test Lab", sign=False, mark="none"))
+    make(release, Settings("Test Lab", sign=False, mark="none"), lambda folder: None)
     (release / "words.txt").write_text("tea: teapot\n")
     prompts.write_text("a teapot\na block\n")
 
